@@ -1,0 +1,29 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check help-docs readme
+
+demo: $(READY)  ## the main job on the built-in model
+	$(BIN)/tinier run recipes/demo.yaml
+
+test: $(READY)  ## every test
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, types and the fast tests; what pre-commit and reviewers run
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not network"
+
+help-docs: $(READY)  ## write docs/cli.md from the program's help
+	$(BIN)/python -m scripts.write_cli_docs
+
+readme: $(READY)  ## paste the table and the picture of runs/demo into README.md
+	$(BIN)/python -m scripts.update_readme runs/demo
+
+$(READY): pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh
+	touch $(READY)

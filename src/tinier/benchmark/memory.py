@@ -1,0 +1,73 @@
+"""Memory while serving, measured in a process of its own: weights, KV cache, peak.
+
+Start at `measure_memory`. A fresh process, because the peak of the one that quantized, trained or
+loaded other models before says nothing about serving this one.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from tinier.benchmark.speed import Workload, _prompts
+from tinier.checkpoint import Checkpoint
+from tinier.device import peak_memory_bytes, pick_device
+from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.families import open_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingMemory:
+    weights_bytes: int
+    """The weights as loaded."""
+    kv_bytes: int
+    """The KV cache for this workload."""
+    peak_bytes: int
+    """Most in use while loading and serving: the process's on CPU, torch's on a GPU."""
+    start_bytes: int
+    """Of that, in use before the model was loaded: interpreter and libraries."""
+
+
+def engine_for(workload: Workload, device: str) -> EngineConfig:
+    """An engine with room for exactly this workload."""
+    return EngineConfig(
+        max_batch_size=workload.concurrency,
+        max_seq_len=workload.input_length + workload.output_length,
+        max_step_tokens=max(2048, workload.concurrency),
+        device=device,
+    )
+
+
+def measure_memory(checkpoint: Checkpoint, workload: Workload, device: str) -> ServingMemory:
+    """Serve one workload in a fresh process and report its memory."""
+    request = {"folder": str(checkpoint.folder), "workload": asdict(workload), "device": device}
+    command = [sys.executable, "-m", "tinier.benchmark.memory", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring memory of {checkpoint.folder} failed:\n{done.stderr}")
+    return ServingMemory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _serve_once(folder: Path, workload: Workload, device: str) -> ServingMemory:
+    place = pick_device(device)
+    on_gpu = place.type == "cuda"
+    start = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    engine = Engine(open_model(folder), engine_for(workload, device))
+    params = SamplingParams(max_tokens=workload.output_length)
+    engine.generate(_prompts(engine, workload, seed=0), params)
+    return ServingMemory(
+        weights_bytes=engine.decoder.weight_bytes,
+        kv_bytes=engine.runner.kv_bytes,
+        peak_bytes=peak_memory_bytes(place),
+        start_bytes=start,
+    )
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    memory = _serve_once(Path(asked["folder"]), Workload(**asked["workload"]), asked["device"])
+    print(json.dumps(asdict(memory)))

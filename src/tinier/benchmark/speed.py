@@ -1,0 +1,142 @@
+"""In-process speed of an engine, always beside the base model's in the same run.
+
+Start at `compare_speed`. A workload is `concurrency` requests of equal length that arrive together,
+greedy, with no stop token, prompts of random tokens. Definitions are AIPerf's: TTFT is first token
+minus arrival; ITL is (latency - TTFT) / (output tokens - 1); throughput counts output tokens over
+the wall time of the workload. Models take turns, and each round starts with another one, so that
+neither a warm cache nor a slow minute favours one of them.
+"""
+
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tinier.engine import Engine, Request, SamplingParams
+from tinier.errors import InputError
+from tinier.progress import bar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    concurrency: int = 1
+    """Requests in flight."""
+    input_length: int = 128
+    """Prompt tokens of each."""
+    output_length: int = 64
+    """Output tokens of each."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "input_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+        if self.output_length < 2:
+            raise InputError(f"output_length={self.output_length}. Use 2 or more: ITL needs two.")
+
+
+class Sample(NamedTuple):
+    """One repeat of a workload; times are means over its requests."""
+
+    latency_ms: float
+    ttft_ms: float
+    itl_ms: float
+    output_tokens_per_s: float
+    requests_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """Over the repeats."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedResult:
+    workload: Workload
+    repeats: int
+    latency_ms: Statistic
+    ttft_ms: Statistic
+    itl_ms: Statistic
+    output_tokens_per_s: Statistic
+    requests_per_s: Statistic
+    ratio_to_base: Statistic | None
+    """Output tokens/s over the base's of the same round; None for a base measured alone."""
+
+
+def compare_speed(
+    engines: dict[str, Engine], workload: Workload, *, repeats: int, seed: int, base: str
+) -> dict[str, SpeedResult]:
+    """Measure each engine `repeats` times in turns, after one warm-up round.
+
+    engines: by name, the one called `base` among them.
+    """
+    prompts = _prompts(engines[base], workload, seed)
+    names = list(engines)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    label = f"speed, {workload.concurrency} at once"
+    with bar(label, (repeats + 1) * len(names)) as advance:
+        for round_ in range(repeats + 1):
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                sample = _run(engines[name], prompts, workload)
+                if round_ > 0:  # round 0 warms up
+                    samples[name].append(sample)
+                advance(1)
+    return {name: _result(workload, samples[name], samples[base], name == base) for name in names}
+
+
+def _prompts(engine: Engine, workload: Workload, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (workload.concurrency, workload.input_length)
+    ids: list[list[int]] = torch.randint(
+        0, engine.decoder.geometry.vocab, shape, generator=generator
+    ).tolist()
+    return ids
+
+
+def _run(engine: Engine, prompts: list[list[int]], workload: Workload) -> Sample:
+    params = SamplingParams(max_tokens=workload.output_length)
+    requests = [engine.add(prompt, params) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+    started = min(r.arrived for r in requests)
+    seconds = max(r.token_times[-1] for r in requests) - started
+    return Sample(
+        latency_ms=1e3 * statistics.fmean(r.token_times[-1] - r.arrived for r in requests),
+        ttft_ms=1e3 * statistics.fmean(r.token_times[0] - r.arrived for r in requests),
+        itl_ms=1e3 * statistics.fmean(_inter_token_seconds(r) for r in requests),
+        output_tokens_per_s=sum(len(r.output) for r in requests) / seconds,
+        requests_per_s=len(requests) / seconds,
+    )
+
+
+def _inter_token_seconds(request: Request) -> float:
+    times = request.token_times
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def _result(
+    workload: Workload, samples: list[Sample], base: list[Sample], is_base: bool
+) -> SpeedResult:
+    def over_repeats(values: list[float]) -> Statistic:
+        digits = [float(f"{value:.5g}") for value in values]
+        return Statistic(statistics.median(digits), min(digits), max(digits))
+
+    ratios = [
+        own.output_tokens_per_s / other.output_tokens_per_s
+        for own, other in zip(samples, base, strict=True)
+    ]
+    return SpeedResult(
+        workload=workload,
+        repeats=len(samples),
+        latency_ms=over_repeats([s.latency_ms for s in samples]),
+        ttft_ms=over_repeats([s.ttft_ms for s in samples]),
+        itl_ms=over_repeats([s.itl_ms for s in samples]),
+        output_tokens_per_s=over_repeats([s.output_tokens_per_s for s in samples]),
+        requests_per_s=over_repeats([s.requests_per_s for s in samples]),
+        ratio_to_base=None if is_base else over_repeats(ratios),
+    )

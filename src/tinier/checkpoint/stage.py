@@ -1,0 +1,42 @@
+"""What a stage is about to do, and the hash that says whether it was done already."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tinier.checkpoint.folder import Checkpoint
+from tinier.checkpoint.manifest import stage_key
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A checked stage, ready to run. Two plans with equal keys write the same checkpoint."""
+
+    stage: str
+    parameters: dict[str, Any]
+    inputs: dict[str, Checkpoint]
+    """`source`, and `teacher` when distilling."""
+    output_config: dict[str, Any]
+    """The config.json that the stage will write."""
+    output_bytes: int
+    """About how large the result will be on disk."""
+    memory_bytes: int
+    """About how much memory the stage takes, on the device it computes on."""
+    flops: float
+    """About how much arithmetic it takes."""
+    code: str
+    """Digest of the code that the result depends on."""
+
+    @cached_property
+    def parents(self) -> dict[str, str]:
+        """Content hash of each input."""
+        return {role: checkpoint.hash for role, checkpoint in self.inputs.items()}
+
+    def estimated_seconds(self, flops_per_s: float) -> float:
+        """Arithmetic at that speed plus reading and writing the files at about 200 MB/s, which is
+        what rounding 16-bit weights reaches on two cores."""
+        return self.flops / flops_per_s + self.inputs["source"].weight_bytes / 2e8
+
+    @cached_property
+    def key(self) -> str:
+        return stage_key(self.stage, self.parameters, self.parents, self.code)

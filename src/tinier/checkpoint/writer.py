@@ -1,0 +1,197 @@
+"""Write a checkpoint so that it is there whole or not at all.
+
+`atomic_folder` gives a temporary sibling folder and renames it when the block ends well.
+`TensorWriter` streams tensors into shards, so that a stage holds one shard in memory, not the model.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinier.checkpoint.folder import Checkpoint
+from tinier.errors import OutputError
+
+SHARD_BYTES = 2 * 2**30
+_SIDE_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "vocab.*", "merges.txt", "chat_template*", "*.model", "LICENSE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def check_output(out: Path) -> None:
+    """Raise OutputError if `out` exists: nothing is ever overwritten."""
+    if out.exists():
+        raise OutputError(f"{out} exists. Choose another --out, or remove it: rm -r '{out}'")
+
+
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Raise OutputError unless the disk that will hold `out` has room for `needed_bytes`."""
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise OutputError(
+            f"{out} needs about {_size(needed_bytes)} and its disk has {_size(free)} free. "
+            "Free some, or choose an --out on another disk."
+        )
+
+
+@contextmanager
+def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`; rename it to `out` when the block ends without error.
+
+    Anything else (an exception, Ctrl-C) removes it; what a kill leaves behind is removed the next
+    time `out` is written. Raises OutputError where `out` exists or the disk is or gets full.
+    """
+    check_output(out)
+    check_disk(out, needed_bytes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        _share_permissions(partial)
+        _sync(partial)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not _is_disk_full(error):
+            raise
+        free = shutil.disk_usage(out.parent).free
+        raise OutputError(
+            f"the disk filled up while writing {out}: about {_size(needed_bytes)} are needed and "
+            f"{_size(free)} are free now that the partial result is removed. "
+            "Free some, or choose an --out on another disk."
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+class TensorWriter:
+    """Stream tensors into `model*.safetensors` of at most `shard_bytes` each, plus an index."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self._shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += num_bytes
+        self._total_bytes += num_bytes
+
+    def close(self) -> None:
+        """Write what is pending, give the shards their final names and write the index."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._shard_path(0).rename(self._folder / "model.safetensors")
+            return
+        weight_map = {}
+        for i, names in enumerate(self._shards):
+            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._shard_path(i).rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        path = self._folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def _shard_path(self, i: int) -> Path:
+        return self._folder / f"shard-{i}.safetensors"
+
+    def _flush(self) -> None:
+        if self._pending:
+            path = self._shard_path(len(self._shards))
+            save_file(self._pending, path, metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending = {}
+            self._pending_bytes = 0
+
+
+def copy_side_files(source: Checkpoint, folder: Path) -> None:
+    """Copy the tokenizer, the generation defaults and the licence; never weights or manifests."""
+    for path in {p for pattern in _SIDE_PATTERNS for p in source.folder.glob(pattern)}:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step: a reader or a kill sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove temporary folders of `out` whose process is gone."""
+    pattern = re.compile(re.escape(f".{out.name}.partial-") + r"(\d+)$")
+    for path in out.parent.iterdir():
+        match = pattern.match(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # a leftover of an earlier process that had our number
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _share_permissions(folder: Path) -> None:
+    # safetensors writes files that only their owner can read; a server often runs as another user
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def _sync(folder: Path) -> None:
+    # without it a power cut after the rename could leave a whole-looking folder of empty files
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or "os error 28" in str(error)
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes //= 1000
+    return f"{num_bytes} GB"

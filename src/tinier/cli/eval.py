@@ -1,0 +1,80 @@
+"""`tinier eval`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def eval_(
+    model: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Original model: adds KL divergence and top-1 agreement."),
+    ] = None,
+    text: options.TextSource = "builtin",
+    windows: Annotated[int, typer.Option("--windows", help="Windows of text at most.")] = 16,
+    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    mmlu: Annotated[
+        Path | None, typer.Option("--mmlu", help="Folder with dev/ and test/ of MMLU.")
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", help="Solved MMLU examples, 0 to 5.")] = 5,
+    subject: Annotated[
+        list[str] | None, typer.Option("--subject", help="Only this MMLU subject; repeatable.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="So many MMLU questions, drawn by --seed.")
+    ] = None,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Measure quality: perplexity, divergence, MMLU.
+
+    \b
+    Examples:
+      tinier eval smollm2-135m
+      tinier eval smollm2-int4 --against smollm2-135m --text wiki.txt
+      tinier eval smollm2-135m --mmlu mmlu --shots 5 --sample 500
+    """
+    from dataclasses import asdict
+
+    from tinier.device import pick_device
+    from tinier.engine import load_decoder
+    from tinier.evaluation import (
+        MmluPlan,
+        evaluate,
+        evaluate_mmlu,
+        load_mmlu,
+        reference_states,
+    )
+    from tinier.families import open_model
+    from tinier.report.terminal import quality_text
+    from tinier.text import load_part, load_tokenizer, token_windows
+
+    output.start(quiet=quiet, log_level=log_level)
+    place = pick_device(device)
+    checkpoint = open_model(model, revision)
+    original = open_model(against) if against else None
+    tokenizer = load_tokenizer(checkpoint)
+    held = token_windows(tokenizer, load_part(text, "heldout"), length=length, count=windows)
+    questions = None
+    if mmlu:
+        plan = MmluPlan(
+            folder=mmlu, shots=shots, subjects=tuple(subject or ()), sample=sample, seed=seed
+        )
+        questions = load_mmlu(plan)
+    reference = reference_states(load_decoder(original, device=place), held) if original else None
+    decoder = load_decoder(checkpoint, device=place)
+    data = {"model": model, "against": against, "text": text, "windows": len(held),
+            "length": length, "quality": asdict(evaluate(decoder, held, reference)),
+            "mmlu": None}  # fmt: skip
+    if questions:
+        data["mmlu"] = asdict(evaluate_mmlu(decoder, tokenizer, questions, shots))
+    output.result(quality_text(data), data, as_json=json)

@@ -1,0 +1,72 @@
+"""`tinier generate`"""
+
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Text to continue; - reads stdin.", show_default=False)
+    ],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Output tokens at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: greedy; more: more random.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Among the likeliest of this probability.")
+    ] = 1.0,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Continue a prompt, streaming to the terminal.
+
+    \b
+    Examples:
+      tinier generate smollm2-135m --prompt "The capital of France is"
+      tinier generate smollm2-int4 --chat --prompt "Why is the sky blue?" --temperature 0.7
+    """
+    import sys
+
+    from tinier.engine import Engine, EngineConfig, SamplingParams
+    from tinier.engine.text import TextStream, encode_prompt, stop_token_ids
+    from tinier.families import open_model
+    from tinier.text import load_tokenizer
+
+    output.start(quiet=quiet, log_level=log_level)
+    checkpoint = open_model(model, revision)
+    tokenizer = load_tokenizer(checkpoint)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_token_ids=stop_token_ids(checkpoint, tokenizer),
+    )
+    ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat)
+    config = EngineConfig(max_batch_size=1, max_seq_len=len(ids) + max_tokens, device=device)
+    engine = Engine(checkpoint, config)
+    stream = TextStream(tokenizer)
+    text = ""
+    for token in engine.stream(ids, params):
+        piece = stream.push(token)
+        text += piece
+        if not json:
+            print(piece, end="", flush=True)
+    tail = stream.close()
+    data = {"model": model, "prompt_tokens": len(ids), "output_tokens": stream.num_tokens,
+            "text": text + tail}  # fmt: skip
+    output.result(tail, data, as_json=json)

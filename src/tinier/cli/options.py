@@ -1,0 +1,46 @@
+"""The arguments that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model folder, Hub id, .gguf file or built-in name (smollm2-135m).",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)
+]
+TextSource = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        help="Text: a .txt, .md, .jsonl or .parquet file, a folder of them, "
+        "hub:NAME[:CONFIG[:SPLIT]], or builtin.",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print the resolved plan and stop."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        "--log-level",
+        envvar="TINIER_LOG_LEVEL",
+        help="debug, info, warning or error.",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

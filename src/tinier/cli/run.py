@@ -1,0 +1,48 @@
+"""`tinier run`"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See recipes/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder; default runs/RECIPE. An old one is continued."),
+    ] = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Make, measure and compare every variant of a recipe.
+
+    Leaves the checkpoints, results.json, the table (report.md) and the Pareto curves. A run that was stopped goes on where it was; what is done and unchanged is not done again.
+
+    \b
+    Examples:
+      tinier run recipes/demo.yaml
+      tinier run recipes/demo.yaml --dry-run
+      tinier run recipes/guide.yaml --out runs/llama --json
+    """
+    from tinier.recipe import describe, load_recipe, plan_recipe, run_recipe
+    from tinier.report import write_report
+    from tinier.report.terminal import plan_text, results_text
+
+    output.start(quiet=quiet, log_level=log_level)
+    loaded = load_recipe(recipe)
+    folder = out or Path("runs") / recipe.stem
+    if dry_run:
+        plan = describe(plan_recipe(loaded), folder)
+        output.result(plan_text(plan), plan, as_json=json)
+        return
+    results = run_recipe(loaded, folder, command=shlex.join(["tinier", *sys.argv[1:]]))
+    page = write_report(results, folder)
+    output.result(f"{results_text(results)}\n{page}", results, as_json=json)

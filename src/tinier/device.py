@@ -1,0 +1,65 @@
+"""The device to compute on, its peak memory and its speed."""
+
+import resource
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from tinier.errors import InputError
+
+_MODEL_SHARE = 0.4
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`. Raises InputError where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not known. Use auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for and torch sees no GPU. Use --device cpu.")
+    return torch.device(device)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Free bytes of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes in use so far: torch's allocations on a GPU, resident memory of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not ru_maxrss, which on Linux starts at the peak of the process that started this one
+        line = next(x for x in status.read_text(encoding="ascii").splitlines() if "VmHWM" in x)
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def model_flops(device: torch.device) -> float:
+    """FLOP/s that whole models reach in training and evaluation, for time estimates.
+
+    A bf16 matrix product timed now, in a few tenths of a second, times the share of it that
+    distillation of SmolLM2 reaches on two cores (benchmarks/results has the run).
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        _wait(device)
+        started = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return _MODEL_SHARE * 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,13 @@
+"""The inference engine: continuous batching over a paged KV cache, on our own decoder.
+
+Start at `Engine` (engine.py). `step()` is: the scheduler picks tokens (scheduler.py), the runner
+computes them (runner.py, decoder.py), the sampler picks the next ones (sampler.py). `blocks.py`
+hands out cache blocks, `request.py` is one user's request.
+"""
+
+from tinier.engine.config import EngineConfig
+from tinier.engine.decoder import Decoder, load_decoder
+from tinier.engine.engine import Engine
+from tinier.engine.request import Request, SamplingParams
+
+__all__ = ["Decoder", "Engine", "EngineConfig", "Request", "SamplingParams", "load_decoder"]

@@ -1,0 +1,116 @@
+"""Perplexity, and divergence from the original model, on held-out windows.
+
+Start at `evaluate`. In: a decoder, windows [n, length], and the original's final hidden states
+(`reference_states`), from which its logits are made again chunk by chunk, so that no [tokens, vocab]
+matrix is ever whole. Every window is predicted from its second token on; all figures are means over
+the same tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinier.engine import Decoder
+from tinier.progress import bar
+
+_BATCH_TOKENS = 2048
+_CHUNK_TOKENS = 128
+
+
+class Reference(NamedTuple):
+    """The original model's predictions, kept as what they are made from."""
+
+    hidden: Tensor
+    """[windows, length, hidden], on the CPU"""
+    head: Tensor
+    """[vocab, hidden]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    perplexity: float
+    """exp(mean negative log-likelihood per token)"""
+    nll_stderr: float
+    """Standard error of the mean negative log-likelihood, over windows."""
+    kl: float | None
+    """Mean KL(original ‖ this) per token in nats; None without an original."""
+    kl_stderr: float | None
+    """Standard error of that mean, over windows."""
+    top1_agreement: float | None
+    """Share of tokens where both models' most likely next token is the same."""
+    tokens: int
+    """Predicted tokens."""
+
+
+def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
+    """Run the original once over the windows [n, length]."""
+    hidden = [h.cpu() for h in _batches(decoder, windows, "original model")]
+    return Reference(torch.cat(hidden), decoder.head)
+
+
+def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = None) -> Quality:
+    """Measure a model on windows [n, length] of token ids; against `reference` if it is given."""
+    sums: list[tuple[float, float, int]] = []  # per window: nll, kl, agreements
+    for hidden in _batches(decoder, windows, "evaluate"):
+        for window in hidden:
+            i = len(sums)
+            original = reference.hidden[i] if reference else None
+            head = reference.head if reference else None
+            sums.append(_window_sums(decoder, window, windows[i], original, head))
+    per_window = windows.shape[1] - 1
+    nll = torch.tensor([s[0] for s in sums], dtype=torch.float64) / per_window
+    kl = torch.tensor([s[1] for s in sums], dtype=torch.float64) / per_window
+    tokens = per_window * len(sums)
+    return Quality(
+        perplexity=math.exp(nll.mean().item()),
+        nll_stderr=_stderr(nll),
+        kl=kl.mean().item() if reference else None,
+        kl_stderr=_stderr(kl) if reference else None,
+        top1_agreement=sum(s[2] for s in sums) / tokens if reference else None,
+        tokens=tokens,
+    )
+
+
+@torch.inference_mode()
+def _window_sums(
+    decoder: Decoder,
+    hidden: Tensor,
+    tokens: Tensor,
+    original: Tensor | None,
+    original_head: Tensor | None,
+) -> tuple[float, float, int]:
+    """Sums over one window's predictions: negative log-likelihood, KL, equal first choices."""
+    nll = kl = 0.0
+    agreements = 0
+    targets = tokens[1:].to(hidden.device)
+    for start in range(0, len(targets), _CHUNK_TOKENS):
+        rows = slice(start, min(start + _CHUNK_TOKENS, len(targets)))
+        own = torch.log_softmax(decoder.logits(hidden[rows]).float(), dim=-1)  # [chunk, vocab]
+        nll -= own.gather(1, targets[rows].unsqueeze(1)).sum().item()
+        if original is None or original_head is None:
+            continue
+        states = original[rows].to(original_head.device)
+        base = torch.log_softmax(torch.nn.functional.linear(states, original_head).float(), dim=-1)
+        agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
+        kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
+    return nll, kl, agreements
+
+
+def _batches(decoder: Decoder, windows: Tensor, label: str) -> list[Tensor]:
+    """Final hidden states of the windows, batch by batch, each [batch, length, hidden]."""
+    size = max(1, _BATCH_TOKENS // windows.shape[1])
+    states = []
+    with bar(label, len(windows)) as advance:
+        for batch in windows.split(size):
+            states.append(decoder.hidden_states(batch))
+            advance(len(batch))
+    return states
+
+
+def _stderr(means: Tensor) -> float:
+    if len(means) < 2:
+        return math.nan
+    return (means.std(unbiased=True) / math.sqrt(len(means))).item()

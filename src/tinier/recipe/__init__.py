@@ -1,0 +1,10 @@
+"""The main job: a recipe names a base model, its variants and what to measure; a run makes them all.
+
+Start at `load_recipe` (schema.py), then `run_recipe` (run.py).
+"""
+
+from tinier.recipe.plan import PlannedRun, describe, plan_recipe
+from tinier.recipe.run import run_recipe
+from tinier.recipe.schema import Recipe, load_recipe
+
+__all__ = ["PlannedRun", "Recipe", "describe", "load_recipe", "plan_recipe", "run_recipe"]

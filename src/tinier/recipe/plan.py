@@ -1,0 +1,214 @@
+"""Check a recipe from end to end before any work: every stage, every text, every measure.
+
+Start at `plan_recipe`. Each stage is planned on the configuration that the stages before it will
+write, so that a group size that does not divide or a layer out of range in the last variant is found
+now. `describe` estimates memory, disk and time of the whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinier.benchmark import Workload
+from tinier.checkpoint import Checkpoint, StagePlan
+from tinier.device import free_memory_bytes, model_flops, pick_device
+from tinier.distillation import DistillPlan, distill, plan_distill
+from tinier.errors import InputError
+from tinier.evaluation import MmluPlan, load_mmlu
+from tinier.evaluation.mmlu import Mmlu
+from tinier.families import geometry_of, open_model
+from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
+from tinier.quantization import plan_quantize, quantize
+from tinier.recipe.schema import BASE, Recipe, Text, Variant
+from tinier.text import (
+    TextParts,
+    load_documents,
+    load_parts,
+    load_tokenizer,
+    text_parts,
+    token_windows,
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A recipe whose every part was checked."""
+
+    recipe: Recipe
+    base: Checkpoint
+    parts: TextParts
+    windows: torch.Tensor
+    """Held-out windows [n, length] on which quality is measured."""
+    mmlu: Mmlu | None
+    workloads: tuple[Workload, ...]
+    planned: dict[str, Checkpoint]
+    """For each variant a checkpoint that is not there yet: right configuration, base's files."""
+
+
+def plan_recipe(recipe: Recipe) -> PlannedRun:
+    """Resolve the base model and check everything. Raises the InputError of whatever is wrong."""
+    pick_device(recipe.device)
+    base = open_model(recipe.base, recipe.revision)
+    if "quantization_config" in base.config:
+        raise InputError(f"the base model {recipe.base} is quantized. Give the 16-bit model.")
+    parts = _load_text(recipe.text)
+    quality = recipe.measure.quality
+    windows = token_windows(
+        load_tokenizer(base), parts.heldout, length=quality.length, count=quality.windows
+    )
+    mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
+    speed = recipe.measure.speed
+    workloads = tuple(
+        Workload(
+            concurrency=concurrency,
+            input_length=speed.input_length,
+            output_length=speed.output_length,
+        )
+        for concurrency in speed.concurrency
+    )
+    planned = {BASE: base}
+    for name in recipe.order():
+        variant = recipe.variants[name]
+        stage = plan_stage(recipe, variant, planned, parts)
+        planned[name] = replace(base, config=stage.output_config)
+    return PlannedRun(recipe, base, parts, windows, mmlu, workloads, planned)
+
+
+def plan_stage(
+    recipe: Recipe, variant: Variant, models: dict[str, Checkpoint], parts: TextParts
+) -> StagePlan:
+    """Plan the stage of one variant on the models that it needs."""
+    source = models[variant.from_]
+    if variant.quantize:
+        return plan_quantize(
+            source,
+            variant.quantize.preset,
+            group_size=variant.quantize.group_size,
+            ignore=variant.quantize.ignore,
+        )
+    if variant.prune:
+        return plan_prune(source, prune_plan(variant), parts.calibration)
+    plan = distill_plan(recipe, variant)
+    teacher = models[variant.distill.teacher] if variant.distill else source
+    return plan_distill(source, teacher, plan, parts.training, parts.calibration)
+
+
+def stage_runner(
+    recipe: Recipe, variant: Variant, models: dict[str, Checkpoint], parts: TextParts
+) -> Callable[[Path], Checkpoint]:
+    """The stage of one variant as a function of the folder to write."""
+    source = models[variant.from_]
+    if variant.quantize:
+        asked = variant.quantize
+        return lambda out: quantize(
+            source,
+            asked.preset,
+            out,
+            group_size=asked.group_size,
+            ignore=asked.ignore,
+            device=recipe.device,
+        )
+    if variant.prune:
+        return lambda out: prune(
+            source, prune_plan(variant), out, documents=parts.calibration, device=recipe.device
+        )
+    assert variant.distill is not None
+    teacher = models[variant.distill.teacher]
+    return lambda out: distill(
+        source,
+        teacher,
+        distill_plan(recipe, variant),
+        out,
+        documents=parts.training,
+        heldout=parts.calibration,
+        device=recipe.device,
+    )
+
+
+def prune_plan(variant: Variant) -> PrunePlan:
+    asked = variant.prune
+    assert asked is not None
+    return PrunePlan(
+        drop_layers=parse_layers(asked.drop_layers) if asked.drop_layers is not None else (),
+        layers=asked.layers,
+        sequences=asked.sequences,
+        length=asked.length,
+    )
+
+
+def distill_plan(recipe: Recipe, variant: Variant) -> DistillPlan:
+    assert variant.distill is not None
+    values = variant.distill.model_dump(exclude={"teacher"})
+    return DistillPlan(**values, seed=recipe.seed)
+
+
+def mmlu_plan(recipe: Recipe) -> MmluPlan:
+    asked = recipe.measure.mmlu
+    assert asked is not None
+    return MmluPlan(**asked.model_dump(), seed=recipe.seed)
+
+
+def describe(run: PlannedRun, out: Path) -> dict[str, Any]:
+    """The resolved plan with estimated memory, disk and time, for `--dry-run`.
+
+    Times come from a matmul timed now and the arithmetic of each step; they leave out start-up.
+    """
+    device = pick_device(run.recipe.device)
+    flops_per_s = model_flops(device)
+    stages: list[dict[str, Any]] = []
+    for name in run.recipe.order():
+        variant = run.recipe.variants[name]
+        stage = plan_stage(run.recipe, variant, run.planned, run.parts)
+        stages.append(
+            {
+                "variant": name,
+                "from": variant.from_,
+                "stage": stage.stage,
+                "parameters": stage.parameters,
+                "disk_bytes": stage.output_bytes,
+                "memory_bytes": stage.memory_bytes,
+                "seconds": round(stage.estimated_seconds(flops_per_s), 1),
+            }
+        )
+    measuring = _measure_flops(run) / flops_per_s
+    return {
+        "base": str(run.base.folder),
+        "layers": geometry_of(run.base).layers,
+        "parameters": geometry_of(run.base).parameters,
+        "device": str(device),
+        "free_memory_bytes": free_memory_bytes(device),
+        "out": str(out),
+        "text_sha256": run.parts.sha256,
+        "stages": stages,
+        "measure": run.recipe.measure.model_dump(mode="json"),
+        "estimated_disk_bytes": sum(s["disk_bytes"] for s in stages),
+        # base and variant are loaded together when their speed is compared
+        "estimated_peak_memory_bytes": max(
+            [s["memory_bytes"] for s in stages] + [2 * run.base.weight_bytes]
+        ),
+        "estimated_seconds": round(sum(s["seconds"] for s in stages) + measuring),
+    }
+
+
+def _measure_flops(run: PlannedRun) -> float:
+    """Arithmetic of evaluation and benchmark over the base and all variants."""
+    tokens = run.windows.numel()
+    if run.mmlu:
+        tokens += len(run.mmlu.questions) * 150 * (1 + run.recipe.measure.mmlu.shots)  # type: ignore[union-attr]
+    rounds = (run.recipe.measure.speed.repeats + 1) * 2
+    for w in run.workloads:
+        tokens += rounds * w.concurrency * (w.input_length + w.output_length)
+    return 2.0 * geometry_of(run.base).parameters * tokens * (1 + len(run.recipe.variants))
+
+
+def _load_text(text: str | Text) -> TextParts:
+    if isinstance(text, str):
+        return load_parts(text)
+    return text_parts(
+        load_documents(text.calibration),
+        load_documents(text.training),
+        load_documents(text.heldout),
+    )

@@ -1,0 +1,132 @@
+"""From measurements to `results.json`: one row a variant, the Pareto fronts, the three choices.
+
+Start at `assemble`. The schema is versioned; `docs/results.md` describes it.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import tinier
+from tinier.checkpoint import Checkpoint, scheme_of
+from tinier.families import geometry_of
+from tinier.recipe.plan import PlannedRun
+from tinier.recipe.schema import BASE
+from tinier.search import Candidate, choose, pareto_front
+
+SCHEMA = 1
+
+
+def assemble(
+    run: PlannedRun,
+    models: dict[str, Checkpoint],
+    measurements: dict[str, dict[str, Any]],
+    *,
+    environment: dict[str, Any],
+    command: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """The results of a run as plain JSON values."""
+    rows = [_row(run, name, models, measurements) for name in models]
+    compressed = rows[1:]
+    candidates = [
+        Candidate(
+            name=row["name"],
+            quality=row["retained_quality"],
+            speedup=row["speedup"],
+            shrinkage=row["shrinkage"],
+        )
+        for row in compressed
+    ]
+    choices = choose(candidates)
+    return {
+        "schema": SCHEMA,
+        "tinier": tinier.__version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "seconds": round(seconds, 1),
+        "seed": run.recipe.seed,
+        "recipe": run.recipe.model_dump(mode="json", by_alias=True),
+        "base_content_hash": run.base.hash,
+        "environment": environment,
+        "text_sha256": run.parts.sha256,
+        "variants": rows,
+        "pareto": {
+            "throughput": _front(rows, "speedup"),
+            "size": _front(rows, "shrinkage"),
+        },
+        "choices": asdict(choices) if choices else None,
+    }
+
+
+def _row(
+    run: PlannedRun,
+    name: str,
+    models: dict[str, Checkpoint],
+    measurements: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    checkpoint, base = models[name], models[BASE]
+    geometry = geometry_of(checkpoint)
+    scheme = scheme_of(checkpoint.config)
+    measured = measurements[name]
+    manifest = checkpoint.manifest
+    speed = _base_speed(measurements) if name == BASE else measured["speed"]["variant"]
+    paths = {} if name == BASE else measured["speed"]["paths"]
+    speedup = 1.0 if name == BASE else speed[-1]["ratio_to_base"]["median"]
+    candidate = Candidate(
+        name=name,
+        # the likelihood, per token of the base's own text, that is left: exp(-KL)
+        quality=math.exp(-measured["quality"]["kl"]),
+        speedup=speedup,
+        shrinkage=base.disk_bytes / checkpoint.disk_bytes,
+    )
+    return {
+        "name": name,
+        "from": None if name == BASE else run.recipe.variants[name].from_,
+        "stage": None if name == BASE or manifest is None else manifest.stage,
+        "checkpoint": str(base.folder) if name == BASE else f"variants/{name}",
+        "content_hash": checkpoint.hash,
+        "precision": scheme.label if scheme else str(checkpoint.dtype).removeprefix("torch."),
+        "layers": geometry.layers,
+        "parameters": geometry.parameters,
+        "disk_bytes": checkpoint.disk_bytes,
+        "weight_bytes": checkpoint.weight_bytes,
+        "bits_per_weight": 8 * checkpoint.weight_bytes / geometry.parameters,
+        "quality": measured["quality"],
+        "mmlu": measured.get("mmlu"),
+        "memory": measured["memory"],
+        "speed": speed,
+        "speedup": candidate.speedup,
+        "shrinkage": candidate.shrinkage,
+        "retained_quality": candidate.quality,
+        "collapsed": candidate.collapsed,
+        "stage_seconds": manifest.seconds if manifest else None,
+        "notes": [
+            f"no fast path on this device: {path}" for path, fast in paths.items() if not fast
+        ],
+        "warnings": manifest.warnings if manifest else [],
+    }
+
+
+def _base_speed(measurements: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The base's own figures: the median over all its turns, and their whole spread."""
+    turns = [m["speed"]["base"] for m in measurements.values() if "speed" in m]
+    merged = []
+    for same_workload in zip(*turns, strict=True):
+        row = dict(same_workload[0])
+        for figure, value in row.items():
+            if isinstance(value, dict) and "median" in value:
+                row[figure] = {
+                    "median": statistics.median(t[figure]["median"] for t in same_workload),
+                    "lowest": min(t[figure]["lowest"] for t in same_workload),
+                    "highest": max(t[figure]["highest"] for t in same_workload),
+                }
+        merged.append(row)
+    return merged
+
+
+def _front(rows: list[dict[str, Any]], gain: str) -> list[str]:
+    points = [(row[gain], row["retained_quality"]) for row in rows]
+    return [rows[i]["name"] for i in pareto_front(points)]

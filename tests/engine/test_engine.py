@@ -1,0 +1,187 @@
+"""The whole engine: greedy text is transformers', whatever the schedule."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import FAMILIES
+from tinier.checkpoint import Checkpoint
+from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.errors import InputError
+
+Tiny = Callable[..., Checkpoint]
+
+
+def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def engine(checkpoint: Checkpoint, **limits: int) -> Engine:
+    config = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4} | limits
+    return Engine(checkpoint, EngineConfig(device="cpu", **config))
+
+
+def transformers_greedy(checkpoint: Checkpoint, prompt: list[int], count: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    result: list[int] = out[0, len(prompt) :].tolist()
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(tiny: Tiny, family: str) -> None:
+    checkpoint = tiny(family)
+    params = SamplingParams(max_tokens=24)
+    for prompt in prompts(3):
+        (ours,) = engine(checkpoint).generate([prompt], params)
+        assert ours == transformers_greedy(checkpoint, prompt, 24)
+
+
+def test_batched_text_is_that_of_single_requests(tiny: Tiny) -> None:
+    checkpoint = tiny("qwen3")
+    params = SamplingParams(max_tokens=20)
+    single = [engine(checkpoint).generate([prompt], params)[0] for prompt in prompts(9)]
+    assert engine(checkpoint).generate(prompts(9), params) == single
+
+
+def test_chunked_prompts_give_the_same_text(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    params = SamplingParams(max_tokens=12)
+    asked = prompts(5, seed=1, longest=60)
+    whole = engine(checkpoint).generate(asked, params)
+    assert engine(checkpoint, max_step_tokens=7).generate(asked, params) == whole
+
+
+def test_preempted_requests_give_the_same_text_and_free_their_blocks(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    params = SamplingParams(max_tokens=40)
+    asked = prompts(8, seed=2)
+    roomy = engine(checkpoint).generate(asked, params)
+    block_bytes = 2 * 4 * 2 * 16 * 4 * 4  # k and v, layers, kv heads, head dim, float32, block
+    tight = engine(checkpoint, kv_cache_bytes=24 * block_bytes)
+    assert tight.num_blocks == 24
+    assert tight.generate(asked, params) == roomy
+    assert tight.num_preemptions > 0
+    assert tight.num_free_blocks == tight.num_blocks
+
+
+def test_requests_may_arrive_at_any_time(tiny: Tiny) -> None:
+    checkpoint = tiny("mistral", sliding_window=12)
+    params = SamplingParams(max_tokens=15)
+    asked = prompts(6, seed=3)
+    alone = [engine(checkpoint).generate([prompt], params)[0] for prompt in asked]
+    shared = engine(checkpoint)
+    requests = []
+    for prompt in asked:
+        requests.append(shared.add(prompt, params))
+        shared.step()
+        shared.step()
+    while shared.has_work:
+        shared.step()
+    assert [request.output for request in requests] == alone
+    assert shared.num_free_blocks == shared.num_blocks
+
+
+def test_sampling_depends_on_the_seed_alone(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=7)
+    asked = prompts(4)
+    (alone,) = engine(checkpoint).generate(asked[:1], params)
+    assert engine(checkpoint).generate(asked, params)[0] == alone
+    other = SamplingParams(max_tokens=20, temperature=1.0, seed=8)
+    assert engine(checkpoint).generate(asked[:1], other)[0] != alone
+
+
+def test_top_k_one_and_a_tiny_top_p_are_greedy(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    greedy = engine(checkpoint).generate(prompts(2), SamplingParams(max_tokens=10))
+    for params in (
+        SamplingParams(max_tokens=10, temperature=1.0, top_k=1),
+        SamplingParams(max_tokens=10, temperature=1.0, top_p=1e-6),
+    ):
+        assert engine(checkpoint).generate(prompts(2), params) == greedy
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    from tinier.engine.request import Request
+    from tinier.engine.sampler import sample
+
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    draws = []
+    for seed in range(2000):
+        params = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
+        draws += sample(logits.unsqueeze(0), [Request([1], params, 0.0)])
+    shares = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
+    # top_p 0.9 keeps the first three
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.04)
+    assert shares[3] == 0
+
+
+def test_stop_tokens_end_the_text_and_are_not_part_of_it(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    (text,) = engine(checkpoint).generate(prompts(1), SamplingParams(max_tokens=20))
+    stop = text[4]
+    params = SamplingParams(max_tokens=20, stop_token_ids=(stop,))
+    (stopped,) = engine(checkpoint).generate(prompts(1), params)
+    assert stopped == text[: text.index(stop)]
+
+
+def test_streaming_gives_tokens_one_by_one(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    params = SamplingParams(max_tokens=8)
+    stream = engine(checkpoint).stream(prompts(1)[0], params)
+    assert list(stream) == engine(checkpoint).generate(prompts(1), params)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 4, "prompt is empty"),
+        ([1, 2, 9999], 4, r"outside 0\.\.259"),
+        ([1] * 100, 60, "need 160 positions; this engine has 128"),
+    ],
+)
+def test_impossible_requests_are_refused(
+    tiny: Tiny, prompt: list[int], max_tokens: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        engine(tiny()).add(prompt, SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_impossible_sampling_is_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_impossible_limits_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="max_batch_size=0"):
+        EngineConfig(max_batch_size=0)
+    with pytest.raises(InputError, match="below max_batch_size"):
+        EngineConfig(max_batch_size=8, max_step_tokens=4)
+    with pytest.raises(InputError, match="no room for one block"):
+        engine(tiny(), kv_cache_bytes=10)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        Engine(tiny(), EngineConfig(device="cuda"))
+    with pytest.raises(InputError, match="'tpu' is not known"):
+        Engine(tiny(), EngineConfig(device="tpu"))

@@ -1,0 +1,249 @@
+"""The main job on a tiny model: results, resume, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tinier.checkpoint import Checkpoint
+from tinier.errors import InputError, OutputError, SchemeError, TextError
+from tinier.recipe import Recipe, describe, load_recipe, plan_recipe, run_recipe
+from tinier.report import load_results, markdown_table, table_rows, write_report
+
+Tiny = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}: {i} and {i} is {2 * i}. " * 3 for i in range(200)))
+    return path
+
+
+@pytest.fixture
+def values(tiny: Tiny, text_file: Path, mmlu_folder: Path) -> dict[str, Any]:
+    base = tiny(dtype=torch.bfloat16, max_position_embeddings=1024, num_hidden_layers=5)
+    return {
+        "base": str(base.folder),
+        "device": "cpu",
+        "text": str(text_file),
+        "variants": {
+            "fp8": {"quantize": {"preset": "fp8"}},
+            "int4": {"quantize": {"preset": "int4", "group_size": 32}},
+            "pruned": {"prune": {"layers": "40%", "sequences": 2, "length": 64}},
+            "distilled": {
+                "from": "pruned",
+                "distill": {
+                    "steps": 3, "batch": 2, "micro_batch": 2, "length": 64, "warmup_steps": 1,
+                },
+            },
+            "fp8-distilled": {"from": "distilled", "quantize": {"preset": "fp8"}},
+        },
+        "measure": {
+            "quality": {"windows": 2, "length": 64},
+            "speed": {
+                "concurrency": [1, 2], "input_length": 8, "output_length": 4, "repeats": 2,
+            },
+        },
+    }  # fmt: skip
+
+
+def recipe_of(values: dict[str, Any], tmp_path: Path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return load_recipe(path)
+
+
+def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
+    values["measure"]["mmlu"] = {"folder": "mmlu", "shots": 1, "sample": 6}
+    # a byte tokenizer has no token for " A" after "Answer:"; its letters share their first byte
+    recipe = recipe_of(values, tmp_path)
+    out = tmp_path / "run"
+    results = run_recipe(recipe, out, command="tinier run recipe.yaml")
+    rows = {row["name"]: row for row in results["variants"]}
+    assert list(rows) == ["base", "fp8", "int4", "pruned", "distilled", "fp8-distilled"]
+    assert rows["base"]["quality"]["kl"] == 0.0
+    assert rows["base"]["speedup"] == rows["base"]["shrinkage"] == 1.0
+    assert rows["base"]["retained_quality"] == 1.0
+    assert 0 < rows["fp8"]["quality"]["kl"] < rows["int4"]["quality"]["kl"]
+    assert [rows[n]["layers"] for n in rows] == [5, 5, 5, 3, 3, 3]
+    assert rows["fp8"]["bits_per_weight"] < 16 == pytest.approx(rows["base"]["bits_per_weight"])
+    assert rows["fp8"]["notes"] == [
+        "no fast path on this device: FP8 W8A8 expanded to bfloat16"
+    ]
+    for row in rows.values():
+        assert row["mmlu"]["questions"] == 6
+        assert len(row["speed"]) == 2
+        assert row["memory"]["peak_bytes"] > 0
+    assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert results["seed"] == 0
+    assert json.loads((out / "results.json").read_text()) == results
+    assert load_results(out) == results
+
+    write_report(results, out)
+    names = {path.name for path in out.iterdir()}
+    assert {"report.md", "pareto-throughput.svg", "pareto-throughput.png", "pareto-size.svg",
+            "pareto-size.png", "results.json", "variants", "measurements"} <= names  # fmt: skip
+    page = (out / "report.md").read_text()
+    assert markdown_table(results) in page
+    head, lines = table_rows(results)
+    assert len(lines) == 6
+    assert all(len(line) == len(head) for line in lines)
+    assert "MMLU %" in head
+
+
+def times(out: Path) -> dict[str, int]:
+    paths = [*out.glob("variants/*/tinier.json"), *out.glob("measurements/*.json")]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in paths}
+
+
+def test_what_is_done_is_not_done_again(
+    values: dict[str, Any], tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "run"
+    first = run_recipe(recipe_of(values, tmp_path), out, command="")
+    before = times(out)
+    assert len(before) == 5 + 6
+    second = run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert times(out) == before
+    for result in (first, second):
+        for key in ("created", "seconds"):
+            result.pop(key)
+    assert first == second
+
+    # another group size: int4 alone is made and measured again
+    values["variants"]["int4"]["quantize"]["group_size"] = 16
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    changed = {path for path, when in times(out).items() if before[path] != when}
+    assert changed == {"variants/int4/tinier.json", "measurements/int4.json"}
+
+    # other pruning: what comes after it too
+    before = times(out)
+    values["variants"]["pruned"]["prune"] = {"drop_layers": "2"}
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    changed = {path for path, when in times(out).items() if before[path] != when}
+    assert changed == {
+        f"{kind.format(name)}"
+        for name in ("pruned", "distilled", "fp8-distilled")
+        for kind in ("variants/{}/tinier.json", "measurements/{}.json")
+    }
+
+
+def test_a_damaged_variant_is_made_again(values: dict[str, Any], tmp_path: Path) -> None:
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    out = tmp_path / "run"
+    first = run_recipe(recipe_of(values, tmp_path), out, command="")
+    weights = out / "variants" / "fp8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    second = run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert first["variants"][1]["content_hash"] == second["variants"][1]["content_hash"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe_of(values, tmp_path)
+    command = [
+        sys.executable, "-m", "tinier.cli.main", "run", str(tmp_path / "recipe.yaml"),
+        "--out", str(tmp_path / "run"), "--quiet",
+    ]  # fmt: skip
+    whole = run_recipe(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "whole", command="")
+    kills = 0
+    for seconds in (6.0, 7.0, 8.0, 9.5, 11.0):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        for manifest in (tmp_path / "run").glob("variants/*/"):
+            if not manifest.name.startswith("."):
+                assert (manifest / "tinier.json").exists(), "a half-written variant is visible"
+    assert kills >= 2
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    resumed = load_results(tmp_path / "run")
+    for ours, theirs in zip(resumed["variants"], whole["variants"], strict=True):
+        assert ours["content_hash"] == theirs["content_hash"]
+        assert ours["quality"] == theirs["quality"]
+    leftovers = [p for p in (tmp_path / "run" / "variants").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "error", "message"),
+    [
+        (("variants", "int4", "quantize"), {"preset": "int4"}, SchemeError, "128 does not divide"),
+        (("variants", "fp8", "quantize"), {"preset": "fp7"}, SchemeError, "'fp7' is not known"),
+        (("variants", "fp8-distilled", "from"), "fp8", SchemeError, "is quantized already"),
+        (("variants", "pruned", "prune"), {"drop_layers": "3-9"}, InputError, "do not exist"),
+        (("variants", "pruned", "prune"), {"drop_layers": "0-4"}, InputError, "leaves none"),
+        (("variants", "distilled", "from"), "int4", SchemeError, "the student .* is quantized"),
+        (("variants", "distilled", "distill", "teacher"), "fp8", SchemeError, "the teacher"),
+        (("variants", "distilled", "distill", "batch"), 3, InputError, "does not divide batch=3"),
+        (("text",), "/nowhere.txt", TextError, "is no file and no folder"),
+        (("measure", "quality", "length"), 100_000, TextError, "less than one window"),
+        (("measure", "mmlu"), {"folder": "nowhere"}, TextError, "is no MMLU folder"),
+        (("measure", "speed", "output_length"), 1, InputError, "ITL needs two"),
+        (("device",), "tpu", InputError, "'tpu' is not known"),
+    ],
+)
+def test_mistakes_anywhere_are_found_before_any_work(
+    values: dict[str, Any],
+    tmp_path: Path,
+    path: tuple[str, ...],
+    value: object,
+    error: type[Exception],
+    message: str,
+) -> None:
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(error, match=message):
+        run_recipe(recipe_of(values, tmp_path), tmp_path / "run", command="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_pruning_removed_is_out_of_range(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["variants"]["again"] = {"from": "pruned", "prune": {"drop_layers": "3"}}
+    with pytest.raises(InputError, match="has layers 0 to 2"):
+        plan_recipe(recipe_of(values, tmp_path))
+
+
+def test_the_plan_names_stages_and_costs(values: dict[str, Any], tmp_path: Path) -> None:
+    plan = describe(plan_recipe(recipe_of(values, tmp_path)), tmp_path / "run")
+    assert [s["variant"] for s in plan["stages"]] == list(values["variants"])
+    assert plan["estimated_disk_bytes"] > 0
+    assert plan["estimated_seconds"] >= 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_runs_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="is not a run folder"):
+        run_recipe(recipe_of(values, tmp_path), other, command="")
+    assert [p.name for p in other.iterdir()] == ["mine.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(values: dict[str, Any], tmp_path: Path) -> None:
+    import fcntl
+
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    out = tmp_path / "run"
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    with (out / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another tinier is working"):
+            run_recipe(recipe_of(values, tmp_path), out, command="")

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from tinier.errors import RecipeError
+from tinier.recipe import load_recipe
+
+GOOD = """
+base: model
+variants:
+  small: {quantize: {preset: fp8}}
+  pruned: {prune: {layers: 25%}}
+  healed: {from: pruned, distill: {steps: 4, warmup_steps: 1}}
+"""
+
+
+def load(tmp_path: Path, text: str) -> object:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_a_good_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert recipe.order() == ["small", "pruned", "healed"]  # type: ignore[attr-defined]
+
+
+def test_order_follows_needs_not_the_file(tmp_path: Path) -> None:
+    text = """
+base: model
+variants:
+  c: {from: b, quantize: {preset: fp8}}
+  b: {from: a, distill: {teacher: d}}
+  a: {prune: {layers: 2}}
+  d: {prune: {layers: 1}}
+"""
+    assert load(tmp_path, text).order() == ["a", "d", "b", "c"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("base: model", "base: model\nseeed: 1", "seeed: unknown key. Did you mean 'seed'"),
+        ("preset: fp8", "prset: fp8", r"variants\.small\.quantize\.prset: unknown key. Did you mean 'preset'"),
+        ("{layers: 25%}", "{layer: 25%}", r"variants\.pruned\.prune\.layer: unknown key. Did you mean 'layers'"),
+        ("from: pruned", "frm: pruned", r"variants\.healed\.frm: unknown key. Did you mean 'from'"),
+        ("from: pruned", "from: prund", "needs 'prund', which does not exist. .* did you mean 'pruned'"),
+        ("from: pruned", "from: healed", "'healed' starts from itself|in a circle"),
+        ("prune: {", "from: healed, prune: {", "pruned, healed need each other in a circle"),
+        ("{prune: {layers: 25%}}", "{}", "has exactly one stage"),
+        ("{steps: 4,", "{steps: x,", r"variants\.healed\.distill\.steps: Input should be a valid integer"),
+        ("base: model", "bse: model", "bse: unknown key. Did you mean 'base'"),
+        ("  small:", "  base:", "are not 'base', which is the base model"),
+        ("  small:", "  a/b:", "names have letters"),
+        ("base: model", "base: model\nmeasure: {quality: {windws: 3}}", r"measure\.quality\.windws: unknown key. Did you mean 'windows'"),
+        ("base: model", "base: model\nmeasure: {speed: {repeats: 0}}", "greater than or equal to 1"),
+        ("base: model", "base: model\ntext: {heldot: x}", "heldot: unknown key. Did you mean 'heldout'"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_say_where_and_what(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in GOOD
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path, GOOD.replace(old, new))
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist. Start from recipes/demo.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load(tmp_path, "a: [")
+    with pytest.raises(RecipeError, match="not a mapping"):
+        load(tmp_path, "- a")
+
+
+def test_mmlu_folders_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD + "measure: {mmlu: {folder: data/mmlu}}\n")
+    assert recipe.measure.mmlu.folder == tmp_path / "data" / "mmlu"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["demo", "guide"])
+def test_recipes_of_the_repository_are_good(name: str) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    assert len(recipe.variants) >= 6

@@ -1,0 +1,109 @@
+"""The real model: SmolLM2-135M-Instruct, as the main job uses it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import shared_data
+from tinier.checkpoint import Checkpoint
+from tinier.engine import Engine, EngineConfig, SamplingParams, load_decoder
+from tinier.evaluation import MmluPlan, evaluate, evaluate_mmlu, load_mmlu, reference_states
+from tinier.families import geometry_of
+from tinier.pruning import PrunePlan, prune
+from tinier.quantization import quantize
+from tinier.text import load_part, load_tokenizer, token_windows
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+CPU = torch.device("cpu")
+
+
+def heldout(model: Checkpoint, count: int, length: int) -> torch.Tensor:
+    documents = load_part("builtin", "heldout")
+    return token_windows(load_tokenizer(model), documents, length=length, count=count)
+
+
+def test_it_is_the_model_that_it_should_be(smollm2: Checkpoint) -> None:
+    geometry = geometry_of(smollm2)
+    assert (geometry.layers, geometry.hidden, geometry.vocab) == (30, 576, 49_152)
+    assert geometry.parameters == 134_515_008
+    assert smollm2.dtype == torch.bfloat16
+    assert smollm2.manifest is not None
+    assert smollm2.manifest.stage == "convert"
+
+
+@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4"])
+def test_logits_of_every_variant_agree_with_transformers(
+    smollm2: Checkpoint, tmp_path: Path, preset: str | None
+) -> None:
+    model = smollm2
+    if preset:
+        group = 64 if preset == "int4" else None
+        model = quantize(smollm2, preset, tmp_path / "q", group_size=group)
+    windows = heldout(smollm2, 2, 64)
+    distances = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).eval()
+        with torch.no_grad():
+            expected = theirs(windows).logits.double()
+        decoder = load_decoder(model, device=CPU, dtype=dtype)
+        ours = decoder.logits(decoder.hidden_states(windows)).double()
+        distances[dtype] = ((ours - expected).norm() / expected.norm()).item()
+    # 8-bit activations: see tests/engine/test_decoder.py
+    limits = {None: (1e-5, 0.01), "fp8": (1e-3, 0.1), "int8": (0.05, 0.1), "int4": (1e-5, 0.02)}
+    assert distances[torch.float32] < limits[preset][0]
+    assert distances[torch.bfloat16] < limits[preset][1]
+
+
+def test_greedy_text_is_that_of_transformers_in_float32(smollm2: Checkpoint) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    config = EngineConfig(device="cpu", max_batch_size=3, max_seq_len=128)
+    engine = Engine(smollm2, config, dtype=torch.float32)
+    ours = engine.generate(ids, SamplingParams(max_tokens=24))
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32).eval()
+    for prompt, text in zip(ids, ours, strict=True):
+        tensor = torch.tensor([prompt])
+        out = theirs.generate(
+            tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=24, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert text == out[0, len(prompt) :].tolist()
+
+
+def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: Path) -> None:
+    windows = heldout(smollm2, 2, 256)
+    base = load_decoder(smollm2, device=CPU)
+    reference = reference_states(base, windows)
+    divergence = {}
+    for preset in ("fp8", "int4"):
+        group = 64 if preset == "int4" else None
+        made = quantize(smollm2, preset, tmp_path / preset, group_size=group)
+        decoder = load_decoder(made, device=CPU)
+        first, second = (evaluate(decoder, windows, reference) for _ in range(2))
+        assert first == second
+        assert first.kl is not None
+        divergence[preset] = first.kl
+    assert 0.005 < divergence["fp8"] < 0.1
+    assert 0.2 < divergence["int4"] < 0.8
+
+
+def test_pruning_picks_seven_inner_layers(smollm2: Checkpoint, tmp_path: Path) -> None:
+    documents = load_part("builtin", "calibration")
+    plan = PrunePlan(layers="25%", sequences=4, length=256)
+    made = prune(smollm2, plan, tmp_path / "pruned", documents=documents, device="cpu")
+    assert made.manifest is not None
+    dropped = made.manifest.measures["dropped_layers"]
+    assert len(dropped) == 7
+    assert not {0, 1, 29} & set(dropped)
+    assert geometry_of(made).layers == 23
+
+
+def test_mmlu_of_the_base_is_that_of_a_small_model(smollm2: Checkpoint) -> None:
+    plan = MmluPlan(folder=shared_data("mmlu"), shots=0, sample=100)
+    decoder = load_decoder(smollm2, device=CPU)
+    found = evaluate_mmlu(decoder, load_tokenizer(smollm2), load_mmlu(plan), 0)
+    assert 0.1 < found.accuracy < 0.45
+    assert found.questions == 100

@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tinier.errors import NetworkError, TextError
+from tinier.text import load_documents, load_part, load_parts
+from tinier.text.sources import _paragraphs, _squeeze
+
+
+def test_the_built_in_sample_has_three_parts_without_a_common_paragraph() -> None:
+    parts = load_parts("builtin")
+    heldout = {_squeeze(p) for d in parts.heldout for p in _paragraphs(d)}
+    for documents in (parts.calibration, parts.training):
+        assert not heldout & {_squeeze(p) for d in documents for p in _paragraphs(d)}
+    sizes = [sum(map(len, part)) for part in (parts.heldout, parts.calibration, parts.training)]
+    assert min(sizes) > 40_000
+    assert sizes[2] == max(sizes)
+    assert load_parts("builtin").sha256 == parts.sha256
+
+
+def test_a_file_is_one_document_and_splits_by_paragraph(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"paragraph {i} " * 10 for i in range(100)))
+    assert len(load_documents(str(path))) == 1
+    parts = load_parts(str(path))
+    assert len(parts.heldout) + len(parts.calibration) + len(parts.training) == 100
+    assert load_part(str(path), "heldout") == load_documents(str(path))
+
+
+def test_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three", "id": 1}\n')
+    table = pyarrow.table({"text": ["four", "", None, "five"]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    (tmp_path / "ignored.csv").write_text("six")
+    assert load_documents(str(tmp_path)) == ["one", "two", "three", "four", "five"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", '{"text": "a"}\n{"body": "b"}\n', r"bad\.jsonl:2 is not an object"),
+        ("bad.jsonl", "{", r"bad\.jsonl:1 is not an object"),
+        ("bad.parquet", "text", "is not a parquet file"),
+        ("bad.csv", "a,b", r"is of type '\.csv'\. Use \.txt"),
+        ("empty.txt", "  \n", "is empty"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(TextError, match=message):
+        load_documents(str(path))
+
+
+def test_parquet_without_a_text_column(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
+    with pytest.raises(TextError, match='no column "text"; its columns: body'):
+        load_documents(str(path))
+
+
+def test_binary_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TextError, match="not UTF-8"):
+        load_documents(str(path))
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="is no file and no folder"):
+        load_documents(str(tmp_path / "nothing"))
+    with pytest.raises(TextError, match=r"holds no file of \.txt"):
+        load_documents(str(tmp_path))
+
+
+def test_a_hub_dataset_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="cannot be downloaded"):
+        load_documents("hub:owner/name:config:train")
+
+
+def test_a_hub_dataset_without_the_package_says_what_to_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match=r"pip install 'tinier\[data\]'"):
+        load_documents("hub:owner/name")
+
+
+def test_json_lines_keep_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "Größe – 漢字"}), encoding="utf-8")
+    assert load_documents(str(path)) == ["Größe – 漢字"]
