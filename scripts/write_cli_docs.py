@@ -17,7 +17,14 @@ def cli_page() -> str:
             prog_name="tinier",
         )  # fmt: skip
         assert done.exit_code == 0, done.output
-        lines += [f"## {' '.join(['tinier', *arguments])}", "", "```", done.output.strip(), "```", ""]
+        lines += [
+            f"## {' '.join(['tinier', *arguments])}",
+            "",
+            "```",
+            done.output.strip(),
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 

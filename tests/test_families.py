@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.checkpoint import Checkpoint
 from tinier.families import FAMILIES as ROWS
 from tinier.families import geometry_of

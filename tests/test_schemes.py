@@ -32,7 +32,9 @@ def test_group_size_replaces_that_of_a_preset() -> None:
 
 def test_a_group_size_that_does_not_divide_says_which_do() -> None:
     scheme = PRESETS["int4"].scheme
-    with pytest.raises(SchemeError, match=r"128 does not divide the 576 .*Sizes that do: 16, 32, 64"):
+    with pytest.raises(
+        SchemeError, match=r"128 does not divide the 576 .*Sizes that do: 16, 32, 64"
+    ):
         scheme.check_fits("model.layers.0.self_attn.q_proj", 576)
     scheme.check_fits("model.layers.0.self_attn.q_proj", 512)
 

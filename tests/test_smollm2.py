@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import shared_data
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import shared_data
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, SamplingParams, load_decoder
 from tinier.evaluation import MmluPlan, evaluate, evaluate_mmlu, load_mmlu, reference_states

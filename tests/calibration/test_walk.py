@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.calibration import walk
 from tinier.checkpoint import Checkpoint
 from tinier.errors import TextError

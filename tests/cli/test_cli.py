@@ -129,7 +129,9 @@ def test_generate_streams_text(
     result = json.loads(as_json)
     assert result["text"] == stdout.removesuffix("\n")
     assert result["prompt_tokens"] == 5
-    done = tinier("generate", tiny(name="b").folder, "--prompt", "-", "--max-tokens", "2", stdin="Hi")
+    done = tinier(
+        "generate", tiny(name="b").folder, "--prompt", "-", "--max-tokens", "2", stdin="Hi"
+    )
     assert done.returncode == 0
 
 
@@ -178,6 +180,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_text_streams_hold_back_incomplete_characters() -> None:
     from tests.conftest import byte_tokenizer
+
     from tinier.engine.text import TextStream
 
     stream = TextStream(byte_tokenizer())

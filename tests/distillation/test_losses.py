@@ -32,9 +32,7 @@ def test_value_and_gradients_are_autograd_s(temperature: float, chunk: int) -> N
     head.requires_grad_()
     expected = plain_kl(student, head, teacher, teacher_head, temperature)
     wanted = torch.autograd.grad(3 * expected, (student, head))
-    loss = forward_kl(
-        student, head, teacher, teacher_head, temperature=temperature, chunk=chunk
-    )
+    loss = forward_kl(student, head, teacher, teacher_head, temperature=temperature, chunk=chunk)
     found = torch.autograd.grad(3 * loss, (student, head))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for ours, theirs in zip(found, wanted, strict=True):

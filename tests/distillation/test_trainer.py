@@ -29,11 +29,24 @@ def pair(tiny: Tiny, tmp_path: Path, **overrides: object) -> tuple[Checkpoint, C
     return prune(teacher, PrunePlan(drop_layers=(2,)), tmp_path / "student"), teacher
 
 
-def test_the_student_comes_nearer_to_the_teacher(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+            ],
+        ),
+    ],
+)
+def test_the_student_comes_nearer_to_the_teacher(tiny: Tiny, tmp_path: Path, device: str) -> None:
     student, teacher = pair(tiny, tmp_path)
     plan = dataclasses.replace(PLAN, steps=60)
     made = distill(
-        student, teacher, plan, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu"
+        student, teacher, plan, tmp_path / "out", documents=TEXT, heldout=HELD, device=device
     )
     assert made.manifest is not None
     measures = made.manifest.measures

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES, VOCAB
 from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
 from tinier.quantization import quantize
@@ -55,9 +55,7 @@ def test_logits_agree_in_bfloat16(
         return
     _, dense = logits_of_both(checkpoint)
     group = 32 if preset == "int4" else None
-    ours, theirs = logits_of_both(
-        quantize(checkpoint, preset, tmp_path / "q", group_size=group)
-    )
+    ours, theirs = logits_of_both(quantize(checkpoint, preset, tmp_path / "q", group_size=group))
     if preset == "int4":
         assert distance(ours, theirs) < 0.03
     # transformers computes the scales of 8-bit activations in bf16, the engine (as vLLM) in float32:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import InputError

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import byte_tokenizer, shared_data
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import byte_tokenizer, shared_data
 from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
 from tinier.errors import TextError

@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
 from tinier.evaluation import evaluate, reference_states
@@ -24,7 +24,10 @@ def test_figures_are_those_computed_from_transformers_logits(tiny: Tiny, family:
     with torch.no_grad():
         base, own = (
             torch.log_softmax(
-                AutoModelForCausalLM.from_pretrained(c.folder).eval()(tokens).logits[:, :-1].double(),
+                AutoModelForCausalLM.from_pretrained(c.folder)
+                .eval()(tokens)
+                .logits[:, :-1]
+                .double(),
                 dim=-1,
             )
             for c in (original, other)

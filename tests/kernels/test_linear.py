@@ -56,9 +56,7 @@ def build(
 @pytest.mark.parametrize(
     ("preset", "group_size"), [("fp8", None), ("int8", None), ("int4", 64), ("int4", 16)]
 )
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_path_computes_the_checkpoint_s_function(
@@ -74,7 +72,9 @@ def test_every_path_computes_the_checkpoint_s_function(
     scheme = preset_named(preset, group_size).scheme
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     rounded = dequantize_tokens(x, scheme.activations) if scheme.activations else x
-    expected = F.linear(rounded.double(), weight.double(), None if added is None else added.double())
+    expected = F.linear(
+        rounded.double(), weight.double(), None if added is None else added.double()
+    )
     error = (layer(x).double() - expected).norm() / expected.norm()
     assert error < tolerance
     assert layer(x).dtype == dtype

@@ -50,7 +50,8 @@ def test_each_bit_is_worth_about_six_decibels() -> None:
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(3))
     eight, four = (
         dequantize(
-            round_to_int(weight, bits=bits, group_size=128, scale_dtype=torch.float32), torch.float32
+            round_to_int(weight, bits=bits, group_size=128, scale_dtype=torch.float32),
+            torch.float32,
         )
         for bits in (8, 4)
     )

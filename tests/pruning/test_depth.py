@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.checkpoint import Checkpoint
 from tinier.errors import InputError, SchemeError, TextError
 from tinier.families import geometry_of, open_model
@@ -54,7 +54,11 @@ def test_it_is_a_plain_llama_that_needs_nothing_of_ours(tiny: Tiny, tmp_path: Pa
 
 def test_per_layer_settings_follow_their_layers(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(
-        "qwen2", num_hidden_layers=6, use_sliding_window=True, sliding_window=16, max_window_layers=3
+        "qwen2",
+        num_hidden_layers=6,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=3,
     )
     made = prune(source, PrunePlan(drop_layers=(1, 4)), tmp_path / "out")
     assert geometry_of(made).windows == (None, None, 16, 16)

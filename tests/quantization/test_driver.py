@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import FAMILIES
 from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.errors import OutputError, SchemeError
 from tinier.families import open_model
@@ -77,9 +77,15 @@ def test_embeddings_head_and_norms_are_untouched(tiny: Tiny, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         ({"preset": "int5"}, "preset 'int5' is not known"),
-        ({"preset": "int4"}, "128 does not divide the 64 input columns .* Sizes that do: 16, 32, 64"),
+        (
+            {"preset": "int4"},
+            "128 does not divide the 64 input columns .* Sizes that do: 16, 32, 64",
+        ),
         ({"preset": "int4", "group_size": 48}, "48 does not divide"),
-        ({"preset": "fp8", "ignore": ("*.q",)}, r"matches no layer\. Names look like model\.layers"),
+        (
+            {"preset": "fp8", "ignore": ("*.q",)},
+            r"matches no layer\. Names look like model\.layers",
+        ),
         ({"preset": "fp8", "ignore": ("*",)}, "leaves no layer to quantize"),
     ],
 )

@@ -57,9 +57,7 @@ variants:
         ("base: model", "base: model\ntext: {heldot: x}", "heldot: unknown key. Did you mean 'heldout'"),
     ],
 )  # fmt: skip
-def test_bad_recipes_say_where_and_what(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_bad_recipes_say_where_and_what(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
     with pytest.raises(RecipeError, match=message):
         load(tmp_path, GOOD.replace(old, new))

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from tests.conftest import byte_tokenizer
+
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError, TextError
 from tinier.text import load_tokenizer, tensor_sha256, token_windows

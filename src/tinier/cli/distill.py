@@ -40,7 +40,8 @@ def distill(
 ) -> None:
     """Train a smaller model towards the original.
 
-    The loss is the forward KL divergence of the output distributions. Stopped at any point, the same command goes on from the last saved state.
+    The loss is the forward KL divergence of the output distributions. Stopped at any point, the same
+    command goes on from the last saved state.
 
     \b
     Examples:

@@ -24,7 +24,8 @@ def run(
 ) -> None:
     """Make, measure and compare every variant of a recipe.
 
-    Leaves the checkpoints, results.json, the table (report.md) and the Pareto curves. A run that was stopped goes on where it was; what is done and unchanged is not done again.
+    Leaves the checkpoints, results.json, the table (report.md) and the Pareto curves. A run that was
+    stopped goes on where it was; what is done and unchanged is not done again.
 
     \b
     Examples:

@@ -138,7 +138,7 @@ def _read(path: Path, subject: str) -> list[Question]:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = csv.reader(stream)
         for row in rows:
-            if len(row) != 6 or row[5].strip() not in LETTERS or not row[5].strip():
+            if len(row) != 6 or row[5].strip() not in tuple(LETTERS):
                 raise TextError(
                     f"{path}:{rows.line_num} is not a row of question, four choices and one letter "
                     f"of {LETTERS}; it has {len(row)} fields: {row!r:.80}"
