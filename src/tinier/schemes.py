@@ -55,7 +55,7 @@ class Scheme:
         """Raise SchemeError unless a linear layer with `in_features` columns can be stored so."""
         size = self.weights.group_size
         if size is not None and in_features % size:
-            fitting = [d for d in (16, 32, 64, 96, 128, 192, 256) if in_features % d == 0]
+            fitting = [d for d in (16, 32, 64, 128, 256) if in_features % d == 0]
             raise SchemeError(
                 f"group size {size} does not divide the {in_features} input columns of {name}. "
                 f"Sizes that do: {', '.join(map(str, fitting)) or 'none of the usual ones'}. "

@@ -104,6 +104,7 @@ def times(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in paths}
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(
     values: dict[str, Any], tmp_path: Path, text_file: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_what_is_done_is_not_done_again(
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_variant_is_made_again(values: dict[str, Any], tmp_path: Path) -> None:
     values["variants"] = {"fp8": values["variants"]["fp8"]}
     out = tmp_path / "run"
@@ -238,9 +240,9 @@ def test_folders_that_are_no_runs_are_refused(values: dict[str, Any], tmp_path: 
 def test_two_runs_do_not_share_a_folder(values: dict[str, Any], tmp_path: Path) -> None:
     import fcntl
 
-    values["variants"] = {"fp8": values["variants"]["fp8"]}
     out = tmp_path / "run"
-    run_recipe(recipe_of(values, tmp_path), out, command="")
+    out.mkdir()
+    (out / "recipe.json").write_text("{}")  # what makes it a run folder
     with (out / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another tinier is working"):

@@ -106,7 +106,7 @@ def plan_prune(source: Checkpoint, plan: PrunePlan, documents: Sequence[str] = (
         # which layers go may be open still, and changes nothing but per-layer lists
         output_config=_pruned_config(source.config, set(plan.drop_layers or range(count)), total),
         output_bytes=_pruned_bytes(source, count),
-        memory_bytes=2 * SHARD_BYTES
+        memory_bytes=min(SHARD_BYTES, source.weight_bytes)
         + 4 * geometry.layer_parameters
         + 4 * plan.sequences * plan.length * geometry.hidden,
         flops=0.0 if plan.drop_layers else 2.0 * geometry.parameters * plan.sequences * plan.length,

@@ -78,7 +78,7 @@ def plan_quantize(
         output_config=source.config | {"quantization_config": block},
         output_bytes=_quantized_bytes(source, chosen.scheme.weights, ignored),
         # one shard waits to be written, and the largest tensor is held in float32 a few times
-        memory_bytes=2 * SHARD_BYTES + 16 * geometry.vocab * geometry.hidden,
+        memory_bytes=min(SHARD_BYTES, source.weight_bytes) + 16 * geometry.vocab * geometry.hidden,
         flops=0.0,
         code=CODE,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from tinier.checkpoint import write_atomically
 from tinier.errors import InputError
 from tinier.report.plots import draw_pareto
-from tinier.report.table import markdown_table
+from tinier.report.table import markdown, markdown_table, speed_rows
 
 _SCHEMA = 1
 
@@ -79,6 +79,10 @@ def _page(results: dict[str, Any]) -> str:
         "![quality against size](pareto-size.svg)",
         "",
         *[f"- {choice}" for choice in choices_text(results)],
+        "",
+        "## Speed",
+        "",
+        markdown(*speed_rows(results), text_columns=1),
         "",
         "## How it was measured",
         "",

@@ -25,9 +25,8 @@ def draw_pareto(results: dict[str, Any], folder: Path) -> list[Path]:
             x, y = row[gain], 100 * row["retained_quality"]
             color = "#b03a2e" if row["collapsed"] else "#1f6f8b"
             axes.scatter(x, y, s=48, color=color, alpha=1.0 if row["name"] in front else 0.45)
-            axes.annotate(
-                row["name"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9
-            )
+        for names, x, y in _labels(rows, gain):
+            axes.annotate(names, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9)
         line = sorted((r[gain], 100 * r["retained_quality"]) for r in rows if r["name"] in front)
         axes.plot(*zip(*line, strict=True), color="#1f6f8b", linewidth=1, linestyle="--", zorder=0)
         axes.set_xlabel(f"{label} (right is better)")
@@ -43,6 +42,19 @@ def draw_pareto(results: dict[str, Any], folder: Path) -> list[Path]:
             written.append(path)
         pyplot.close(figure)
     return written
+
+
+def _labels(rows: list[dict[str, Any]], gain: str) -> list[tuple[str, float, float]]:
+    """Text and place of each label; variants that lie on one spot share one."""
+    spread = max(row[gain] for row in rows) - min(row[gain] for row in rows) or 1.0
+    spots: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        spot = round(row[gain] / spread * 40), round(row["retained_quality"] * 40)
+        spots.setdefault(spot, []).append(row)
+    return [
+        (", ".join(row["name"] for row in here), here[0][gain], 100 * here[0]["retained_quality"])
+        for here in spots.values()
+    ]
 
 
 def _title(results: dict[str, Any]) -> str:

@@ -15,10 +15,39 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return head, [_row(row, has_mmlu) for row in results["variants"]]
 
 
+def speed_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of the speed of every variant under every workload."""
+    head = ["variant", "in flight", "latency ms", "TTFT ms", "ITL ms", "tok/s", "spread",
+            "requests/s", "×base"]  # fmt: skip
+    rows = []
+    for variant in results["variants"]:
+        for speed in variant["speed"]:
+            rate, ratio = speed["output_tokens_per_s"], speed["ratio_to_base"]
+            rows.append(
+                [
+                    variant["name"],
+                    str(speed["workload"]["concurrency"]),
+                    f"{speed['latency_ms']['median']:.0f}",
+                    f"{speed['ttft_ms']['median']:.0f}",
+                    f"{speed['itl_ms']['median']:.1f}",
+                    f"{rate['median']:.1f}",
+                    f"{rate['lowest']:.1f}–{rate['highest']:.1f}",
+                    f"{speed['requests_per_s']['median']:.2f}",
+                    f"{ratio['median']:.2f}" if ratio else "1.00",
+                ]
+            )
+    return head, rows
+
+
+def markdown(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:
+    """A markdown table; columns after the first `text_columns` are numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
+
+
 def markdown_table(results: Results) -> str:
-    head, rows = table_rows(results)
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """The final table as markdown."""
+    return markdown(*table_rows(results), text_columns=2)
 
 
 def _row(row: dict[str, Any], has_mmlu: bool) -> list[str]:
