@@ -3,7 +3,7 @@
 Llama-3.2-3B's weights are gated; its shape is not. Speed and memory are those of the shape; quality
 figures of random weights mean nothing and are left out of the summary. Distillation runs few steps.
 
-    python benchmarks/guide_shape.py --out DIR [--steps 2]
+    python benchmarks/guide_shape.py --out DIR [--steps 2] [--concurrency 1 64] [--repeats 5]
 """
 
 import argparse
@@ -58,6 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 64])
+    parser.add_argument("--output-length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     progress.enable()
     base = arguments.out / "llama-3.2-3b-random"
@@ -72,6 +75,11 @@ def main() -> None:
             variant["prune"]["sequences"] = 8
     recipe["measure"]["quality"]["windows"] = 8
     del recipe["measure"]["mmlu"]
+    recipe["measure"]["speed"] |= {
+        "concurrency": arguments.concurrency,
+        "output_length": arguments.output_length,
+        "repeats": arguments.repeats,
+    }
     path = arguments.out / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     results = run_recipe(load_recipe(path), arguments.out / "run", command="guide_shape.py")

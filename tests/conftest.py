@@ -31,7 +31,7 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-VOCAB = 260
+VOCAB = 264
 
 TinyMaker = Callable[..., Checkpoint]
 
@@ -80,10 +80,12 @@ def write_tiny(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, plus <bos> (256) and <eos> (257)."""
+    """One token a byte, plus <bos> (256), <eos> (257) and " A" to " D", which MMLU asks for."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<bos>": 256, "<eos>": 257}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary |= {f"Ġ{letter}": 258 + i for i, letter in enumerate("ABCD")}
+    merges = [("Ġ", letter) for letter in "ABCD"]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")

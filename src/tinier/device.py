@@ -2,6 +2,7 @@
 
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,11 +43,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of the peak, where the system lets a process do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or a sandbox
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def model_flops(device: torch.device) -> float:
     """FLOP/s that whole models reach in training and evaluation, for time estimates.
 
-    A bf16 matrix product timed now, in a few tenths of a second, times the share of it that
-    distillation of SmolLM2 reaches on two cores (benchmarks/results has the run).
+    A bf16 matrix product timed now, in a few tenths of a second, times about the share of it that
+    distillation of SmolLM2 reached on two cores.
     """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING
 
 from tinier.checkpoint import Checkpoint, open_checkpoint, resolve, scheme_of
-from tinier.errors import CheckpointError
+from tinier.errors import CheckpointError, InputError
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 EMBEDDING = "model.embed_tokens.weight"
@@ -131,6 +131,26 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """Raise InputError for sequences longer than the model has positions for."""
+    positions = geometry_of(checkpoint).max_positions
+    if length > positions:
+        raise InputError(
+            f"{length} tokens are more than the {positions} positions of {checkpoint.folder.name}. "
+            f"Use at most {positions}."
+        )
+
+
+def check_same_vocabulary(one: Checkpoint, other: Checkpoint) -> None:
+    """Raise InputError unless both models predict over the same number of tokens."""
+    sizes = geometry_of(one).vocab, geometry_of(other).vocab
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{one.folder.name} and {other.folder.name} have vocabularies of {sizes[0]} and "
+            f"{sizes[1]} tokens, and are compared token by token. Use models of the same family."
+        )
+
+
 def family_of(checkpoint: Checkpoint) -> Family:
     """The table row of a checkpoint. Raises CheckpointError for an unknown architecture."""
     architectures = checkpoint.config.get("architectures") or ["(none named)"]
@@ -214,6 +234,11 @@ def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tu
     if not geometry.tied_head:
         shapes[HEAD] = (geometry.vocab, geometry.hidden)
     scheme = scheme_of(checkpoint.config)
+    for quantized in (EMBEDDING, HEAD):
+        if quantized.replace(".weight", ".weight_scale") in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.folder} has a quantized {quantized}; tinier reads none."
+            )
     for i in range(geometry.layers):
         prefix = layer_name(i)
         for name, vector in (geometry.norms | geometry.biases).items():

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tinier.benchmark import Workload, compare_speed, environment, measure_memory
-from tinier.benchmark.memory import engine_for
-from tinier.benchmark.speed import Sample, _result
+from tinier.benchmark.speed import Sample, _result, engine_for
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine
 from tinier.errors import InputError
@@ -32,7 +31,7 @@ def test_figures_agree_with_each_other(tiny: Tiny) -> None:
 def test_definitions() -> None:
     own = [Sample(100, 20, 10, 50, 5), Sample(90, 20, 10, 60, 6), Sample(95, 20, 10, 70, 7)]
     base = [Sample(100, 20, 10, 25, 5), Sample(90, 20, 10, 20, 6), Sample(95, 20, 10, 70, 7)]
-    result = _result(WORKLOAD, own, base, is_base=False)
+    result = _result(WORKLOAD, own, base, {}, is_base=False)
     assert result.output_tokens_per_s.median == 60
     assert result.ratio_to_base is not None
     # 2, 3 and 1: each round against its own base

@@ -130,6 +130,39 @@ def test_shards_are_read_like_one_file(tiny: Tiny) -> None:
     assert {name: info.shape for name, info in sharded.tensors.items()} == shapes
 
 
+def test_an_index_that_is_a_list(tiny: Tiny) -> None:
+    folder = tiny().folder
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(CheckpointError, match="is not a safetensors index"):
+        open_model(folder)
+
+
+def test_a_type_that_does_not_fit_its_bytes(tiny: Tiny) -> None:
+    path = tiny().folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
+    with pytest.raises(CheckpointError, match=r"is corrupt: .* bytes, which is not .* of F16"):
+        open_model(path.parent)
+
+
+def test_a_quantized_head_is_refused(tiny: Tiny) -> None:
+    path = tiny().folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight_scale"] = torch.ones(264, 1)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"quantized lm_head\.weight"):
+        open_model(path.parent)
+
+
+def test_size_counts_what_makes_the_model(tiny: Tiny) -> None:
+    checkpoint = tiny()
+    before = checkpoint.disk_bytes
+    (checkpoint.folder / ".git").mkdir()
+    (checkpoint.folder / ".git" / "pack").write_bytes(b"x" * 1000)
+    (checkpoint.folder / "consolidated.safetensors").write_bytes(b"x" * 1000)
+    assert open_model(checkpoint.folder).disk_bytes == before
+
+
 def test_missing_shard(tiny: Tiny) -> None:
     folder = tiny().folder
     shard(folder)

@@ -38,6 +38,22 @@ def test_a_hub_id_without_network_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
         resolve("owner/model")
 
 
+def test_a_hub_id_may_carry_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sources, "_download", lambda *which: asked.append(which))
+    resolve("owner/model")
+    resolve("owner/model@v1.0")
+    resolve("owner/model", revision="abc")
+    assert asked == [("owner/model", None), ("owner/model", "v1.0"), ("owner/model", "abc")]
+    with pytest.raises(InputError, match="goes with a Hub id that has none"):
+        resolve("owner/model@v1.0", revision="abc")
+
+
+def test_an_impossible_hub_id() -> None:
+    with pytest.raises(CheckpointError, match="no valid Hub id"):
+        resolve("a/b--c")
+
+
 def test_the_built_in_model_without_network_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tinier.checkpoint import Checkpoint
 from tinier.distillation import DistillPlan, distill
 from tinier.distillation.trainer import _batch_indices, learning_rate
-from tinier.errors import InputError, MeasuredFailure, SchemeError, TextError
+from tinier.errors import InputError, MeasuredFailure, OutputError, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import quantize
@@ -105,9 +105,61 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert whole.manifest.measures["loss"] == resumed.manifest.measures["loss"]
 
 
+def test_a_kill_while_saving_loses_one_save_only(tiny: Tiny, tmp_path: Path) -> None:
+    from tinier.distillation import trainer
+
+    student, teacher = pair(tiny, tmp_path)
+    run = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
+    run._save([1.0, 2.0])
+    # what a kill leaves: an unfinished save, and an older one whose removal had begun
+    (tmp_path / "work" / "unfinished").mkdir()
+    (tmp_path / "work" / "step-000001").mkdir()
+    again = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
+    assert again._resume() == [1.0, 2.0]
+    again._save([1.0, 2.0, 3.0])
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["step-000003"]
+
+
+def test_a_full_disk_while_saving_keeps_the_older_state(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinier.distillation import trainer
+
+    student, teacher = pair(tiny, tmp_path)
+    run = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
+    run._save([1.0])
+
+    def full(_: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run._accelerator, "save_state", full)
+    with pytest.raises(OutputError, match="Is the disk full"):
+        run._save([1.0, 2.0])
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["step-000001"]
+
+
+def test_tensors_that_the_model_does_not_have_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    student, teacher = pair(tiny, tmp_path)
+    path = student.folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(8.0)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied, stored twice
+    save_file(tensors, path, {"format": "pt"})
+    made = distill(
+        open_model(student.folder), teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD,
+        device="cpu",
+    )  # fmt: skip
+    after = load_file(made.folder / "model.safetensors")
+    assert set(after) == set(tensors)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
+
+
 def test_state_of_another_run_is_not_continued(tiny: Tiny, tmp_path: Path) -> None:
     student, teacher = pair(tiny, tmp_path)
-    state = tmp_path / ".out.training" / "state"
+    state = tmp_path / ".out.training" / "step-000007"
     state.mkdir(parents=True)
     (state / "progress.json").write_text(json.dumps({"key": "other", "losses": [1.0] * 7}))
     made = distill(
@@ -157,6 +209,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tiny: Tiny, tmp_path: Path) 
         ({"lr": 1e-5, "min_lr": 1e-4}, "must lie between 0 and lr"),
         ({"steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"temperature": 0.0}, "temperature=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_plans(values: dict[str, float], message: str) -> None:
@@ -167,7 +220,7 @@ def test_bad_plans(values: dict[str, float], message: str) -> None:
 def test_bad_pairs(tiny: Tiny, tmp_path: Path) -> None:
     student, teacher = pair(tiny, tmp_path)
     other = tiny(name="other", vocab_size=300)
-    with pytest.raises(InputError, match="vocabularies of 260 and 300"):
+    with pytest.raises(InputError, match="vocabularies of 264 and 300"):
         distill(student, other, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD)
     small = quantize(student, "fp8", tmp_path / "q")
     with pytest.raises(SchemeError, match="the student .* is quantized"):

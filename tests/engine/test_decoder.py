@@ -59,9 +59,10 @@ def test_logits_agree_in_bfloat16(
     if preset == "int4":
         assert distance(ours, theirs) < 0.03
     # transformers computes the scales of 8-bit activations in bf16, the engine (as vLLM) in float32:
-    # other codes, but as near to the 16-bit model, and nearer to each other than to it
+    # other codes, but as near to the 16-bit model, and no farther from each other than two
+    # independent roundings of it, √2 times as far
     assert distance(ours, dense) < 1.1 * distance(theirs, dense)
-    assert distance(ours, theirs) < distance(theirs, dense)
+    assert distance(ours, theirs) < 1.42 * distance(theirs, dense)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +101,17 @@ def test_logits_agree_for_the_options_of_the_families(
     assert distance(*logits_of_both(tiny(family, **overrides))) < 1e-5
 
 
-def test_layers_left_in_16_bit_stay_so(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize(
+    "ignore", [("*.down_proj", "*.0.self_attn.*"), ("*.q_proj", "*.up_proj"), ("*.v_proj",)]
+)
+def test_layers_left_in_16_bit_stay_so(
+    tiny: Tiny, tmp_path: Path, preset: str, ignore: tuple[str, ...]
+) -> None:
     checkpoint = quantize(
-        tiny(), "int4", tmp_path / "q", group_size=32, ignore=("*.down_proj", "*.0.self_attn.*")
+        tiny(), preset, tmp_path / "q", group_size=32 if preset == "int4" else None, ignore=ignore
     )
-    assert distance(*logits_of_both(checkpoint)) < 1e-5
+    assert distance(*logits_of_both(checkpoint)) < (0.02 if preset == "int8" else 1e-5)
 
 
 def test_weight_bytes_count_a_tied_head_once(tiny: Tiny) -> None:

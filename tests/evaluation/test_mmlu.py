@@ -10,7 +10,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
 from tinier.errors import TextError
 from tinier.evaluation import MmluPlan, evaluate_mmlu, load_mmlu, mmlu
-from tinier.evaluation.mmlu import CATEGORIES, LETTERS
+from tinier.evaluation.mmlu import CATEGORIES
 
 Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
@@ -33,9 +33,8 @@ def test_answers_are_those_of_transformers(
     checkpoint = tiny(max_position_embeddings=2048)
     loaded = load_mmlu(MmluPlan(folder=mmlu_folder, shots=shots))
     tokenizer = byte_tokenizer()
-    # in a byte vocabulary " A" is two tokens, of which the first is the same for all letters
-    ids = [tokenizer(letter)["input_ids"][0] for letter in LETTERS]
-    monkeypatch.setattr(mmlu, "_letter_token", lambda _, letter: ids[LETTERS.index(letter)])
+    ids = mmlu.letter_tokens(tokenizer)
+    assert ids == [258, 259, 260, 261]
     monkeypatch.setattr(mmlu, "_BATCH_TOKENS", 3000)
     found = evaluate_mmlu(load_decoder(checkpoint, device=CPU), tokenizer, loaded, shots)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
@@ -58,9 +57,17 @@ def test_letters_follow_a_space(smollm2: Checkpoint) -> None:
     from tinier.text import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
-    assert [tokenizer.decode(mmlu._letter_token(tokenizer, x)) for x in LETTERS] == [
+    assert [tokenizer.decode(token) for token in mmlu.letter_tokens(tokenizer)] == [
         " A", " B", " C", " D",
     ]  # fmt: skip
+
+
+def test_a_tokenizer_without_letters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bytes_only(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    with pytest.raises(TextError, match="first tokens are equal"):
+        mmlu.letter_tokens(bytes_only)
 
 
 def test_samples_are_drawn_by_the_seed(mmlu_folder: Path) -> None:
@@ -106,6 +113,13 @@ def test_bad_plans(mmlu_folder: Path, values: dict[str, object], message: str) -
 def test_bad_folders(mmlu_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="is no MMLU folder"):
         load_mmlu(MmluPlan(folder=tmp_path))
+    path = mmlu_folder / "test" / "philosophy_test.csv"
+    content = path.read_bytes()
+    for broken, message in ((b"", "has no questions"), (b"\xff\xfe", "is not UTF-8")):
+        path.write_bytes(broken)
+        with pytest.raises(TextError, match=message):
+            load_mmlu(MmluPlan(folder=mmlu_folder))
+    path.write_bytes(content)
     (mmlu_folder / "dev" / "astronomy_dev.csv").unlink()
     with pytest.raises(TextError, match=r"astronomy_dev\.csv is missing"):
         load_mmlu(MmluPlan(folder=mmlu_folder))

@@ -99,6 +99,28 @@ def test_the_gpu_path_of_int4() -> None:
     assert isinstance(int4, Int4CudaLinear)
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("preset", ["fp8", "int8", "int4"])
+def test_parts_of_a_fused_layer_may_be_left_in_16_bit(preset: str, left_out: int) -> None:
+    scheme = preset_named(preset, 64 if preset == "int4" else None).scheme
+    parts, expected = [], []
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    for i, rows in enumerate((96, 32)):
+        weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(i))
+        if i == left_out:
+            parts.append(StoredLinear(weight, None, None))
+            expected.append(x @ weight.t())
+            continue
+        quantized = rtn(weight, scheme.weights, torch.float32)
+        stored = list(pack_linear(quantized, scheme).values())
+        parts.append(StoredLinear(stored[0], stored[1], None))
+        rounded = dequantize_tokens(x, scheme.activations) if scheme.activations else x
+        expected.append(rounded @ dequantize(quantized, torch.float32).t())
+    layer = make_linear(parts, scheme, torch.float32)
+    assert torch.allclose(layer(x), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-3)
+    assert "16-bit matmul" in layer.path
+
+
 def test_bytes_are_those_of_the_codes() -> None:
     int8, weight, _ = build("int8", None, torch.bfloat16, "cpu", bias=False)
     assert int8.num_bytes == weight.numel() + 4 * weight.shape[0]

@@ -139,8 +139,16 @@ def test_bad_plans(tiny: Tiny, tmp_path: Path, plan: PrunePlan, message: str) ->
 
 
 def test_short_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="less than one window of 512"):
-        prune(tiny(), PrunePlan(layers=1), tmp_path / "out", documents=["short"])
+    with pytest.raises(TextError, match="less than one window of 128"):
+        prune(tiny(), PrunePlan(layers=1, length=128), tmp_path / "out", documents=["short"])
+
+
+def test_windows_that_do_not_fit_the_model(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="512 tokens are more than the 256 positions of tiny"):
+        prune(tiny(), PrunePlan(layers=1), tmp_path / "out", documents=TEXT)
+    source = tiny("mistral", name="sliding", sliding_window=32)
+    with pytest.raises(TextError, match="128 tokens exceed sliding attention of 32"):
+        prune(source, PrunePlan(layers=1, length=128), tmp_path / "out", documents=TEXT)
 
 
 def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:

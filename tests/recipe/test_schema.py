@@ -54,6 +54,8 @@ variants:
         ("  small:", "  a/b:", "names have letters"),
         ("base: model", "base: model\nmeasure: {quality: {windws: 3}}", r"measure\.quality\.windws: unknown key. Did you mean 'windows'"),
         ("base: model", "base: model\nmeasure: {speed: {repeats: 0}}", "greater than or equal to 1"),
+        ("base: model", "base: model\nmeasure: {speed: {concurrency: []}}", "at least 1 item"),
+        ("base: model", "base: model\nseed: -1", "greater than or equal to 0"),
         ("base: model", "base: model\ntext: {heldot: x}", "heldot: unknown key. Did you mean 'heldout'"),
     ],
 )  # fmt: skip
@@ -70,11 +72,6 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         load(tmp_path, "a: [")
     with pytest.raises(RecipeError, match="not a mapping"):
         load(tmp_path, "- a")
-
-
-def test_mmlu_folders_are_relative_to_the_recipe(tmp_path: Path) -> None:
-    recipe = load(tmp_path, GOOD + "measure: {mmlu: {folder: data/mmlu}}\n")
-    assert recipe.measure.mmlu.folder == tmp_path / "data" / "mmlu"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["demo", "guide"])

@@ -45,4 +45,5 @@ def test_three_choices() -> None:
 def test_collapsed_variants_are_no_choice() -> None:
     assert choose([candidate("pruned", 0.3, 9.0, 9.0)]) is None
     assert choose([]) is None
+    assert choose([candidate("broken", float("nan"), 9.0, 9.0)]) is None
     assert candidate("pruned", 0.3, 9.0, 9.0).collapsed

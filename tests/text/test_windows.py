@@ -6,6 +6,7 @@ from tests.conftest import byte_tokenizer
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError, TextError
+from tinier.families import open_model
 from tinier.text import load_tokenizer, tensor_sha256, token_windows
 
 
@@ -37,6 +38,8 @@ def test_a_tokenizer_that_adds_bos_gets_it_in_every_window() -> None:
 def test_short_text_is_an_error() -> None:
     with pytest.raises(TextError, match="has 5 tokens, less than one window of 8"):
         token_windows(byte_tokenizer(), ["abc"], length=8)
+    with pytest.raises(TextError, match="0 windows were asked for"):
+        token_windows(byte_tokenizer(), ["abc"], length=8, count=0)
     with pytest.raises(TextError, match="too short"):
         token_windows(byte_tokenizer(), ["abc"], length=1)
 
@@ -47,6 +50,19 @@ def test_a_model_without_tokenizer_is_an_error(tiny: Callable[..., Checkpoint]) 
         path.unlink()
     with pytest.raises(CheckpointError, match="has no usable tokenizer"):
         load_tokenizer(checkpoint)
+
+
+def test_code_in_a_model_folder_never_runs(tiny: Callable[..., Checkpoint]) -> None:
+    import json
+
+    folder = tiny().folder
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        load_tokenizer(open_model(folder))
 
 
 def test_hash_tells_windows_apart() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from tinier.benchmark.speed import Workload, _prompts
+from tinier.benchmark.speed import Workload, engine_for, random_prompts
 from tinier.checkpoint import Checkpoint
 from tinier.device import peak_memory_bytes, pick_device
-from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.engine import Engine, SamplingParams
 from tinier.families import open_model
 
 
@@ -30,16 +30,6 @@ class ServingMemory:
     """Most in use while loading and serving: the process's on CPU, torch's on a GPU."""
     start_bytes: int
     """Of that, in use before the model was loaded: interpreter and libraries."""
-
-
-def engine_for(workload: Workload, device: str) -> EngineConfig:
-    """An engine with room for exactly this workload."""
-    return EngineConfig(
-        max_batch_size=workload.concurrency,
-        max_seq_len=workload.input_length + workload.output_length,
-        max_step_tokens=max(2048, workload.concurrency),
-        device=device,
-    )
 
 
 def measure_memory(checkpoint: Checkpoint, workload: Workload, device: str) -> ServingMemory:
@@ -58,7 +48,7 @@ def _serve_once(folder: Path, workload: Workload, device: str) -> ServingMemory:
     start = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     engine = Engine(open_model(folder), engine_for(workload, device))
     params = SamplingParams(max_tokens=workload.output_length)
-    engine.generate(_prompts(engine, workload, seed=0), params)
+    engine.generate(random_prompts(engine, workload, seed=0), params)
     return ServingMemory(
         weights_bytes=engine.decoder.weight_bytes,
         kv_bytes=engine.runner.kv_bytes,

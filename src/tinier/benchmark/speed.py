@@ -1,20 +1,23 @@
 """In-process speed of an engine, always beside the base model's in the same run.
 
-Start at `compare_speed`. A workload is `concurrency` requests of equal length that arrive together,
+Start at `bench`. A workload is `concurrency` requests of equal length that arrive together,
 greedy, with no stop token, prompts of random tokens. Definitions are AIPerf's: TTFT is first token
 minus arrival; ITL is (latency - TTFT) / (output tokens - 1); throughput counts output tokens over
 the wall time of the workload. Models take turns, and each round starts with another one, so that
 neither a warm cache nor a slow minute favours one of them.
 """
 
+import gc
 import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from tinier.engine import Engine, Request, SamplingParams
+from tinier.checkpoint import Checkpoint
+from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import InputError
+from tinier.families import check_length
 from tinier.progress import bar
 
 
@@ -63,8 +66,50 @@ class SpeedResult:
     itl_ms: Statistic
     output_tokens_per_s: Statistic
     requests_per_s: Statistic
+    paths: dict[str, bool]
+    """How the linear layers were multiplied, each with whether the device does so natively."""
     ratio_to_base: Statistic | None
     """Output tokens/s over the base's of the same round; None for a base measured alone."""
+
+
+def engine_for(workload: Workload, device: str) -> EngineConfig:
+    """An engine with room for exactly this workload."""
+    return EngineConfig(
+        max_batch_size=workload.concurrency,
+        max_seq_len=workload.input_length + workload.output_length,
+        max_step_tokens=max(2048, workload.concurrency),
+        device=device,
+    )
+
+
+def bench(
+    models: dict[str, Checkpoint],
+    workload: Workload,
+    *,
+    base: str,
+    repeats: int,
+    seed: int,
+    device: str,
+) -> dict[str, SpeedResult]:
+    """Load the models side by side and measure them by turns; they are freed before this returns.
+
+    models: by name, the one called `base` among them. Raises InputError for no repeats, or a
+    workload longer than a model has positions for, before anything is loaded.
+    """
+    if repeats < 1:
+        raise InputError(f"repeats={repeats}. Use 1 or more.")
+    for checkpoint in models.values():
+        check_length(checkpoint, workload.input_length + workload.output_length)
+    engines = {
+        name: Engine(checkpoint, engine_for(workload, device))
+        for name, checkpoint in models.items()
+    }
+    results = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)
+    del engines
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return results
 
 
 def compare_speed(
@@ -74,7 +119,7 @@ def compare_speed(
 
     engines: by name, the one called `base` among them.
     """
-    prompts = _prompts(engines[base], workload, seed)
+    prompts = random_prompts(engines[base], workload, seed)
     names = list(engines)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     label = f"speed, {workload.concurrency} at once"
@@ -86,10 +131,20 @@ def compare_speed(
                 if round_ > 0:  # round 0 warms up
                     samples[name].append(sample)
                 advance(1)
-    return {name: _result(workload, samples[name], samples[base], name == base) for name in names}
+    return {
+        name: _result(
+            workload,
+            samples[name],
+            samples[base],
+            engines[name].decoder.paths,
+            is_base=name == base,
+        )
+        for name in names
+    }
 
 
-def _prompts(engine: Engine, workload: Workload, seed: int) -> list[list[int]]:
+def random_prompts(engine: Engine, workload: Workload, seed: int) -> list[list[int]]:
+    """The workload's prompts: token ids drawn with `seed` from the whole vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     shape = (workload.concurrency, workload.input_length)
     ids: list[list[int]] = torch.randint(
@@ -120,7 +175,12 @@ def _inter_token_seconds(request: Request) -> float:
 
 
 def _result(
-    workload: Workload, samples: list[Sample], base: list[Sample], is_base: bool
+    workload: Workload,
+    samples: list[Sample],
+    base: list[Sample],
+    paths: dict[str, bool],
+    *,
+    is_base: bool,
 ) -> SpeedResult:
     def over_repeats(values: list[float]) -> Statistic:
         digits = [float(f"{value:.5g}") for value in values]
@@ -133,6 +193,7 @@ def _result(
     return SpeedResult(
         workload=workload,
         repeats=len(samples),
+        paths=paths,
         latency_ms=over_repeats([s.latency_ms for s in samples]),
         ttft_ms=over_repeats([s.ttft_ms for s in samples]),
         itl_ms=over_repeats([s.itl_ms for s in samples]),

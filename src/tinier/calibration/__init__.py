@@ -3,6 +3,6 @@
 Start at `walk`.
 """
 
-from tinier.calibration.walk import LayerStep, walk
+from tinier.calibration.walk import LayerStep, check_attention_window, walk
 
-__all__ = ["LayerStep", "walk"]
+__all__ = ["LayerStep", "check_attention_window", "walk"]

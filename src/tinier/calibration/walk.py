@@ -31,6 +31,17 @@ class LayerStep:
     """[windows, length, hidden]"""
 
 
+def check_attention_window(checkpoint: Checkpoint, length: int) -> None:
+    """Raise TextError for windows longer than a layer's sliding attention, which `walk` leaves out."""
+    windows = (w for w in geometry_of(checkpoint).windows if w is not None)
+    shortest = min(windows, default=length)
+    if length > shortest:
+        raise TextError(
+            f"windows of {length} tokens exceed sliding attention of {shortest}. "
+            f"Use --length {shortest} or less."
+        )
+
+
 @torch.no_grad()
 def walk(
     checkpoint: Checkpoint, windows: Tensor, *, device: torch.device, label: str
@@ -42,9 +53,7 @@ def walk(
     """
     geometry = geometry_of(checkpoint)
     length = windows.shape[1]
-    shortest = min((w for w in geometry.windows if w is not None), default=length)
-    if length > shortest:
-        raise TextError(f"windows of {length} tokens exceed sliding attention of {shortest}.")
+    check_attention_window(checkpoint, length)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
     # a rotary embedding computes its frequencies when it is made, so it must not be made on meta

@@ -110,7 +110,8 @@ def _to_grid(args: dict[str, Any], *, dynamic: bool) -> Grid:
         "symmetric": args.get("symmetric", True) is True,
         "dynamic": bool(args.get("dynamic", False)) is dynamic,
         "num_bits": args.get("num_bits") in ((8,) if args.get("type") == "float" else (4, 8)),
-        "strategy": args.get("strategy") in (("token",) if dynamic else ("channel", "group")),
+        "strategy": args.get("strategy")
+        == ("token" if dynamic else "group" if args.get("num_bits") == 4 else "channel"),
         "actorder": args.get("actorder") is None,
     }
     wrong = [name for name, good in supported.items() if not good]

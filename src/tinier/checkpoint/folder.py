@@ -7,6 +7,7 @@ that needs its own Python code is refused.
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ _SINGLE_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # what makes two checkpoints the same model: everything but our own note on how it was made
 _CONTENT_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
-# compressed-tensors stores the 2-D shape of a packed weight as data
-_INT64_SHAPE_SUFFIX = ".weight_shape"
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+         "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,13 @@ class Checkpoint:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all files in the folder."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Bytes of the files that make the model: its shards, configuration and tokenizer."""
+        shards = {info.file for info in self.tensors.values()}
+        return sum(
+            path.stat().st_size
+            for path in {p for pattern in _CONTENT_PATTERNS for p in self.folder.glob(pattern)}
+            if path.suffix != ".safetensors" or path.name in shards
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,8 +182,8 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     index_path = folder / _INDEX_NAME
     if index_path.exists():
         try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from None
         shards: dict[str, list[str]] = {}
         for tensor, shard in weight_map.items():
@@ -242,4 +248,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} is truncated or corrupt: its header describes {8 + header_bytes + end} bytes "
             f"and the file has {size}. Download it again."
         )
+    for name, info in tensors.items():
+        # a type that is not in the table is refused when the tensor's shape is checked or read
+        if info.dtype in _BITS and math.prod(info.shape) * _BITS[info.dtype] != 8 * info.num_bytes:
+            raise CheckpointError(
+                f"{path} is corrupt: {name} has {info.num_bytes} bytes, which is not "
+                f"{list(info.shape)} of {info.dtype}."
+            )
     return tensors

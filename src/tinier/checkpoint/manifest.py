@@ -30,8 +30,8 @@ class Manifest:
     seconds: float
     peak_memory_bytes: int
     device: str = "cpu"
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Measurements by layer or module name, such as `snr_db` of a quantized weight."""
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Measurements by layer or module name, such as `snr_db` of a quantized weight; None: exact."""
     measures: dict[str, Any] = field(default_factory=dict)
     """Measurements of the whole stage, such as the loss before and after distillation."""
     warnings: list[str] = field(default_factory=list)

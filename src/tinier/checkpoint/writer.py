@@ -35,8 +35,12 @@ def check_output(out: Path) -> None:
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
-    """Raise OutputError unless the disk that will hold `out` has room for `needed_bytes`."""
+    """Raise OutputError unless `out` can be written and its disk has room for `needed_bytes`."""
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(
+            f"{out} cannot be written: {parent} is not writable. Choose another --out."
+        )
     free = shutil.disk_usage(parent).free
     if needed_bytes > free:
         raise OutputError(
@@ -140,7 +144,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step: a reader or a kill sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.replace(path)
 
 

@@ -38,17 +38,14 @@ def bench(
     """
     from dataclasses import asdict
 
-    from tinier.benchmark import Workload, compare_speed, environment, measure_memory
-    from tinier.benchmark.memory import engine_for
+    from tinier.benchmark import Workload, environment, measure_memory
+    from tinier.benchmark import bench as run_bench
     from tinier.device import pick_device
-    from tinier.engine import Engine
     from tinier.errors import InputError
     from tinier.families import open_model
     from tinier.report.terminal import bench_text
 
     output.start(quiet=quiet, log_level=log_level)
-    if repeats < 1:
-        raise InputError(f"repeats={repeats}. Use 1 or more.")
     if not all(part.strip().isdigit() for part in concurrency.split(",")):
         raise InputError(f"concurrency {concurrency!r} is no list of numbers. Use 4 or 1,4,8.")
     workloads = [
@@ -58,13 +55,17 @@ def bench(
     checkpoints = {model: open_model(model, revision)}
     if against:
         checkpoints[against] = open_model(against)
-    base = against or model
     speed = []
     for workload in workloads:
-        engines = {n: Engine(c, engine_for(workload, device)) for n, c in checkpoints.items()}
-        measured = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)
+        measured = run_bench(
+            checkpoints,
+            workload,
+            base=against or model,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
         speed.append({name: asdict(result) for name, result in measured.items()})
-        del engines
     largest = max(workloads, key=lambda w: w.concurrency)
     memory = {n: asdict(measure_memory(c, largest, device)) for n, c in checkpoints.items()}
     data = {"model": model, "against": against, "environment": environment(pick_device(device)),

@@ -54,14 +54,17 @@ def eval_(
         load_mmlu,
         reference_states,
     )
-    from tinier.families import open_model
-    from tinier.report.terminal import quality_text
+    from tinier.families import check_length, check_same_vocabulary, open_model
+    from tinier.report.terminal import quality_text, size_of
     from tinier.text import load_part, load_tokenizer, token_windows
 
     output.start(quiet=quiet, log_level=log_level)
     place = pick_device(device)
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
+    check_length(checkpoint, length)
+    if original:
+        check_same_vocabulary(checkpoint, original)
     tokenizer = load_tokenizer(checkpoint)
     held = token_windows(tokenizer, load_part(text, "heldout"), length=length, count=windows)
     questions = None
@@ -72,9 +75,16 @@ def eval_(
         questions = load_mmlu(plan)
     reference = reference_states(load_decoder(original, device=place), held) if original else None
     decoder = load_decoder(checkpoint, device=place)
-    data = {"model": model, "against": against, "text": text, "windows": len(held),
-            "length": length, "quality": asdict(evaluate(decoder, held, reference)),
-            "mmlu": None}  # fmt: skip
+    data = {
+        "model": model,
+        "against": against,
+        "text": text,
+        "windows": len(held),
+        "length": length,
+        "size": size_of(checkpoint),
+        "quality": asdict(evaluate(decoder, held, reference)),
+        "mmlu": None,
+    }
     if questions:
         data["mmlu"] = asdict(evaluate_mmlu(decoder, tokenizer, questions, shots))
     output.result(quality_text(data), data, as_json=json)

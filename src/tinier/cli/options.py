@@ -9,7 +9,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Model folder, Hub id, .gguf file or built-in name (smollm2-135m).",
+        help="Model folder, Hub id (owner/name or owner/name@revision), .gguf file or built-in "
+        "name (smollm2-135m).",
         show_default=False,
     ),
 ]
@@ -28,7 +29,7 @@ TextSource = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal results.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]
 DryRun = Annotated[
     bool,

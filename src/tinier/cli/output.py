@@ -23,6 +23,11 @@ def start(*, quiet: bool, log_level: str) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    if not quiet:
+        # that switched the Hub's bars off too, and a download takes minutes
+        from huggingface_hub.utils import enable_progress_bars
+
+        enable_progress_bars()
     transformers_logging.set_verbosity_error()
 
 

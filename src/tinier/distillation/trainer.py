@@ -33,10 +33,10 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_config,
 )
-from tinier.device import peak_memory_bytes, pick_device
+from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
 from tinier.distillation.losses import forward_kl
-from tinier.errors import InputError, MeasuredFailure, SchemeError
-from tinier.families import geometry_of
+from tinier.errors import InputError, MeasuredFailure, OutputError, SchemeError
+from tinier.families import check_length, check_same_vocabulary, geometry_of
 from tinier.progress import bar, say
 from tinier.text import load_tokenizer, tensor_sha256, token_windows
 
@@ -86,6 +86,8 @@ class DistillPlan:
             raise InputError(
                 f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use fewer."
             )
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed}. Use 0 or more.")
         if self.temperature <= 0:
             raise InputError(f"temperature={self.temperature}. Use more than 0.")
 
@@ -115,12 +117,9 @@ def plan_distill(
             raise SchemeError(
                 f"the {role} {checkpoint.folder} is quantized. Distil first, then quantize the result."
             )
-    vocabularies = geometry_of(student).vocab, geometry_of(teacher).vocab
-    if vocabularies[0] != vocabularies[1]:
-        raise InputError(
-            f"student and teacher have vocabularies of {vocabularies[0]} and {vocabularies[1]} tokens; "
-            "distillation compares them token by token. Use a teacher of the same family."
-        )
+    check_same_vocabulary(student, teacher)
+    for checkpoint in (student, teacher):
+        check_length(checkpoint, plan.length)
     training, held = _windows(student, plan, documents, heldout)
     parameters = {k: v for k, v in asdict(plan).items() if k != "save_seconds"}
     parameters |= {
@@ -161,8 +160,11 @@ def distill(
     stage = plan_distill(student, teacher, plan, documents, heldout)
     training, held = _windows(student, plan, documents, heldout)
     place = pick_device(device)
+    reset_peak_memory(place)
     state_bytes = geometry_of(student).parameters * _STATE_BYTES
-    check_disk(out, student.disk_bytes + state_bytes)
+    check_disk(
+        out, student.disk_bytes + 2 * state_bytes
+    )  # the old state goes after the new one is whole
     run = _Training(student, teacher, plan, place, out.parent / f".{out.name}.training", stage.key)
     before = run.divergence(held)
     losses = run.train(training)
@@ -271,7 +273,11 @@ class _Training:
         writer = TensorWriter(folder)
         with self._source.reader() as read:
             for name in self._source.tensors:
-                writer.add(name, state[name].to(read(name).dtype))
+                stored = read(name)
+                # older checkpoints carry buffers that the model no longer has; a tied head that is
+                # stored all the same shares memory, which safetensors does not write
+                trained = state[name].to(stored.dtype, copy=True) if name in state else stored
+                writer.add(name, trained)
         writer.close()
 
     def forget(self) -> None:
@@ -306,28 +312,36 @@ class _Training:
         return round(total, 6)
 
     def _save(self, losses: list[float]) -> None:
-        """Save the state beside `out`, whole or not at all."""
-        fresh, current = self._work / "new", self._work / "state"
+        """Save the state beside `out`; the older state goes when the newer one is whole."""
+        fresh = self._work / "unfinished"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        self._accelerator.save_state(str(fresh))
-        progress = {"key": self._key, "losses": losses}
-        (fresh / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        shutil.rmtree(current, ignore_errors=True)
-        fresh.rename(current)
+        try:
+            self._accelerator.save_state(str(fresh))
+            progress = {"key": self._key, "losses": losses}
+            (fresh / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise OutputError(
+                f"the training state could not be saved in {self._work}: {error}. Is the disk full? "
+                "The state saved before is kept; the same command goes on from it."
+            ) from error
+        older = list(self._work.glob("step-*"))
+        fresh.rename(self._work / f"step-{len(losses):06d}")
+        for path in older:
+            shutil.rmtree(path)
 
     def _resume(self) -> list[float]:
-        """Load the saved state of the same run, if there is one; returns the losses so far."""
-        path = self._work / "state" / "progress.json"
-        if not path.exists():
-            return []
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        if progress["key"] != self._key:
-            return []
-        self._accelerator.load_state(str(self._work / "state"))
-        losses: list[float] = progress["losses"]
-        say(f"distil: goes on after step {len(losses)} of {self._plan.steps}")
-        return losses
+        """Load the latest saved state of the same run, if there is one; returns the losses so far."""
+        for state in sorted(self._work.glob("step-*"), reverse=True):
+            path = state / "progress.json"
+            progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if progress.get("key") == self._key:
+                self._accelerator.load_state(str(state))
+                losses: list[float] = progress["losses"]
+                say(f"distil: goes on after step {len(losses)} of {self._plan.steps}")
+                return losses
+        return []
 
 
 def _windows(

@@ -1,7 +1,7 @@
 """The engine: add requests, call `step()` until they are done.
 
 engine = Engine(open_model("smollm2-135m"), EngineConfig())
-for text_ids in engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16)): ...
+for output_ids in engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16)): ...
 """
 
 import logging
@@ -65,6 +65,12 @@ class Engine:
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this
         vocabulary."""
+        self._check(prompt, params)
+        request = Request(prompt, params, arrived=time.perf_counter())
+        self._scheduler.add(request)
+        return request
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
             raise InputError("the prompt is empty. Give at least one token.")
         if not all(0 <= token < self.decoder.geometry.vocab for token in prompt):
@@ -76,9 +82,6 @@ class Engine:
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) need {total} "
                 f"positions; this engine has {room}. Shorten one of them."
             )
-        request = Request(prompt, params, arrived=time.perf_counter())
-        self._scheduler.add(request)
-        return request
 
     def step(self) -> list[Request]:
         """Compute one step; returns the requests that got a token."""
@@ -98,6 +101,8 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
         """Output ids of each prompt, computed together."""
+        for prompt in prompts:  # all or none
+            self._check(prompt, params)
         requests = [self.add(prompt, params) for prompt in prompts]
         while self.has_work:
             self.step()

@@ -50,8 +50,6 @@ class Scheduler:
             if count and self._make_room(request, request.num_computed + count):
                 chunks.append(Chunk(request, request.num_computed, count))
                 budget -= count
-        # a victim of preemption must not be computed, even where it was already picked
-        chunks = [chunk for chunk in chunks if chunk.request in self.running]
         while self.waiting and budget and len(self.running) < self._max_batch_size:
             request = self.waiting[0]
             count = min(budget, request.num_tokens)

@@ -7,6 +7,7 @@ most likely next. Each subject counts by its questions (micro average), as the o
 """
 
 import csv
+import io
 import math
 import random
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def load_mmlu(plan: MmluPlan) -> Mmlu:
 
 def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
     """Ask every question. Batches are padded on the right, behind the token that is read."""
-    letters = torch.tensor([_letter_token(tokenizer, letter) for letter in LETTERS])
+    letters = torch.tensor(letter_tokens(tokenizer))
     prompts = [tokenizer(_prompt(q, mmlu.examples.get(q.subject, [])))["input_ids"]
                for q in mmlu.questions]  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -135,7 +136,11 @@ def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> M
 
 def _read(path: Path, subject: str) -> list[Question]:
     questions = []
-    with path.open(encoding="utf-8", newline="") as stream:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}") from None
+    with io.StringIO(text, newline="") as stream:
         rows = csv.reader(stream)
         for row in rows:
             if len(row) != 6 or row[5].strip() not in tuple(LETTERS):
@@ -145,6 +150,8 @@ def _read(path: Path, subject: str) -> list[Question]:
                 )
             choices = (row[1], row[2], row[3], row[4])
             questions.append(Question(subject, row[0], choices, LETTERS.index(row[5].strip())))
+    if not questions:
+        raise TextError(f"{path} has no questions.")
     return questions
 
 
@@ -160,11 +167,22 @@ def _ask(question: Question) -> str:
     return "\n".join([question.text, *lines, "Answer:"])
 
 
-def _letter_token(tokenizer: Any, letter: str) -> int:
-    """The token that follows "Answer:" when the answer is `letter`."""
+def letter_tokens(tokenizer: Any) -> list[int]:
+    """The token that follows "Answer:" for each letter.
+
+    Raises TextError for a tokenizer in which they do not differ there.
+    """
     before = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
-    after = tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"]
-    return int(after[len(before)])
+    tokens = []
+    for letter in LETTERS:
+        after = tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"]
+        tokens.append(int(after[len(before)]))
+    if len(set(tokens)) < len(LETTERS):
+        raise TextError(
+            "this model's tokenizer splits ' A' to ' D' so that the first tokens are equal; MMLU by "
+            "log-likelihood of one token cannot be asked of it. Leave MMLU out."
+        )
+    return tokens
 
 
 def _batches(order: list[int], lengths: list[int]) -> list[list[int]]:

@@ -31,12 +31,12 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    perplexity: float
-    """exp(mean negative log-likelihood per token)"""
-    nll_stderr: float
-    """Standard error of the mean negative log-likelihood, over windows."""
+    perplexity: float | None
+    """exp(mean negative log-likelihood per token); None where the logits are not numbers"""
+    nll_stderr: float | None
+    """Standard error of the mean negative log-likelihood, over windows; None for one window."""
     kl: float | None
-    """Mean KL(original ‖ this) per token in nats; None without an original."""
+    """Mean KL(original ‖ this) per token in nats; None without an original, or without numbers."""
     kl_stderr: float | None
     """Standard error of that mean, over windows."""
     top1_agreement: float | None
@@ -65,9 +65,9 @@ def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = No
     kl = torch.tensor([s[1] for s in sums], dtype=torch.float64) / per_window
     tokens = per_window * len(sums)
     return Quality(
-        perplexity=math.exp(nll.mean().item()),
+        perplexity=_finite(torch.exp(nll.mean())),
         nll_stderr=_stderr(nll),
-        kl=kl.mean().item() if reference else None,
+        kl=_finite(kl.mean()) if reference else None,
         kl_stderr=_stderr(kl) if reference else None,
         top1_agreement=sum(s[2] for s in sums) / tokens if reference else None,
         tokens=tokens,
@@ -110,7 +110,12 @@ def _batches(decoder: Decoder, windows: Tensor, label: str) -> list[Tensor]:
     return states
 
 
-def _stderr(means: Tensor) -> float:
+def _stderr(means: Tensor) -> float | None:
     if len(means) < 2:
-        return math.nan
-    return (means.std(unbiased=True) / math.sqrt(len(means))).item()
+        return None
+    return _finite(means.std(unbiased=True) / math.sqrt(len(means)))
+
+
+def _finite(value: Tensor) -> float | None:
+    # None, not NaN: JSON has no NaN
+    return value.item() if torch.isfinite(value) else None

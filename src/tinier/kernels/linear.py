@@ -153,12 +153,31 @@ class Int4CudaLinear(Linear):
         return out if self.bias is None else out + self.bias
 
 
+class StackedLinear(Linear):
+    """Parts that share an input and are stored in different ways, one after the other."""
+
+    def __init__(self, parts: list[Linear]) -> None:
+        super().__init__(None)
+        self.parts = parts
+        self.path = " + ".join(dict.fromkeys(part.path for part in parts))
+        self.fast = all(part.fast for part in parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
 def make_linear(parts: list[StoredLinear], scheme: Scheme | None, dtype: torch.dtype) -> Linear:
     """One layer over the stacked rows of `parts`, on the device that their tensors are on.
 
-    dtype: what the decoder computes in. scheme: that of the parts, which are either all quantized
-    or all not.
+    dtype: what the decoder computes in. scheme: that of the parts that have a scale; a checkpoint
+    may leave some of them in 16 bit.
     """
+    if len({part.scale is None for part in parts}) > 1:
+        return StackedLinear([make_linear([part], scheme, dtype) for part in parts])
     bias = _stack([p.bias for p in parts if p.bias is not None], dtype)
     if scheme is None or parts[0].scale is None:
         weight = _stack([p.weight for p in parts], dtype)

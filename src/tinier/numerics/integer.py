@@ -34,7 +34,7 @@ def round_to_int(
     lowest, highest = int_range(bits)
     groups = _in_groups(weight.float(), group_size)  # [out, groups, size]
     scale = groups.abs().amax(dim=-1) / ((highest - lowest) / 2)
-    scale = _storable(scale, scale_dtype)
+    scale = storable_scale(scale, scale_dtype)
     codes = (groups / scale.float().unsqueeze(-1)).round_().clamp_(lowest, highest)
     return Quantized(codes.reshape(weight.shape).to(torch.int8), scale)
 
@@ -42,7 +42,7 @@ def round_to_int(
 def quantize_tokens_int8(x: Tensor) -> Quantized:
     """Activations to INT8 with one scale per token (row). x: [..., in]; scale: [..., 1], float32."""
     x = x.float()
-    scale = _storable(x.abs().amax(dim=-1, keepdim=True) / 127.5, torch.float32)
+    scale = storable_scale(x.abs().amax(dim=-1, keepdim=True) / 127.5, torch.float32)
     return Quantized((x / scale).round_().clamp_(-128, 127).to(torch.int8), scale)
 
 
@@ -60,7 +60,8 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.reshape(weight.shape[0], columns // size, size)
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it is stored; 1 where it would be 0."""
     # an all-zero group would give scale 0 and codes 0/0; any other scale represents it exactly
     scale = scale.to(dtype)
     return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tinier.calibration import check_attention_window
 from tinier.checkpoint import (
     SHARD_BYTES,
     Checkpoint,
@@ -27,9 +28,9 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_config,
 )
-from tinier.device import peak_memory_bytes, pick_device
+from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
 from tinier.errors import InputError, SchemeError
-from tinier.families import geometry_of
+from tinier.families import check_length, geometry_of
 from tinier.progress import bar
 from tinier.pruning.importance import block_influence
 from tinier.text import load_tokenizer, tensor_sha256, token_windows
@@ -96,6 +97,8 @@ def plan_prune(source: Checkpoint, plan: PrunePlan, documents: Sequence[str] = (
     parameters: dict[str, Any] = {"count": count, "drop_layers": list(plan.drop_layers)}
     if not plan.drop_layers:
         # which layers go is an outcome; these decide it
+        check_length(source, plan.length)
+        check_attention_window(source, plan.length)
         windows = _calibration_windows(source, plan, documents)
         parameters |= {"sequences": len(windows), "length": plan.length}
         parameters["windows_sha256"] = tensor_sha256(windows)
@@ -131,6 +134,7 @@ def prune(
     check_output(out)
     stage = plan_prune(source, plan, documents)
     place = pick_device(device)
+    reset_peak_memory(place)
     scores: list[float] = []
     dropped = list(plan.drop_layers)
     if not dropped:

@@ -6,6 +6,7 @@ compressed-tensors format. Does not choose codes itself: the algorithms are file
 """
 
 import fnmatch
+import math
 import re
 import time
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from tinier.checkpoint import (
     write_config,
 )
 from tinier.checkpoint.folder import TensorReader
-from tinier.device import peak_memory_bytes, pick_device
+from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
 from tinier.errors import SchemeError
 from tinier.families import geometry_of, layer_name
 from tinier.numerics import dequantize, snr_db
@@ -104,6 +105,7 @@ def quantize(
     chosen = preset_named(preset, group_size)
     ignored = plan.parameters["ignore"]
     place = pick_device(device)
+    reset_peak_memory(place)
     with atomic_folder(out, needed_bytes=plan.output_bytes) as partial:
         with source.reader(place) as read:
             layers = _write_tensors(source, read, chosen, set(ignored), partial)
@@ -138,11 +140,11 @@ def _quantized_bytes(source: Checkpoint, grid: Grid, ignored: list[str]) -> int:
 
 def _write_tensors(
     source: Checkpoint, read: TensorReader, preset: Preset, ignored: set[str], folder: Path
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Write every tensor, quantized or as it is; returns the error of each quantized layer."""
     algorithm = ALGORITHMS[preset.algorithm]
     writer = TensorWriter(folder)
-    layers: dict[str, dict[str, float]] = {}
+    layers: dict[str, dict[str, float | None]] = {}
     linears = {
         f"{layer_name(i)}.{name}.weight"
         for i in range(geometry_of(source).layers)
@@ -155,7 +157,8 @@ def _write_tensors(
             if tensor in linears and linear not in ignored:
                 quantized = algorithm(weight, preset.scheme.weights, source.dtype)
                 rounded = dequantize(quantized, weight.dtype)
-                layers[linear] = {"snr_db": round(snr_db(weight, rounded), 3)}
+                ratio = snr_db(weight, rounded)
+                layers[linear] = {"snr_db": round(ratio, 3) if math.isfinite(ratio) else None}
                 for name, part in pack_linear(quantized, preset.scheme).items():
                     writer.add(f"{linear}.{name}", part)
             else:
@@ -185,13 +188,13 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
     return sorted(matched, key=_natural)
 
 
-def _warnings(layers: dict[str, dict[str, float]], ignored: list[str]) -> list[str]:
-    poor = [name for name, measures in layers.items() if measures["snr_db"] < _POOR_SNR_DB]
+def _warnings(layers: dict[str, dict[str, float | None]], ignored: list[str]) -> list[str]:
     warnings = [f"left in 16 bit: {name}" for name in ignored]
-    return warnings + [
-        f"weights of {name} keep only {layers[name]['snr_db']} dB of signal over rounding noise"
-        for name in poor
-    ]
+    for name, measures in layers.items():
+        ratio = measures["snr_db"]
+        if ratio is not None and ratio < _POOR_SNR_DB:
+            warnings.append(f"weights of {name} keep only {ratio} dB of signal over rounding noise")
+    return warnings
 
 
 def _natural(name: str) -> list[str | int]:

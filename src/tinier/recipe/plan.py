@@ -19,7 +19,7 @@ from tinier.distillation import DistillPlan, distill, plan_distill
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
-from tinier.families import geometry_of, open_model
+from tinier.families import check_length, geometry_of, open_model
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import plan_quantize, quantize
 from tinier.recipe.schema import BASE, Recipe, Text, Variant
@@ -54,13 +54,14 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     base = open_model(recipe.base, recipe.revision)
     if "quantization_config" in base.config:
         raise InputError(f"the base model {recipe.base} is quantized. Give the 16-bit model.")
+    quality, speed = recipe.measure.quality, recipe.measure.speed
+    for length in (quality.length, speed.input_length + speed.output_length):
+        check_length(base, length)
     parts = _load_text(recipe.text)
-    quality = recipe.measure.quality
     windows = token_windows(
         load_tokenizer(base), parts.heldout, length=quality.length, count=quality.windows
     )
     mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
-    speed = recipe.measure.speed
     workloads = tuple(
         Workload(
             concurrency=concurrency,

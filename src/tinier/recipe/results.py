@@ -26,7 +26,7 @@ def assemble(
     *,
     environment: dict[str, Any],
     command: str,
-    seconds: float,
+    measuring_seconds: float,
 ) -> dict[str, Any]:
     """The results of a run as plain JSON values."""
     rows = [_row(run, name, models, measurements) for name in models]
@@ -46,7 +46,9 @@ def assemble(
         "tinier": tinier.__version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
-        "seconds": round(seconds, 1),
+        "seconds": round(
+            measuring_seconds + sum(row["stage_seconds"] or 0.0 for row in compressed), 1
+        ),
         "seed": run.recipe.seed,
         "recipe": run.recipe.model_dump(mode="json", by_alias=True),
         "base_content_hash": run.base.hash,
@@ -75,10 +77,11 @@ def _row(
     speed = _base_speed(measurements) if name == BASE else measured["speed"]["variant"]
     paths = {} if name == BASE else measured["speed"]["paths"]
     speedup = 1.0 if name == BASE else speed[-1]["ratio_to_base"]["median"]
+    kl = measured["quality"]["kl"]
     candidate = Candidate(
         name=name,
         # the likelihood, per token of the base's own text, that is left: exp(-KL)
-        quality=math.exp(-measured["quality"]["kl"]),
+        quality=0.0 if kl is None else math.exp(-kl),
         speedup=speedup,
         shrinkage=base.disk_bytes / checkpoint.disk_bytes,
     )
@@ -106,7 +109,10 @@ def _row(
         "notes": [
             f"no fast path on this device: {path}" for path, fast in paths.items() if not fast
         ],
-        "warnings": manifest.warnings if manifest else [],
+        "warnings": [
+            *(manifest.warnings if manifest else []),
+            *(["its logits are not numbers"] if kl is None else []),
+        ],
     }
 
 

@@ -19,26 +19,28 @@ from typing import Any
 
 import torch
 
-from tinier.benchmark import compare_speed, environment, measure_memory
-from tinier.benchmark.memory import engine_for
+from tinier.benchmark import bench, environment, measure_memory
 from tinier.checkpoint import (
     Checkpoint,
+    check_disk,
     code_digest,
     open_checkpoint,
     write_atomically,
 )
 from tinier.device import pick_device
-from tinier.engine import Decoder, Engine, load_decoder
+from tinier.engine import Decoder, load_decoder
 from tinier.errors import CheckpointError, OutputError
 from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
-from tinier.families import open_model
 from tinier.progress import say
 from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
 from tinier.recipe.results import assemble
 from tinier.recipe.schema import BASE, Recipe
 from tinier.text import load_tokenizer, tensor_sha256
 
-CODE = code_digest("numerics", "checkpoint", "kernels", "engine", "text", "evaluation", "benchmark")
+CODE = code_digest(
+    "numerics", "schemes", "checkpoint", "families", "kernels", "engine", "text", "evaluation",
+    "benchmark",
+)  # fmt: skip
 _MARKER = "recipe.json"
 
 
@@ -49,21 +51,22 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
     Raises the InputError of whatever is wrong with the recipe before any work, and OutputError for
     a folder that is not a run's or is in use.
     """
-    started = time.monotonic()
     _check_run_folder(out)
     run = plan_recipe(recipe)
+    check_disk(out, _missing_bytes(run, out))
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):
         write_atomically(out / _MARKER, recipe.model_dump_json(indent=1, by_alias=True) + "\n")
         models = _make_variants(run, out)
-        measurements = _Measurements(run, models, out).all()
+        measuring = _Measurements(run, models, out)
+        measurements = measuring.all()
         results = assemble(
             run,
             models,
             measurements,
             environment=environment(pick_device(recipe.device)),
             command=command,
-            seconds=time.monotonic() - started,
+            measuring_seconds=measuring.seconds,
         )
         write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
@@ -83,6 +86,7 @@ def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
                 shutil.rmtree(folder)
             say(f"{name}: {stage.stage} {variant.from_}")
             found = stage_runner(run.recipe, variant, models, run.parts)(folder)
+            _free()
         else:
             say(f"{name}: is there")
         for warning in found.manifest.warnings if found.manifest else []:
@@ -112,6 +116,8 @@ class _Measurements:
         self._device = pick_device(run.recipe.device)
         self._machine = environment(self._device)
         self._reference: Reference | None = None
+        self.seconds = 0.0
+        """What all sections took, those found on disk included."""
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Sections by variant: `quality`, `mmlu` where asked, `memory`, `speed`."""
@@ -125,15 +131,19 @@ class _Measurements:
         if name != BASE:
             sections["speed"] = lambda: self._speed(name)
         path = self._folder / f"{name}.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = _read_json(path)
         for section, measure in sections.items():
             key = self._key(name, section)
             if stored.get(section, {}).get("key") == key:
                 continue
             say(f"{name}: measures {section}")
-            stored[section] = {"key": key, "value": measure()}
+            started = time.monotonic()
+            value = measure()
+            seconds = time.monotonic() - started
+            stored[section] = {"key": key, "seconds": round(seconds, 1), "value": value}
             write_atomically(path, json.dumps(stored, indent=1) + "\n")
             _free()
+        self.seconds += sum(stored[section]["seconds"] for section in sections)
         return {section: stored[section]["value"] for section in sections}
 
     def _key(self, name: str, section: str) -> str:
@@ -147,7 +157,7 @@ class _Measurements:
         if section == "quality":
             inputs += [tensor_sha256(self._run.windows)]
         elif section == "mmlu":
-            inputs += [asked["mmlu"]]
+            inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
         else:
             inputs += [asked["speed"], self._machine["cpu"], self._machine.get("gpu")]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -176,28 +186,27 @@ class _Measurements:
         """Variant and base by turns, for every workload."""
         results: dict[str, Any] = {"variant": [], "base": [], "paths": {}}
         for workload in self._run.workloads:
-            config = engine_for(workload, self._run.recipe.device)
-            engines = {
-                who: Engine(open_model(self._models[who].folder), config) for who in (BASE, name)
-            }
-            results["paths"] = engines[name].decoder.paths
-            measured = compare_speed(
-                engines,
+            measured = bench(
+                {who: self._models[who] for who in (BASE, name)},
                 workload,
+                base=BASE,
                 repeats=self._run.recipe.measure.speed.repeats,
                 seed=self._run.recipe.seed,
-                base=BASE,
+                device=self._run.recipe.device,
             )
+            results["paths"] = measured[name].paths
             results["variant"].append(asdict(measured[name]))
             results["base"].append(asdict(measured[BASE]))
-            del engines
-            _free()
         return results
 
 
 def _check_run_folder(out: Path) -> None:
     """Raise OutputError for a folder that holds something, but no run."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).exists())):
+    if not out.exists():
+        return
+    # what starts with a dot is a lock or a leftover of a run that was killed early
+    visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if visible and not (out / _MARKER).is_file():
         raise OutputError(
             f"{out} exists and is not a run folder. Choose another --out; a run folder of the same "
             "recipe is continued."
@@ -215,6 +224,24 @@ def _lock(out: Path) -> Iterator[None]:
                 f"another tinier is working in {out}. Wait for it, or stop it."
             ) from None
         yield
+
+
+def _missing_bytes(run: PlannedRun, out: Path) -> int:
+    """About what the variants that are not there yet will take on disk."""
+    return sum(
+        plan_stage(run.recipe, variant, run.planned, run.parts).output_bytes
+        for name, variant in run.recipe.variants.items()
+        if not (out / "variants" / name).exists()
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An earlier measurement file; empty where there is none, or a power cut left it unreadable."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values
 
 
 def _free() -> None:

@@ -76,14 +76,13 @@ class QualityMeasure(_Strict):
 
 class MmluMeasure(_Strict):
     folder: Path
-    """Relative to the recipe file."""
     shots: int = 5
     subjects: tuple[str, ...] = ()
     sample: int | None = None
 
 
 class SpeedMeasure(_Strict):
-    concurrency: tuple[int, ...] = (1, 8)
+    concurrency: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 8)
     input_length: int = 128
     output_length: int = 64
     repeats: Annotated[int, Field(ge=1)] = 3
@@ -96,15 +95,17 @@ class Measure(_Strict):
 
 
 class Recipe(_Strict):
+    """Relative paths in it are meant from where the command is typed, as on the command line."""
+
     base: str
     """Folder, Hub id, GGUF file or built-in name."""
     revision: str | None = None
     """Of a Hub id."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     text: str | Text = "builtin"
     """One source, split by document, or a source for each part."""
-    variants: dict[str, Variant]
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
     measure: Measure = Measure()
 
     @model_validator(mode="after")
@@ -165,16 +166,7 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
         raise RecipeError(f"recipe {path}:\n{problems}") from None
-    return _with_absolute_paths(recipe, path.resolve().parent)
-
-
-def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Relative MMLU folders are meant from the recipe file, wherever the command is typed."""
-    mmlu = recipe.measure.mmlu
-    if mmlu is None:
-        return recipe
-    mmlu = mmlu.model_copy(update={"folder": folder / mmlu.folder.expanduser()})
-    return recipe.model_copy(update={"measure": recipe.measure.model_copy(update={"mmlu": mmlu})})
+    return recipe
 
 
 def _explain(error: Any) -> str:

@@ -6,10 +6,9 @@ from typing import Any
 
 from tinier.checkpoint import write_atomically
 from tinier.errors import InputError
+from tinier.recipe.results import SCHEMA
 from tinier.report.plots import draw_pareto
 from tinier.report.table import markdown, markdown_table, speed_rows
-
-_SCHEMA = 1
 
 
 def load_results(run: Path) -> dict[str, Any]:
@@ -22,8 +21,8 @@ def load_results(run: Path) -> dict[str, Any]:
         schema = results["schema"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a tinier result: {error!r}") from None
-    if schema != _SCHEMA:
-        raise InputError(f"{path} has schema {schema}; this tinier reads {_SCHEMA}. Run it again.")
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema}; this tinier reads {SCHEMA}. Run it again.")
     return results
 
 
@@ -97,7 +96,7 @@ def _page(results: dict[str, Any]) -> str:
         f"{results['variants'][0]['speed'][-1]['repeats']} repeats; each ratio against the base model "
         "in the same run, by turns.",
         "- Memory: weights as loaded, and the peak of a fresh process that serves the same load.",
-        f"- Command: `{results['command']}`; seed {results['seed']}; {results['seconds']:.0f} s.",
+        f"- Command: `{results['command']}`; seed {results['seed']}; {results['seconds']:.0f} s of work.",
         "",
     ]
     return "\n".join(lines)

@@ -8,6 +8,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot
 
+# ids inside an SVG come from this salt: equal results give equal pictures
+matplotlib.rcParams["svg.hashsalt"] = "tinier"
+
 _AXES = {
     "throughput": ("speedup", "throughput, times the base model's"),
     "size": ("shrinkage", "size, the base model's divided by the variant's"),

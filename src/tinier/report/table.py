@@ -7,11 +7,12 @@ Results = dict[str, Any]
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of text, base first."""
-    concurrency = results["variants"][0]["speed"][-1]["workload"]["concurrency"]
+    speed = results["variants"][0]["speed"]
+    alone, busy = (speed[i]["workload"]["concurrency"] for i in (0, -1))
     has_mmlu = any(row["mmlu"] for row in results["variants"])
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
             "top-1 %", *(["MMLU %"] if has_mmlu else []),
-            f"tok/s at {concurrency}", "×base", "latency ms at 1", "weights MB", "peak MB"]  # fmt: skip
+            f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
     return head, [_row(row, has_mmlu) for row in results["variants"]]
 
 
@@ -50,6 +51,10 @@ def markdown_table(results: Results) -> str:
     return markdown(*table_rows(results), text_columns=2)
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def _row(row: dict[str, Any], has_mmlu: bool) -> list[str]:
     quality, mmlu, busy, alone = row["quality"], row["mmlu"], row["speed"][-1], row["speed"][0]
     mark = " †" if row["collapsed"] else ""
@@ -61,8 +66,8 @@ def _row(row: dict[str, Any], has_mmlu: bool) -> list[str]:
         f"{row['bits_per_weight']:.2f}",
         f"{row['disk_bytes'] / 1e6:.1f}",
         f"{100 / row['shrinkage']:.0f}",
-        f"{quality['perplexity']:.2f}",
-        f"{quality['kl']:.4f}",
+        _number(quality["perplexity"], 2),
+        _number(quality["kl"], 4),
         f"{100 * quality['top1_agreement']:.1f}",
     ]
     if has_mmlu:

@@ -23,19 +23,27 @@ def results_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers, parameters, bytes on disk and effective bits per weight."""
+    geometry = geometry_of(checkpoint)
+    return {
+        "layers": geometry.layers,
+        "parameters": geometry.parameters,
+        "disk_bytes": checkpoint.disk_bytes,
+        "bits_per_weight": 8 * checkpoint.weight_bytes / geometry.parameters,
+    }
+
+
 def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]]:
     """What a stage made: a summary for people, and its manifest with sizes for `--json`."""
     manifest = made.manifest
     assert manifest is not None
-    geometry = geometry_of(made)
     data = {
         "out": str(made.folder),
         "stage": manifest.stage,
         "parameters": manifest.parameters,
         "content_hash": made.hash,
-        "layers": geometry.layers,
-        "disk_bytes": made.disk_bytes,
-        "bits_per_weight": 8 * made.weight_bytes / geometry.parameters,
+        **size_of(made),
         "seconds": manifest.seconds,
         "peak_memory_bytes": manifest.peak_memory_bytes,
         "measures": manifest.measures,
@@ -43,11 +51,12 @@ def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]
         "warnings": manifest.warnings,
     }
     lines = [
-        f"{made.folder}: {geometry.layers} layers, {_size(made.disk_bytes)} "
+        f"{made.folder}: {data['layers']} layers, {_size(made.disk_bytes)} "
         f"({100 * made.disk_bytes / source.disk_bytes:.0f} % of {_size(source.disk_bytes)}), "
         f"{data['bits_per_weight']:.2f} bits per weight, {manifest.seconds:.1f} s"
     ]
-    ratios = {n: m["snr_db"] for n, m in manifest.layers.items() if "snr_db" in m}
+    measured = {n: m.get("snr_db") for n, m in manifest.layers.items()}
+    ratios = {n: ratio for n, ratio in measured.items() if ratio is not None}
     if ratios:
         worst = min(ratios, key=lambda name: ratios[name])
         mean = sum(ratios.values()) / len(ratios)
@@ -106,11 +115,19 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 def quality_text(data: dict[str, Any]) -> str:
     quality, mmlu = data["quality"], data["mmlu"]
-    lines = [f"perplexity {quality['perplexity']:.4f} over {quality['tokens']} tokens"]
+    size = data["size"]
+    lines = [
+        f"{size['layers']} layers, {size['parameters']:,} parameters, {_size(size['disk_bytes'])} on "
+        f"disk, {size['bits_per_weight']:.2f} bits per weight"
+    ]
+    if quality["perplexity"] is None:
+        return "\n".join([*lines, "the logits of this model are not numbers"])
+    lines.append(f"perplexity {quality['perplexity']:.4f} over {quality['tokens']} tokens")
     if quality["kl"] is not None:
+        spread = f" ± {quality['kl_stderr']:.5f}" if quality["kl_stderr"] is not None else ""
         lines.append(
-            f"against {data['against']}: KL {quality['kl']:.5f} ± {quality['kl_stderr']:.5f} nats per "
-            f"token, top-1 agreement {100 * quality['top1_agreement']:.2f} %"
+            f"against {data['against']}: KL {quality['kl']:.5f}{spread} nats per token, "
+            f"top-1 agreement {100 * quality['top1_agreement']:.2f} %"
         )
     if mmlu:
         lines.append(

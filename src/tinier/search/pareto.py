@@ -29,7 +29,7 @@ class Candidate:
 
     @property
     def collapsed(self) -> bool:
-        return self.quality < COLLAPSED
+        return not self.quality >= COLLAPSED  # a model that gives no numbers has collapsed too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

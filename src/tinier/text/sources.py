@@ -39,8 +39,9 @@ class TextParts:
 def load_parts(source: str) -> TextParts:
     """Read a source and split it by document, always in the same way.
 
-    Paragraphs of the held-out part that also stand elsewhere (the language reference repeats
-    sections under several topics) are removed there, so that nothing measured was trained on.
+    A paragraph that stands in two parts (the language reference repeats sections under several
+    topics) stays in the first of held-out, training and calibration, so that nothing measured was
+    trained on.
     Raises TextError or NetworkError.
     """
     documents = load_documents(source)
@@ -52,9 +53,10 @@ def load_parts(source: str) -> TextParts:
         neediest = min(_SHARES, key=lambda name: sizes[name] / _SHARES[name])
         parts[neediest].append(document)
         sizes[neediest] += len(document)
-    seen = {_squeeze(p) for document in parts["heldout"] for p in _paragraphs(document)}
-    for name in ("calibration", "training"):
+    seen: set[str] = set()
+    for name in ("heldout", "training", "calibration"):
         parts[name] = [kept for d in parts[name] if (kept := _without(d, seen))]
+        seen |= {_squeeze(p) for document in parts[name] for p in _paragraphs(document)}
     return text_parts(**parts)
 
 

@@ -15,7 +15,9 @@ from tinier.errors import CheckpointError, TextError
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError where the folder has none."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.folder} has no usable tokenizer ({error}). Put the model's "
@@ -33,6 +35,8 @@ def token_windows(
     Raises TextError for text that does not fill one window.
     """
     prefix: list[int] = tokenizer("")["input_ids"]
+    if count is not None and count < 1:
+        raise TextError(f"{count} windows were asked for. Use 1 or more.")
     body = length - len(prefix)
     if body < 2:
         raise TextError(f"windows of {length} tokens are too short. Use at least 8.")
