@@ -1,4 +1,4 @@
-"""Paste the table and the picture of a finished run into README.md.
+"""Paste the table and the picture of a finished run into README.md, and keep its results.
 
 Run: python -m scripts.update_readme runs/demo
 """
@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from tinier.report import load_results, markdown_table
 from tinier.report.page import choices_text, footnotes
@@ -32,11 +33,19 @@ def demo_section(run: Path) -> str:
         f"Measured by `make demo` in {results['seconds'] / 60:.1f} minutes on "
         f"{environment.get('gpu') or environment['cpu']} with {environment['cpu_cores']} cores: "
         f"Python {versions['python']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; seed {results['seed']}. Lengths, repeats and hashes are in "
-        "[benchmarks/results](benchmarks/results).",
+        f"{versions['transformers']}; seed {results['seed']}. The whole report: "
+        f"[{result_name(results)}.md](benchmarks/results/{result_name(results)}.md).",
         END,
     ]
     return "\n".join(lines)
+
+
+def result_name(results: dict[str, Any]) -> str:
+    """Theme, hardware, date: `demo_amd-epyc-2-cores_2026-11-23`."""
+    environment = results["environment"]
+    hardware = f"{environment.get('gpu') or environment['cpu']} {environment['cpu_cores']} cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    return f"demo_{slug}_{results['created'][:10]}"
 
 
 def main() -> None:
@@ -51,7 +60,13 @@ def main() -> None:
     images.mkdir(parents=True, exist_ok=True)
     for name in ("pareto-size.svg", "pareto-throughput.svg"):
         shutil.copyfile(run / name, images / name)
-    print(f"wrote {readme} and {images}")
+    results = load_results(run)
+    kept = ROOT / "benchmarks" / "results" / result_name(results)
+    page = (run / "report.md").read_text(encoding="utf-8")
+    page = page.replace("](pareto-", "](../../docs/images/pareto-")
+    kept.with_suffix(".md").write_text(page, encoding="utf-8")
+    shutil.copyfile(run / "results.json", kept.with_suffix(".json"))
+    print(f"wrote {readme}, {images} and {kept}")
 
 
 if __name__ == "__main__":

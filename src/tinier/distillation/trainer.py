@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -161,14 +162,12 @@ def distill(
     training, held = _windows(student, plan, documents, heldout)
     place = pick_device(device)
     reset_peak_memory(place)
-    state_bytes = geometry_of(student).parameters * _STATE_BYTES
-    check_disk(
-        out, student.disk_bytes + 2 * state_bytes
-    )  # the old state goes after the new one is whole
     run = _Training(student, teacher, plan, place, out.parent / f".{out.name}.training", stage.key)
     before = run.divergence(held)
     losses = run.train(training)
     after = run.divergence(held)
+    if not after < before:
+        run.warnings.append(f"held-out KL rose from {before} to {after}")
     with atomic_folder(out, needed_bytes=student.disk_bytes) as partial:
         run.write_weights(partial)
         write_config(partial, stage.output_config)
@@ -182,7 +181,7 @@ def distill(
             peak_memory_bytes=peak_memory_bytes(place),
             device=str(place),
             measures={"loss": losses, "heldout_kl_before": before, "heldout_kl_after": after},
-            warnings=[] if after < before else [f"held-out KL rose from {before} to {after}"],
+            warnings=run.warnings,
         ).write(partial)
     run.forget()
     return open_checkpoint(out)
@@ -230,7 +229,10 @@ class _Training:
         self._work = work
         self._key = key
         self._source = student
+        self.warnings: list[str] = []
         set_seed(plan.seed)
+        # Accelerate keeps one device and precision a process; those of an earlier run must not decide
+        AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(
             mixed_precision="bf16" if _has_bf16(device) else "no",
             gradient_accumulation_steps=plan.batch // plan.micro_batch,
@@ -312,20 +314,27 @@ class _Training:
         return round(total, 6)
 
     def _save(self, losses: list[float]) -> None:
-        """Save the state beside `out`; the older state goes when the newer one is whole."""
+        """Save the state beside `out`; the older state goes when the newer one is whole.
+
+        A disk without room is a warning, in the manifest too: the training itself is well.
+        """
         fresh = self._work / "unfinished"
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
         try:
+            check_disk(fresh, geometry_of(self._source).parameters * _STATE_BYTES)
+            fresh.mkdir(parents=True)
             self._accelerator.save_state(str(fresh))
             progress = {"key": self._key, "losses": losses}
             (fresh / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            OutputError,
+        ) as error:  # torch: a full disk is a RuntimeError
             shutil.rmtree(fresh, ignore_errors=True)
-            raise OutputError(
-                f"the training state could not be saved in {self._work}: {error}. Is the disk full? "
-                "The state saved before is kept; the same command goes on from it."
-            ) from error
+            self.warnings.append(f"training state not saved after step {len(losses)}: {error}")
+            say(f"warning: {self.warnings[-1]}")
+            return
         older = list(self._work.glob("step-*"))
         fresh.rename(self._work / f"step-{len(losses):06d}")
         for path in older:
