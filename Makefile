@@ -24,6 +24,6 @@ help-docs: $(READY)  ## write docs/cli.md from the program's help
 readme: $(READY)  ## paste the table and the picture of runs/demo into README.md
 	$(BIN)/python -m scripts.update_readme runs/demo
 
-$(READY): pyproject.toml scripts/setup.sh
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh
 	touch $(READY)

@@ -35,5 +35,5 @@ installed=$("$VENV/bin/python" -c 'from importlib.metadata import version; print
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 echo "torch==$installed" > "$constraints"
-$pip install -q -c "$constraints" -e '.[dev]'
+$pip install -q -c "$constraints" -c constraints.txt -e '.[dev]'
 echo "ready: $VENV with torch $installed"
