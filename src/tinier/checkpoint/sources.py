@@ -111,15 +111,17 @@ def _download(repo: str, revision: str | None) -> Path:
         )
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is no folder and no valid Hub id: {error}") from None
-    except HfHubHTTPError as error:
-        raise NetworkError(
-            f"the Hub refused {repo} (revision {revision or 'main'}): {error}. Check the name; for a "
-            "gated model accept its licence on its page and log in: hf auth login"
-        ) from None
-    except (OSError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, OSError, LocalEntryNotFoundError) as error:
+        # the client wraps some refusals in its word for "not in the cache either"
+        refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(refusal, HfHubHTTPError):
+            raise NetworkError(
+                f"the Hub refused {repo} (revision {revision or 'main'}): {refusal}. Check the name; "
+                "for a gated model accept its licence on its page and log in: hf auth login"
+            ) from None
         raise NetworkError(
             f"{repo} is not in the local Hub cache and cannot be downloaded ({error}). There is no "
-            f"folder of that name either. Without a network, give a model folder or smollm2-135m."
+            "folder of that name either. Without a network, give a model folder or smollm2-135m."
         ) from None
     return Path(folder)
 
