@@ -23,6 +23,9 @@ from transformers import (
 from tinier.checkpoint import Checkpoint
 from tinier.errors import NetworkError
 from tinier.families import open_model
+from tinier.kernels import linear
+from tinier.numerics import Quantized, dequantize
+from tinier.schemes import PRESETS
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -89,6 +92,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.fixture
+def floating_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 layers multiplied in float32, as compressed-tensors does, instead of in integers.
+
+    compressed-tensors puts each token's largest value exactly between two codes (absmax / 127.5), so
+    the last bit of a sum decides which it gets; only equal arithmetic gives equal codes. That the
+    integer arithmetic is the same function is tested in tests/kernels/test_linear.py.
+    """
+
+    def expand(quantized: Quantized, bias: torch.Tensor | None) -> linear.Linear:
+        activations = PRESETS["int8"].scheme.activations
+        return linear.DenseLinear(dequantize(quantized, torch.float32), bias, activations)
+
+    monkeypatch.setattr(linear, "Int8Linear", expand)
 
 
 @pytest.fixture(scope="session")

@@ -33,27 +33,55 @@ def test_it_is_the_model_that_it_should_be(smollm2: Checkpoint) -> None:
     assert smollm2.manifest.stage == "convert"
 
 
+def logits_of_both(
+    model: Checkpoint, windows: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    theirs = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).eval()
+    with torch.no_grad():
+        expected = theirs(windows).logits.double()
+    decoder = load_decoder(model, device=CPU, dtype=dtype)
+    return decoder.logits(decoder.hidden_states(windows)).double(), expected
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL per token; blind, as every use of logits is, to a constant added to all of a token's."""
+    p, q = torch.log_softmax(one, dim=-1), torch.log_softmax(other, dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1).mean().item()
+
+
+def variant(smollm2: Checkpoint, preset: str, out: Path) -> Checkpoint:
+    return quantize(smollm2, preset, out, group_size=64 if preset == "int4" else None)
+
+
+@pytest.mark.usefixtures("floating_int8")
 @pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4"])
-def test_logits_of_every_variant_agree_with_transformers(
+def test_logits_of_every_variant_agree_with_transformers_in_float32(
     smollm2: Checkpoint, tmp_path: Path, preset: str | None
 ) -> None:
-    model = smollm2
-    if preset:
-        group = 64 if preset == "int4" else None
-        model = quantize(smollm2, preset, tmp_path / "q", group_size=group)
+    model = variant(smollm2, preset, tmp_path / "q") if preset else smollm2
+    ours, theirs = logits_of_both(model, heldout(smollm2, 2, 64), torch.float32)
+    assert distance(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4"])
+def test_logits_as_served_stay_within_the_rounding_of_the_format(
+    smollm2: Checkpoint, tmp_path: Path, preset: str | None, dtype: torch.dtype
+) -> None:
     windows = heldout(smollm2, 2, 64)
-    distances = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        theirs = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).eval()
-        with torch.no_grad():
-            expected = theirs(windows).logits.double()
-        decoder = load_decoder(model, device=CPU, dtype=dtype)
-        ours = decoder.logits(decoder.hidden_states(windows)).double()
-        distances[dtype] = ((ours - expected).norm() / expected.norm()).item()
-    # 8-bit activations: see tests/engine/test_decoder.py
-    limits = {None: (1e-5, 0.01), "fp8": (1e-3, 0.1), "int8": (0.05, 0.1), "int4": (1e-5, 0.02)}
-    assert distances[torch.float32] < limits[preset][0]
-    assert distances[torch.bfloat16] < limits[preset][1]
+    _, dense = logits_of_both(smollm2, windows, torch.float32)
+    model = variant(smollm2, preset, tmp_path / "q") if preset else smollm2
+    ours, theirs = logits_of_both(model, windows, dtype)
+    if preset in (None, "int4"):  # 16-bit activations: nothing but the order of sums differs
+        assert distance(ours, theirs) < (1e-4 if dtype == torch.float32 else 0.03)
+    else:
+        # activations are rounded; see tests/conftest.py and docs/log.md for what decides a code
+        assert divergence(dense, ours) < 1.3 * divergence(dense, theirs)
+        assert divergence(theirs, ours) < 2.0 * divergence(dense, theirs)  # two roundings apart
 
 
 def test_greedy_text_is_that_of_transformers_in_float32(smollm2: Checkpoint) -> None:
