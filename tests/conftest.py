@@ -36,6 +36,9 @@ FAMILIES = {
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
 TinyMaker = Callable[..., Checkpoint]
 
 

@@ -1,5 +1,6 @@
 """The device to compute on, its peak memory and its speed."""
 
+import gc
 import resource
 import time
 from contextlib import suppress
@@ -49,6 +50,13 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # not Linux, or a sandbox
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, models in reference cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def model_flops(device: torch.device) -> float:

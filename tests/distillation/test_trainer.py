@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import DEVICES
 
 from tinier.checkpoint import Checkpoint
 from tinier.distillation import DistillPlan, distill
@@ -29,19 +30,7 @@ def pair(tiny: Tiny, tmp_path: Path, **overrides: object) -> tuple[Checkpoint, C
     return prune(teacher, PrunePlan(drop_layers=(2,)), tmp_path / "student"), teacher
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_student_comes_nearer_to_the_teacher(tiny: Tiny, tmp_path: Path, device: str) -> None:
     student, teacher = pair(tiny, tmp_path)
     plan = dataclasses.replace(PLAN, steps=60)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import DEVICES
 
 from tinier.checkpoint import pack_linear
 from tinier.kernels import StoredLinear, make_linear
@@ -17,17 +18,6 @@ from tinier.kernels.linear import (
 from tinier.numerics import dequantize
 from tinier.quantization.rtn import rtn
 from tinier.schemes import preset_named
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
 
 
 def build(

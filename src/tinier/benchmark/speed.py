@@ -7,7 +7,6 @@ the wall time of the workload. Models take turns, and each round starts with ano
 neither a warm cache nor a slow minute favours one of them.
 """
 
-import gc
 import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tinier.checkpoint import Checkpoint
+from tinier.device import release_memory
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import InputError
 from tinier.families import check_length
@@ -106,9 +106,7 @@ def bench(
     }
     results = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)
     del engines
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return results
 
 

@@ -1,11 +1,15 @@
 """What a stage is about to do, and the hash that says whether it was done already."""
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from tinier.checkpoint.folder import Checkpoint
-from tinier.checkpoint.manifest import stage_key
+from tinier.checkpoint.manifest import Manifest, stage_key
+from tinier.device import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,29 @@ class StagePlan:
     def parents(self) -> dict[str, str]:
         """Content hash of each input."""
         return {role: checkpoint.hash for role, checkpoint in self.inputs.items()}
+
+    def manifest(
+        self,
+        *,
+        started: float,
+        device: torch.device,
+        layers: dict[str, dict[str, float | None]] | None = None,
+        measures: dict[str, Any] | None = None,
+        warnings: list[str] | None = None,
+    ) -> Manifest:
+        """What to write beside the result. started: time.monotonic() when the stage began."""
+        return Manifest(
+            stage=self.stage,
+            parameters=self.parameters,
+            parents=self.parents,
+            key=self.key,
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=peak_memory_bytes(device),
+            device=str(device),
+            layers=layers or {},
+            measures=measures or {},
+            warnings=warnings or [],
+        )
 
     def estimated_seconds(self, flops_per_s: float) -> float:
         """Arithmetic at that speed plus reading and writing the files at about 200 MB/s, which is

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import (
     Checkpoint,
-    Manifest,
     StagePlan,
     TensorWriter,
     atomic_folder,
@@ -34,7 +33,7 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_config,
 )
-from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
+from tinier.device import pick_device, reset_peak_memory
 from tinier.distillation.losses import forward_kl
 from tinier.errors import InputError, MeasuredFailure, OutputError, SchemeError
 from tinier.families import check_length, check_same_vocabulary, geometry_of
@@ -172,14 +171,9 @@ def distill(
         run.write_weights(partial)
         write_config(partial, stage.output_config)
         copy_side_files(student, partial)
-        Manifest(
-            stage=stage.stage,
-            parameters=stage.parameters,
-            parents=stage.parents,
-            key=stage.key,
-            seconds=time.monotonic() - started,
-            peak_memory_bytes=peak_memory_bytes(place),
-            device=str(place),
+        stage.manifest(
+            started=started,
+            device=place,
             measures={"loss": losses, "heldout_kl_before": before, "heldout_kl_after": after},
             warnings=run.warnings,
         ).write(partial)

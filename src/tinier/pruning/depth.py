@@ -18,7 +18,6 @@ from tinier.calibration import check_attention_window
 from tinier.checkpoint import (
     SHARD_BYTES,
     Checkpoint,
-    Manifest,
     StagePlan,
     TensorWriter,
     atomic_folder,
@@ -28,7 +27,7 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_config,
 )
-from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
+from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import InputError, SchemeError
 from tinier.families import check_length, geometry_of
 from tinier.progress import bar
@@ -146,14 +145,9 @@ def prune(
         _write_kept(source, set(dropped), partial)
         write_config(partial, _pruned_config(source.config, set(dropped), total))
         copy_side_files(source, partial)
-        Manifest(
-            stage=stage.stage,
-            parameters=stage.parameters,
-            parents=stage.parents,
-            key=stage.key,
-            seconds=time.monotonic() - started,
-            peak_memory_bytes=peak_memory_bytes(place),
-            device=str(place),
+        stage.manifest(
+            started=started,
+            device=place,
             layers={str(i): {"block_influence": round(s, 6)} for i, s in enumerate(scores)},
             measures={"dropped_layers": dropped, "plan": asdict(plan)},
             warnings=_warnings(dropped, total),

@@ -15,7 +15,6 @@ from pathlib import Path
 from tinier.checkpoint import (
     SHARD_BYTES,
     Checkpoint,
-    Manifest,
     StagePlan,
     TensorWriter,
     atomic_folder,
@@ -28,7 +27,7 @@ from tinier.checkpoint import (
     write_config,
 )
 from tinier.checkpoint.folder import TensorReader
-from tinier.device import peak_memory_bytes, pick_device, reset_peak_memory
+from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import SchemeError
 from tinier.families import geometry_of, layer_name
 from tinier.numerics import dequantize, snr_db
@@ -111,14 +110,9 @@ def quantize(
             layers = _write_tensors(source, read, chosen, set(ignored), partial)
         write_config(partial, plan.output_config)
         copy_side_files(source, partial)
-        Manifest(
-            stage=plan.stage,
-            parameters=plan.parameters,
-            parents=plan.parents,
-            key=plan.key,
-            seconds=time.monotonic() - started,
-            peak_memory_bytes=peak_memory_bytes(place),
-            device=str(place),
+        plan.manifest(
+            started=started,
+            device=place,
             layers=layers,
             warnings=_warnings(layers, ignored),
         ).write(partial)

@@ -44,8 +44,9 @@ class PlannedRun:
     """Held-out windows [n, length] on which quality is measured."""
     mmlu: Mmlu | None
     workloads: tuple[Workload, ...]
-    planned: dict[str, Checkpoint]
-    """For each variant a checkpoint that is not there yet: right configuration, base's files."""
+    planned: dict[str, StagePlan]
+    """The stage of each variant, in the order of making, planned on checkpoints that are not there
+    yet: right configuration, base's files."""
 
 
 def plan_recipe(recipe: Recipe) -> PlannedRun:
@@ -70,11 +71,11 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         )
         for concurrency in speed.concurrency
     )
-    planned = {BASE: base}
+    planned: dict[str, StagePlan] = {}
+    models = {BASE: base}
     for name in recipe.order():
-        variant = recipe.variants[name]
-        stage = plan_stage(recipe, variant, planned, parts)
-        planned[name] = replace(base, config=stage.output_config)
+        planned[name] = plan_stage(recipe, recipe.variants[name], models, parts)
+        models[name] = replace(base, config=planned[name].output_config)
     return PlannedRun(recipe, base, parts, windows, mmlu, workloads, planned)
 
 
@@ -160,13 +161,11 @@ def describe(run: PlannedRun, out: Path) -> dict[str, Any]:
     device = pick_device(run.recipe.device)
     flops_per_s = model_flops(device)
     stages: list[dict[str, Any]] = []
-    for name in run.recipe.order():
-        variant = run.recipe.variants[name]
-        stage = plan_stage(run.recipe, variant, run.planned, run.parts)
+    for name, stage in run.planned.items():
         stages.append(
             {
                 "variant": name,
-                "from": variant.from_,
+                "from": run.recipe.variants[name].from_,
                 "stage": stage.stage,
                 "parameters": stage.parameters,
                 "disk_bytes": stage.output_bytes,

@@ -6,7 +6,6 @@ whose key is that of its inputs, are not made again; anything else is.
 """
 
 import fcntl
-import gc
 import hashlib
 import json
 import shutil
@@ -17,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tinier.benchmark import bench, environment, measure_memory
 from tinier.checkpoint import (
     Checkpoint,
@@ -27,7 +24,7 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_atomically,
 )
-from tinier.device import pick_device
+from tinier.device import pick_device, release_memory
 from tinier.engine import Decoder, load_decoder
 from tinier.errors import CheckpointError, OutputError
 from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
@@ -86,7 +83,7 @@ def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
                 shutil.rmtree(folder)
             say(f"{name}: {stage.stage} {variant.from_}")
             found = stage_runner(run.recipe, variant, models, run.parts)(folder)
-            _free()
+            release_memory()
         else:
             say(f"{name}: is there")
         for warning in found.manifest.warnings if found.manifest else []:
@@ -142,7 +139,7 @@ class _Measurements:
             seconds = time.monotonic() - started
             stored[section] = {"key": key, "seconds": round(seconds, 1), "value": value}
             write_atomically(path, json.dumps(stored, indent=1) + "\n")
-            _free()
+            release_memory()
         self.seconds += sum(stored[section]["seconds"] for section in sections)
         return {section: stored[section]["value"] for section in sections}
 
@@ -229,8 +226,8 @@ def _lock(out: Path) -> Iterator[None]:
 def _missing_bytes(run: PlannedRun, out: Path) -> int:
     """About what the variants that are not there yet will take on disk."""
     return sum(
-        plan_stage(run.recipe, variant, run.planned, run.parts).output_bytes
-        for name, variant in run.recipe.variants.items()
+        stage.output_bytes
+        for name, stage in run.planned.items()
         if not (out / "variants" / name).exists()
     )
 
@@ -242,9 +239,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
