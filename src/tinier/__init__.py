@@ -3,7 +3,8 @@
     import tinier
 
     base = tinier.open_model("smollm2-135m")
-    small = tinier.quantize(base, "int4", Path("smollm2-int4"), group_size=64)
+    plan = tinier.QuantizePlan(preset="int4", group_size=64)
+    small = tinier.quantize(base, plan, Path("smollm2-int4"))
 
 The names in `__all__` are the public ones; each is imported when it is first used, so that
 `import tinier` and `tinier --help` do not wait for torch.
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tinier.evaluation import evaluate, evaluate_mmlu
     from tinier.families import open_model
     from tinier.pruning import PrunePlan, prune
-    from tinier.quantization import quantize
+    from tinier.quantization import QuantizePlan, quantize
     from tinier.recipe import load_recipe, run_recipe
     from tinier.report import write_report
 
@@ -34,6 +35,7 @@ _MODULES = {
     "InputError": "tinier.errors",
     "MeasuredFailure": "tinier.errors",
     "PrunePlan": "tinier.pruning",
+    "QuantizePlan": "tinier.quantization",
     "SamplingParams": "tinier.engine",
     "TinierError": "tinier.errors",
     "distill": "tinier.distillation",
@@ -55,6 +57,7 @@ __all__ = [
     "InputError",
     "MeasuredFailure",
     "PrunePlan",
+    "QuantizePlan",
     "SamplingParams",
     "TinierError",
     "distill",

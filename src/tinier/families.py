@@ -11,13 +11,24 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING
 
-from tinier.checkpoint import Checkpoint, open_checkpoint, resolve, scheme_of
+from tinier.checkpoint import Checkpoint, layout_of, open_checkpoint, resolve, stored_shapes
 from tinier.errors import CheckpointError, InputError
+from tinier.schemes import Layout
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+HEAD_LINEAR = "lm_head"
+
+# linear layers that read the same input, and what stands before that input: where a factor for each
+# of its channels can be folded into. A norm's weight, or the rows of a linear layer
+INPUT_GROUPS: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.v_proj": ("self_attn.o_proj",),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.up_proj": ("mlp.down_proj",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +130,17 @@ class Geometry:
 def layer_name(index: int) -> str:
     """Prefix of a decoder layer's tensors."""
     return f"model.layers.{index}"
+
+
+def linear_names(geometry: Geometry) -> list[str]:
+    """Every linear layer of the model by its full name, the head last."""
+    layers = [f"{layer_name(i)}.{n}" for i in range(geometry.layers) for n in geometry.linears]
+    return [*layers, HEAD_LINEAR]
+
+
+def checkpoint_layout(checkpoint: Checkpoint) -> Layout | None:
+    """How the checkpoint is quantized; None if it is not. Raises CheckpointError."""
+    return layout_of(checkpoint.config, linear_names(geometry_of(checkpoint)))
 
 
 def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
@@ -231,28 +253,31 @@ def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tu
         EMBEDDING: (geometry.vocab, geometry.hidden),
         FINAL_NORM: (geometry.hidden,),
     }
+    layout = checkpoint_layout(checkpoint)
+    schemes = layout.schemes if layout else {}
+    if EMBEDDING.replace(".weight", ".weight_scale") in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder} has a quantized {EMBEDDING}; tinier reads none."
+        )
+    if HEAD_LINEAR in schemes and geometry.tied_head:
+        raise CheckpointError(f"{checkpoint.folder} has a head that is quantized and tied.")
+    linears = {
+        f"{layer_name(i)}.{name}": shape
+        for i in range(geometry.layers)
+        for name, shape in geometry.linears.items()
+    }
     if not geometry.tied_head:
-        shapes[HEAD] = (geometry.vocab, geometry.hidden)
-    scheme = scheme_of(checkpoint.config)
-    for quantized in (EMBEDDING, HEAD):
-        if quantized.replace(".weight", ".weight_scale") in checkpoint.tensors:
-            raise CheckpointError(
-                f"{checkpoint.folder} has a quantized {quantized}; tinier reads none."
-            )
+        linears[HEAD_LINEAR] = (geometry.vocab, geometry.hidden)
+    for name, shape in linears.items():
+        if name not in schemes:
+            shapes[f"{name}.weight"] = shape
+            continue
+        stored = stored_shapes(schemes[name], shape)
+        shapes.update({f"{name}.{part}": size for part, size in stored.items()})
     for i in range(geometry.layers):
-        prefix = layer_name(i)
         for name, vector in (geometry.norms | geometry.biases).items():
-            shapes[f"{prefix}.{name}"] = vector
-        for name, (rows, columns) in geometry.linears.items():
-            linear = f"{prefix}.{name}"
-            if scheme is None or f"{linear}.weight_scale" not in checkpoint.tensors:
-                shapes[f"{linear}.weight"] = (rows, columns)
-                continue
-            grid = scheme.weights
-            groups = columns // grid.group_size if grid.group_size else 1
-            shapes[f"{linear}.weight_scale"] = (rows, groups)
-            if grid.bits == 8:
-                shapes[f"{linear}.weight"] = (rows, columns)
-            else:
-                shapes[f"{linear}.weight_packed"] = (rows, -(-columns * grid.bits // 32))
+            shapes[f"{layer_name(i)}.{name}"] = vector
+        if layout and layout.kv_cache:
+            shapes[f"{layer_name(i)}.self_attn.k_scale"] = (1,)
+            shapes[f"{layer_name(i)}.self_attn.v_scale"] = (1,)
     return shapes

@@ -1,39 +1,72 @@
 """How numbers are stored (`Scheme`), and the names users give to the usual choices (`PRESETS`).
 
-A scheme says nothing about how the codes are chosen: that is the algorithm, named beside it in a
+A scheme says nothing about how the codes are chosen: that is the `Algorithm`, named beside it in a
 preset. Nothing edits a scheme after construction; use `dataclasses.replace`.
 """
 
 import difflib
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from tinier.errors import SchemeError
 
+ScaleFormat = Literal["model", "e4m3", "e8m0"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """The grid that the numbers of one tensor are rounded to. Symmetric: zero is code zero."""
+    """The grid that the numbers of one tensor are rounded to."""
 
     kind: Literal["int", "float"]
-    """`int`: evenly spaced codes. `float`: E4M3 at 8 bits."""
-    bits: Literal[4, 8]
+    """`int`: evenly spaced codes. `float`: E4M3 at 8 bits, E2M1 at 4."""
+    bits: Literal[2, 3, 4, 8]
     """Width of one stored code."""
-    granularity: Literal["channel", "group", "token"]
-    """What shares one scale: an output channel, a group of input columns, or a token's row."""
+    granularity: Literal["tensor", "channel", "group", "block", "token"]
+    """What shares one scale: all, an output channel, a group of input columns, a square block, or
+    a token's row. For activations `tensor` is static (calibrated), `token` and `group` dynamic."""
     group_size: int | None = None
-    """Input columns that share one scale; only with granularity `group`."""
+    """Columns that share one scale, or the side of the block."""
+    symmetric: bool = True
+    """False: every scale has a zero point beside it (integers only)."""
+    scale_format: ScaleFormat = "model"
+    """How scales are stored: in the model's 16-bit type, E4M3 under one float32 scale for the
+    tensor (NVFP4), or powers of two (MXFP4)."""
 
     def __post_init__(self) -> None:
-        if (self.granularity == "group") != (self.group_size is not None):
+        if (self.granularity in ("group", "block")) != (self.group_size is not None):
             raise SchemeError(
                 f"granularity {self.granularity!r} with group_size={self.group_size}. "
-                "A group size goes with granularity 'group' and with no other."
+                "A group size goes with granularity 'group' or 'block' and with no other."
             )
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size={self.group_size}. Use a positive number, such as 64.")
-        if self.kind == "float" and self.bits != 8:
-            raise SchemeError(f"float grids have 8 bits here, not {self.bits}.")
+        if self.kind == "float" and self.bits not in (4, 8):
+            raise SchemeError(f"float grids have 4 or 8 bits here, not {self.bits}.")
+        if self.kind == "float" and not self.symmetric:
+            raise SchemeError("float grids are symmetric; zero points go with integers.")
+        if self.scale_format != "model" and (self.kind, self.bits) != ("float", 4):
+            raise SchemeError(f"{self.scale_format} scales go with 4-bit floats only.")
+
+    def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(R, C): a weight of `shape` [out, in] has R · C scales, each over out/R × in/C weights."""
+        rows, columns = shape
+        size = self.group_size or 1
+        return {
+            "tensor": (1, 1),
+            "channel": (rows, 1),
+            "group": (rows, columns // size),
+            "block": (rows // size, columns // size),
+        }[self.granularity]
+
+    @property
+    def label(self) -> str:
+        """Such as `INT4 g64`, `INT4 g64 asym`, `NVFP4`, `FP8`."""
+        if self.scale_format != "model":
+            return {"e4m3": "NVFP4", "e8m0": "MXFP4"}[self.scale_format]
+        name = f"{'FP' if self.kind == 'float' else 'INT'}{self.bits}"
+        group = f" {self.granularity[0]}{self.group_size}" if self.group_size else ""
+        return name + group + ("" if self.symmetric else " asym")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,76 +74,219 @@ class Scheme:
     weights: Grid
     """How the weights of a linear layer are stored."""
     activations: Grid | None = None
-    """How its inputs are rounded while it runs (dynamic scales); None leaves them in 16 bit."""
+    """How its inputs are rounded while it runs; None leaves them in 16 bit."""
 
     @property
     def label(self) -> str:
-        """Short name for tables, such as `W8A8-FP8` or `W4A16-INT g64`."""
-        activation_bits = self.activations.bits if self.activations else 16
-        kind = "FP" if self.weights.kind == "float" else "INT"
-        group = f" g{self.weights.group_size}" if self.weights.group_size else ""
-        return f"{kind}{self.weights.bits} W{self.weights.bits}A{activation_bits}{group}"
+        """Short name for tables, such as `FP8 W8A8` or `INT4 W4A16 g64`."""
+        grid = self.weights
+        bits = self.activations.bits if self.activations else 16
+        name, *rest = grid.label.split(" ")
+        kind = "" if self.activations is None or self.activations.kind == grid.kind else "-FP8"
+        return " ".join([name, f"W{grid.bits}A{bits}{kind}", *rest])
 
-    def check_fits(self, name: str, in_features: int) -> None:
-        """Raise SchemeError unless a linear layer with `in_features` columns can be stored so."""
-        size = self.weights.group_size
-        if size is not None and in_features % size:
-            fitting = [d for d in (16, 32, 64, 128, 256) if in_features % d == 0]
+    @property
+    def static_activations(self) -> bool:
+        """Whether the inputs have one calibrated scale."""
+        return self.activations is not None and self.activations.granularity == "tensor"
+
+    def check_fits(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise SchemeError unless a linear layer of `shape` [out, in] can be stored so."""
+        for grid in (self.weights, self.activations):
+            size = grid.group_size if grid else None
+            rows, columns = shape
+            if size is None or grid is None:
+                continue
+            if columns % size == 0 and (grid.granularity != "block" or rows % size == 0):
+                continue
+            fitting = [
+                d for d in (16, 32, 64, 128, 256)
+                if columns % d == 0 and (grid.granularity != "block" or rows % d == 0)
+            ]  # fmt: skip
             raise SchemeError(
-                f"group size {size} does not divide the {in_features} input columns of {name}. "
+                f"group size {size} does not divide the {columns} input columns"
+                f"{f' and {rows} rows' if grid.granularity == 'block' else ''} of {name}. "
                 f"Sizes that do: {', '.join(map(str, fitting)) or 'none of the usual ones'}. "
                 f"Use --group-size, or leave the layer in 16 bit: --ignore '{name}'"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a whole checkpoint is stored."""
+
+    schemes: dict[str, Scheme]
+    """By name of the linear layer, `lm_head` included; what is not in it is in 16 bit."""
+    kv_cache: Grid | None = None
+    """How keys and values are rounded when they are cached: 8 bits, one static scale for the keys
+    and one for the values of each layer."""
+
+    @property
+    def label(self) -> str:
+        """Such as `INT4 W4A16 g64`; several schemes with `+`, the most frequent one first."""
+        counted = Counter(s.label for n, s in self.schemes.items() if n != "lm_head")
+        parts = [" + ".join(label for label, _ in counted.most_common())]
+        if "lm_head" in self.schemes:
+            parts.append(f"{self.schemes['lm_head'].weights.label} head")
+        if self.kv_cache:
+            parts.append(f"{self.kv_cache.label} KV")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """How the codes are chosen, step by step; each step is a file of tinier/quantization."""
+
+    equalize: Literal["none", "smoothquant", "awq"] = "none"
+    """Per-channel factors moved from a layer's inputs into its weights, exactly, beforehand."""
+    scales: Literal["absmax", "error"] = "absmax"
+    """Each scale from the largest weight it covers, or searched for the least weighted error."""
+    rounding: Literal["nearest", "gptq", "learned"] = "nearest"
+    """Nearest code; the code that makes up for the errors before it; or learned, layer by layer."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at what flows into the layers."""
+        return self.equalize != "none" or self.rounding != "nearest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     scheme: Scheme
-    algorithm: Literal["rtn"]
-    """How the codes are chosen: round-to-nearest."""
+    algorithm: Algorithm
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it needs calibration text."""
+        return self.algorithm.needs_data or self.scheme.static_activations
 
 
 _INT8_TOKEN = Grid(kind="int", bits=8, granularity="token")
 _FP8_TOKEN = Grid(kind="float", bits=8, granularity="token")
+_FP8_CHANNEL = Grid(kind="float", bits=8, granularity="channel")
+_FP8_TENSOR = Grid(kind="float", bits=8, granularity="tensor")
+_INT8_CHANNEL = Grid(kind="int", bits=8, granularity="channel")
+_INT4 = Grid(kind="int", bits=4, granularity="group", group_size=128)
+_NVFP4 = Grid(kind="float", bits=4, granularity="group", group_size=16, scale_format="e4m3")
+_MXFP4 = Grid(kind="float", bits=4, granularity="group", group_size=32, scale_format="e8m0")
+_GPTQ = Algorithm(scales="error", rounding="gptq")
+_AWQ_GPTQ = Algorithm(equalize="awq", scales="error", rounding="gptq")
 
 PRESETS: dict[str, Preset] = {
     "fp8": Preset(
+        scheme=Scheme(weights=_FP8_CHANNEL, activations=_FP8_TOKEN),
+        algorithm=Algorithm(scales="error"),
+    ),
+    "fp8-gptq": Preset(
+        scheme=Scheme(weights=_FP8_CHANNEL, activations=_FP8_TOKEN),
+        algorithm=_GPTQ,
+    ),
+    "fp8-static": Preset(
+        scheme=Scheme(weights=_FP8_TENSOR, activations=_FP8_TENSOR),
+        algorithm=Algorithm(),
+    ),
+    "fp8-block": Preset(
         scheme=Scheme(
-            weights=Grid(kind="float", bits=8, granularity="channel"), activations=_FP8_TOKEN
+            weights=Grid(kind="float", bits=8, granularity="block", group_size=128),
+            activations=Grid(kind="float", bits=8, granularity="group", group_size=128),
         ),
-        algorithm="rtn",
+        algorithm=Algorithm(scales="error"),
     ),
     "int8": Preset(
-        scheme=Scheme(
-            weights=Grid(kind="int", bits=8, granularity="channel"), activations=_INT8_TOKEN
-        ),
-        algorithm="rtn",
+        scheme=Scheme(weights=_INT8_CHANNEL, activations=_INT8_TOKEN),
+        algorithm=Algorithm(),
+    ),
+    "int8-sq": Preset(
+        scheme=Scheme(weights=_INT8_CHANNEL, activations=_INT8_TOKEN),
+        algorithm=Algorithm(equalize="smoothquant", scales="error", rounding="gptq"),
     ),
     "int4": Preset(
-        scheme=Scheme(weights=Grid(kind="int", bits=4, granularity="group", group_size=128)),
-        algorithm="rtn",
+        scheme=Scheme(weights=_INT4),
+        algorithm=Algorithm(),
+    ),
+    "int4-awq": Preset(
+        scheme=Scheme(weights=_INT4),
+        algorithm=Algorithm(equalize="awq", scales="error"),
+    ),
+    "int4-gptq": Preset(
+        scheme=Scheme(weights=_INT4),
+        algorithm=_GPTQ,
+    ),
+    "int4-best": Preset(
+        scheme=Scheme(weights=_INT4),
+        algorithm=Algorithm(scales="error", rounding="learned"),
+    ),
+    "w4a8": Preset(
+        scheme=Scheme(weights=_INT4, activations=_FP8_TOKEN),
+        algorithm=_AWQ_GPTQ,
+    ),
+    "w4a8-int8": Preset(
+        scheme=Scheme(weights=_INT4, activations=_INT8_TOKEN),
+        algorithm=_AWQ_GPTQ,
+    ),
+    "nvfp4": Preset(
+        scheme=Scheme(weights=_NVFP4, activations=_NVFP4),
+        algorithm=_GPTQ,
+    ),
+    "nvfp4-w4a16": Preset(
+        scheme=Scheme(weights=_NVFP4),
+        algorithm=_GPTQ,
+    ),
+    "mxfp4": Preset(
+        scheme=Scheme(weights=_MXFP4, activations=_MXFP4),
+        algorithm=_GPTQ,
+    ),
+    "mxfp4-w4a16": Preset(
+        scheme=Scheme(weights=_MXFP4),
+        algorithm=_GPTQ,
+    ),
+    "int3": Preset(
+        scheme=Scheme(weights=replace(_INT4, bits=3)),
+        algorithm=_AWQ_GPTQ,
+    ),
+    "int2": Preset(
+        scheme=Scheme(weights=replace(_INT4, bits=2, symmetric=False)),
+        algorithm=_AWQ_GPTQ,
     ),
 }
 
 
-def preset_named(name: str, group_size: int | None = None) -> Preset:
-    """The preset called `name`, with another group size if one is given.
+def preset_named(
+    name: str, group_size: int | None = None, *, symmetric: bool | None = None
+) -> Preset:
+    """The preset called `name`, with another group size or symmetry if one is given.
 
-    Raises SchemeError for an unknown name, or a group size where the preset has no groups.
+    Raises SchemeError for an unknown name, a group size where the preset has no groups or a fixed
+    one, or zero points where it has no integers in groups.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SchemeError(f"preset {name!r} is not known. Presets: {', '.join(PRESETS)}.{hint}")
     preset = PRESETS[name]
-    if group_size is None:
-        return preset
-    weights = preset.scheme.weights
-    if weights.granularity != "group":
-        grouped = [n for n, p in PRESETS.items() if p.scheme.weights.granularity == "group"]
-        raise SchemeError(
-            f"preset {name!r} has one scale per {weights.granularity} and takes no group size. "
-            f"Presets with groups: {', '.join(grouped)}. Leave --group-size out."
-        )
-    scheme = replace(preset.scheme, weights=replace(weights, group_size=group_size))
-    return replace(preset, scheme=scheme)
+    weights, activations = preset.scheme.weights, preset.scheme.activations
+    if group_size is not None:
+        if weights.group_size is None or weights.scale_format != "model":
+            grouped = [
+                n for n, p in PRESETS.items()
+                if p.scheme.weights.group_size and p.scheme.weights.scale_format == "model"
+            ]  # fmt: skip
+            raise SchemeError(
+                f"preset {name!r} takes no group size. Presets that do: {', '.join(grouped)}. "
+                "Leave --group-size out."
+            )
+        weights = replace(weights, group_size=group_size)
+        if activations and activations.group_size:
+            activations = replace(activations, group_size=group_size)
+    if symmetric is not None and symmetric != weights.symmetric:
+        if weights.kind != "int" or weights.granularity != "group" or activations:
+            grouped = [
+                n for n, p in PRESETS.items()
+                if p.scheme.weights.kind == "int" and p.scheme.weights.group_size
+                and not p.scheme.activations
+            ]  # fmt: skip
+            raise SchemeError(
+                f"preset {name!r} has no zero points. Presets that can: {', '.join(grouped)}."
+            )
+        weights = replace(weights, symmetric=symmetric)
+    return replace(preset, scheme=Scheme(weights=weights, activations=activations))

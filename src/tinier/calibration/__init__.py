@@ -1,8 +1,20 @@
 """Walk a decoder layer by layer over calibration text, with one layer's weights in memory.
 
-Start at `walk`.
+Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
 """
 
-from tinier.calibration.walk import LayerStep, check_attention_window, walk
+from tinier.calibration.ranks import Ranks, join_ranks
+from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe
+from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, walk
 
-__all__ = ["LayerStep", "check_attention_window", "walk"]
+__all__ = [
+    "DecoderWalk",
+    "InputStatistics",
+    "KeysAndValues",
+    "LayerStep",
+    "Ranks",
+    "check_attention_window",
+    "join_ranks",
+    "observe",
+    "walk",
+]

@@ -1,23 +1,26 @@
 """Walk the decoder layer by layer: transformers' own modules, one layer's weights in memory.
 
-Start at `walk`. In: a checkpoint and windows [n, length]. Out: for each layer its module, the hidden
-states that go in and those that come out, both [n, length, hidden] on the CPU. Peak memory is one
-layer, two sets of hidden states and one batch on the device, whatever the depth.
+Start at `DecoderWalk`, or at `walk` where a layer is only looked at. In: a checkpoint and windows
+[n, length] of token ids. Hidden states [n, length, hidden] stay in host memory; a batch of them is on
+the device at a time. Peak memory is one layer, its hidden states and one batch, whatever the depth.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
+from tinier.checkpoint.folder import TensorReader
 from tinier.errors import TextError
 from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name
 from tinier.progress import bar
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,61 @@ def check_attention_window(checkpoint: Checkpoint, length: int) -> None:
         )
 
 
+class DecoderWalk:
+    """The layers of a 16-bit checkpoint, each loaded when its turn comes.
+
+    read: a reader of the checkpoint on `device`, which everything is computed on. Raises TextError
+    where `length` is more than a layer's sliding attention window.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, read: TensorReader, length: int, device: torch.device
+    ) -> None:
+        check_attention_window(checkpoint, length)
+        self._read = read
+        self.device = device
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
+        self._layers = model.model.layers
+        # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
+        rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+        sample = torch.empty(1, dtype=checkpoint.dtype, device=device)
+        self.positions = rotary(sample, torch.arange(length, device=device).unsqueeze(0))
+        self.batch_windows = max(1, BATCH_TOKENS // length)
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> Tensor:
+        """The hidden states that enter the first layer. windows: [n, length]. On the host."""
+        hidden = nn.functional.embedding(windows, self._read(EMBEDDING).cpu())
+        # pinned memory moves to and from a GPU several times faster
+        return hidden.pin_memory() if self.device.type == "cuda" else hidden
+
+    def load(self, index: int) -> nn.Module:
+        """transformers' decoder layer with the checkpoint's weights, on the device; a new module."""
+        layer: nn.Module = copy.deepcopy(self._layers[index])
+        prefix = layer_name(index)
+        weights = {name: self._read(f"{prefix}.{name}") for name in layer.state_dict()}
+        layer.load_state_dict(weights, assign=True)
+        return layer.requires_grad_(False)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, hidden: Tensor, out: Tensor, cache: Any = None) -> Tensor:
+        """Send hidden states [n, length, hidden] through a layer into `out`, which may be `hidden`.
+
+        cache: what the attention hands its keys and values to.
+        """
+        for inputs, outputs in zip(
+            hidden.split(self.batch_windows), out.split(self.batch_windows), strict=True
+        ):
+            outputs.copy_(self.forward(layer, inputs.to(self.device, non_blocking=True), cache))
+        return out
+
+    def forward(self, layer: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
+        """One batch [windows, length, hidden] on the device through a layer."""
+        output: Tensor = layer(batch, position_embeddings=self.positions, past_key_values=cache)
+        return output
+
+
 @torch.no_grad()
 def walk(
     checkpoint: Checkpoint, windows: Tensor, *, device: torch.device, label: str
@@ -51,31 +109,13 @@ def walk(
     The checkpoint must not be quantized. Raises TextError where a window is longer than a layer's
     sliding attention window.
     """
-    geometry = geometry_of(checkpoint)
-    length = windows.shape[1]
-    check_attention_window(checkpoint, length)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
-    # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
-    rotary = type(model.model.rotary_emb)(config=model.config).to(device)
-    with (
-        checkpoint.reader(device) as read,
-        bar(label, geometry.layers) as advance,
-    ):
-        hidden = nn.functional.embedding(windows, read(EMBEDDING).cpu())
-        sample = hidden[:1, :, :].to(device)
-        positions = rotary(sample, torch.arange(length, device=device).unsqueeze(0))
-        for index, layer in enumerate(model.model.layers):
-            prefix = layer_name(index)
-            weights = {name: read(f"{prefix}.{name}") for name in layer.state_dict()}
-            layer.load_state_dict(weights, assign=True)
-            outputs = torch.cat(
-                [
-                    layer(batch.to(device), position_embeddings=positions).cpu()
-                    for batch in hidden.split(max(1, _BATCH_TOKENS // length))
-                ]
-            )
+    count = geometry_of(checkpoint).layers
+    with checkpoint.reader(device) as read, bar(label, count) as advance:
+        decoder = DecoderWalk(checkpoint, read, windows.shape[1], device)
+        hidden = decoder.embed(windows)
+        for index in range(count):
+            layer = decoder.load(index)
+            outputs = decoder.run(layer, hidden, torch.empty_like(hidden))
             yield LayerStep(index, layer, hidden, outputs)
-            layer.to("meta")
             hidden = outputs
             advance(1)

@@ -6,18 +6,27 @@ folder, `atomic_folder` and `TensorWriter` (writer.py) write one, `Manifest` (ma
 it was made, `compressed.py` is the compressed-tensors layout of quantized weights.
 """
 
-from tinier.checkpoint.compressed import pack_linear, quantization_config, scheme_of
+from tinier.checkpoint.compressed import (
+    layout_of,
+    pack_linear,
+    quantization_config,
+    stored_shapes,
+    unpack_linear,
+)
 from tinier.checkpoint.folder import Checkpoint, TensorInfo, content_hash, open_checkpoint
 from tinier.checkpoint.manifest import MANIFEST_NAME, Manifest, code_digest
 from tinier.checkpoint.sources import BUILTIN_MODELS, cache_folder, resolve
 from tinier.checkpoint.stage import StagePlan
 from tinier.checkpoint.writer import (
     SHARD_BYTES,
+    PartFiles,
     TensorWriter,
     atomic_folder,
     check_disk,
     check_output,
     copy_side_files,
+    resumable_folder,
+    unfinished_folder,
     write_atomically,
     write_config,
 )
@@ -28,6 +37,7 @@ __all__ = [
     "SHARD_BYTES",
     "Checkpoint",
     "Manifest",
+    "PartFiles",
     "StagePlan",
     "TensorInfo",
     "TensorWriter",
@@ -38,11 +48,15 @@ __all__ = [
     "code_digest",
     "content_hash",
     "copy_side_files",
+    "layout_of",
     "open_checkpoint",
     "pack_linear",
     "quantization_config",
     "resolve",
-    "scheme_of",
+    "resumable_folder",
+    "stored_shapes",
+    "unfinished_folder",
+    "unpack_linear",
     "write_atomically",
     "write_config",
 ]

@@ -1,13 +1,16 @@
 """The compressed-tensors layout of quantized weights, which transformers, vLLM and SGLang load.
 
-`quantization_config` writes the block of config.json, `scheme_of` reads it back into a Scheme, and
-`pack_linear` lays out the tensors of one linear layer. Schema and packing are the package's own.
+`quantization_config` writes the block of config.json, `layout_of` reads it back, `pack_linear` lays
+out the tensors of one linear layer and `unpack_linear` reads them. Schema and packing of integers are
+the package's own.
 """
 
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -16,41 +19,57 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from tinier.errors import CheckpointError
-from tinier.numerics import Quantized
-from tinier.schemes import Grid, Scheme
+from tinier.errors import CheckpointError, SchemeError
+from tinier.numerics import Quantized, e2m1_codes, e2m1_values
+from tinier.schemes import Grid, Layout, Scheme
+
+_E8M0_BIAS = 127
+_SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 
 
 def storage_format(scheme: Scheme) -> str:
     """compressed-tensors' name for how the codes lie on disk."""
-    if scheme.weights.kind == "float":
+    grid = scheme.weights
+    if grid.scale_format != "model":
+        return {"e4m3": "nvfp4-pack-quantized", "e8m0": "mxfp4-pack-quantized"}[grid.scale_format]
+    if grid.kind == "float":
         return "float-quantized"
-    return "int-quantized" if scheme.weights.bits == 8 else "pack-quantized"
+    return "int-quantized" if grid.bits == 8 else "pack-quantized"
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: every Linear but those in `ignore`."""
-    layout = storage_format(scheme)
-    group = QuantizationScheme(
-        targets=["Linear"],
-        weights=_to_args(scheme.weights, dynamic=False),
-        input_activations=_to_args(scheme.activations, dynamic=True)
-        if scheme.activations
-        else None,
-        format=layout,
-    )
+def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. names: every linear layer of the model, head included.
+
+    One scheme targets every Linear but those it leaves alone; several are listed by layer name, as
+    TensorRT-LLM wants it.
+    """
+    schemes = list(dict.fromkeys(layout.schemes.values()))
+    groups = {}
+    for i, scheme in enumerate(schemes):
+        members = [name for name, own in layout.schemes.items() if own == scheme]
+        groups[f"group_{i}"] = QuantizationScheme(
+            targets=["Linear"] if len(schemes) == 1 else members,
+            weights=_to_args(scheme.weights, dynamic=False),
+            input_activations=_to_args(scheme.activations, dynamic=_dynamic(scheme.activations))
+            if scheme.activations
+            else None,
+            format=storage_format(scheme),
+        )
+    formats = {storage_format(scheme) for scheme in schemes}
+    kv = layout.kv_cache
     config = QuantizationConfig(
-        config_groups={"group_0": group},
-        format=layout,
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=ignore,
+        kv_cache_scheme=_to_args(kv, dynamic=False) if kv else None,
+        ignore=[name for name in names if name not in layout.schemes],
     )
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     return dumped
 
 
-def scheme_of(config: dict[str, Any]) -> Scheme | None:
-    """The scheme of a checkpoint's linear layers from its config.json; None if not quantized.
+def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
+    """How a checkpoint stores each of `names`, its linear layers; None if it is not quantized.
 
     Raises CheckpointError for another quantization method, or a format that tinier cannot run.
     """
@@ -63,67 +82,210 @@ def scheme_of(config: dict[str, Any]) -> Scheme | None:
             f"the model is quantized with {method!r}; tinier reads compressed-tensors. "
             "Give the original 16-bit model."
         )
-    groups = list(block.get("config_groups", {}).values())
-    if len(groups) != 1:
-        raise CheckpointError(
-            f"the model mixes {len(groups)} quantization schemes; give one of one."
-        )
-    weights, activations = groups[0].get("weights"), groups[0].get("input_activations")
-    scheme = Scheme(
-        weights=_to_grid(weights, dynamic=False),
-        activations=_to_grid(activations, dynamic=True) if activations else None,
-    )
-    if block.get("kv_cache_scheme"):
-        raise CheckpointError("the model has a quantized KV cache, which tinier does not run.")
-    return scheme
+    schemes: dict[str, Scheme] = {}
+    groups = [
+        (g.get("targets", []), _to_scheme(g)) for g in block.get("config_groups", {}).values()
+    ]
+    for name in names:
+        if any(_matches(name, pattern) for pattern in block.get("ignore") or []):
+            continue
+        # a layer's own name goes before a pattern, and that before its class
+        for kind in (_is_name, _is_pattern, _is_class):
+            hit = next((s for targets, s in groups if any(kind(name, t) for t in targets)), None)
+            if hit:
+                schemes[name] = hit
+                break
+    kv = block.get("kv_cache_scheme")
+    return Layout(schemes=schemes, kv_cache=_to_kv_grid(kv) if kv else None)
 
 
-def pack_linear(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+def pack_linear(
+    quantized: Quantized, scheme: Scheme, input_scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """Tensors of one linear layer by the name they have on disk, without the layer's prefix.
 
-    8 bits: `weight` [out, in] int8 or float8_e4m3fn. 4 bits: `weight_packed` [out, in/8] int32 and
-    `weight_shape` [2]. Both: `weight_scale` [out, groups].
+    8 bits: `weight` [out, in] int8 or float8_e4m3fn. Fewer: `weight_packed`, int32 [out, in·bits/32]
+    with `weight_shape` [2] for integers, uint8 [out, in/2] for FP4. All: `weight_scale`, and
+    `weight_zero_point` [out·bits/32, groups] where the grid has one. input_scale: [1], the scale of
+    static activations (NVFP4: what their scales are divided by).
     """
-    codes, scale = quantized
-    if scheme.weights.bits == 8:
-        return {"weight": codes, "weight_scale": scale}
-    return {
-        "weight_packed": pack_to_int32(codes, scheme.weights.bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(codes.shape),
+    grid = scheme.weights
+    codes, scale, zero_point, global_scale = quantized
+    packed: dict[str, Tensor] = {}
+    if grid.kind == "float" and grid.bits == 4:
+        nibbles = e2m1_codes(codes)
+        packed["weight_packed"] = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+    elif grid.bits == 8:
+        packed["weight"] = codes
+    else:
+        packed["weight_packed"] = pack_to_int32(codes, grid.bits)
+        packed["weight_shape"] = torch.tensor(codes.shape)
+    if grid.scale_format == "e8m0":
+        exponent = torch.frexp(scale.float()).exponent - 1  # a power of two is 0.5 · 2^(e + 1)
+        scale = (exponent + _E8M0_BIAS).to(torch.uint8)
+    packed["weight_scale"] = scale.reshape(1) if grid.granularity == "tensor" else scale
+    if zero_point is not None:
+        packed["weight_zero_point"] = pack_to_int32(zero_point, grid.bits, packed_dim=0)
+    if global_scale is not None:
+        packed["weight_global_scale"] = global_scale
+    if input_scale is not None:
+        name = "input_scale" if scheme.static_activations else "input_global_scale"
+        packed[name] = input_scale
+    return packed
+
+
+def unpack_linear(
+    read: Callable[[str], Tensor | None], scheme: Scheme
+) -> tuple[Quantized, Tensor | None]:
+    """The codes and the input scale of one linear layer. read(name): a stored tensor or None."""
+    grid = scheme.weights
+    scale, packed = read("weight_scale"), read("weight_packed")
+    assert scale is not None
+    scale = scale.reshape(1, 1) if grid.granularity == "tensor" else scale
+    zero_point = None
+    if grid.kind == "float" and grid.bits == 4:
+        assert packed is not None
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        codes = e2m1_values(nibbles)
+    elif grid.bits == 8:
+        weight = read("weight")
+        assert weight is not None
+        codes = weight
+    else:
+        assert packed is not None
+        columns = scale.shape[1] * (grid.group_size or 1)
+        codes = unpack_from_int32(packed, grid.bits, torch.Size((packed.shape[0], columns)))
+        zeros = read("weight_zero_point")
+        if zeros is not None:
+            zero_point = unpack_from_int32(zeros, grid.bits, scale.shape, packed_dim=0)
+    if grid.scale_format == "e8m0":
+        scale = torch.ldexp(torch.ones((), device=scale.device), scale.int() - _E8M0_BIAS)
+    input_scale = read("input_scale" if scheme.static_activations else "input_global_scale")
+    return Quantized(codes, scale, zero_point, read("weight_global_scale")), input_scale
+
+
+def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that `pack_linear` gives for a linear layer of `shape` [out, in]."""
+    rows, columns = shape
+    grid = scheme.weights
+    blocks = grid.blocks(shape)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_scale": (1,) if grid.granularity == "tensor" else blocks
     }
+    if grid.bits == 8:
+        shapes["weight"] = (rows, columns)
+    elif grid.kind == "float":
+        shapes["weight_packed"] = (rows, columns // 2)
+    else:
+        shapes["weight_packed"] = (rows, -(-columns * grid.bits // 32))
+    if not grid.symmetric:
+        shapes["weight_zero_point"] = (-(-rows * grid.bits // 32), blocks[1])
+    if grid.scale_format == "e4m3":
+        shapes["weight_global_scale"] = (1,)
+    if scheme.static_activations:
+        shapes["input_scale"] = (1,)
+    elif scheme.activations and scheme.activations.scale_format == "e4m3":
+        shapes["input_global_scale"] = (1,)
+    return shapes
 
 
-def _to_args(grid: Grid, *, dynamic: bool) -> QuantizationArgs:
+def _dynamic(grid: Grid) -> bool | str:
+    if grid.scale_format == "e4m3":
+        return "local"  # the scale over the scales is calibrated, those of the groups are not
+    return grid.granularity != "tensor"
+
+
+def _to_args(grid: Grid, *, dynamic: bool | str) -> QuantizationArgs:
     return QuantizationArgs(
         num_bits=grid.bits,
         type=grid.kind,
-        symmetric=True,
-        strategy=grid.granularity,
-        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        strategy="tensor_group" if grid.scale_format == "e4m3" else grid.granularity,
+        group_size=grid.group_size if grid.granularity == "group" else None,
+        block_structure=[grid.group_size] * 2 if grid.granularity == "block" else None,
         dynamic=dynamic,
+        scale_dtype=_SCALE_DTYPES.get(grid.scale_format),
+        zp_dtype=None if grid.symmetric else torch.int8,
     )
 
 
-def _to_grid(args: dict[str, Any], *, dynamic: bool) -> Grid:
-    supported = {
-        "symmetric": args.get("symmetric", True) is True,
-        "dynamic": bool(args.get("dynamic", False)) is dynamic,
-        "num_bits": args.get("num_bits") in ((8,) if args.get("type") == "float" else (4, 8)),
-        "strategy": args.get("strategy")
-        == ("token" if dynamic else "group" if args.get("num_bits") == 4 else "channel"),
-        "actorder": args.get("actorder") is None,
-    }
-    wrong = [name for name, good in supported.items() if not good]
-    if wrong:
-        values = ", ".join(f"{name}={args.get(name)!r}" for name in wrong)
+def _to_scheme(group: dict[str, Any]) -> Scheme:
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if weights is None or group.get("output_activations"):
         raise CheckpointError(
-            f"the model is quantized with {values}, which this tinier cannot run. It runs symmetric "
-            "8-bit channel and 4-bit group weights, with 16-bit or dynamic per-token activations."
+            "the model quantizes only activations, or the outputs of layers; tinier runs neither."
         )
-    return Grid(
-        kind=args["type"],
-        bits=args["num_bits"],
-        granularity=args["strategy"],
-        group_size=args.get("group_size") if args["strategy"] == "group" else None,
+    scheme = Scheme(
+        weights=_to_grid(weights), activations=_to_grid(activations) if activations else None
     )
+    told = group.get("format")
+    if told not in (None, storage_format(scheme)):
+        raise CheckpointError(
+            f"the model stores {scheme.label} as {told!r}; tinier reads {storage_format(scheme)!r}."
+        )
+    return scheme
+
+
+def _to_grid(args: dict[str, Any]) -> Grid:
+    """The grid of compressed-tensors' arguments. Raises CheckpointError where there is none."""
+    strategy, block = args.get("strategy"), args.get("block_structure")
+    kind, bits = args.get("type"), args.get("num_bits")
+    scales = "model"
+    if strategy == "tensor_group":
+        scales = "e4m3"
+    elif kind == "float" and bits == 4:
+        scales = "e8m0"
+    try:
+        grid = Grid(
+            kind=kind,  # type: ignore[arg-type]
+            bits=bits,  # type: ignore[arg-type]
+            granularity="group" if strategy == "tensor_group" else strategy,  # type: ignore[arg-type]
+            group_size=block[0] if block else args.get("group_size") or None,
+            symmetric=args.get("symmetric", True),
+            scale_format=scales,  # type: ignore[arg-type]
+        )
+        known = (
+            kind in ("int", "float")
+            and bits in (2, 3, 4, 8)
+            and strategy in ("tensor", "channel", "group", "block", "token", "tensor_group")
+            and args.get("actorder") in (None, "weight", "static")
+            and (block is None or block[0] == block[1])
+            and args.get("dynamic", False) in (False, _dynamic(grid))
+            and (grid.scale_format != "e8m0" or grid.group_size == 32)
+            and (grid.symmetric or grid.bits < 8)
+        )
+    except SchemeError:
+        known = False
+    if not known:
+        values = ", ".join(f"{name}={value!r}" for name, value in args.items() if value is not None)
+        raise CheckpointError(
+            f"the model is quantized with {values}, which this tinier cannot run. See the presets of "
+            "`tinier quantize --help` for what it can."
+        )
+    return grid
+
+
+def _to_kv_grid(args: dict[str, Any]) -> Grid:
+    grid = _to_grid(args)
+    if grid.granularity != "tensor" or grid.bits != 8 or args.get("dynamic", False):
+        raise CheckpointError(
+            "the model's KV cache is quantized in another way than with one scale for all keys and "
+            "one for all values of a layer, 8 bits each; tinier runs no other."
+        )
+    return grid
+
+
+def _is_name(name: str, target: str) -> bool:
+    return name == target
+
+
+def _is_pattern(name: str, target: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], name) is not None
+
+
+def _is_class(name: str, target: str) -> bool:
+    return target == "Linear"
+
+
+def _matches(name: str, target: str) -> bool:
+    return any(kind(name, target) for kind in (_is_name, _is_pattern, _is_class))

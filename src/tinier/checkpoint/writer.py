@@ -2,9 +2,12 @@
 
 `atomic_folder` gives a temporary sibling folder and renames it when the block ends well.
 `TensorWriter` streams tensors into shards, so that a stage holds one shard in memory, not the model.
+`resumable_folder` with `PartFiles` does both for stages that take long: a stage that was stopped
+finds its finished parts again.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -14,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,6 +84,106 @@ def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path]:
+    """Yield a hidden folder beside `out` that outlives this process; rename it when the block ends.
+
+    A block that ends in an exception, or a process that is killed, leaves the folder for the next
+    call with the same `key` to go on; another key starts with an empty one. Names that start with a
+    dot are removed before the folder becomes `out`. Raises OutputError where `out` exists, is being
+    written by another process, or the disk is or gets full.
+    """
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = unfinished_folder(out)
+    lock = out.parent / f".{out.name}.lock"
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another tinier is writing {out}. Wait for it, or stop it."
+            ) from None
+        key_file = partial / ".key"
+        if not key_file.exists() or key_file.read_text(encoding="ascii") != key:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_atomically(key_file, key)
+        there = sum(path.stat().st_size for path in partial.iterdir())
+        check_disk(out, needed_bytes - there)
+        try:
+            yield partial
+            _share_permissions(partial)
+            _sync(partial)
+            for path in partial.glob(".*"):
+                path.unlink()
+            partial.rename(out)
+        except (OSError, SafetensorError) as error:
+            if not _is_disk_full(error):
+                raise
+            free = shutil.disk_usage(out.parent).free
+            raise OutputError(
+                f"the disk filled up while writing {out}: about {_size(needed_bytes)} are needed and "
+                f"{_size(free)} are free. Free some and type the same again: it goes on where it was."
+            ) from error
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where `resumable_folder` keeps what is to become `out`."""
+    return out.parent / f".{out.name}.unfinished"
+
+
+class PartFiles:
+    """The weights of a checkpoint in `count` files, each with a record, written one at a time."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
+        self._count = count
+
+    def has(self, part: int) -> bool:
+        """Whether the part is written, whole."""
+        return self._path(part).exists()
+
+    def write(self, part: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write a part and its record; a kill leaves both or neither to be seen."""
+        write_atomically(self._record(part), json.dumps(record))
+        unfinished = self._folder / f".part-{part}"
+        host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(host, unfinished, metadata={"format": "pt"})
+        unfinished.rename(self._path(part))
+
+    def record(self, part: int) -> dict[str, Any]:
+        """What was recorded with a part."""
+        record: dict[str, Any] = json.loads(self._record(part).read_text(encoding="utf-8"))
+        return record
+
+    def read(self, part: int, device: torch.device) -> dict[str, Tensor]:
+        """All tensors of a part."""
+        with safe_open(self._path(part), framework="pt", device=str(device)) as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+
+    def close(self) -> None:
+        """Write the index over all parts."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for part in range(self._count):
+            path = self._path(part)
+            with safe_open(path, framework="pt") as stream:
+                weight_map.update(dict.fromkeys(stream.keys(), path.name))
+            total += path.stat().st_size
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=1) + "\n"
+        write_atomically(self._folder / "model.safetensors.index.json", text)
+
+    def _path(self, part: int) -> Path:
+        return self._folder / f"model-{part + 1:05d}-of-{self._count:05d}.safetensors"
+
+    def _record(self, part: int) -> Path:
+        return self._folder / f".part-{part}.json"
 
 
 class TensorWriter:

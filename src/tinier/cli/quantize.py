@@ -9,16 +9,52 @@ from tinier.cli import options, output
 
 def quantize(
     model: options.Model,
-    preset: Annotated[str, typer.Option("--preset", help="fp8, int8 or int4.", show_default=False)],
+    preset: Annotated[
+        list[str],
+        typer.Option(
+            "--preset",
+            help="A name from the list below, mixed, or null for none; several are made in one pass, "
+            "each in a folder of its name under --out.",
+            show_default=False,
+        ),
+    ],
     out: options.Out,
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", help="Input columns per scale; int4 has 128 unless told."),
+        typer.Option("--group-size", help="Input columns per scale; 128 unless told."),
     ] = None,
+    asymmetric: Annotated[
+        bool,
+        typer.Option("--asymmetric", help="Zero points beside the scales (int2, int3, int4…)."),
+    ] = False,
     ignore: Annotated[
         list[str] | None,
         typer.Option("--ignore", help="Leave layers of this name pattern in 16 bit; repeatable."),
     ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Quantize the output head too: fp8 or int8.")
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Quantize the KV cache: fp8 or int8.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="With mixed: average bits of a weight.")
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            help="Text for presets that look at activations: a .txt, .md, .jsonl or .parquet file, a "
+            "folder of them, hub:NAME[:CONFIG[:SPLIT]], builtin, or self (the model writes it).",
+        ),
+    ] = "builtin",
+    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    iterations: Annotated[
+        int,
+        typer.Option("--iterations", help="Steps of learned rounding for each layer (int4-best)."),
+    ] = 100,
+    seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -27,39 +63,81 @@ def quantize(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Quantize a model's linear layers.
+    """Quantize a model's linear layers, and its head and KV cache if asked to.
 
-    Writes a compressed-tensors checkpoint, which transformers, vLLM and SGLang load as it is.
+    Writes a compressed-tensors checkpoint, which transformers, vLLM and SGLang load as it is. A run
+    that was stopped goes on where it was when the same is typed again.
 
     \b
     Presets:
-      fp8   E4M3 weights per channel, activations per token (dynamic)
-      int8  INT8 weights per channel, activations per token (dynamic)
-      int4  INT4 weights in groups, 16-bit activations
+      fp8          E4M3 weights per channel, activations per token; needs no text
+      fp8-gptq     the same grid, codes chosen by GPTQ
+      fp8-static   E4M3 weights and activations with one calibrated scale per tensor
+      fp8-block    E4M3 weights in blocks of 128 x 128, activations in groups of 128; needs no text
+      int8         INT8 weights per channel, activations per token, to nearest; needs no text
+      int8-sq      the same grid, SmoothQuant folded into the weights, GPTQ
+      int4         INT4 weights in groups, to nearest; needs no text
+      int4-awq     INT4 weights in groups, AWQ
+      int4-gptq    INT4 weights in groups, GPTQ
+      int4-best    INT4 weights in groups, rounding and scales learned; slowest, most accurate
+      w4a8         INT4 weights in groups, FP8 activations per token; w4a8-int8: INT8 activations
+      nvfp4        FP4 weights and activations in blocks of 16; nvfp4-w4a16: weights only
+      mxfp4        FP4 weights and activations in blocks of 32; mxfp4-w4a16: weights only
+      int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ
+      mixed        INT4 or FP8 for each layer, by measured sensitivity, within --bits
+      null         no quantization: every weight as it is
 
     \b
     Examples:
       tinier quantize smollm2-135m --preset fp8 --out smollm2-fp8
-      tinier quantize smollm2-135m --preset int4 --group-size 64 --out smollm2-int4
-      tinier quantize smollm2-135m --preset int8 --ignore '*.down_proj' --out smollm2-int8
+      tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --out smollm2-int4
+      tinier quantize smollm2-135m --preset int8-sq --preset fp8-gptq --out smollm2-8bit
+      tinier quantize smollm2-135m --preset mixed --bits 5 --group-size 64 --out smollm2-mixed
+      tinier quantize smollm2-135m --preset fp8 --head fp8 --kv fp8 --out smollm2-fp8-all
+      torchrun --nproc-per-node 2 -m tinier quantize MODEL --preset int4-gptq --out DIR
     """
     from pathlib import Path
 
     from tinier.checkpoint import check_output
+    from tinier.errors import InputError
     from tinier.families import open_model
-    from tinier.quantization import plan_quantize
-    from tinier.quantization import quantize as run_quantize
+    from tinier.quantization import NULL, QuantizePlan, needs_text, plan_quantize, quantize_all
     from tinier.report.terminal import made_text, stage_text
+    from tinier.text import load_calibration
 
     output.start(quiet=quiet, log_level=log_level)
-    check_output(Path(out))
+    if len(set(preset)) < len(preset):
+        raise InputError(f"--preset {' '.join(preset)} names one twice.")
+    folders = {name: Path(out) / name if len(preset) > 1 else Path(out) for name in preset}
+    for folder in folders.values():
+        check_output(folder)
+    plans = {
+        folders[name]: QuantizePlan(
+            preset=None if name == NULL else name,
+            group_size=group_size,
+            symmetric=False if asymmetric else None,
+            ignore=tuple(ignore or ()),
+            head=head,  # type: ignore[arg-type]
+            kv=kv,  # type: ignore[arg-type]
+            bits=bits if name == "mixed" else None,
+            self_text=calibration == "self",
+            sequences=sequences,
+            length=length,
+            iterations=iterations,
+            seed=seed,
+        )
+        for name in preset
+    }
     source = open_model(model, revision)
-    patterns = tuple(ignore or ())
+    reads_text = calibration != "self" and any(needs_text(plan) for plan in plans.values())
+    documents = load_calibration(calibration) if reads_text else []
     if dry_run:
-        plan = plan_quantize(source, preset, group_size=group_size, ignore=patterns)
-        text, data = stage_text(plan, out, device)
-        output.result(text, data, as_json=json)
-        return
-    made = run_quantize(source, preset, out, group_size=group_size, ignore=patterns, device=device)
-    text, data = made_text(made, source)
-    output.result(text, data, as_json=json)
+        texts = [
+            stage_text(plan_quantize(source, plan, documents), folder, device)
+            for folder, plan in plans.items()
+        ]
+    else:
+        made = quantize_all(source, plans, documents=documents, device=device)
+        texts = [made_text(checkpoint, source) for checkpoint in made]
+    data = texts[0][1] if len(texts) == 1 else {"checkpoints": [data for _, data in texts]}
+    output.result("\n".join(text for text, _ in texts), data, as_json=json)

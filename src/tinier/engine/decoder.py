@@ -15,19 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tinier.checkpoint import Checkpoint, scheme_of
+from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.checkpoint.folder import TensorReader
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
-    HEAD,
+    HEAD_LINEAR,
     Geometry,
+    checkpoint_layout,
     geometry_of,
     hf_config,
     layer_name,
 )
 from tinier.kernels import Linear, StoredLinear, make_linear, rms_norm, rotate, silu_mul
-from tinier.schemes import Scheme
+from tinier.numerics import round_static
+from tinier.schemes import Layout
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, head_dim], k and v [T, kv_heads, head_dim]) -> [T, heads, head_dim]"""
@@ -45,6 +47,8 @@ class Layer:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+    kv_scales: tuple[Tensor, Tensor] | None = None
+    """Of keys and of values, each [1], where the cache is quantized."""
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -60,14 +64,16 @@ class Decoder:
         embedding: Tensor,
         layers: list[Layer],
         final_norm: Tensor,
-        head: Tensor,
+        head: Linear,
         rope: LlamaRotaryEmbedding,
+        layout: Layout | None,
     ) -> None:
         self.geometry = geometry
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
         self.head = head
+        self.layout = layout
         self._rope = rope
 
     @property
@@ -81,42 +87,60 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weights take in memory as loaded; a tied head counts once."""
-        tensors = {self.embedding.data_ptr(): self.embedding, self.head.data_ptr(): self.head}
         linears = sum(linear.num_bytes for layer in self.layers for linear in layer.linears)
-        return linears + sum(t.numel() * t.element_size() for t in tensors.values())
+        head = 0 if self.geometry.tied_head else self.head.num_bytes
+        return linears + head + self.embedding.numel() * self.embedding.element_size()
 
     @property
     def paths(self) -> dict[str, bool]:
         """How the linear layers are multiplied, each with whether the device does so natively."""
-        return {linear.path: linear.fast for layer in self.layers for linear in layer.linears}
+        linears = [linear for layer in self.layers for linear in layer.linears] + [self.head]
+        return {linear.path: linear.fast for linear in linears}
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Hidden states after the final norm. tokens, positions: [T]. Returns [T, hidden]."""
-        g = self.geometry
-        sizes = [g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.head_dim]
         x = F.embedding(tokens, self.embedding)  # [T, hidden]
+        rotation = self.rotation(x, positions)
+        for i in range(self.geometry.layers):
+            x = self.layer(i, x, rotation, attend)
+        return rms_norm(x, self.final_norm, self.geometry.norm_eps)
+
+    def rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE for positions [T], each [T, 1, head_dim] in the type of x."""
         cos, sin = self._rope(x, positions.unsqueeze(0))
-        cos, sin = cos.squeeze(0).unsqueeze(1), sin.squeeze(0).unsqueeze(1)  # [T, 1, head_dim]
-        for i, layer in enumerate(self.layers):
-            y = rms_norm(x, layer.input_norm, g.norm_eps)
-            q, k, v = layer.qkv(y).split(sizes, dim=-1)
-            q = q.unflatten(-1, (g.heads, g.head_dim))  # [T, heads, head_dim]
-            k = k.unflatten(-1, (g.kv_heads, g.head_dim))  # [T, kv_heads, head_dim]
-            v = v.unflatten(-1, (g.kv_heads, g.head_dim))
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = rms_norm(q, layer.q_norm, g.norm_eps)
-                k = rms_norm(k, layer.k_norm, g.norm_eps)
-            attended = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + layer.out(attended.flatten(1))
-            y = rms_norm(x, layer.post_norm, g.norm_eps)
-            x = x + layer.down(silu_mul(layer.gate_up(y)))
-        return rms_norm(x, self.final_norm, g.norm_eps)
+        return cos.squeeze(0).unsqueeze(1), sin.squeeze(0).unsqueeze(1)
+
+    @torch.inference_mode()
+    def layer(
+        self, index: int, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attention
+    ) -> Tensor:
+        """Hidden states [T, hidden] after one decoder layer."""
+        g, layer = self.geometry, self.layers[index]
+        sizes = [g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.head_dim]
+        y = rms_norm(x, layer.input_norm, g.norm_eps)
+        q, k, v = layer.qkv(y).split(sizes, dim=-1)
+        q = q.unflatten(-1, (g.heads, g.head_dim))  # [T, heads, head_dim]
+        k = k.unflatten(-1, (g.kv_heads, g.head_dim))  # [T, kv_heads, head_dim]
+        v = v.unflatten(-1, (g.kv_heads, g.head_dim))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, g.norm_eps)
+            k = rms_norm(k, layer.k_norm, g.norm_eps)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if layer.kv_scales is not None and self.layout and self.layout.kv_cache:
+            kind = self.layout.kv_cache.kind
+            k = round_static(k, kind, layer.kv_scales[0]).to(x.dtype)
+            v = round_static(v, kind, layer.kv_scales[1]).to(x.dtype)
+        attended = attend(index, q, k, v)
+        x = x + layer.out(attended.flatten(1))
+        y = rms_norm(x, layer.post_norm, g.norm_eps)
+        return x + layer.down(silu_mul(layer.gate_up(y)))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]. Returns [..., vocab] in the computing type."""
-        return F.linear(hidden, self.head)
+        flat: Tensor = self.head(hidden.reshape(-1, hidden.shape[-1]))
+        return flat.reshape(*hidden.shape[:-1], -1)
 
     def hidden_states(self, windows: Tensor) -> Tensor:
         """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden]."""
@@ -155,53 +179,59 @@ def load_decoder(
     Raises CheckpointError for a quantization that the engine cannot run.
     """
     geometry = geometry_of(checkpoint)
-    scheme = scheme_of(checkpoint.config)
+    layout = checkpoint_layout(checkpoint)
     dtype = dtype or checkpoint.dtype
     with checkpoint.reader(device) as read:
-        layers = [
-            _load_layer(checkpoint, read, layer_name(i), geometry, scheme, dtype)
-            for i in range(geometry.layers)
-        ]
+
+        def linear(*names: str) -> Linear:
+            return make_linear([_stored(checkpoint, read, n, layout, dtype) for n in names], dtype)
+
+        def norm(name: str) -> Tensor:
+            return read(f"{name}.weight").to(dtype)
+
+        def kv_scales(attention: str) -> tuple[Tensor, Tensor] | None:
+            if layout is None or layout.kv_cache is None:
+                return None
+            return read(f"{attention}.k_scale"), read(f"{attention}.v_scale")
+
+        def layer(name: str) -> Layer:
+            attention = f"{name}.self_attn"
+            return Layer(
+                input_norm=norm(f"{name}.input_layernorm"),
+                qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv")),
+                q_norm=norm(f"{attention}.q_norm") if geometry.qk_norm else None,
+                k_norm=norm(f"{attention}.k_norm") if geometry.qk_norm else None,
+                out=linear(f"{attention}.o_proj"),
+                post_norm=norm(f"{name}.post_attention_layernorm"),
+                gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+                down=linear(f"{name}.mlp.down_proj"),
+                kv_scales=kv_scales(attention),
+            )
+
+        layers = [layer(layer_name(i)) for i in range(geometry.layers)]
         embedding = read(EMBEDDING).to(dtype)
         final_norm = read(FINAL_NORM).to(dtype)
-        head = embedding if geometry.tied_head else read(HEAD).to(dtype)
+        if geometry.tied_head:
+            head = make_linear([StoredLinear(embedding, None)], dtype)
+        else:
+            head = linear(HEAD_LINEAR)
     rope = LlamaRotaryEmbedding(config=hf_config(checkpoint)).to(device)
-    return Decoder(geometry, embedding, layers, final_norm, head, rope)
+    return Decoder(geometry, embedding, layers, final_norm, head, rope, layout)
 
 
-def _load_layer(
-    checkpoint: Checkpoint,
-    read: TensorReader,
-    prefix: str,
-    geometry: Geometry,
-    scheme: Scheme | None,
-    dtype: torch.dtype,
-) -> Layer:
-    def stored(name: str) -> StoredLinear:
-        full = f"{prefix}.{name}"
-        packed = f"{full}.weight_packed"
-        weight = read(packed if packed in checkpoint.tensors else f"{full}.weight")
-        scale = f"{full}.weight_scale"
-        bias = f"{full}.bias"
-        return StoredLinear(
-            weight,
-            read(scale) if scale in checkpoint.tensors else None,
-            read(bias).to(dtype) if bias in checkpoint.tensors else None,
-        )
+def _stored(
+    checkpoint: Checkpoint, read: TensorReader, name: str, layout: Layout | None, dtype: torch.dtype
+) -> StoredLinear:
+    """One linear layer as the checkpoint has it, on the reader's device."""
 
-    def linear(*names: str) -> Linear:
-        return make_linear([stored(name) for name in names], scheme, dtype)
+    def part(tensor: str) -> Tensor | None:
+        full = f"{name}.{tensor}"
+        return read(full) if full in checkpoint.tensors else None
 
-    def norm(name: str) -> Tensor:
-        return read(f"{prefix}.{name}.weight").to(dtype)
-
-    return Layer(
-        input_norm=norm("input_layernorm"),
-        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=norm("self_attn.q_norm") if geometry.qk_norm else None,
-        k_norm=norm("self_attn.k_norm") if geometry.qk_norm else None,
-        out=linear("self_attn.o_proj"),
-        post_norm=norm("post_attention_layernorm"),
-        gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-        down=linear("mlp.down_proj"),
-    )
+    bias = part("bias")
+    bias = None if bias is None else bias.to(dtype)
+    scheme = layout.schemes.get(name) if layout else None
+    if scheme is None:
+        return StoredLinear(read(f"{name}.weight"), bias)
+    weight, input_scale = unpack_linear(part, scheme)
+    return StoredLinear(weight, bias, scheme, input_scale)

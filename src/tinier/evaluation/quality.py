@@ -7,6 +7,7 @@ the same tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +26,10 @@ class Reference(NamedTuple):
 
     hidden: Tensor
     """[windows, length, hidden], on the CPU"""
-    head: Tensor
-    """[vocab, hidden]"""
+    logits: Callable[[Tensor], Tensor]
+    """Hidden states [..., hidden] to logits [..., vocab]"""
+    device: torch.device
+    """Where it computes them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Quality:
 def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
     """Run the original once over the windows [n, length]."""
     hidden = [h.cpu() for h in _batches(decoder, windows, "original model")]
-    return Reference(torch.cat(hidden), decoder.head)
+    return Reference(torch.cat(hidden), decoder.logits, decoder.device)
 
 
 def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = None) -> Quality:
@@ -57,9 +60,7 @@ def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = No
     for hidden in _batches(decoder, windows, "evaluate"):
         for window in hidden:
             i = len(sums)
-            original = reference.hidden[i] if reference else None
-            head = reference.head if reference else None
-            sums.append(_window_sums(decoder, window, windows[i], original, head))
+            sums.append(_window_sums(decoder, window, windows[i], reference, i))
     per_window = windows.shape[1] - 1
     nll = torch.tensor([s[0] for s in sums], dtype=torch.float64) / per_window
     kl = torch.tensor([s[1] for s in sums], dtype=torch.float64) / per_window
@@ -79,8 +80,8 @@ def _window_sums(
     decoder: Decoder,
     hidden: Tensor,
     tokens: Tensor,
-    original: Tensor | None,
-    original_head: Tensor | None,
+    reference: Reference | None,
+    index: int,
 ) -> tuple[float, float, int]:
     """Sums over one window's predictions: negative log-likelihood, KL, equal first choices."""
     nll = kl = 0.0
@@ -90,10 +91,10 @@ def _window_sums(
         rows = slice(start, min(start + _CHUNK_TOKENS, len(targets)))
         own = torch.log_softmax(decoder.logits(hidden[rows]).float(), dim=-1)  # [chunk, vocab]
         nll -= own.gather(1, targets[rows].unsqueeze(1)).sum().item()
-        if original is None or original_head is None:
+        if reference is None:
             continue
-        states = original[rows].to(original_head.device)
-        base = torch.log_softmax(torch.nn.functional.linear(states, original_head).float(), dim=-1)
+        states = reference.hidden[index][rows].to(reference.device)
+        base = torch.log_softmax(reference.logits(states).float(), dim=-1)
         agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
         kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
     return nll, kl, agreements

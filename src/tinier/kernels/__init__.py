@@ -5,7 +5,13 @@ device at hand, and the layer says which way it took. `reference.py` has norms, 
 over the paged KV cache.
 """
 
-from tinier.kernels.linear import Linear, StoredLinear, make_linear
+from tinier.kernels.linear import (
+    Linear,
+    StoredLinear,
+    make_linear,
+    round_activations,
+    static_scale,
+)
 from tinier.kernels.reference import paged_attention, rms_norm, rotate, silu_mul
 
 __all__ = [
@@ -15,5 +21,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate",
+    "round_activations",
     "silu_mul",
+    "static_scale",
 ]

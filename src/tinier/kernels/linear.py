@@ -1,8 +1,7 @@
 """How a stored linear layer is multiplied on the device at hand.
 
-Start at `make_linear`. In: the stored tensors of one or more linear layers that share an input
-(q, k and v; gate and up), in compressed-tensors' layout. Out: one module over the rows of all of
-them. The choice is made once, at load; `path` names it, and `fast` says whether the device has
+Start at `make_linear`. In: the weights of one or more linear layers that share an input (q, k and v;
+gate and up), as the checkpoint has them. Out: one module over the rows of all of them. The choice is made once, at load; `path` names it, and `fast` says whether the device has
 arithmetic for the scheme or the codes were expanded to 16 bit.
 
 Every path rounds the activations to the grid that the scheme asks for, so that its result is the
@@ -14,14 +13,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
 from tinier.numerics import (
+    E2M1_MAX,
+    E4M3_MAX,
     Quantized,
+    cast_e4m3,
     dequantize,
     quantize_tokens_e4m3,
     quantize_tokens_int8,
+    round_groups_e4m3,
+    round_groups_mxfp4,
+    round_groups_nvfp4,
+    round_static,
+    step_size,
 )
 from tinier.schemes import Grid, Scheme
 
@@ -32,12 +38,14 @@ _INT4_GROUPS = (32, 64, 128, 256)
 class StoredLinear(NamedTuple):
     """One linear layer as the checkpoint has it."""
 
-    weight: Tensor
-    """[out, in] in 16 or 32 bit, int8 or float8; or packed int32 [out, in·bits/32]"""
-    scale: Tensor | None
-    """[out, groups]; None where the weight is not quantized"""
+    weight: Tensor | Quantized
+    """[out, in] in 16 or 32 bit, or codes and scales"""
     bias: Tensor | None
     """[out]"""
+    scheme: Scheme | None = None
+    """How a quantized weight is stored"""
+    input_scale: Tensor | None = None
+    """[1], of static activations"""
 
 
 class Linear(ABC):
@@ -63,14 +71,21 @@ class Linear(ABC):
 class DenseLinear(Linear):
     """A weight in the computing type, with the activations rounded first where the scheme says so."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activations: Grid | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activations: Grid | None,
+        input_scale: Tensor | None = None,
+    ) -> None:
         super().__init__(bias)
         self.weight = weight  # [out, in]
         self.activations = activations
+        self.input_scale = input_scale
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.activations is not None:
-            x = dequantize_tokens(x, self.activations)
+            x = round_activations(x, self.activations, self.input_scale)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -102,13 +117,20 @@ class Fp8Linear(Linear):
 
     path = "torch._scaled_mm"
 
-    def __init__(self, quantized: Quantized, bias: Tensor | None) -> None:
+    def __init__(
+        self, quantized: Quantized, bias: Tensor | None, input_scale: Tensor | None
+    ) -> None:
         super().__init__(bias)
         self.codes = quantized.codes.t()  # [in, out], column-major as cuBLASLt wants it
         self.scale = quantized.scale.float().t().contiguous()  # [1, out]
+        self.input_scale = None if input_scale is None else input_scale.float().reshape(1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        tokens = quantize_tokens_e4m3(x)
+        if self.input_scale is None:
+            tokens = quantize_tokens_e4m3(x)
+        else:
+            scale = self.input_scale.expand(x.shape[0], 1).contiguous()
+            tokens = Quantized(cast_e4m3(x.float() / self.input_scale), scale)
         return torch._scaled_mm(
             tokens.codes, self.codes, tokens.scale, self.scale, bias=self.bias, out_dtype=x.dtype
         )
@@ -124,7 +146,7 @@ class Int4CpuLinear(Linear):
         self.group_size = group_size
         unsigned = (quantized.codes.int() + 8).contiguous()  # [out, in], 0..15
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
-        self.scale_and_zero = _scale_and_zero(quantized.scale)
+        self.scale_and_zero = _scale_and_zero(quantized)
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -144,7 +166,7 @@ class Int4CudaLinear(Linear):
         unsigned = quantized.codes + 8
         pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8)  # [out, in/2]
         self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-        self.scale_and_zero = _scale_and_zero(quantized.scale)
+        self.scale_and_zero = _scale_and_zero(quantized)
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.aten._weight_int4pack_mm(
@@ -170,63 +192,106 @@ class StackedLinear(Linear):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-def make_linear(parts: list[StoredLinear], scheme: Scheme | None, dtype: torch.dtype) -> Linear:
+def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     """One layer over the stacked rows of `parts`, on the device that their tensors are on.
 
-    dtype: what the decoder computes in. scheme: that of the parts that have a scale; a checkpoint
-    may leave some of them in 16 bit.
+    dtype: what the decoder computes in. Parts that are stored in different ways are multiplied one
+    after the other.
     """
-    if len({part.scale is None for part in parts}) > 1:
-        return StackedLinear([make_linear([part], scheme, dtype) for part in parts])
+    first = parts[0]
+    if any(not _alike(first, part) for part in parts[1:]):
+        return StackedLinear([make_linear([part], dtype) for part in parts])
     bias = _stack([p.bias for p in parts if p.bias is not None], dtype)
-    if scheme is None or parts[0].scale is None:
-        weight = _stack([p.weight for p in parts], dtype)
+    if first.scheme is None:
+        weight = _stack([p.weight for p in parts if isinstance(p.weight, Tensor)], dtype)
         assert weight is not None
         return DenseLinear(weight, bias, None)
-    quantized = _codes(parts, scheme)
+    scheme = first.scheme
+    quantized = _stack_quantized([p.weight for p in parts if isinstance(p.weight, Quantized)])
     device = quantized.codes.device.type
-    grid, group_size = scheme.weights, scheme.weights.group_size
-    if grid.kind == "int" and grid.bits == 8 and scheme.activations and not group_size:
+    grid, activations = scheme.weights, scheme.activations
+    per_row = grid.granularity in ("channel", "tensor")
+    dynamic = activations is not None and activations.granularity == "token"
+    if grid.kind == "int" and grid.bits == 8 and per_row and dynamic:
         return Int8Linear(quantized, bias)
-    if grid.kind == "float" and scheme.activations and _has_fp8(device) and dtype == torch.bfloat16:
-        return Fp8Linear(quantized, bias)
-    packable = grid.bits == 4 and group_size in _INT4_GROUPS and dtype == torch.bfloat16
-    if packable and not scheme.activations:
+    if grid.kind == "float" and per_row and activations and activations.group_size is None:
+        if _has_fp8(device) and dtype == torch.bfloat16:
+            return Fp8Linear(quantized, bias, first.input_scale)
+    group_size = grid.group_size
+    packable = grid.kind == "int" and grid.bits == 4 and group_size in _INT4_GROUPS
+    if packable and activations is None and dtype == torch.bfloat16:
         rows, columns = quantized.codes.shape
         if device == "cpu" and rows % 16 == 0:
             return Int4CpuLinear(quantized, group_size or columns, bias)
         if device == "cuda" and rows % 8 == 0 and columns % 128 == 0:
             return Int4CudaLinear(quantized, group_size or columns, bias)
-    dense = DenseLinear(dequantize(quantized, dtype), bias, scheme.activations)
+    dense = DenseLinear(dequantize(quantized, dtype), bias, activations, first.input_scale)
     dense.fast = False
     dense.path = f"{scheme.label} expanded to {str(dtype).removeprefix('torch.')}"
     return dense
 
 
-def dequantize_tokens(x: Tensor, grid: Grid) -> Tensor:
-    """x rounded to the per-token grid and back, in x's type."""
-    tokens = quantize_tokens_int8(x) if grid.kind == "int" else quantize_tokens_e4m3(x)
-    return (tokens.codes.float() * tokens.scale).to(x.dtype)
+def round_activations(x: Tensor, grid: Grid, input_scale: Tensor | None = None) -> Tensor:
+    """x [..., in] rounded to the grid of activations and back, in x's type.
+
+    input_scale: [1], where the grid's scale is static; NVFP4: what its scales are divided by.
+    """
+    if grid.granularity == "tensor":
+        assert input_scale is not None
+        rounded = round_static(x, grid.kind, input_scale)
+    elif grid.granularity == "token":
+        tokens = quantize_tokens_int8(x) if grid.kind == "int" else quantize_tokens_e4m3(x)
+        rounded = tokens.codes.float() * tokens.scale
+    else:
+        assert grid.group_size is not None
+        if grid.bits == 8:
+            rounded = round_groups_e4m3(x, grid.group_size)
+        elif grid.scale_format == "e4m3":
+            assert input_scale is not None
+            rounded = round_groups_nvfp4(x, grid.group_size, input_scale)
+        else:
+            rounded = round_groups_mxfp4(x, grid.group_size)
+    return rounded.to(x.dtype)
 
 
-def _codes(parts: list[StoredLinear], scheme: Scheme) -> Quantized:
-    codes = []
-    for weight, scale, _ in parts:
-        assert scale is not None
-        if scheme.weights.bits == 8:
-            codes.append(weight)
-            continue
-        group_size = scheme.weights.group_size
-        assert group_size is not None
-        shape = torch.Size((weight.shape[0], scale.shape[1] * group_size))
-        codes.append(unpack_from_int32(weight, scheme.weights.bits, shape))
-    return Quantized(torch.cat(codes), torch.cat([p.scale for p in parts if p.scale is not None]))
+def static_scale(absmax: Tensor, grid: Grid) -> Tensor:
+    """The input scale [1] for activations whose largest size is `absmax`, float32."""
+    absmax = absmax.float().clamp(min=1e-12).reshape(1)
+    if grid.scale_format == "e4m3":
+        return E4M3_MAX * E2M1_MAX / absmax
+    return absmax / (E4M3_MAX if grid.kind == "float" else 127.5)
 
 
-def _scale_and_zero(scale: Tensor) -> Tensor:
-    """torch's layout [groups, out, 2]: (code - 8) · scale + zero, with zero 0 for a symmetric grid."""
-    scale = scale.to(torch.bfloat16).t()
-    return torch.stack((scale, torch.zeros_like(scale)), dim=-1).contiguous()
+def _alike(one: StoredLinear, other: StoredLinear) -> bool:
+    """Whether two layers can be one matrix: stored and fed in the same way."""
+    if one.scheme != other.scheme:
+        return False
+    if one.input_scale is None or other.input_scale is None:
+        return one.input_scale is other.input_scale
+    return torch.equal(one.input_scale, other.input_scale)
+
+
+def _stack_quantized(parts: list[Quantized]) -> Quantized:
+    """The rows of all parts. A scale of a whole tensor becomes one per row; scales over scales are
+    divided out."""
+    scales, zeros = [], []
+    for part in parts:
+        rows = part.codes.shape[0]
+        scale = part.scale if part.global_scale is None else step_size(part)
+        scales.append(scale.expand(rows, -1) if scale.shape[0] == 1 else scale)
+        if part.zero_point is not None:
+            zeros.append(part.zero_point)
+    codes = torch.cat([part.codes for part in parts])
+    return Quantized(codes, torch.cat(scales), torch.cat(zeros) if zeros else None)
+
+
+def _scale_and_zero(quantized: Quantized) -> Tensor:
+    """torch's layout [groups, out, 2]: (code - 8) · scale + zero, codes counted from 0."""
+    scale = quantized.scale.to(torch.bfloat16)
+    zero = torch.zeros_like(scale)
+    if quantized.zero_point is not None:
+        zero = -quantized.zero_point.to(scale.dtype) * scale
+    return torch.stack((scale.t(), zero.t()), dim=-1).contiguous()
 
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor | None:

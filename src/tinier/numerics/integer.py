@@ -1,8 +1,7 @@
-"""Symmetric integer grids: value ≈ code × scale with code in [-2^(b-1), 2^(b-1) - 1].
+"""Integer grids: value ≈ (code - zero point) × scale with code in [-2^(b-1), 2^(b-1) - 1].
 
-Start at `round_to_int`. In: a weight [out, in]. Out: codes [out, in] and one scale per group of
-input columns. The scale is absmax / ((2^b - 1) / 2), as compressed-tensors computes it: the grid
-spends all its codes, and the largest positive value is clipped by half a step.
+`Quantized` is what every algorithm returns, for floating-point grids too. Which blocks of a weight
+share a scale follows from the scale's shape (`expand`).
 """
 
 from typing import NamedTuple
@@ -13,9 +12,13 @@ from torch import Tensor
 
 class Quantized(NamedTuple):
     codes: Tensor
-    """[out, in], int8 or float8_e4m3fn"""
+    """[out, in], int8 or a float8 type; E2M1 values are held in float8_e4m3fn, which has them all"""
     scale: Tensor
-    """[out, groups], the dtype it is stored in; groups is 1 for one scale per row"""
+    """[R, C], the dtype it is stored in: each scale covers out/R rows and in/C columns"""
+    zero_point: Tensor | None = None
+    """[R, C] int8, the code of zero; None on a symmetric grid"""
+    global_scale: Tensor | None = None
+    """[1] float32, which every scale is divided by; None but for NVFP4"""
 
 
 def int_range(bits: int) -> tuple[int, int]:
@@ -23,45 +26,38 @@ def int_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def round_to_int(
-    weight: Tensor, *, bits: int, group_size: int | None, scale_dtype: torch.dtype
-) -> Quantized:
-    """Nearest code per element, one scale per `group_size` input columns (None: per row).
-
-    weight: [out, in]. The scale is rounded to `scale_dtype` before the codes are chosen, so the
-    codes are the nearest ones for the scale that is stored.
-    """
-    lowest, highest = int_range(bits)
-    groups = _in_groups(weight.float(), group_size)  # [out, groups, size]
-    scale = groups.abs().amax(dim=-1) / ((highest - lowest) / 2)
-    scale = storable_scale(scale, scale_dtype)
-    codes = (groups / scale.float().unsqueeze(-1)).round_().clamp_(lowest, highest)
-    return Quantized(codes.reshape(weight.shape).to(torch.int8), scale)
+def step_size(quantized: Quantized) -> Tensor:
+    """What one unit of code is worth: [R, C], float32."""
+    scale = quantized.scale.float()
+    return scale if quantized.global_scale is None else scale / quantized.global_scale
 
 
-def quantize_tokens_int8(x: Tensor) -> Quantized:
-    """Activations to INT8 with one scale per token (row). x: [..., in]; scale: [..., 1], float32."""
-    x = x.float()
-    scale = storable_scale(x.abs().amax(dim=-1, keepdim=True) / 127.5, torch.float32)
-    return Quantized((x / scale).round_().clamp_(-128, 127).to(torch.int8), scale)
+def expand(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """One value per block [R, C] to one per element [out, in]."""
+    rows, columns = shape[0] // blocks.shape[0], shape[1] // blocks.shape[1]
+    return blocks.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """Codes times scales. Returns [out, in] in `dtype`; the product is taken in float32."""
-    codes, scale = quantized
-    grouped = codes.float().reshape(*scale.shape, -1)  # [out, groups, size]
-    return (grouped * scale.float().unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    """(Codes - zero point) times scale. Returns [out, in] in `dtype`; computed in float32."""
+    codes = quantized.codes
+    blocks = in_blocks(codes.float(), quantized.scale.shape)
+    if quantized.zero_point is not None:
+        blocks = blocks - quantized.zero_point.float()[:, None, :, None]
+    values = blocks * step_size(quantized)[:, None, :, None]
+    return values.reshape(codes.shape).to(dtype)
 
 
-def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
-    columns = weight.shape[-1]
-    size = columns if group_size is None else group_size
-    assert columns % size == 0, f"group size {size} does not divide {columns} columns"
-    return weight.reshape(weight.shape[0], columns // size, size)
+def in_blocks(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """weight [out, in] as [R, out/R, C, in/C], where `blocks` is (R, C)."""
+    rows, columns = weight.shape
+    assert rows % blocks[0] == 0, f"{blocks[0]} blocks do not divide {rows} rows"
+    assert columns % blocks[1] == 0, f"{blocks[1]} blocks do not divide {columns} columns"
+    return weight.reshape(blocks[0], rows // blocks[0], blocks[1], columns // blocks[1])
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it is stored; 1 where it would be 0."""
     # an all-zero group would give scale 0 and codes 0/0; any other scale represents it exactly
     scale = scale.to(dtype)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale != 0, scale, torch.ones_like(scale))

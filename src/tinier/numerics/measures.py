@@ -5,13 +5,18 @@ import math
 from torch import Tensor
 
 
-def snr_db(original: Tensor, approximation: Tensor) -> float:
+def snr_db(original: Tensor, approximation: Tensor) -> float | None:
     """Signal-to-noise ratio in decibels: 10·log10(‖original‖² / ‖original - approximation‖²).
 
-    Infinite where both are equal; about 6 dB for each bit of a uniform grid.
+    None where both are equal; about 6 dB for each bit of a uniform grid.
     """
     signal = original.double().square().sum().item()
     noise = (original.double() - approximation.double()).square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return power_db(signal, noise)
+
+
+def power_db(signal: float, noise: float) -> float | None:
+    """10·log10(signal / noise), rounded to thousandths; None where there is no signal or no noise."""
+    if noise <= 0.0 or signal <= 0.0:
+        return None
+    return round(10.0 * math.log10(signal / noise), 3)

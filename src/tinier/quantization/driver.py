@@ -1,196 +1,343 @@
-"""Quantize a checkpoint: folder in, folder out, one linear layer in memory at a time.
+"""Quantize a checkpoint: folder in, folder out, one decoder layer in memory at a time.
 
-Start at `quantize`. Every linear layer of every decoder layer is rounded as the preset says, unless
-a pattern leaves it alone; embeddings, head and norms stay as they are. The result is in
-compressed-tensors format. Does not choose codes itself: the algorithms are files of their own.
+Start at `quantize`. Calibration windows flow through the decoder layer by layer; each layer is
+quantized on the inputs that the quantized layers before it give, written, and only then run to make
+the inputs of the next. A run that was stopped finds the layers that it wrote and sends the windows
+through them again, so it goes on with the very numbers that it would have had.
 """
 
-import fnmatch
-import math
-import re
+import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from tinier.calibration import (
+    DecoderWalk,
+    InputStatistics,
+    KeysAndValues,
+    Ranks,
+    join_ranks,
+    observe,
+)
 from tinier.checkpoint import (
-    SHARD_BYTES,
     Checkpoint,
+    PartFiles,
     StagePlan,
-    TensorWriter,
-    atomic_folder,
     check_output,
-    code_digest,
     copy_side_files,
     open_checkpoint,
-    pack_linear,
-    quantization_config,
+    resumable_folder,
+    unfinished_folder,
+    write_atomically,
     write_config,
 )
 from tinier.checkpoint.folder import TensorReader
-from tinier.device import pick_device, reset_peak_memory
-from tinier.errors import SchemeError
-from tinier.families import geometry_of, layer_name
-from tinier.numerics import dequantize, snr_db
-from tinier.progress import bar
-from tinier.quantization.rtn import rtn
-from tinier.schemes import Grid, Preset, preset_named
+from tinier.device import (
+    free_memory_bytes,
+    model_flops,
+    pick_device,
+    release_memory,
+    reset_peak_memory,
+)
+from tinier.errors import InputError
+from tinier.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_LINEAR, geometry_of, layer_name
+from tinier.kernels import static_scale
+from tinier.numerics import Quantized, round_static, snr_db
+from tinier.progress import bar, say
+from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
+from tinier.quantization.learned import learn_rounding
+from tinier.quantization.mixed import measure_sensitivity, pick_wide
+from tinier.quantization.plan import (
+    QuantizePlan,
+    chosen_presets,
+    kv_grid,
+    layer_presets,
+    output_config,
+    prepare,
+)
+from tinier.quantization.scales import round_nearest, searched_scales
+from tinier.schemes import Layout
+from tinier.text import Document, written_windows
 
-ALGORITHMS = {"rtn": rtn}
-CODE = code_digest("numerics", "schemes", "checkpoint", "families", "quantization")
 # below this signal-to-noise ratio a layer's weights have lost about a bit more than INT4 costs
 _POOR_SNR_DB = 12.0
-
-
-def plan_quantize(
-    source: Checkpoint,
-    preset: str,
-    *,
-    group_size: int | None = None,
-    ignore: tuple[str, ...] = (),
-) -> StagePlan:
-    """What `quantize` would do, after every check that needs no weights.
-
-    Raises SchemeError: an unknown preset, a group size that does not divide, a pattern that matches
-    nothing or everything, a source that is already quantized.
-    """
-    chosen = preset_named(preset, group_size)
-    _check_source(source)
-    geometry = geometry_of(source)
-    names = [f"{layer_name(i)}.{n}" for i in range(geometry.layers) for n in geometry.linears]
-    ignored = _matching(names, ignore)
-    if len(ignored) == len(names):
-        raise SchemeError(f"--ignore {' '.join(ignore)} leaves no layer to quantize.")
-    for name in names:
-        if name not in ignored:
-            inside = name.split(".", 3)[3]
-            chosen.scheme.check_fits(name, geometry.linears[inside][1])
-    parameters = {
-        "preset": preset,
-        "scheme": asdict(chosen.scheme),
-        "algorithm": chosen.algorithm,
-        "ignore": ignored,
-    }
-    block = quantization_config(chosen.scheme, ["lm_head", *ignored])
-    return StagePlan(
-        stage="quantize",
-        parameters=parameters,
-        inputs={"source": source},
-        output_config=source.config | {"quantization_config": block},
-        output_bytes=_quantized_bytes(source, chosen.scheme.weights, ignored),
-        # one shard waits to be written, and the largest tensor is held in float32 a few times
-        memory_bytes=min(SHARD_BYTES, source.weight_bytes) + 16 * geometry.vocab * geometry.hidden,
-        flops=0.0,
-        code=CODE,
-    )
+_HEAD_ROWS = 8192
 
 
 def quantize(
     source: Checkpoint,
-    preset: str,
+    plan: QuantizePlan,
     out: Path,
     *,
-    group_size: int | None = None,
-    ignore: tuple[str, ...] = (),
+    documents: Sequence[Document] = (),
     device: str = "auto",
 ) -> Checkpoint:
-    """Write `source` quantized as `preset` says to the new folder `out`; returns it opened.
+    """Write `source` quantized as `plan` says to the new folder `out`; returns it opened.
 
-    group_size: input columns per scale, for presets that have groups. ignore: patterns (shell
-    style) of layer names to leave in 16 bit. Raises SchemeError or OutputError before any work.
+    documents: calibration text, for presets that need it. The same call goes on where one that was
+    stopped left off. Under torchrun the calibration windows are split over the processes. Raises
+    SchemeError, TextError, InputError or OutputError before any work.
+    """
+    return quantize_all(source, {out: plan}, documents=documents, device=device)[0]
+
+
+def quantize_all(
+    source: Checkpoint,
+    plans: dict[Path, QuantizePlan],
+    *,
+    documents: Sequence[Document] = (),
+    device: str = "auto",
+) -> list[Checkpoint]:
+    """Quantize `source` in several ways in one walk over its layers and the text; see `quantize`.
+
+    plans: by the folder to write. Finished folders come back in the same order.
     """
     started = time.monotonic()
-    plan = plan_quantize(source, preset, group_size=group_size, ignore=ignore)
-    check_output(out)
-    chosen = preset_named(preset, group_size)
-    ignored = plan.parameters["ignore"]
+    for out in plans:
+        check_output(out)
     place = pick_device(device)
+    ranks = join_ranks(place)
     reset_peak_memory(place)
-    with atomic_folder(out, needed_bytes=plan.output_bytes) as partial:
-        with source.reader(place) as read:
-            layers = _write_tensors(source, read, chosen, set(ignored), partial)
-        write_config(partial, plan.output_config)
-        copy_side_files(source, partial)
-        plan.manifest(
-            started=started,
-            device=place,
-            layers=layers,
-            warnings=_warnings(layers, ignored),
-        ).write(partial)
-    return open_checkpoint(out)
+    jobs = []
+    for out, plan in plans.items():
+        stage, windows = prepare(source, plan, documents)
+        _announce(stage, place)
+        jobs.append(_Job(source, plan, stage, windows, out, place, ranks))
+    with ExitStack() as stack, source.reader(place) as read:
+        for job in jobs:
+            job.start(read, stack)
+        layers = geometry_of(source).layers
+        with bar("quantize", layers) as advance:
+            for index in range(layers):
+                for job in jobs:
+                    job.layer(index)
+                advance(1)
+        for job in jobs:
+            job.finish(read, started)
+    ranks.wait()
+    release_memory()
+    return [open_checkpoint(out) for out in plans]
 
 
-def _quantized_bytes(source: Checkpoint, grid: Grid, ignored: list[str]) -> int:
-    """Size on disk that the result will have."""
-    geometry = geometry_of(source)
-    saved = 0.0
-    for i in range(geometry.layers):
-        for name, (rows, columns) in geometry.linears.items():
-            if f"{layer_name(i)}.{name}" not in ignored:
-                groups = columns // grid.group_size if grid.group_size else 1
-                stored = rows * columns * grid.bits / 8 + rows * groups * source.dtype.itemsize
-                saved += rows * columns * source.dtype.itemsize - stored
-    return source.disk_bytes - int(saved)
-
-
-def _write_tensors(
-    source: Checkpoint, read: TensorReader, preset: Preset, ignored: set[str], folder: Path
-) -> dict[str, dict[str, float | None]]:
-    """Write every tensor, quantized or as it is; returns the error of each quantized layer."""
-    algorithm = ALGORITHMS[preset.algorithm]
-    writer = TensorWriter(folder)
-    layers: dict[str, dict[str, float | None]] = {}
-    linears = {
-        f"{layer_name(i)}.{name}.weight"
-        for i in range(geometry_of(source).layers)
-        for name in geometry_of(source).linears
-    }
-    with bar(f"quantize {preset.scheme.label}", len(source.tensors)) as advance:
-        for tensor in sorted(source.tensors, key=_natural):
-            weight = read(tensor)
-            linear = tensor.removesuffix(".weight")
-            if tensor in linears and linear not in ignored:
-                quantized = algorithm(weight, preset.scheme.weights, source.dtype)
-                rounded = dequantize(quantized, weight.dtype)
-                ratio = snr_db(weight, rounded)
-                layers[linear] = {"snr_db": round(ratio, 3) if math.isfinite(ratio) else None}
-                for name, part in pack_linear(quantized, preset.scheme).items():
-                    writer.add(f"{linear}.{name}", part)
-            else:
-                writer.add(tensor, weight)
-            advance(1)
-        writer.close()
-    return layers
-
-
-def _check_source(source: Checkpoint) -> None:
-    if "quantization_config" in source.config:
-        raise SchemeError(
-            f"{source.folder} is quantized already. Quantize the 16-bit model that it was made from."
+def _announce(stage: StagePlan, device: torch.device) -> None:
+    """Say what it will take. Raises InputError where the memory is not there."""
+    free = free_memory_bytes(device)
+    say(
+        f"quantize: about {stage.memory_bytes / 1e9:.1f} GB of memory ({free / 1e9:.1f} free), "
+        f"{stage.output_bytes / 1e9:.2f} GB on disk, "
+        f"{stage.estimated_seconds(model_flops(device)) / 60:.1f} min"
+    )
+    if stage.memory_bytes > free:
+        raise InputError(
+            f"quantizing {stage.inputs['source'].folder.name} takes about "
+            f"{stage.memory_bytes / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free. "
+            "Use fewer or shorter --sequences, or another --device."
         )
 
 
-def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            raise SchemeError(
-                f"--ignore {pattern!r} matches no layer. Names look like {names[0]}; "
-                "use * for any part, such as '*.down_proj'."
+class _Job:
+    """One quantization on its way through the layers."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        plan: QuantizePlan,
+        stage: StagePlan,
+        windows: Tensor | None,
+        out: Path,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self._source, self._plan, self._stage = source, plan, stage
+        self._geometry = geometry_of(source)
+        self._out, self._device, self._ranks = out, device, ranks
+        self._presets = chosen_presets(self._geometry, plan)
+        self._windows = windows
+        self._sensitivity: dict[str, float] = {}
+        self._hidden: Tensor | None = None
+        self._exact: Tensor | None = None
+
+    def start(self, read: TensorReader, stack: ExitStack) -> None:
+        """Open the folder to write and bring the windows in front of the first layer."""
+        if self._ranks.writes:
+            key, needed = self._stage.key, self._stage.output_bytes
+            self._folder = stack.enter_context(
+                resumable_folder(self._out, key, needed_bytes=needed)
             )
-        matched.update(hits)
-    return sorted(matched, key=_natural)
+        self._ranks.wait()
+        if not self._ranks.writes:
+            self._folder = unfinished_folder(self._out)
+        self._parts = PartFiles(self._folder, self._geometry.layers + 1)
+        plan = self._plan
+        if plan.self_text:
+            self._windows = written_windows(
+                self._source, plan.sequences, plan.length, seed=plan.seed, device=self._device
+            )
+        length = 1 if self._windows is None else self._windows.shape[1]
+        self._walk = DecoderWalk(self._source, read, length, self._device)
+        if self._windows is None:
+            return
+        if plan.bits is not None:
+            self._mix(read, plan.bits)
+        self._hidden = self._walk.embed(self._ranks.share(self._windows, self._walk.batch_windows))
+        if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
+            # the windows on their way through the original model, whose outputs are learned from
+            self._exact = self._hidden.clone()
+
+    def _mix(self, read: TensorReader, bits: float) -> None:
+        """Choose between the two presets of `mixed` for every layer."""
+        assert self._windows is not None
+        path = self._folder / ".sensitivity.json"
+        if not path.exists() and self._ranks.writes:
+            measured = measure_sensitivity(
+                self._source, self._walk, read, self._presets, self._windows
+            )
+            write_atomically(path, json.dumps(measured))
+        self._ranks.wait()
+        self._sensitivity = json.loads(path.read_text(encoding="utf-8"))
+        wide = pick_wide(self._source, self._sensitivity, self._presets, bits)
+        self._presets = chosen_presets(self._geometry, self._plan, wide)
+
+    @torch.no_grad()
+    def layer(self, index: int) -> None:
+        """Quantize and write one layer unless that is done, then send the windows through it."""
+        prefix = layer_name(index)
+        presets = layer_presets(self._presets, prefix)
+        if self._exact is not None:
+            self._walk.run(self._walk.load(index), self._exact, self._exact)
+        if not self._parts.has(index):
+            self._quantize(index, presets)
+        self._ranks.wait()
+        if self._hidden is None or index + 1 == self._geometry.layers:
+            return
+        module, tensors = self._walk.load(index), self._parts.read(index, self._device)
+        install(module, prefix, tensors, presets)
+        self._walk.run(module, self._hidden, self._hidden, self._cache(prefix, tensors))
+
+    def _quantize(self, index: int, presets: LayerPresets) -> None:
+        prefix, module = layer_name(index), self._walk.load(index)
+        statistics: dict[str, InputStatistics] = {}
+        first = None
+        cache = KeysAndValues(None) if self._plan.kv else None
+        if self._hidden is not None and self._windows is not None:
+            statistics, first = observe(
+                self._walk, module, self._hidden, len(self._windows), self._ranks,
+                moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
+            )  # fmt: skip
+        inputs = outputs = None
+        if self._hidden is not None and self._exact is not None:
+            inputs, outputs = self._ranks.gather(self._hidden), self._ranks.gather(self._exact)
+        if not self._ranks.writes:
+            return
+        result = quantize_layer(module, presets, statistics, self._geometry, self._source.dtype)
+        if inputs is not None and outputs is not None:
+            self._learn(index, module, result, inputs, outputs)
+        tensors = result.tensors(prefix)
+        grid = kv_grid(self._plan)
+        if cache is not None and grid is not None:
+            for name, absmax in zip(("k_scale", "v_scale"), cache.absmax, strict=True):
+                tensors[f"{prefix}.self_attn.{name}"] = static_scale(absmax, grid)
+        measures = {f"{prefix}.{name}": values for name, values in result.measures().items()}
+        if self._hidden is not None and first is not None:
+            install(module, prefix, tensors, presets)
+            batch = self._hidden[: self._walk.batch_windows].to(self._device)
+            rounded = self._walk.forward(module, batch, self._cache(prefix, tensors))
+            # of what the layer adds: what passes it by would make every layer look good
+            measures[prefix] = {"output_snr_db": snr_db(first - batch, rounded - batch)}
+        warnings = [f"{prefix}: {warning}" for warning in result.warnings]
+        self._parts.write(index, tensors, {"layers": measures, "warnings": warnings})
+
+    def _learn(
+        self, index: int, module: nn.Module, result: QuantizedLayer, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        before = dict(result.linears)
+        first, last = learn_rounding(
+            self._walk, module, result, inputs, outputs,
+            iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
+        )  # fmt: skip
+        if not last < first:
+            result.linears = before
+            result.warnings.append(
+                "learned rounding did not lower the error; GPTQ's codes are kept"
+            )
+
+    def _cache(self, prefix: str, tensors: dict[str, Tensor]) -> KeysAndValues | None:
+        """What rounds keys and values on their way through the quantized layer."""
+        grid = kv_grid(self._plan)
+        if grid is None:
+            return None
+        key_scale, value_scale = (
+            tensors[f"{prefix}.self_attn.{n}"].to(self._device) for n in ("k_scale", "v_scale")
+        )
+
+        def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return (
+                round_static(keys, grid.kind, key_scale).to(keys.dtype),
+                round_static(values, grid.kind, value_scale).to(values.dtype),
+            )
+
+        return KeysAndValues(rounding)
+
+    def finish(self, read: TensorReader, started: float) -> None:
+        """Write what is not in a decoder layer, the configuration and the manifest."""
+        if not self._ranks.writes:
+            return
+        last = self._geometry.layers
+        if not self._parts.has(last):
+            self._parts.write(last, self._edge_tensors(read), {"layers": {}, "warnings": []})
+        self._parts.close()
+        records = [self._parts.record(part) for part in range(last + 1)]
+        layers: dict[str, dict[str, float | None]] = {}
+        warnings = [f"left in 16 bit: {n}" for n in self._stage.parameters["left_in_16_bit"]]
+        for record in records:
+            layers |= record["layers"]
+            warnings += record["warnings"]
+        schemes = {name: preset.scheme for name, preset in self._presets.items()}
+        layout = Layout(schemes=schemes, kv_cache=kv_grid(self._plan))
+        write_config(self._folder, output_config(self._source, layout))
+        copy_side_files(self._source, self._folder)
+        measures: dict[str, Any] = {"layout": layout.label}
+        if self._sensitivity:
+            measures["sensitivity_kl"] = self._sensitivity
+        self._stage.manifest(
+            started=started,
+            device=self._device,
+            layers=layers,
+            measures=measures,
+            warnings=warnings + _poor(layers),
+        ).write(self._folder)
+
+    def _edge_tensors(self, read: TensorReader) -> dict[str, Tensor]:
+        """Embedding, final norm and head."""
+        tensors = {EMBEDDING: read(EMBEDDING), FINAL_NORM: read(FINAL_NORM)}
+        head = self._presets.get(HEAD_LINEAR)
+        if head is not None:
+            weight = tensors[EMBEDDING] if self._geometry.tied_head else read(HEAD)
+            grid, dtype = head.scheme.weights, self._source.dtype
+            parts = [
+                round_nearest(rows, searched_scales(rows, grid, dtype), grid)
+                for rows in weight.split(_HEAD_ROWS)
+            ]
+            codes = Quantized(
+                torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+            )
+            tensors[f"{HEAD_LINEAR}.weight"] = codes.codes
+            tensors[f"{HEAD_LINEAR}.weight_scale"] = codes.scale
+        elif not self._geometry.tied_head:
+            tensors[HEAD] = read(HEAD)
+        return tensors
 
 
-def _warnings(layers: dict[str, dict[str, float | None]], ignored: list[str]) -> list[str]:
-    warnings = [f"left in 16 bit: {name}" for name in ignored]
+def _poor(layers: dict[str, dict[str, float | None]]) -> list[str]:
+    """Warnings about weights that lost more than rounding to few bits should."""
+    warnings = []
     for name, measures in layers.items():
-        ratio = measures["snr_db"]
+        ratio = measures.get("snr_db")
         if ratio is not None and ratio < _POOR_SNR_DB:
             warnings.append(f"weights of {name} keep only {ratio} dB of signal over rounding noise")
     return warnings
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sort key that puts layer 2 before layer 10, so that shards hold consecutive layers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -21,7 +21,7 @@ from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
 from tinier.families import check_length, geometry_of, open_model
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
-from tinier.quantization import plan_quantize, quantize
+from tinier.quantization import QuantizePlan, plan_quantize, quantize
 from tinier.recipe.schema import BASE, Recipe, Text, Variant
 from tinier.text import (
     TextParts,
@@ -85,12 +85,7 @@ def plan_stage(
     """Plan the stage of one variant on the models that it needs."""
     source = models[variant.from_]
     if variant.quantize:
-        return plan_quantize(
-            source,
-            variant.quantize.preset,
-            group_size=variant.quantize.group_size,
-            ignore=variant.quantize.ignore,
-        )
+        return plan_quantize(source, quantize_plan(recipe, variant), parts.calibration)
     if variant.prune:
         return plan_prune(source, prune_plan(variant), parts.calibration)
     plan = distill_plan(recipe, variant)
@@ -104,14 +99,9 @@ def stage_runner(
     """The stage of one variant as a function of the folder to write."""
     source = models[variant.from_]
     if variant.quantize:
-        asked = variant.quantize
+        plan = quantize_plan(recipe, variant)
         return lambda out: quantize(
-            source,
-            asked.preset,
-            out,
-            group_size=asked.group_size,
-            ignore=asked.ignore,
-            device=recipe.device,
+            source, plan, out, documents=parts.calibration, device=recipe.device
         )
     if variant.prune:
         return lambda out: prune(
@@ -128,6 +118,12 @@ def stage_runner(
         heldout=parts.calibration,
         device=recipe.device,
     )
+
+
+def quantize_plan(recipe: Recipe, variant: Variant) -> QuantizePlan:
+    asked = variant.quantize
+    assert asked is not None
+    return QuantizePlan(**asked.model_dump(), seed=recipe.seed)
 
 
 def prune_plan(variant: Variant) -> PrunePlan:

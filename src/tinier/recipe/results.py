@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 import tinier
-from tinier.checkpoint import Checkpoint, scheme_of
-from tinier.families import geometry_of
+from tinier.checkpoint import Checkpoint
+from tinier.families import checkpoint_layout, geometry_of
 from tinier.recipe.plan import PlannedRun
 from tinier.recipe.schema import BASE
 from tinier.search import Candidate, choose, pareto_front
@@ -71,7 +71,7 @@ def _row(
 ) -> dict[str, Any]:
     checkpoint, base = models[name], models[BASE]
     geometry = geometry_of(checkpoint)
-    scheme = scheme_of(checkpoint.config)
+    layout = checkpoint_layout(checkpoint)
     measured = measurements[name]
     manifest = checkpoint.manifest
     speed = _base_speed(measurements) if name == BASE else measured["speed"]["variant"]
@@ -91,7 +91,7 @@ def _row(
         "stage": None if name == BASE or manifest is None else manifest.stage,
         "checkpoint": str(base.folder) if name == BASE else f"variants/{name}",
         "content_hash": checkpoint.hash,
-        "precision": scheme.label if scheme else str(checkpoint.dtype).removeprefix("torch."),
+        "precision": layout.label if layout else str(checkpoint.dtype).removeprefix("torch."),
         "layers": geometry.layers,
         "parameters": geometry.parameters,
         "disk_bytes": checkpoint.disk_bytes,

@@ -3,7 +3,7 @@
 import difflib
 import types
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,11 +18,20 @@ class _Strict(BaseModel):
 
 
 class Quantize(_Strict):
-    preset: str
-    """A name of tinier.schemes.PRESETS."""
+    """Fields of tinier.quantization.QuantizePlan, where they are explained."""
+
+    preset: str | None
+    """A name of tinier.schemes.PRESETS, `mixed`, or null."""
     group_size: int | None = None
+    symmetric: bool | None = None
     ignore: tuple[str, ...] = ()
-    """Patterns of layers to leave in 16 bit."""
+    head: Literal["fp8", "int8"] | None = None
+    kv: Literal["fp8", "int8"] | None = None
+    bits: float | None = None
+    self_text: bool = False
+    sequences: int = 128
+    length: int = 512
+    iterations: int = 100
 
 
 class Prune(_Strict):

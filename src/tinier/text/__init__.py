@@ -4,11 +4,22 @@ token windows.
 Start at `load_parts` (sources.py) and `token_windows` (windows.py).
 """
 
-from tinier.text.sources import TextParts, load_documents, load_part, load_parts, text_parts
+from tinier.text.generated import written_windows
+from tinier.text.sources import (
+    Document,
+    TextParts,
+    load_calibration,
+    load_documents,
+    load_part,
+    load_parts,
+    text_parts,
+)
 from tinier.text.windows import load_tokenizer, tensor_sha256, token_windows
 
 __all__ = [
+    "Document",
     "TextParts",
+    "load_calibration",
     "load_documents",
     "load_part",
     "load_parts",
@@ -16,4 +27,5 @@ __all__ = [
     "tensor_sha256",
     "text_parts",
     "token_windows",
+    "written_windows",
 ]

@@ -18,6 +18,8 @@ from tinier.errors import NetworkError, TextError
 
 BUILTIN = "builtin"
 _HUB_PREFIX = "hub:"
+Document = str | list[dict[str, str]]
+"""A text, or a conversation: messages with `role` and `content`."""
 _TEXT_SUFFIXES = (".txt", ".md")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
 _MIN_DOCUMENTS = 20
@@ -58,6 +60,14 @@ def load_parts(source: str) -> TextParts:
         parts[name] = [kept for d in parts[name] if (kept := _without(d, seen))]
         seen |= {_squeeze(p) for document in parts[name] for p in _paragraphs(document)}
     return text_parts(**parts)
+
+
+def load_calibration(source: str) -> list[Document]:
+    """Text to calibrate on: what `load_part` gives, or conversations. Raises TextError."""
+    path = Path(source).expanduser()
+    if _holds_conversations(path):
+        return load_conversations(path)
+    return list(load_part(source, "calibration"))
 
 
 def load_part(source: str, part: Literal["calibration", "training", "heldout"]) -> list[str]:
@@ -127,6 +137,40 @@ def _read_jsonl(path: Path, text: str) -> Iterator[str]:
         if not isinstance(document, str):
             raise TextError(f'{path}:{number} is not an object with a string "text".')
         yield document
+
+
+def load_conversations(path: Path) -> list[Document]:
+    """The conversations of a .jsonl file, one object with `messages` a line. Raises TextError."""
+    conversations: list[Document] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            good = bool(messages) and all(
+                isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages
+            )
+        except (json.JSONDecodeError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise TextError(
+                f'{path}:{number} is not an object with "messages", each with a string "role" and '
+                '"content".'
+            )
+        conversations.append(messages)
+    return conversations
+
+
+def _holds_conversations(path: Path) -> bool:
+    """Whether the first line of a .jsonl file has messages."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        try:
+            first = json.loads(stream.readline())
+        except json.JSONDecodeError:
+            return False
+    return isinstance(first, dict) and "messages" in first
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

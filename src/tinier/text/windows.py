@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError, TextError
+from tinier.text.sources import Document
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -26,12 +27,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def token_windows(
-    tokenizer: Any, documents: Sequence[str], *, length: int, count: int | None = None
+    tokenizer: Any, documents: Sequence[Document], *, length: int, count: int | None = None
 ) -> Tensor:
     """Pack documents end to end into windows of `length` tokens. Returns [windows, length] int64.
 
     Each window starts with the tokenizer's BOS if it has the habit of adding one, because that is
-    what the model sees when it serves. count: at most so many windows; None: as many as there are.
+    what the model sees when it serves. A conversation is written with the model's chat template, whose
+    own BOS is left out: there is one at the start of each window and no other.
+    count: at most so many windows; None: as many as there are.
     Raises TextError for text that does not fill one window.
     """
     prefix: list[int] = tokenizer("")["input_ids"]
@@ -42,8 +45,8 @@ def token_windows(
         raise TextError(f"windows of {length} tokens are too short. Use at least 8.")
     tokens: list[int] = []
     for document in documents:
-        encoded = tokenizer(document + "\n\n", add_special_tokens=False, verbose=False)
-        tokens += encoded["input_ids"]
+        text = _as_text(tokenizer, document)
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if count is not None and len(tokens) >= count * body:
             break
     num_windows = len(tokens) // body
@@ -56,6 +59,16 @@ def token_windows(
         )
     windows = torch.tensor(tokens[: num_windows * body]).view(num_windows, body)
     return torch.cat((torch.tensor(prefix).long().expand(num_windows, -1), windows), dim=1)
+
+
+def _as_text(tokenizer: Any, document: Document) -> str:
+    """What stands in a window for a document. Raises TextError for a conversation without a template."""
+    if isinstance(document, str):
+        return document + "\n\n"
+    if tokenizer.chat_template is None:
+        raise TextError("the text has conversations and the model has no chat template.")
+    text: str = tokenizer.apply_chat_template(document, tokenize=False)
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def tensor_sha256(windows: Tensor) -> str:

@@ -1,0 +1,73 @@
+"""Several processes under torchrun: each computes its share of the windows, all see the same sums.
+
+Start at `join_ranks`. Without torchrun everything here does nothing, so callers need no second path.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinier.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that decides and writes."""
+        return self.rank == 0
+
+    def share(self, windows: Tensor, batch: int) -> Tensor:
+        """This rank's windows [n, length]: whole batches, in order, so that sums over batches are
+        over the same batches however many ranks there are."""
+        batches = windows.split(batch)
+        if len(batches) < self.size:
+            raise InputError(
+                f"{len(windows)} windows are {len(batches)} batches, too few for {self.size} "
+                "processes. Use more --sequences, or fewer processes."
+            )
+        bounds = [round(i * len(batches) / self.size) for i in range(self.size + 1)]
+        return torch.cat(batches[bounds[self.rank] : bounds[self.rank + 1]])
+
+    def sum_(self, value: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def max_(self, value: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The ranks' tensors one after the other along the first dimension, on the host."""
+        if self.size == 1:
+            return value
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, value.cpu())
+        return torch.cat(parts).to(value.device)
+
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """This process's place among those that torchrun started; alone without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        # gloo moves host tensors too, which the gathered samples are
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), size)

@@ -1,0 +1,163 @@
+"""What quantization needs to know about the inputs of a layer's linear layers.
+
+Start at `observe`. One forward pass over the calibration windows; sums, not activations, are kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinier.calibration.ranks import Ranks
+from tinier.calibration.walk import DecoderWalk
+from tinier.families import INPUT_GROUPS
+
+_SAMPLE_TOKENS = 1024
+
+
+@dataclass(slots=True)
+class InputStatistics:
+    """Of one input that some linear layers share; `in` channels."""
+
+    mean_square: Tensor
+    """[in] float32"""
+    mean_abs: Tensor
+    """[in] float32"""
+    absmax: Tensor
+    """[in] float32"""
+    moments: Tensor | None
+    """[in, in] float32, mean of x xᵀ; None unless asked for"""
+    sample: Tensor
+    """[tokens, in], evenly spaced tokens of all windows"""
+
+    def divided_by(self, factors: Tensor) -> "InputStatistics":
+        """The statistics of x / factors. factors: [in]."""
+        moments = None
+        if self.moments is not None:
+            moments = self.moments / factors.unsqueeze(1) / factors
+        return InputStatistics(
+            self.mean_square / factors.square(),
+            self.mean_abs / factors,
+            self.absmax / factors,
+            moments,
+            self.sample / factors,
+        )
+
+
+class KeysAndValues:
+    """Stands where attention expects a cache: sees keys and values, may round them, keeps none."""
+
+    def __init__(self, rounding: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None) -> None:
+        self._rounding = rounding
+        self.absmax = torch.zeros(2)
+        """Largest |key| and |value| seen."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """transformers' interface of a cache. keys, values: [batch, kv_heads, length, head_dim]."""
+        if self._rounding:
+            return self._rounding(keys, values)
+        seen = torch.stack((keys.abs().amax(), values.abs().amax())).float().cpu()
+        self.absmax = torch.maximum(self.absmax, seen)
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Running sums in float64, so that their order does not show."""
+
+    square: Tensor
+    abs: Tensor
+    absmax: Tensor
+    moments: Tensor | None
+    samples: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+
+@torch.no_grad()
+def observe(
+    walk: DecoderWalk,
+    layer: nn.Module,
+    hidden: Tensor,
+    total_windows: int,
+    ranks: Ranks,
+    *,
+    moments: bool,
+    cache: KeysAndValues | None = None,
+) -> tuple[dict[str, InputStatistics], Tensor]:
+    """Statistics of the layer's four inputs by group (families.INPUT_GROUPS), and the layer's outputs
+    for the first batch.
+
+    hidden: this rank's windows [n, length, hidden]. total_windows: of all ranks. Sums go over all
+    ranks.
+    """
+    sums: dict[str, _Sums] = {}
+    per_window = max(1, _SAMPLE_TOKENS // total_windows)
+    stride = max(1, hidden.shape[1] // per_window)
+    handles = []
+    for group, linears in INPUT_GROUPS.items():
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], group: str = group) -> None:
+            x = inputs[0]
+            own = sums.setdefault(group, _empty(x.shape[-1], x.device, moments))
+            sample = x[:, ::stride][:, :per_window].flatten(0, 1)
+            _add(own, x.flatten(0, 1), sample)
+
+        handles.append(layer.get_submodule(linears[0]).register_forward_pre_hook(hook))
+    first = None
+    for batch in hidden.split(walk.batch_windows):
+        output = walk.forward(layer, batch.to(walk.device, non_blocking=True), cache)
+        first = output if first is None else first
+    for handle in handles:
+        handle.remove()
+    assert first is not None
+    if cache is not None:
+        ranks.max_(cache.absmax)
+    return {group: _finish(own, ranks) for group, own in sums.items()}, first
+
+
+def _empty(channels: int, device: torch.device, moments: bool) -> _Sums:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    square = zeros(channels, channels) if moments else None
+    return _Sums(zeros(channels), zeros(channels), zeros(channels), square)
+
+
+def _add(sums: _Sums, x: Tensor, sample: Tensor) -> None:
+    """x: [tokens, in]."""
+    size = x.abs().float()
+    sums.square += size.square().sum(dim=0)
+    sums.abs += size.sum(dim=0)
+    sums.absmax = torch.maximum(sums.absmax, size.amax(dim=0).double())
+    if sums.moments is not None:
+        sums.moments += _second_moments(x)
+    sums.samples.append(sample.float())
+    sums.tokens += len(x)
+
+
+def _second_moments(x: Tensor) -> Tensor:
+    """xᵀ x in float32. x: [tokens, in]."""
+    if x.is_cuda and x.dtype != torch.float32:
+        # products of 16-bit numbers are exact in float32, so the tensor cores lose nothing here
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x
+
+
+def _finish(sums: _Sums, ranks: Ranks) -> InputStatistics:
+    tokens = int(ranks.sum_(torch.tensor(sums.tokens)))
+    moments = None
+    if sums.moments is not None:
+        moments = ranks.sum_(sums.moments).div_(tokens).float()
+    return InputStatistics(
+        (ranks.sum_(sums.square) / tokens).float(),
+        (ranks.sum_(sums.abs) / tokens).float(),
+        ranks.max_(sums.absmax).float(),
+        moments,
+        ranks.gather(torch.cat(sums.samples)),
+    )

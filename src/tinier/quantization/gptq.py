@@ -1,0 +1,92 @@
+"""GPTQ: round one column at a time and let the columns not yet rounded make up for its error.
+
+Start at `gptq`. In: a weight [out, in], the fit of its grid and the Hessian of its inputs. Out: the
+codes. Frantar et al., arXiv 2210.17323, algorithm 1, with the inverse's Cholesky factor and lazy
+updates by blocks of columns. Columns go in order of falling importance (static act-order): the fit
+belongs to the groups as they lie in memory, so nothing has to be reordered when the model runs.
+"""
+
+import torch
+from torch import Tensor
+
+from tinier.numerics import Quantized, expand
+from tinier.quantization.scales import Fit, round_scaled, stored_codes
+from tinier.schemes import Grid
+
+_BLOCK = 128
+DAMP = 0.01
+_DAMPS = (DAMP, 0.03, 0.1, 0.3, 1.0)
+
+
+class Inverse:
+    """The factor of the inverse Hessian that GPTQ walks along; one serves all layers of one input.
+
+    hessian: [in, in] float32, the mean of x xᵀ over the inputs (any positive multiple does).
+    """
+
+    def __init__(self, hessian: Tensor) -> None:
+        diagonal = hessian.diagonal()
+        self.order = torch.argsort(diagonal, descending=True, stable=True)
+        self.dead = diagonal <= 0
+        h = hessian[self.order][:, self.order].clone()
+        h.diagonal()[self.dead[self.order]] = 1.0
+        mean = h.diagonal().mean()
+        for damp in _DAMPS:
+            damped = h.clone()
+            damped.diagonal().add_(damp * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                continue
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                break
+        else:
+            raise ArithmeticError("the Hessian is not positive definite at any damping")
+        self.damp = damp
+        """Share of the mean diagonal that was added: 0.01 unless the factorization needed more."""
+        self.upper: Tensor = upper
+        """[in, in], rows and columns in `order`"""
+
+
+def gptq(weight: Tensor, inverse: Inverse, fit: Fit, grid: Grid) -> Quantized:
+    """Codes for weight [out, in] that keep weight·x, for the inputs behind `inverse`."""
+    order = inverse.order
+    w = weight.float()[:, order].clone()
+    w[:, inverse.dead[order]] = 0.0
+    step = expand(fit.step, weight.shape)[:, order]
+    zero = None
+    if fit.zero_point is not None:
+        zero = expand(fit.zero_point.float(), weight.shape)[:, order]
+    codes = torch.empty_like(w)
+    for start in range(0, w.shape[1], _BLOCK):
+        block = slice(start, min(start + _BLOCK, w.shape[1]))
+        errors = _round_block(
+            w[:, block],
+            step[:, block],
+            None if zero is None else zero[:, block],
+            inverse.upper[block, block],
+            grid,
+            codes[:, block],
+        )
+        w[:, block.stop :] -= errors @ inverse.upper[block, block.stop :]
+    return Quantized(stored_codes(codes[:, torch.argsort(order)], grid), *fit)
+
+
+def _round_block(
+    w: Tensor, step: Tensor, zero: Tensor | None, upper: Tensor, grid: Grid, codes: Tensor
+) -> Tensor:
+    """Round the columns of one block, into `codes`; returns each column's error over its pivot."""
+    w = w.t().contiguous()  # [block, out]: a column is one row of memory
+    step = step.t().contiguous()
+    zero = None if zero is None else zero.t().contiguous()
+    rounded = torch.empty_like(w)
+    errors = torch.empty_like(w)
+    for i in range(w.shape[0]):
+        offset = None if zero is None else zero[i]
+        code = round_scaled(w[i] / step[i], grid, offset)
+        value = code if offset is None else code - offset
+        torch.sub(w[i], value * step[i], out=errors[i]).div_(upper[i, i])
+        w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1.0)
+        rounded[i] = code
+    codes.copy_(rounded.t())
+    return errors.t()

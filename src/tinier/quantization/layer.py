@@ -1,0 +1,233 @@
+"""Quantize one decoder layer: equalize, fit scales, round; and put the result back into the module.
+
+Start at `quantize_layer`. In: transformers' module of the layer with its 16-bit weights, the preset of
+each linear layer, statistics of their inputs. Out: the tensors to store, and what was lost. Linear
+layers that share an input are worked on as one matrix, with one Hessian.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tinier.calibration import InputStatistics
+from tinier.checkpoint import pack_linear, unpack_linear
+from tinier.families import INPUT_GROUPS, Geometry
+from tinier.kernels import round_activations, static_scale
+from tinier.numerics import Quantized, dequantize, power_db, snr_db
+from tinier.quantization.awq import awq_factors
+from tinier.quantization.folding import fold, shared
+from tinier.quantization.gptq import DAMP, Inverse, gptq
+from tinier.quantization.scales import absmax_scales, round_nearest, searched_scales
+from tinier.quantization.smoothquant import smooth_factors
+from tinier.schemes import Preset, Scheme
+
+LayerPresets = dict[str, Preset]
+"""Preset by name of the linear layer inside the decoder layer; layers left out stay in 16 bit."""
+
+
+class QuantizedLinear(NamedTuple):
+    weight: Quantized
+    scheme: Scheme
+    input_scale: Tensor | None
+
+
+@dataclass(slots=True)
+class QuantizedLayer:
+    """A decoder layer, quantized, on the device."""
+
+    linears: dict[str, QuantizedLinear]
+    others: dict[str, Tensor]
+    """Everything else by name: norms, biases, weights left in 16 bit"""
+    targets: dict[str, Tensor]
+    """float32 weights that the codes stand for: folded, not rounded"""
+    statistics: dict[str, InputStatistics]
+    """Of the layer's inputs as they are after folding, by input group"""
+    warnings: list[str] = field(default_factory=list)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What is stored, by full name."""
+        stored = {f"{prefix}.{name}": tensor for name, tensor in self.others.items()}
+        for name, (weight, scheme, input_scale) in self.linears.items():
+            for part, tensor in pack_linear(weight, scheme, input_scale).items():
+                stored[f"{prefix}.{name}.{part}"] = tensor
+        return stored
+
+    def measures(self) -> dict[str, dict[str, float | None]]:
+        """By linear layer: `snr_db` of its weight and, where its inputs were seen, of its output."""
+        measured = {}
+        for group, linears in INPUT_GROUPS.items():
+            seen = self.statistics.get(group)
+            for name in linears:
+                if name in self.linears:
+                    measured[name] = _measure(self.targets[name], self.linears[name].weight, seen)
+        return measured
+
+
+@torch.no_grad()
+def quantize_layer(
+    layer: nn.Module,
+    presets: LayerPresets,
+    statistics: dict[str, InputStatistics],
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> QuantizedLayer:
+    """Quantize the linear layers of a decoder layer. Folding changes norms and biases of `layer`.
+
+    statistics: by input group; empty where no preset looks at the inputs. dtype: of stored scales.
+    """
+    weights = {name: layer.get_parameter(f"{name}.weight").float() for name in geometry.linears}
+    seen = dict(statistics)
+    for group, linears in INPUT_GROUPS.items():
+        preset = presets.get(linears[0])
+        if preset is None or preset.algorithm.equalize == "none" or group not in seen:
+            continue
+        if group in weights and group not in presets:
+            continue  # the rows to fold into stay in 16 bit, where a factor would round them anew
+        factors = _factors(preset, weights, group, seen[group], geometry)
+        applied = fold(layer, weights, group, factors, geometry)
+        seen[group] = seen[group].divided_by(applied)
+    targets = {name: weight for name, weight in weights.items() if name in presets}
+    result = QuantizedLayer({}, {}, targets, seen)
+    for group, linears in INPUT_GROUPS.items():
+        _quantize_group(
+            result, [n for n in linears if n in presets], presets, seen.get(group), dtype
+        )
+    folded = {f"{name}.weight": weights[name].to(dtype) for name in weights if name not in presets}
+    kept = {n: t for n, t in layer.state_dict().items() if n.removesuffix(".weight") not in presets}
+    result.others = kept | folded
+    return result
+
+
+def _factors(
+    preset: Preset,
+    weights: dict[str, Tensor],
+    group: str,
+    seen: InputStatistics,
+    geometry: Geometry,
+) -> Tensor:
+    """The equalization factors [in] of one input."""
+    weight = torch.cat([weights[name] for name in INPUT_GROUPS[group]])
+    if preset.algorithm.equalize == "smoothquant":
+        absmax = shared(seen.absmax, group, geometry)
+        factors = smooth_factors(weight, absmax, seen.sample, preset.scheme)
+    else:
+        assert seen.moments is not None
+        mean_abs = shared(seen.mean_abs, group, geometry)
+        factors = awq_factors(weight, seen.moments, mean_abs, preset.scheme.weights)
+    return shared(factors, group, geometry)
+
+
+def _quantize_group(
+    result: QuantizedLayer,
+    names: list[str],
+    presets: LayerPresets,
+    seen: InputStatistics | None,
+    dtype: torch.dtype,
+) -> None:
+    """Quantize linear layers that share an input, into `result`."""
+    if not names:
+        return
+    preset = presets[names[0]]
+    grid, algorithm = preset.scheme.weights, preset.algorithm
+    activations = preset.scheme.activations
+    static = activations is not None and (
+        activations.granularity == "tensor" or activations.scale_format == "e4m3"
+    )
+    input_scale = None
+    if static:
+        assert activations is not None
+        assert seen is not None
+        input_scale = static_scale(seen.absmax.max(), activations)
+    inverse = None
+    if algorithm.rounding != "nearest":
+        assert seen is not None
+        assert seen.moments is not None
+        inverse = Inverse(seen.moments)
+        if inverse.damp > DAMP:
+            result.warnings.append(
+                f"{' '.join(names)}: the Hessian needed damping of {inverse.damp:g} (usual: {DAMP:g})"
+            )
+    importance = seen.mean_square if seen else None
+    # one walk along the columns for all of them, where no scale is shared between rows
+    joined = grid.granularity in ("channel", "group") and grid.scale_format != "e4m3"
+    for together in [names] if joined else [[name] for name in names]:
+        target = torch.cat([result.targets[name] for name in together])
+        if algorithm.scales == "error":
+            fit = searched_scales(target, grid, dtype, importance)
+        else:
+            fit = absmax_scales(target, grid, dtype)
+        if inverse is None:
+            weight = round_nearest(target, fit, grid)
+        else:
+            weight = gptq(target, inverse, fit, grid)
+        rows = [result.targets[name].shape[0] for name in together]
+        for name, part in zip(together, _split(weight, rows), strict=True):
+            result.linears[name] = QuantizedLinear(part, preset.scheme, input_scale)
+
+
+def _split(weight: Quantized, rows: list[int]) -> list[Quantized]:
+    """The linear layers that were stacked, `rows` output channels each."""
+    if len(rows) == 1:
+        return [weight]
+    codes, scales = weight.codes.split(rows), weight.scale.split(rows)
+    zeros = weight.zero_point.split(rows) if weight.zero_point is not None else [None] * len(rows)
+    return [Quantized(c, s, z) for c, s, z in zip(codes, scales, zeros, strict=True)]
+
+
+def _measure(
+    target: Tensor, weight: Quantized, seen: InputStatistics | None
+) -> dict[str, float | None]:
+    rounded = dequantize(weight, torch.float32)
+    measures = {"snr_db": snr_db(target, rounded)}
+    if seen is not None:
+        error = _power(rounded - target, seen)
+        measures["output_snr_db"] = power_db(_power(target, seen), error)
+    return measures
+
+
+def _power(weight: Tensor, seen: InputStatistics) -> float:
+    """Mean square of weight·x, summed over outputs; without moments as if inputs were independent."""
+    if seen.moments is None:
+        return (weight.square() @ seen.mean_square).sum().item()
+    return ((weight @ seen.moments) * weight).sum().item()
+
+
+def install(
+    layer: nn.Module, prefix: str, tensors: dict[str, Tensor], presets: LayerPresets
+) -> None:
+    """Make a module compute what its stored, quantized tensors say: weights and rounded inputs.
+
+    tensors: by full name, as `QuantizedLayer.tensors` gives them.
+    """
+    schemes = {name: preset.scheme for name, preset in presets.items()}
+    for name, tensor in tensors.items():
+        inside = name.removeprefix(f"{prefix}.")
+        if any(
+            inside.startswith(f"{linear}.") and not inside.endswith(".bias") for linear in schemes
+        ):
+            continue
+        if inside in ("self_attn.k_scale", "self_attn.v_scale"):
+            continue
+        layer.get_parameter(inside).data = tensor
+    for name, scheme in schemes.items():
+        weight = layer.get_parameter(f"{name}.weight")
+
+        def stored(part: str, name: str = name) -> Tensor | None:
+            return tensors.get(f"{prefix}.{name}.{part}")
+
+        quantized, input_scale = unpack_linear(stored, scheme)
+        weight.data = dequantize(quantized, weight.dtype)
+        if scheme.activations is not None:
+            rounding = _rounding(scheme, input_scale)
+            layer.get_submodule(name).register_forward_pre_hook(rounding)
+
+
+def _rounding(scheme: Scheme, input_scale: Tensor | None) -> Callable[..., tuple[Tensor]]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        assert scheme.activations is not None
+        return (round_activations(inputs[0], scheme.activations, input_scale),)
+
+    return hook

@@ -1,0 +1,313 @@
+"""What a quantization will do: every check that needs no weights, and its cost.
+
+Start at `plan_quantize`. In: a 16-bit checkpoint, a `QuantizePlan` and, where the algorithm looks at
+activations, calibration text. Out: a StagePlan, and the calibration windows that it was made with.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinier.calibration import check_attention_window
+from tinier.calibration.walk import BATCH_TOKENS
+from tinier.checkpoint import Checkpoint, StagePlan, code_digest, quantization_config, stored_shapes
+from tinier.errors import InputError, SchemeError
+from tinier.families import (
+    HEAD_LINEAR,
+    INPUT_GROUPS,
+    Geometry,
+    check_length,
+    geometry_of,
+    linear_names,
+)
+from tinier.quantization.layer import LayerPresets
+from tinier.schemes import Grid, Layout, Preset, Scheme, preset_named
+from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+
+CODE = code_digest(
+    "numerics", "schemes", "checkpoint", "families", "text", "calibration", "quantization"
+)
+NULL = "null"
+MIXED = "mixed"
+# mixed precision picks between these two; both are multiplied by kernels that engines have
+MIXED_LOW, MIXED_HIGH = "int4-gptq", "fp8-gptq"
+_PROBE_WINDOWS, _PROBE_LENGTH = 8, 512
+_ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "float32": 4, "int64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizePlan:
+    """What to do. The same plan on the same checkpoint and text gives the same bytes."""
+
+    preset: str | None
+    """A name of tinier.schemes.PRESETS, `mixed`, or None (`null`): every weight stays in 16 bit."""
+    group_size: int | None = None
+    """Input columns per scale, for presets that have groups."""
+    symmetric: bool | None = None
+    """False: with zero points, for integer presets with groups and 16-bit activations."""
+    ignore: tuple[str, ...] = ()
+    """Patterns (shell style) of layers to leave in 16 bit."""
+    head: Literal["fp8", "int8"] | None = None
+    """Quantize the head too; a tied one is written beside the embedding, which stays as it is."""
+    kv: Literal["fp8", "int8"] | None = None
+    """Round keys and values when they are cached, with calibrated scales."""
+    bits: float | None = None
+    """For `mixed`: average bits of a weight to stay within, scales included."""
+    self_text: bool = False
+    """Calibrate on text that the model writes itself."""
+    sequences: int = 128
+    """Calibration windows."""
+    length: int = 512
+    """Tokens of each."""
+    iterations: int = 100
+    """Steps of learned rounding for each layer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.head not in (None, "fp8", "int8") or self.kv not in (None, "fp8", "int8"):
+            raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
+        if self.sequences < 1 or self.iterations < 1:
+            raise InputError(
+                f"sequences={self.sequences}, iterations={self.iterations}. Use 1 or more."
+            )
+        if (self.preset == MIXED) != (self.bits is not None):
+            raise SchemeError(
+                "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
+            )
+
+
+def plan_quantize(
+    source: Checkpoint, plan: QuantizePlan, documents: Sequence[Document] = ()
+) -> StagePlan:
+    """What `quantize` would do, after every check that needs no weights.
+
+    Raises SchemeError: an unknown preset, a group size that does not divide, a pattern that matches
+    nothing or everything, a source that is already quantized. TextError: too little text.
+    """
+    return prepare(source, plan, documents)[0]
+
+
+def prepare(
+    source: Checkpoint, plan: QuantizePlan, documents: Sequence[Document]
+) -> tuple[StagePlan, Tensor | None]:
+    """The stage, and the calibration windows [n, length]; None where nothing flows through layers,
+    or the model is yet to write them."""
+    _check_source(source)
+    geometry = geometry_of(source)
+    presets = chosen_presets(geometry, plan)
+    names = linear_names(geometry)
+    schemes = {name: preset.scheme for name, preset in presets.items()}
+    for name, scheme in schemes.items():
+        scheme.check_fits(name, linear_shape(geometry, name))
+    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan))
+    windows = _windows(source, plan, presets, documents)
+    parameters = asdict(plan) | {
+        "algorithm": {n: asdict(p.algorithm) for n, p in _distinct(presets).items()},
+        "scheme": {n: asdict(p.scheme) for n, p in _distinct(presets).items()},
+        "left_in_16_bit": [n for n in names[:-1] if n not in presets],
+    }
+    if windows is not None:
+        parameters |= {
+            "sequences": len(windows),
+            "length": windows.shape[1],
+            "windows_sha256": tensor_sha256(windows),
+        }
+    tokens = windows.numel() if windows is not None else 0
+    stage = StagePlan(
+        stage="quantize",
+        parameters=parameters,
+        inputs={"source": source},
+        output_config=output_config(source, layout),
+        output_bytes=_quantized_bytes(source, schemes),
+        memory_bytes=_memory_bytes(geometry, presets, tokens, source.dtype.itemsize),
+        flops=_flops(geometry, presets, plan, tokens),
+        code=CODE,
+    )
+    return stage, windows
+
+
+def chosen_presets(
+    geometry: Geometry, plan: QuantizePlan, high: frozenset[str] = frozenset()
+) -> dict[str, Preset]:
+    """Preset by full name of each linear layer that will be quantized, the head included.
+
+    high: with `mixed`, the layers that get the wide preset.
+    """
+    names = linear_names(geometry)[:-1]
+    if plan.preset is None:
+        if plan.group_size is not None or plan.symmetric is not None or plan.ignore:
+            raise SchemeError("preset null quantizes no layer and takes no group size and pattern.")
+        presets: dict[str, Preset] = {}
+    else:
+        if plan.preset == MIXED:
+            low = preset_named(MIXED_LOW, plan.group_size, symmetric=plan.symmetric)
+            wide = preset_named(MIXED_HIGH)
+        else:
+            low = wide = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
+        ignored = _matching(names, plan.ignore)
+        if len(ignored) == len(names):
+            raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
+        presets = {n: wide if n in high else low for n in names if n not in ignored}
+    if plan.head:
+        presets[HEAD_LINEAR] = preset_named(plan.head)
+    return presets
+
+
+def layer_presets(presets: dict[str, Preset], prefix: str) -> LayerPresets:
+    """Those of one decoder layer, by name inside it."""
+    start = f"{prefix}."
+    return {n.removeprefix(start): p for n, p in presets.items() if n.startswith(start)}
+
+
+def needs_text(plan: QuantizePlan) -> bool:
+    """Whether the plan needs calibration text. Raises SchemeError for an unknown preset."""
+    if plan.kv or plan.preset == MIXED:
+        return True
+    return plan.preset is not None and preset_named(plan.preset).needs_data
+
+
+def kv_grid(plan: QuantizePlan) -> Grid | None:
+    if plan.kv is None:
+        return None
+    return Grid(kind="float" if plan.kv == "fp8" else "int", bits=8, granularity="tensor")
+
+
+def linear_shape(geometry: Geometry, name: str) -> tuple[int, int]:
+    """[out, in] of a linear layer by its full name."""
+    if name == HEAD_LINEAR:
+        return geometry.vocab, geometry.hidden
+    return geometry.linears[name.split(".", 3)[3]]
+
+
+def output_config(source: Checkpoint, layout: Layout) -> dict[str, object]:
+    """config.json of the quantized checkpoint."""
+    config = dict(source.config)
+    if layout.schemes or layout.kv_cache:
+        block = quantization_config(layout, linear_names(geometry_of(source)))
+        config["quantization_config"] = block
+    if HEAD_LINEAR in layout.schemes:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _windows(
+    source: Checkpoint,
+    plan: QuantizePlan,
+    presets: dict[str, Preset],
+    documents: Sequence[Document],
+) -> Tensor | None:
+    geometry = geometry_of(source)
+    if needs_text(plan):
+        check_length(source, plan.length)
+        check_attention_window(source, plan.length)
+        if plan.self_text:
+            return None
+        if not documents:
+            raise InputError(
+                f"{plan.preset} needs calibration text, and there is none. Give documents."
+            )
+        tokenizer = load_tokenizer(source)
+        return token_windows(tokenizer, documents, length=plan.length, count=plan.sequences)
+    if plan.self_text:
+        raise InputError(f"{plan.preset} needs no calibration text. Leave --calibration out.")
+    if any(p.algorithm.scales == "error" for n, p in presets.items() if n != HEAD_LINEAR):
+        # how large each channel is can be seen on any tokens; random ones need no text
+        limits = [w for w in geometry.windows if w is not None]
+        length = min([_PROBE_LENGTH, geometry.max_positions, *limits])
+        generator = torch.Generator().manual_seed(plan.seed)
+        return torch.randint(0, geometry.vocab, (_PROBE_WINDOWS, length), generator=generator)
+    return None
+
+
+def _distinct(presets: dict[str, Preset]) -> dict[str, Preset]:
+    """Each preset once, under the name of the first layer that has it."""
+    seen: dict[Preset, str] = {}
+    for name, preset in presets.items():
+        seen.setdefault(preset, name)
+    return {name: preset for preset, name in seen.items()}
+
+
+def _quantized_bytes(source: Checkpoint, schemes: dict[str, Scheme]) -> int:
+    """Size on disk that the result will have, headers aside."""
+    geometry = geometry_of(source)
+    total = source.disk_bytes
+    for name, scheme in schemes.items():
+        rows, columns = linear_shape(geometry, name)
+        total += stored_bytes(scheme, (rows, columns), source.dtype)
+        if name != HEAD_LINEAR or not geometry.tied_head:
+            total -= rows * columns * source.dtype.itemsize
+    return total
+
+
+def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of a linear layer of `shape` [out, in] as it is stored."""
+    grid = scheme.weights
+    total = 0
+    for name, size in stored_shapes(scheme, shape).items():
+        count = torch.Size(size).numel()
+        item = dtype.itemsize
+        if name == "weight" or (name == "weight_packed" and grid.kind == "float"):
+            item = 1
+        elif name in ("weight_packed", "weight_zero_point") or "global" in name:
+            item = 4
+        elif name == "weight_scale" and grid.scale_format != "model":
+            item = 1
+        total += count * item
+    return total
+
+
+def _memory_bytes(geometry: Geometry, presets: dict[str, Preset], tokens: int, item: int) -> int:
+    """Peak memory on the computing device, hidden states on the host included (CPU runs share it)."""
+    per_weight = 14  # 16-bit weights, float32 copies of them, candidates and errors
+    if any(p.algorithm.rounding == "learned" for p in presets.values()):
+        per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
+    widest = max(columns for _, columns in geometry.linears.values())
+    moments = 32 * widest**2 if any(p.algorithm.needs_data for p in presets.values()) else 0
+    batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 4 if tokens else 0
+    streams = 2 if per_weight > 14 else 1
+    edge = 2 * geometry.vocab * geometry.hidden * item
+    hidden = streams * tokens * geometry.hidden * item
+    return per_weight * geometry.layer_parameters + moments + batch + edge + hidden
+
+
+def _flops(
+    geometry: Geometry, presets: dict[str, Preset], plan: QuantizePlan, tokens: int
+) -> float:
+    """Arithmetic: two passes over the text, the inputs' second moments, GPTQ, learned rounding."""
+    linear = sum(rows * columns for rows, columns in geometry.linears.values())
+    flops = 4.0 * linear * tokens
+    algorithms = {p.algorithm for p in presets.values()}
+    if any(a.needs_data for a in algorithms):
+        inputs = [geometry.linears[readers[0]][1] for readers in INPUT_GROUPS.values()]
+        flops += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs)
+    if any(a.equalize != "none" for a in algorithms):
+        flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
+    if any(a.rounding != "nearest" for a in algorithms):
+        flops += sum(float(r) * c * c for r, c in geometry.linears.values())
+    if any(a.rounding == "learned" for a in algorithms):
+        flops += plan.iterations * 6.0 * linear * 8 * plan.length
+    return geometry.layers * flops
+
+
+def _check_source(source: Checkpoint) -> None:
+    if "quantization_config" in source.config:
+        raise SchemeError(
+            f"{source.folder} is quantized already. Quantize the 16-bit model that it was made from."
+        )
+
+
+def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            raise SchemeError(
+                f"--ignore {pattern!r} matches no layer. Names look like {names[0]}; "
+                "use * for any part, such as '*.down_proj'."
+            )
+        matched.update(hits)
+    return matched

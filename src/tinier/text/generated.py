@@ -1,0 +1,56 @@
+"""Calibration text that the model writes itself: it shows the quantizer what the model is used to.
+
+Start at `written_windows`. Every window starts as the model's own text would (an instruct model with
+the opening of a user's turn) and is sampled at temperature 1 to its full length.
+"""
+
+import torch
+from torch import Tensor
+
+from tinier.checkpoint import Checkpoint
+from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.families import check_length
+from tinier.text.windows import load_tokenizer
+
+_IN_FLIGHT = 32
+
+
+def written_windows(
+    checkpoint: Checkpoint, sequences: int, length: int, *, seed: int, device: torch.device
+) -> Tensor:
+    """Token ids [sequences, length] that the model samples. Raises InputError for too long a length."""
+    check_length(checkpoint, length)
+    tokenizer = load_tokenizer(checkpoint)
+    opening = _opening(tokenizer)
+    config = EngineConfig(
+        max_batch_size=min(sequences, _IN_FLIGHT), max_seq_len=length, device=device.type
+    )
+    engine = Engine(checkpoint, config)
+    requests = [
+        engine.add(
+            opening,
+            SamplingParams(
+                max_tokens=length - len(opening), temperature=1.0, seed=seed + i, stop_token_ids=()
+            ),
+        )
+        for i in range(sequences)
+    ]
+    while engine.has_work:
+        engine.step()
+    return torch.tensor([opening + request.output for request in requests])
+
+
+def _opening(tokenizer: object) -> list[int]:
+    """Tokens that a text of the model starts with; never none."""
+    if getattr(tokenizer, "chat_template", None):
+        marker = "\x00"
+        text: str = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+            [{"role": "user", "content": marker}], tokenize=False
+        )
+        opened = text.split(marker)[0]
+        ids: list[int] = tokenizer(opened, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        if ids:
+            return ids
+    start = getattr(tokenizer, "bos_token_id", None)
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [start if start is not None else end if end is not None else 0]
