@@ -25,6 +25,7 @@ from tinier.errors import NetworkError
 from tinier.families import open_model
 from tinier.kernels import linear
 from tinier.numerics import Quantized, dequantize
+from tinier.quantization import QuantizePlan, quantize
 from tinier.schemes import PRESETS
 
 FAMILIES = {
@@ -83,6 +84,22 @@ def write_tiny(
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return open_model(folder)
+
+
+# text for the byte tokenizer: enough for 8 windows of 64
+DOCUMENTS = [
+    f"{i} green bottles hanging on the wall, and if one should fall, {i * i}. " for i in range(20)
+]
+
+
+def quantize_tiny(source: Checkpoint, preset: str | None, out: Path, **plan: object) -> Checkpoint:
+    """Quantize a tiny model, with groups that divide it and a little text where text is needed."""
+    fixed = preset in (None, "fp8", "fp8-gptq", "fp8-static", "int8", "int8-sq")
+    if not fixed and not preset.startswith(("nvfp4", "mxfp4")):  # type: ignore[union-attr]
+        plan = {"group_size": 32} | plan
+    small: dict[str, object] = {"sequences": 8, "length": 64, "iterations": 5}
+    asked = QuantizePlan(preset=preset, **(small | plan))  # type: ignore[arg-type]
+    return quantize(source, asked, out, documents=DOCUMENTS, device="cpu")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

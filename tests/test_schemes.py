@@ -1,45 +1,81 @@
 import pytest
 
 from tinier.errors import SchemeError
-from tinier.schemes import PRESETS, Grid, Scheme, preset_named
+from tinier.schemes import PRESETS, Grid, Layout, Scheme, preset_named
 
 
-def test_group_size_goes_with_groups_only() -> None:
-    with pytest.raises(SchemeError, match="granularity 'group'"):
-        Grid(kind="int", bits=4, granularity="channel", group_size=64)
-    with pytest.raises(SchemeError, match="granularity 'group'"):
-        Grid(kind="int", bits=4, granularity="group")
-    with pytest.raises(SchemeError, match="positive"):
-        Grid(kind="int", bits=4, granularity="group", group_size=0)
-
-
-def test_float_grids_have_eight_bits() -> None:
-    with pytest.raises(SchemeError, match="8 bits"):
-        Grid(kind="float", bits=4, granularity="channel")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"granularity": "channel", "group_size": 64}, "granularity 'group'"),
+        ({"granularity": "group"}, "granularity 'group'"),
+        ({"granularity": "group", "group_size": 0}, "positive"),
+        ({"granularity": "channel", "kind": "float", "bits": 3}, "4 or 8 bits"),
+        ({"granularity": "channel", "kind": "float", "bits": 8, "symmetric": False}, "symmetric"),
+        ({"granularity": "channel", "scale_format": "e8m0"}, "4-bit floats only"),
+    ],
+)
+def test_grids_that_do_not_exist_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        Grid(**({"kind": "int", "bits": 4} | wrong))  # type: ignore[arg-type]
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(SchemeError, match=r"fp8, int8, int4. Did you mean 'int4'"):
-        preset_named("int-4")
+    with pytest.raises(SchemeError, match=r"fp8, .*int4.*Did you mean 'int4-gptq'"):
+        preset_named("int4gptq")
 
 
 def test_group_size_replaces_that_of_a_preset() -> None:
     assert preset_named("int4", 64).scheme.weights.group_size == 64
     assert PRESETS["int4"].scheme.weights.group_size == 128
-    with pytest.raises(SchemeError, match="takes no group size"):
-        preset_named("fp8", 64)
+    block = preset_named("fp8-block", 64).scheme
+    assert block.weights.group_size == 64
+    assert block.activations is not None
+    assert block.activations.group_size == 64
+    for fixed in ("fp8", "nvfp4", "mxfp4"):
+        with pytest.raises(SchemeError, match="takes no group size"):
+            preset_named(fixed, 64)
+
+
+def test_zero_points_go_with_integer_groups() -> None:
+    assert not preset_named("int4-awq", 64, symmetric=False).scheme.weights.symmetric
+    assert preset_named("int2", symmetric=True).scheme.weights.symmetric
+    for fixed in ("fp8", "int8", "nvfp4", "w4a8"):
+        with pytest.raises(SchemeError, match="has no zero points"):
+            preset_named(fixed, symmetric=False)
 
 
 def test_a_group_size_that_does_not_divide_says_which_do() -> None:
     scheme = PRESETS["int4"].scheme
+    name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(
         SchemeError, match=r"128 does not divide the 576 .*Sizes that do: 16, 32, 64"
     ):
-        scheme.check_fits("model.layers.0.self_attn.q_proj", 576)
-    scheme.check_fits("model.layers.0.self_attn.q_proj", 512)
+        scheme.check_fits(name, (576, 576))
+    scheme.check_fits(name, (576, 512))
+    with pytest.raises(SchemeError, match=r"256 input columns and 192 rows .*16, 32, 64\."):
+        PRESETS["fp8-block"].scheme.check_fits(name, (192, 256))
+
+
+def test_only_presets_that_look_at_activations_need_text() -> None:
+    free = {name for name, preset in PRESETS.items() if not preset.needs_data}
+    assert free == {"fp8", "fp8-block", "int8", "int4"}
 
 
 def test_labels_say_bits_and_groups() -> None:
-    assert PRESETS["fp8"].scheme.label == "FP8 W8A8"
-    assert preset_named("int4", 64).scheme.label == "INT4 W4A16 g64"
+    labels = {
+        "fp8": "FP8 W8A8", "fp8-block": "FP8 W8A8 b128", "int8-sq": "INT8 W8A8",
+        "int4": "INT4 W4A16 g128", "w4a8": "INT4 W4A8-FP8 g128", "nvfp4": "NVFP4 W4A4",
+        "mxfp4-w4a16": "MXFP4 W4A16", "int2": "INT2 W2A16 g128 asym",
+    }  # fmt: skip
+    assert {name: PRESETS[name].scheme.label for name in labels} == labels
     assert Scheme(weights=Grid(kind="int", bits=8, granularity="channel")).label == "INT8 W8A16"
+
+
+def test_layout_names_its_most_frequent_scheme_first() -> None:
+    fp8, int4 = PRESETS["fp8"].scheme, PRESETS["int4"].scheme
+    layout = Layout(
+        schemes={"a": fp8, "b": int4, "c": int4, "lm_head": fp8},
+        kv_cache=Grid(kind="float", bits=8, granularity="tensor"),
+    )
+    assert layout.label == "INT4 W4A16 g128 + FP8 W8A8, FP8 head, FP8 KV"

@@ -12,7 +12,7 @@ from tinier.engine import Engine, EngineConfig, SamplingParams, load_decoder
 from tinier.evaluation import MmluPlan, evaluate, evaluate_mmlu, load_mmlu, reference_states
 from tinier.families import geometry_of
 from tinier.pruning import PrunePlan, prune
-from tinier.quantization import quantize
+from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_part, load_tokenizer, token_windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -54,7 +54,8 @@ def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def variant(smollm2: Checkpoint, preset: str, out: Path) -> Checkpoint:
-    return quantize(smollm2, preset, out, group_size=64 if preset == "int4" else None)
+    plan = QuantizePlan(preset=preset, group_size=64 if preset == "int4" else None)
+    return quantize(smollm2, plan, out)
 
 
 @pytest.mark.usefixtures("floating_int8")
@@ -107,9 +108,7 @@ def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: P
     reference = reference_states(base, windows)
     divergence = {}
     for preset in ("fp8", "int4"):
-        group = 64 if preset == "int4" else None
-        made = quantize(smollm2, preset, tmp_path / preset, group_size=group)
-        decoder = load_decoder(made, device=CPU)
+        decoder = load_decoder(variant(smollm2, preset, tmp_path / preset), device=CPU)
         first, second = (evaluate(decoder, windows, reference) for _ in range(2))
         assert first == second
         assert first.kl is not None

@@ -14,7 +14,7 @@ from tinier.distillation.trainer import _batch_indices, learning_rate
 from tinier.errors import InputError, MeasuredFailure, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
-from tinier.quantization import quantize
+from tinier.quantization import QuantizePlan, quantize
 
 Tiny = Callable[..., Checkpoint]
 TEXT = [f"Line {i}: the sum of {i} and {i} is {2 * i}. " * 4 for i in range(60)]
@@ -223,7 +223,7 @@ def test_bad_pairs(tiny: Tiny, tmp_path: Path) -> None:
     other = tiny(name="other", vocab_size=300)
     with pytest.raises(InputError, match="vocabularies of 264 and 300"):
         distill(student, other, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD)
-    small = quantize(student, "fp8", tmp_path / "q")
+    small = quantize(student, QuantizePlan(preset="fp8"), tmp_path / "q")
     with pytest.raises(SchemeError, match="the student .* is quantized"):
         distill(small, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD)
     with pytest.raises(TextError, match="less than one window"):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, VOCAB
+from tests.conftest import FAMILIES, VOCAB, quantize_tiny
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
-from tinier.quantization import quantize
+from tinier.schemes import PRESETS as ALL_PRESETS
 
 Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
@@ -38,9 +38,28 @@ def test_logits_agree_in_float32(
 ) -> None:
     checkpoint = tiny(family)
     if preset:
-        group = 32 if preset == "int4" else None
-        checkpoint = quantize(checkpoint, preset, tmp_path / "q", group_size=group)
+        checkpoint = quantize_tiny(checkpoint, preset, tmp_path / "q")
     assert distance(*logits_of_both(checkpoint)) < 1e-5
+
+
+@pytest.mark.usefixtures("floating_int8")
+@pytest.mark.parametrize("preset", sorted(set(ALL_PRESETS) - set(PRESETS[1:]) | {"mixed", "null"}))
+def test_logits_of_every_preset_agree_in_float32(tiny: Tiny, tmp_path: Path, preset: str) -> None:
+    source = tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    bits = {"bits": 6.0} if preset == "mixed" else {}
+    asked = None if preset == "null" else preset
+    checkpoint = quantize_tiny(source, asked, tmp_path / "q", **bits)
+    assert distance(*logits_of_both(checkpoint)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_agree_with_a_quantized_head_and_cache(
+    tiny: Tiny, tmp_path: Path, family: str, kind: str
+) -> None:
+    for name, options in {"head": {"head": kind}, "kv": {"kv": kind}}.items():
+        checkpoint = quantize_tiny(tiny(family), "int4", tmp_path / name, **options)
+        assert distance(*logits_of_both(checkpoint)) < (1e-5 if kind == "fp8" else 0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +68,7 @@ def test_int8_in_integers_stays_within_its_own_rounding(
 ) -> None:
     checkpoint = tiny(family)
     _, dense = logits_of_both(checkpoint)
-    ours, theirs = logits_of_both(quantize(checkpoint, "int8", tmp_path / "q"))
+    ours, theirs = logits_of_both(quantize_tiny(checkpoint, "int8", tmp_path / "q"))
     assert distance(ours, dense) < 1.1 * distance(theirs, dense)
     assert distance(ours, theirs) < 0.5 * distance(theirs, dense)
 
@@ -64,8 +83,7 @@ def test_logits_agree_in_bfloat16(
         assert distance(*logits_of_both(checkpoint)) < 0.01
         return
     _, dense = logits_of_both(checkpoint)
-    group = 32 if preset == "int4" else None
-    ours, theirs = logits_of_both(quantize(checkpoint, preset, tmp_path / "q", group_size=group))
+    ours, theirs = logits_of_both(quantize_tiny(checkpoint, preset, tmp_path / "q"))
     if preset == "int4":
         assert distance(ours, theirs) < 0.03
     # transformers computes the scales of 8-bit activations in bf16, the engine (as vLLM) in float32:
@@ -119,9 +137,7 @@ def test_logits_agree_for_the_options_of_the_families(
 def test_layers_left_in_16_bit_stay_so(
     tiny: Tiny, tmp_path: Path, preset: str, ignore: tuple[str, ...]
 ) -> None:
-    checkpoint = quantize(
-        tiny(), preset, tmp_path / "q", group_size=32 if preset == "int4" else None, ignore=ignore
-    )
+    checkpoint = quantize_tiny(tiny(), preset, tmp_path / "q", ignore=ignore)
     assert distance(*logits_of_both(checkpoint)) < 1e-5
 
 

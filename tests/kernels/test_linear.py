@@ -5,47 +5,68 @@ import torch
 import torch.nn.functional as F
 from tests.conftest import DEVICES
 
-from tinier.checkpoint import pack_linear
-from tinier.kernels import StoredLinear, make_linear
+from tinier.kernels import StoredLinear, make_linear, round_activations, static_scale
 from tinier.kernels.linear import (
     DenseLinear,
     Int4CpuLinear,
     Int4CudaLinear,
     Int8Linear,
     Linear,
-    dequantize_tokens,
 )
-from tinier.numerics import dequantize
-from tinier.quantization.rtn import rtn
-from tinier.schemes import preset_named
+from tinier.numerics import Quantized, dequantize
+from tinier.quantization.scales import absmax_scales, round_nearest
+from tinier.schemes import PRESETS, Scheme, preset_named
+
+
+def rtn(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantized:
+    grid = scheme.weights
+    return round_nearest(weight, absmax_scales(weight, grid, dtype), grid)
+
+
+def to_device(quantized: Quantized, device: str) -> Quantized:
+    return Quantized(*(None if t is None else t.to(device) for t in quantized))  # type: ignore[arg-type]
+
+
+def input_scale_of(scheme: Scheme, device: str) -> torch.Tensor | None:
+    activations = scheme.activations
+    if activations is None or not (scheme.static_activations or activations.scale_format == "e4m3"):
+        return None
+    return static_scale(torch.tensor(4.0, device=device), activations)
 
 
 def build(
-    preset: str, group_size: int | None, dtype: torch.dtype, device: str, *, bias: bool
+    preset: str,
+    group_size: int | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    bias: bool,
+    symmetric: bool | None = None,
 ) -> tuple[Linear, torch.Tensor, torch.Tensor | None]:
     """A fused layer of two parts, its dequantized weight and its bias."""
-    scheme = preset_named(preset, group_size).scheme
+    scheme = preset_named(preset, group_size, symmetric=symmetric).scheme
     generator = torch.Generator().manual_seed(0)
     parts, weights, biases = [], [], []
-    for rows in (96, 32):
+    for rows in (128, 256):
         weight = torch.randn(rows, 256, generator=generator).to(dtype)
-        quantized = rtn(weight, scheme.weights, dtype)
-        tensors = {k: v.to(device) for k, v in pack_linear(quantized, scheme).items()}
+        quantized = to_device(rtn(weight, scheme, dtype), device)
         one = torch.randn(rows, generator=generator).to(dtype).to(device) if bias else None
-        stored = tensors.get("weight", tensors.get("weight_packed"))
-        assert stored is not None
-        parts.append(StoredLinear(stored, tensors["weight_scale"], one))
-        weights.append(dequantize(quantized, dtype).to(device))
+        parts.append(StoredLinear(quantized, one, scheme, input_scale_of(scheme, device)))
+        weights.append(dequantize(quantized, dtype))
         biases.append(one)
-    layer = make_linear(parts, scheme, dtype)
+    layer = make_linear(parts, dtype)
     joined = torch.cat([b for b in biases if b is not None]) if bias else None
     return layer, torch.cat(weights), joined
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("preset", "group_size"), [("fp8", None), ("int8", None), ("int4", 64), ("int4", 16)]
-)
+    ("preset", "group_size", "symmetric"),
+    [
+        *((name, None, None) for name in PRESETS),
+        ("int4", 64, None), ("int4", 64, False), ("int4", 16, None),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,15 +74,17 @@ def test_every_path_computes_the_checkpoint_s_function(
     device: str,
     preset: str,
     group_size: int | None,
+    symmetric: bool | None,
     dtype: torch.dtype,
     tolerance: float,
     tokens: int,
     bias: bool,
 ) -> None:
-    layer, weight, added = build(preset, group_size, dtype, device, bias=bias)
+    layer, weight, added = build(preset, group_size, dtype, device, bias=bias, symmetric=symmetric)
     scheme = preset_named(preset, group_size).scheme
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
-    rounded = dequantize_tokens(x, scheme.activations) if scheme.activations else x
+    scale = input_scale_of(scheme, device)
+    rounded = round_activations(x, scheme.activations, scale) if scheme.activations else x
     expected = F.linear(
         rounded.double(), weight.double(), None if added is None else added.double()
     )
@@ -98,15 +121,14 @@ def test_parts_of_a_fused_layer_may_be_left_in_16_bit(preset: str, left_out: int
     for i, rows in enumerate((96, 32)):
         weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(i))
         if i == left_out:
-            parts.append(StoredLinear(weight, None, None))
+            parts.append(StoredLinear(weight, None))
             expected.append(x @ weight.t())
             continue
-        quantized = rtn(weight, scheme.weights, torch.float32)
-        stored = list(pack_linear(quantized, scheme).values())
-        parts.append(StoredLinear(stored[0], stored[1], None))
-        rounded = dequantize_tokens(x, scheme.activations) if scheme.activations else x
+        quantized = rtn(weight, scheme, torch.float32)
+        parts.append(StoredLinear(quantized, None, scheme))
+        rounded = round_activations(x, scheme.activations) if scheme.activations else x
         expected.append(rounded @ dequantize(quantized, torch.float32).t())
-    layer = make_linear(parts, scheme, torch.float32)
+    layer = make_linear(parts, torch.float32)
     assert torch.allclose(layer(x), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-3)
     assert "16-bit matmul" in layer.path
 

@@ -14,7 +14,7 @@ from tinier.errors import InputError, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, block_influence, parse_layers, prune
 from tinier.pruning.depth import least_influential
-from tinier.quantization import quantize
+from tinier.quantization import QuantizePlan, quantize
 
 Tiny = Callable[..., Checkpoint]
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 40]
@@ -152,7 +152,7 @@ def test_windows_that_do_not_fit_the_model(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    made = quantize(tiny(), "fp8", tmp_path / "q")
+    made = quantize(tiny(), QuantizePlan(preset="fp8"), tmp_path / "q")
     with pytest.raises(SchemeError, match="Prune first, then quantize"):
         prune(made, PrunePlan(drop_layers=(1,)), tmp_path / "out")
 

@@ -159,7 +159,8 @@ def unpack_linear(
         if zeros is not None:
             zero_point = unpack_from_int32(zeros, grid.bits, scale.shape, packed_dim=0)
     if grid.scale_format == "e8m0":
-        scale = torch.ldexp(torch.ones((), device=scale.device), scale.int() - _E8M0_BIAS)
+        ones = torch.ones(scale.shape, device=scale.device)
+        scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
     input_scale = read("input_scale" if scheme.static_activations else "input_global_scale")
     return Quantized(codes, scale, zero_point, read("weight_global_scale")), input_scale
 

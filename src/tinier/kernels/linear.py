@@ -1,8 +1,9 @@
 """How a stored linear layer is multiplied on the device at hand.
 
 Start at `make_linear`. In: the weights of one or more linear layers that share an input (q, k and v;
-gate and up), as the checkpoint has them. Out: one module over the rows of all of them. The choice is made once, at load; `path` names it, and `fast` says whether the device has
-arithmetic for the scheme or the codes were expanded to 16 bit.
+gate and up), as the checkpoint has them. Out: one module over the rows of all of them. The choice is
+made once, at load; `path` names it, and `fast` says whether the device has arithmetic for the scheme
+or the codes were expanded to 16 bit.
 
 Every path rounds the activations to the grid that the scheme asks for, so that its result is the
 checkpoint's, not the device's.
@@ -214,9 +215,9 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     dynamic = activations is not None and activations.granularity == "token"
     if grid.kind == "int" and grid.bits == 8 and per_row and dynamic:
         return Int8Linear(quantized, bias)
-    if grid.kind == "float" and per_row and activations and activations.group_size is None:
-        if _has_fp8(device) and dtype == torch.bfloat16:
-            return Fp8Linear(quantized, bias, first.input_scale)
+    rowwise = per_row and activations is not None and activations.group_size is None
+    if grid.kind == "float" and rowwise and _has_fp8(device) and dtype == torch.bfloat16:
+        return Fp8Linear(quantized, bias, first.input_scale)
     group_size = grid.group_size
     packable = grid.kind == "int" and grid.bits == 4 and group_size in _INT4_GROUPS
     if packable and activations is None and dtype == torch.bfloat16:

@@ -159,10 +159,7 @@ def _quantize_group(
             fit = searched_scales(target, grid, dtype, importance)
         else:
             fit = absmax_scales(target, grid, dtype)
-        if inverse is None:
-            weight = round_nearest(target, fit, grid)
-        else:
-            weight = gptq(target, inverse, fit, grid)
+        weight = gptq(target, inverse, fit, grid) if inverse else round_nearest(target, fit, grid)
         rows = [result.targets[name].shape[0] for name in together]
         for name, part in zip(together, _split(weight, rows), strict=True):
             result.linears[name] = QuantizedLinear(part, preset.scheme, input_scale)

@@ -31,7 +31,7 @@ from tinier.schemes import Grid
 # fractions of the largest weight that the grid is made to end at
 _SHRINKS = tuple(1.04 - 0.04 * i for i in range(15))
 # a float grid looks the same at twice the scale: one octave of scales is all there is to search
-_OCTAVE = tuple(2 ** (-i / 12) for i in range(12))
+_OCTAVE = tuple(2 ** (-i / 24) for i in range(24))
 _ROWS = 4096
 
 
