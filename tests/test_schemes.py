@@ -39,7 +39,7 @@ def test_group_size_replaces_that_of_a_preset() -> None:
 
 def test_zero_points_go_with_integer_groups() -> None:
     assert not preset_named("int4-awq", 64, symmetric=False).scheme.weights.symmetric
-    assert preset_named("int2", symmetric=True).scheme.weights.symmetric
+    assert preset_named("int4", symmetric=False).scheme.label == "INT4 W4A16 g128 asym"
     for fixed in ("fp8", "int8", "nvfp4", "w4a8"):
         with pytest.raises(SchemeError, match="has no zero points"):
             preset_named(fixed, symmetric=False)
@@ -66,7 +66,7 @@ def test_labels_say_bits_and_groups() -> None:
     labels = {
         "fp8": "FP8 W8A8", "fp8-block": "FP8 W8A8 b128", "int8-sq": "INT8 W8A8",
         "int4": "INT4 W4A16 g128", "w4a8": "INT4 W4A8-FP8 g128", "nvfp4": "NVFP4 W4A4",
-        "mxfp4-w4a16": "MXFP4 W4A16", "int2": "INT2 W2A16 g128 asym",
+        "mxfp4-w4a16": "MXFP4 W4A16", "int2": "INT2 W2A16 g128",
     }  # fmt: skip
     assert {name: PRESETS[name].scheme.label for name in labels} == labels
     assert Scheme(weights=Grid(kind="int", bits=8, granularity="channel")).label == "INT8 W8A16"

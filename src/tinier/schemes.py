@@ -245,7 +245,7 @@ PRESETS: dict[str, Preset] = {
         algorithm=_AWQ_GPTQ,
     ),
     "int2": Preset(
-        scheme=Scheme(weights=replace(_INT4, bits=2, symmetric=False)),
+        scheme=Scheme(weights=replace(_INT4, bits=2)),
         algorithm=_AWQ_GPTQ,
     ),
 }

@@ -14,7 +14,7 @@ from tinier.calibration.ranks import Ranks
 from tinier.calibration.walk import DecoderWalk
 from tinier.families import INPUT_GROUPS
 
-_SAMPLE_TOKENS = 1024
+_SAMPLE_TOKENS = 256
 
 
 @dataclass(slots=True)

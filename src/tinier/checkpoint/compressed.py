@@ -217,7 +217,8 @@ def _to_scheme(group: dict[str, Any]) -> Scheme:
             "the model quantizes only activations, or the outputs of layers; tinier runs neither."
         )
     scheme = Scheme(
-        weights=_to_grid(weights), activations=_to_grid(activations) if activations else None
+        weights=_to_grid(weights, of="weights"),
+        activations=_to_grid(activations, of="activations") if activations else None,
     )
     told = group.get("format")
     if told not in (None, storage_format(scheme)):
@@ -227,7 +228,7 @@ def _to_scheme(group: dict[str, Any]) -> Scheme:
     return scheme
 
 
-def _to_grid(args: dict[str, Any]) -> Grid:
+def _to_grid(args: dict[str, Any], *, of: str) -> Grid:
     """The grid of compressed-tensors' arguments. Raises CheckpointError where there is none."""
     strategy, block = args.get("strategy"), args.get("block_structure")
     kind, bits = args.get("type"), args.get("num_bits")
@@ -251,7 +252,7 @@ def _to_grid(args: dict[str, Any]) -> Grid:
             and strategy in ("tensor", "channel", "group", "block", "token", "tensor_group")
             and args.get("actorder") in (None, "weight", "static")
             and (block is None or block[0] == block[1])
-            and args.get("dynamic", False) in (False, _dynamic(grid))
+            and args.get("dynamic", False) == (_dynamic(grid) if of == "activations" else False)
             and (grid.scale_format != "e8m0" or grid.group_size == 32)
             and (grid.symmetric or grid.bits < 8)
         )
@@ -267,8 +268,8 @@ def _to_grid(args: dict[str, Any]) -> Grid:
 
 
 def _to_kv_grid(args: dict[str, Any]) -> Grid:
-    grid = _to_grid(args)
-    if grid.granularity != "tensor" or grid.bits != 8 or args.get("dynamic", False):
+    grid = _to_grid(args, of="cache")
+    if grid.granularity != "tensor" or grid.bits != 8:
         raise CheckpointError(
             "the model's KV cache is quantized in another way than with one scale for all keys and "
             "one for all values of a layer, 8 bits each; tinier runs no other."

@@ -152,7 +152,11 @@ class PartFiles:
         """Write a part and its record; a kill leaves both or neither to be seen."""
         write_atomically(self._record(part), json.dumps(record))
         unfinished = self._folder / f".part-{part}"
-        host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # clones, because safetensors refuses names that share memory
+        host = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
         save_file(host, unfinished, metadata={"format": "pt"})
         unfinished.rename(self._path(part))
 

@@ -208,7 +208,7 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
         assert weight is not None
         return DenseLinear(weight, bias, None)
     scheme = first.scheme
-    quantized = _stack_quantized([p.weight for p in parts if isinstance(p.weight, Quantized)])
+    quantized = _stack_quantized([p.weight for p in parts if isinstance(p.weight, Quantized)], scheme)
     device = quantized.codes.device.type
     grid, activations = scheme.weights, scheme.activations
     per_row = grid.granularity in ("channel", "tensor")
@@ -272,14 +272,15 @@ def _alike(one: StoredLinear, other: StoredLinear) -> bool:
     return torch.equal(one.input_scale, other.input_scale)
 
 
-def _stack_quantized(parts: list[Quantized]) -> Quantized:
+def _stack_quantized(parts: list[Quantized], scheme: Scheme) -> Quantized:
     """The rows of all parts. A scale of a whole tensor becomes one per row; scales over scales are
     divided out."""
     scales, zeros = [], []
     for part in parts:
         rows = part.codes.shape[0]
         scale = part.scale if part.global_scale is None else step_size(part)
-        scales.append(scale.expand(rows, -1) if scale.shape[0] == 1 else scale)
+        whole = scheme.weights.granularity == "tensor"
+        scales.append(scale.expand(rows, -1) if whole else scale)
         if part.zero_point is not None:
             zeros.append(part.zero_point)
     codes = torch.cat([part.codes for part in parts])
