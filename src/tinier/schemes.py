@@ -48,6 +48,13 @@ class Grid:
         if self.scale_format != "model" and (self.kind, self.bits) != ("float", 4):
             raise SchemeError(f"{self.scale_format} scales go with 4-bit floats only.")
 
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code."""
+        if self.kind == "float":
+            return (-448.0, 448.0) if self.bits == 8 else (-6.0, 6.0)
+        return float(-(1 << (self.bits - 1))), float((1 << (self.bits - 1)) - 1)
+
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(R, C): a weight of `shape` [out, in] has R · C scales, each over out/R × in/C weights."""
         rows, columns = shape

@@ -1,29 +1,39 @@
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import FAMILIES
+from tests.conftest import DOCUMENTS, FAMILIES, quantize_tiny
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint, open_checkpoint
-from tinier.errors import OutputError, SchemeError
-from tinier.families import open_model
-from tinier.quantization import plan_quantize, quantize
+from tinier.errors import InputError, OutputError, SchemeError
+from tinier.families import checkpoint_layout, open_model
+from tinier.quantization import QuantizePlan, driver, plan_quantize, quantize, quantize_all
+from tinier.schemes import PRESETS
 
 Tiny = Callable[..., Checkpoint]
+SLOW_PRESETS = ("int8-sq", "int4-awq", "int4-gptq", "int4-best")
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    files = {info.file for info in checkpoint.tensors.values()}
+    return {n: t for f in files for n, t in load_file(checkpoint.folder / f).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("preset", ["fp8", "int8-sq", "int4-awq", "int4-gptq", "int4-best", "w4a8"])
 def test_transformers_loads_it_with_nothing_missing(
     tiny: Tiny, tmp_path: Path, family: str, preset: str
 ) -> None:
-    made = quantize(
-        tiny(family, dtype=torch.bfloat16), preset, tmp_path / "out",
-        group_size=32 if preset == "int4" else None,
-    )  # fmt: skip
+    made = quantize_tiny(tiny(family, dtype=torch.bfloat16), preset, tmp_path / "out")
     _, info = AutoModelForCausalLM.from_pretrained(made.folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -33,44 +43,244 @@ def test_transformers_loads_it_with_nothing_missing(
 
 def test_manifest_says_how_it_was_made(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny()
-    made = quantize(source, "int4", tmp_path / "out", group_size=32, ignore=("*.up_proj",))
+    made = quantize_tiny(source, "int4-gptq", tmp_path / "out", ignore=("*.up_proj",))
     manifest = open_checkpoint(made.folder).manifest
     assert manifest is not None
     assert manifest.stage == "quantize"
     assert manifest.parents == {"source": source.hash}
-    assert manifest.parameters["scheme"]["weights"]["group_size"] == 32
-    assert len(manifest.layers) == 4 * 6
-    assert all(10 < measures["snr_db"] < 30 for measures in manifest.layers.values())
+    assert manifest.parameters["group_size"] == 32
+    assert manifest.parameters["windows_sha256"]
+    linears = {n: m for n, m in manifest.layers.items() if n.endswith("_proj")}
+    assert len(linears) == 4 * 6
+    assert all(10 < m["snr_db"] < 30 for m in linears.values())  # type: ignore[operator]
+    assert all(m["output_snr_db"] > m["snr_db"] for m in linears.values())  # type: ignore[operator]
+    assert {f"model.layers.{i}" for i in range(4)} == set(manifest.layers) - set(linears)
     assert "left in 16 bit: model.layers.0.mlp.up_proj" in manifest.warnings
     assert manifest.seconds > 0
     assert manifest.peak_memory_bytes > 0
 
 
 def test_the_estimated_size_is_the_size(tiny: Tiny, tmp_path: Path) -> None:
-    source = tiny(dtype=torch.bfloat16, hidden_size=256, intermediate_size=1024, head_dim=64)
-    for preset in ("fp8", "int4"):
-        plan = plan_quantize(source, preset)
-        made = quantize(source, preset, tmp_path / preset)
-        assert plan.output_bytes == pytest.approx(made.disk_bytes, rel=0.02)
-        assert plan.output_config == made.config
+    source = tiny(
+        dtype=torch.bfloat16, hidden_size=256, intermediate_size=1024, head_dim=64,
+        num_attention_heads=4, num_hidden_layers=2,
+    )  # fmt: skip
+    for preset in PRESETS:
+        plan = QuantizePlan(preset=preset, sequences=2, length=64, iterations=1)
+        stage = plan_quantize(source, plan, DOCUMENTS)
+        made = quantize(source, plan, tmp_path / preset, documents=DOCUMENTS, device="cpu")
+        assert stage.output_bytes == pytest.approx(made.disk_bytes, rel=0.03), preset
+        assert stage.output_config == made.config
         assert made.manifest is not None
-        assert made.manifest.key == plan.key
+        assert made.manifest.key == stage.key
 
 
-def test_equal_inputs_give_equal_files(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", SLOW_PRESETS)
+def test_equal_inputs_give_equal_files(tiny: Tiny, tmp_path: Path, preset: str) -> None:
     source = tiny()
-    first, second = (quantize(source, "fp8", tmp_path / name) for name in ("a", "b"))
+    first, second = (quantize_tiny(source, preset, tmp_path / name) for name in ("a", "b"))
     assert first.hash == second.hash
 
 
-def test_embeddings_head_and_norms_are_untouched(tiny: Tiny, tmp_path: Path) -> None:
-    source = tiny(tie_word_embeddings=False)
-    made = quantize(source, "int8", tmp_path / "out")
-    before = load_file(source.folder / "model.safetensors")
-    after = load_file(made.folder / "model.safetensors")
+@pytest.mark.parametrize("preset", SLOW_PRESETS)
+@pytest.mark.parametrize("options", [{}, {"kv": "fp8", "head": "int8"}])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    options: dict[str, str],
+) -> None:
+    source = tiny()
+    whole = quantize_tiny(source, preset, tmp_path / "whole", **options)
+    quantize_layer, layers = driver.quantize_layer, []
+
+    def stops_at_the_third(*arguments: Any) -> Any:
+        if len(layers) == 2:
+            raise KeyboardInterrupt
+        layers.append(None)
+        return quantize_layer(*arguments)
+
+    monkeypatch.setattr(driver, "quantize_layer", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_tiny(source, preset, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+    def counts(*arguments: Any) -> Any:
+        layers.append(None)
+        return quantize_layer(*arguments)
+
+    monkeypatch.setattr(driver, "quantize_layer", counts)
+    resumed = quantize_tiny(source, preset, tmp_path / "out", **options)
+    assert len(layers) == 4  # two before the stop, two after: none twice
+    assert resumed.hash == whole.hash
+    assert not list(tmp_path.glob(".out*"))
+    one, other = open_checkpoint(whole.folder).manifest, open_checkpoint(resumed.folder).manifest
+    assert one is not None
+    assert other is not None
+    assert one.layers == other.layers
+
+
+def test_kill_minus_nine_costs_one_layer(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(num_hidden_layers=12, hidden_size=128, intermediate_size=512)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS))
+    command = [
+        sys.executable, "-m", "tinier", "quantize", str(source.folder), "--preset", "int4-best",
+        "--group-size", "32", "--calibration", str(text), "--sequences", "4", "--length", "64",
+        "--iterations", "20", "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=environment)
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], env=environment)
+    unfinished = tmp_path / ".out.unfinished"
+    while process.poll() is None and not (unfinished / "model-00003-of-00013.safetensors").exists():
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("model-*")}
+    assert 3 <= len(done) < 13
+    subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, env=environment)
+    for name, written in done.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == written
+    assert open_checkpoint(tmp_path / "out").hash == open_checkpoint(tmp_path / "whole").hash
+
+
+def test_another_plan_does_not_go_on_from_what_was_left(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    left = tmp_path / ".out.unfinished"
+    left.mkdir()
+    (left / ".key").write_text("another")
+    (left / "model-00001-of-00005.safetensors").write_bytes(b"not a layer")
+    made = quantize_tiny(source, "int4-gptq", tmp_path / "out")
+    assert made.hash == quantize_tiny(source, "int4-gptq", tmp_path / "other").hash
+
+
+def test_two_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS * 4))
+    command = [
+        "-m", "tinier", "quantize", str(source.folder), "--group-size", "32",
+        "--calibration", str(text), "--sequences", "128", "--length", "64", "--iterations", "3",
+        "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    presets = [
+        word for preset in ("int4-awq", "int4-gptq", "int4-best") for word in ("--preset", preset)
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for count, out in ((1, "one"), (2, "two")):
+        launcher = [sys.executable, *command]
+        if count > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+            launcher = [sys.executable, *torchrun, *command]
+        done = subprocess.run(
+            [*launcher, *presets, "--out", str(tmp_path / out)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for preset in ("int4-awq", "int4-gptq", "int4-best"):
+        one, two = (tensors_of(open_checkpoint(tmp_path / n / preset)) for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_several_presets_in_one_walk_are_what_each_is_alone(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    plans = {
+        tmp_path / preset: QuantizePlan(
+            preset=preset, group_size=32 if "int4" in preset else None, sequences=8, length=64,
+            iterations=5,
+        )
+        for preset in ("fp8", *SLOW_PRESETS)
+    }  # fmt: skip
+    together = quantize_all(source, plans, documents=DOCUMENTS, device="cpu")
+    for checkpoint, preset in zip(together, ("fp8", *SLOW_PRESETS), strict=True):
+        alone = quantize_tiny(source, preset, tmp_path / "alone" / preset)
+        assert checkpoint.hash == alone.hash
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_head_and_norms_are_untouched(tiny: Tiny, tmp_path: Path, tied: bool) -> None:
+    source = tiny(tie_word_embeddings=tied)
+    before, after = tensors_of(source), tensors_of(quantize_tiny(source, "int8", tmp_path / "out"))
     for name in before:
         if "_proj" not in name:
             assert torch.equal(before[name], after[name]), name
+
+
+def test_a_quantized_head_is_written_beside_a_tied_embedding(tiny: Tiny, tmp_path: Path) -> None:
+    made = quantize_tiny(tiny(), "int8", tmp_path / "out", head="fp8", kv="fp8")
+    assert made.config["tie_word_embeddings"] is False
+    layout = checkpoint_layout(made)
+    assert layout is not None
+    assert layout.label == "INT8 W8A8, FP8 head, FP8 KV"
+    assert made.tensors["lm_head.weight"].dtype == "F8_E4M3"
+    assert made.tensors["model.embed_tokens.weight"].dtype == "F32"
+
+
+def test_null_copies_every_weight(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    made = quantize_tiny(source, None, tmp_path / "out")
+    before, after = tensors_of(source), tensors_of(made)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "quantization_config" not in made.config
+
+
+def test_mixed_spends_bits_where_they_save_most(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(num_hidden_layers=3)
+    made = quantize_tiny(source, "mixed", tmp_path / "out", bits=6.5)
+    layout = checkpoint_layout(made)
+    assert layout is not None
+    assert {s.weights.bits for s in layout.schemes.values()} == {4, 8}
+    assert made.manifest is not None
+    sensitivity = made.manifest.measures["sensitivity_kl"]
+    assert len(sensitivity) == 3 * 4
+    assert all(value > 0 for value in sensitivity.values())
+    for i in range(3):  # what engines fuse is stored alike
+        own = {layout.schemes[f"model.layers.{i}.self_attn.{p}_proj"] for p in "qkv"}
+        assert len(own) == 1
+    stored = sum(i.num_bytes for n, i in made.tensors.items() if "_proj" in n and "shape" not in n)
+    with source.reader() as read:
+        weights = sum(read(name).numel() for name in source.tensors if "_proj" in name)
+    assert 5.0 < 8 * stored / weights <= 6.5
+
+
+def test_the_model_writes_its_own_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    first, second = (
+        quantize(
+            source,
+            QuantizePlan(preset="int4-gptq", group_size=32, sequences=3, length=32, self_text=True),
+            tmp_path / name,
+            device="cpu",
+        )
+        for name in ("a", "b")
+    )
+    assert first.hash == second.hash
+
+
+def test_a_layer_that_learning_does_not_help_keeps_gptq_and_says_so(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "learn_rounding", lambda *_, **__: (1.0, 1.0))
+    made = quantize_tiny(tiny(), "int4-best", tmp_path / "out")
+    assert made.manifest is not None
+    assert sum("GPTQ's codes are kept" in w for w in made.manifest.warnings) == 4
+    gptq = quantize_tiny(tiny(), "int4-gptq", tmp_path / "gptq")
+    one, other = tensors_of(made), tensors_of(gptq)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_more_damping_is_in_the_manifest(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinier.quantization.gptq._DAMPS", (0.3,))
+    made = quantize_tiny(tiny(), "int4-gptq", tmp_path / "out")
+    assert made.manifest is not None
+    expected = "model.layers.3: mlp.down_proj: the Hessian needed damping of 0.3 (usual: 0.01)"
+    assert expected in made.manifest.warnings
 
 
 @pytest.mark.parametrize(
@@ -82,28 +292,64 @@ def test_embeddings_head_and_norms_are_untouched(tiny: Tiny, tmp_path: Path) -> 
             "128 does not divide the 64 input columns .* Sizes that do: 16, 32, 64",
         ),
         ({"preset": "int4", "group_size": 48}, "48 does not divide"),
+        ({"preset": "fp8", "symmetric": False}, "has no zero points"),
         (
             {"preset": "fp8", "ignore": ("*.q",)},
             r"matches no layer\. Names look like model\.layers",
         ),
         ({"preset": "fp8", "ignore": ("*",)}, "leaves no layer to quantize"),
+        ({"preset": "fp8", "head": "int4"}, "Use fp8 or int8"),
+        ({"preset": "mixed"}, "bits and preset 'mixed' go together"),
+        ({"preset": "fp8", "bits": 5.0}, "bits and preset 'mixed' go together"),
+        ({"preset": "int4-gptq", "group_size": 32}, "needs calibration text"),
+        ({"preset": "int4-gptq", "group_size": 32, "length": 512}, "more than the 256 positions"),
+        ({"preset": "fp8", "self_text": True}, "needs no calibration text"),
+        ({"preset": "fp8", "sequences": 0}, "Use 1 or more"),
+        ({"preset": None, "group_size": 32}, "takes no group size"),
     ],
 )
 def test_bad_input_is_found_before_any_work(
-    tiny: Tiny, tmp_path: Path, arguments: dict[str, object], message: str
+    tiny: Tiny, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SchemeError, match=message):
-        quantize(tiny(), out=tmp_path / "out", **arguments)  # type: ignore[arg-type]
-    assert not (tmp_path / "out").exists()
+    source = tiny()
+    with pytest.raises((SchemeError, InputError), match=message):
+        quantize(source, QuantizePlan(**({"length": 64} | arguments)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_too_few_bits_for_mixed_say_which_can_be_had(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match=r"bits=3.0 is below 5\.00.*between it and 8\.\d\d"):
+        quantize_tiny(tiny(), "mixed", tmp_path / "out", bits=3.0)
+
+
+def test_too_little_memory_is_refused_before_any_work(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "free_memory_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"takes about .* GB on cpu and 0.0 GB are free"):
+        quantize_tiny(tiny(), "int4-gptq", tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    made = quantize(tiny(), "fp8", tmp_path / "one")
+    made = quantize_tiny(tiny(), "fp8", tmp_path / "one")
     with pytest.raises(SchemeError, match="is quantized already"):
-        quantize(made, "int8", tmp_path / "two")
+        quantize_tiny(made, "int8", tmp_path / "two")
 
 
 def test_an_existing_output_is_refused(tiny: Tiny) -> None:
     source = tiny()
     with pytest.raises(OutputError, match="exists"):
-        quantize(source, "fp8", source.folder)
+        quantize_tiny(source, "fp8", source.folder)
+
+
+def test_the_command_line_makes_several_and_says_what(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    command = [
+        sys.executable, "-m", "tinier", "quantize", str(source.folder), "--preset", "fp8",
+        "--preset", "int8", "--out", str(tmp_path / "out"), "--json", "--quiet",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    made = json.loads(done.stdout.splitlines()[-1])["checkpoints"]
+    assert [Path(m["out"]).name for m in made] == ["fp8", "int8"]
+    assert all(Path(m["out"], "config.json").exists() for m in made)

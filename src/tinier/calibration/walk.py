@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
-from tinier.checkpoint.folder import TensorReader
 from tinier.errors import TextError
 from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name
 from tinier.progress import bar
@@ -46,17 +45,14 @@ def check_attention_window(checkpoint: Checkpoint, length: int) -> None:
 
 
 class DecoderWalk:
-    """The layers of a 16-bit checkpoint, each loaded when its turn comes.
+    """The layers of a 16-bit checkpoint, each loaded onto `device` when its turn comes.
 
-    read: a reader of the checkpoint on `device`, which everything is computed on. Raises TextError
-    where `length` is more than a layer's sliding attention window.
+    Raises TextError where `length` is more than a layer's sliding attention window.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, read: TensorReader, length: int, device: torch.device
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, length: int, device: torch.device) -> None:
         check_attention_window(checkpoint, length)
-        self._read = read
+        self._checkpoint = checkpoint
         self.device = device
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
@@ -70,7 +66,8 @@ class DecoderWalk:
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
         """The hidden states that enter the first layer. windows: [n, length]. On the host."""
-        hidden = nn.functional.embedding(windows, self._read(EMBEDDING).cpu())
+        with self._checkpoint.reader() as read:
+            hidden = nn.functional.embedding(windows, read(EMBEDDING))
         # pinned memory moves to and from a GPU several times faster
         return hidden.pin_memory() if self.device.type == "cuda" else hidden
 
@@ -78,7 +75,9 @@ class DecoderWalk:
         """transformers' decoder layer with the checkpoint's weights, on the device; a new module."""
         layer: nn.Module = copy.deepcopy(self._layers[index])
         prefix = layer_name(index)
-        weights = {name: self._read(f"{prefix}.{name}") for name in layer.state_dict()}
+        # a reader for each layer: an open file keeps what was read from it in memory
+        with self._checkpoint.reader(self.device) as read:
+            weights = {name: read(f"{prefix}.{name}") for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 
@@ -110,8 +109,8 @@ def walk(
     sliding attention window.
     """
     count = geometry_of(checkpoint).layers
-    with checkpoint.reader(device) as read, bar(label, count) as advance:
-        decoder = DecoderWalk(checkpoint, read, windows.shape[1], device)
+    with bar(label, count) as advance:
+        decoder = DecoderWalk(checkpoint, windows.shape[1], device)
         hidden = decoder.embed(windows)
         for index in range(count):
             layer = decoder.load(index)

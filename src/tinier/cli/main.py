@@ -7,6 +7,7 @@ import typer
 
 import tinier
 from tinier.cli.bench import bench
+from tinier.cli.compare import compare
 from tinier.cli.distill import distill
 from tinier.cli.eval import eval_
 from tinier.cli.generate import generate
@@ -30,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "distill": distill,
     "eval": eval_,
+    "compare": compare,
     "generate": generate,
     "bench": bench,
     "report": report,

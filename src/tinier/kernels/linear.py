@@ -208,7 +208,9 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
         assert weight is not None
         return DenseLinear(weight, bias, None)
     scheme = first.scheme
-    quantized = _stack_quantized([p.weight for p in parts if isinstance(p.weight, Quantized)], scheme)
+    quantized = _stack_quantized(
+        [p.weight for p in parts if isinstance(p.weight, Quantized)], scheme
+    )
     device = quantized.codes.device.type
     grid, activations = scheme.weights, scheme.activations
     per_row = grid.granularity in ("channel", "tensor")

@@ -36,7 +36,6 @@ from tinier.checkpoint import (
     write_atomically,
     write_config,
 )
-from tinier.checkpoint.folder import TensorReader
 from tinier.device import (
     free_memory_bytes,
     model_flops,
@@ -108,9 +107,9 @@ def quantize_all(
         stage, windows = prepare(source, plan, documents)
         _announce(stage, place)
         jobs.append(_Job(source, plan, stage, windows, out, place, ranks))
-    with ExitStack() as stack, source.reader(place) as read:
+    with ExitStack() as stack:
         for job in jobs:
-            job.start(read, stack)
+            job.start(stack)
         layers = geometry_of(source).layers
         with bar("quantize", layers) as advance:
             for index in range(layers):
@@ -118,7 +117,7 @@ def quantize_all(
                     job.layer(index)
                 advance(1)
         for job in jobs:
-            job.finish(read, started)
+            job.finish(started)
     ranks.wait()
     release_memory()
     return [open_checkpoint(out) for out in plans]
@@ -162,7 +161,7 @@ class _Job:
         self._hidden: Tensor | None = None
         self._exact: Tensor | None = None
 
-    def start(self, read: TensorReader, stack: ExitStack) -> None:
+    def start(self, stack: ExitStack) -> None:
         """Open the folder to write and bring the windows in front of the first layer."""
         if self._ranks.writes:
             key, needed = self._stage.key, self._stage.output_bytes
@@ -179,24 +178,22 @@ class _Job:
                 self._source, plan.sequences, plan.length, seed=plan.seed, device=self._device
             )
         length = 1 if self._windows is None else self._windows.shape[1]
-        self._walk = DecoderWalk(self._source, read, length, self._device)
+        self._walk = DecoderWalk(self._source, length, self._device)
         if self._windows is None:
             return
         if plan.bits is not None:
-            self._mix(read, plan.bits)
+            self._mix(plan.bits)
         self._hidden = self._walk.embed(self._ranks.share(self._windows, self._walk.batch_windows))
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
             # the windows on their way through the original model, whose outputs are learned from
             self._exact = self._hidden.clone()
 
-    def _mix(self, read: TensorReader, bits: float) -> None:
+    def _mix(self, bits: float) -> None:
         """Choose between the two presets of `mixed` for every layer."""
         assert self._windows is not None
         path = self._folder / ".sensitivity.json"
         if not path.exists() and self._ranks.writes:
-            measured = measure_sensitivity(
-                self._source, self._walk, read, self._presets, self._windows
-            )
+            measured = measure_sensitivity(self._source, self._walk, self._presets, self._windows)
             write_atomically(path, json.dumps(measured))
         self._ranks.wait()
         self._sensitivity = json.loads(path.read_text(encoding="utf-8"))
@@ -283,13 +280,13 @@ class _Job:
 
         return KeysAndValues(rounding)
 
-    def finish(self, read: TensorReader, started: float) -> None:
+    def finish(self, started: float) -> None:
         """Write what is not in a decoder layer, the configuration and the manifest."""
         if not self._ranks.writes:
             return
         last = self._geometry.layers
         if not self._parts.has(last):
-            self._parts.write(last, self._edge_tensors(read), {"layers": {}, "warnings": []})
+            self._parts.write(last, self._edge_tensors(), {"layers": {}, "warnings": []})
         self._parts.close()
         records = [self._parts.record(part) for part in range(last + 1)]
         layers: dict[str, dict[str, float | None]] = {}
@@ -312,12 +309,15 @@ class _Job:
             warnings=warnings + _poor(layers),
         ).write(self._folder)
 
-    def _edge_tensors(self, read: TensorReader) -> dict[str, Tensor]:
+    def _edge_tensors(self) -> dict[str, Tensor]:
         """Embedding, final norm and head."""
-        tensors = {EMBEDDING: read(EMBEDDING), FINAL_NORM: read(FINAL_NORM)}
+        with self._source.reader(self._device) as read:
+            tensors = {EMBEDDING: read(EMBEDDING), FINAL_NORM: read(FINAL_NORM)}
+            if not self._geometry.tied_head:
+                tensors[HEAD] = read(HEAD)
         head = self._presets.get(HEAD_LINEAR)
         if head is not None:
-            weight = tensors[EMBEDDING] if self._geometry.tied_head else read(HEAD)
+            weight = tensors.pop(HEAD) if HEAD in tensors else tensors[EMBEDDING]
             grid, dtype = head.scheme.weights, self._source.dtype
             parts = [
                 round_nearest(rows, searched_scales(rows, grid, dtype), grid)
@@ -328,8 +328,6 @@ class _Job:
             )
             tensors[f"{HEAD_LINEAR}.weight"] = codes.codes
             tensors[f"{HEAD_LINEAR}.weight_scale"] = codes.scale
-        elif not self._geometry.tied_head:
-            tensors[HEAD] = read(HEAD)
         return tensors
 
 

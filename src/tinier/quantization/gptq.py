@@ -6,6 +6,8 @@ updates by blocks of columns. Columns go in order of falling importance (static 
 belongs to the groups as they lie in memory, so nothing has to be reordered when the model runs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,33 +62,47 @@ def gptq(weight: Tensor, inverse: Inverse, fit: Fit, grid: Grid) -> Quantized:
     codes = torch.empty_like(w)
     for start in range(0, w.shape[1], _BLOCK):
         block = slice(start, min(start + _BLOCK, w.shape[1]))
-        errors = _round_block(
+        codes[:, block], errors = _block_rounding(w.device)(
             w[:, block],
             step[:, block],
             None if zero is None else zero[:, block],
             inverse.upper[block, block],
             grid,
-            codes[:, block],
         )
         w[:, block.stop :] -= errors @ inverse.upper[block, block.stop :]
     return Quantized(stored_codes(codes[:, torch.argsort(order)], grid), *fit)
 
 
-def _round_block(
-    w: Tensor, step: Tensor, zero: Tensor | None, upper: Tensor, grid: Grid, codes: Tensor
-) -> Tensor:
-    """Round the columns of one block, into `codes`; returns each column's error over its pivot."""
-    w = w.t().contiguous()  # [block, out]: a column is one row of memory
+def round_block(
+    w: Tensor, step: Tensor, zero: Tensor | None, upper: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Codes of one block of columns, and each column's error over its pivot: both [out, columns]."""
+    w = w.t().contiguous()  # [columns, out]: a column is one row of memory
     step = step.t().contiguous()
     zero = None if zero is None else zero.t().contiguous()
-    rounded = torch.empty_like(w)
-    errors = torch.empty_like(w)
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
     for i in range(w.shape[0]):
         offset = None if zero is None else zero[i]
         code = round_scaled(w[i] / step[i], grid, offset)
         value = code if offset is None else code - offset
         torch.sub(w[i], value * step[i], out=errors[i]).div_(upper[i, i])
         w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1.0)
-        rounded[i] = code
-    codes.copy_(rounded.t())
-    return errors.t()
+        codes[i] = code
+    return codes.t(), errors.t()
+
+
+def _round_block_gpu(
+    w: Tensor, step: Tensor, zero: Tensor | None, upper: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    from tinier.kernels.gptq_block import round_block_cuda  # Triton is there on GPU machines only
+
+    lowest, highest = grid.code_range
+    return round_block_cuda(
+        w, step, zero, upper, kind=grid.kind, bits=grid.bits, lowest=lowest, highest=highest
+    )
+
+
+def _block_rounding(
+    device: torch.device,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Grid], tuple[Tensor, Tensor]]:
+    return _round_block_gpu if device.type == "cuda" else round_block

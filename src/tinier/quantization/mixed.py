@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
-from tinier.checkpoint.folder import TensorReader
 from tinier.errors import SchemeError
 from tinier.families import (
     EMBEDDING,
@@ -39,7 +38,6 @@ _CHUNK = 128
 def measure_sensitivity(
     source: Checkpoint,
     walk: DecoderWalk,
-    read: TensorReader,
     presets: dict[str, Preset],
     windows: Tensor,
 ) -> dict[str, float]:
@@ -67,8 +65,8 @@ def measure_sensitivity(
                     )
             walk.run(layer, exact, exact)
             advance(1)
-    norm = read(FINAL_NORM)
-    head = read(EMBEDDING) if geometry.tied_head else read(HEAD)
+    with source.reader(walk.device) as read:
+        norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD)
 
     def logits(hidden: Tensor) -> Tensor:
         states = rms_norm(hidden.to(walk.device), norm, geometry.norm_eps)

@@ -21,7 +21,6 @@ from tinier.numerics import (
     cast_e4m3,
     expand,
     in_blocks,
-    int_range,
     mx_scale,
     round_to_float,
     storable_scale,
@@ -114,7 +113,7 @@ def round_scaled(x: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
     """Nearest code of each scaled number, in float32; with `zero` the code counts from there."""
     if grid.kind == "float":
         return round_to_float(x, grid.bits)
-    lowest, highest = int_range(grid.bits)
+    lowest, highest = grid.code_range
     codes = x.round()
     return (codes if zero is None else codes.add_(zero)).clamp_(lowest, highest)
 
@@ -159,9 +158,7 @@ def _shrinks_from_one() -> list[float]:
 
 def _reach(grid: Grid) -> float:
     """What the largest weight of a block is divided by to get its scale."""
-    if grid.kind == "float":
-        return E4M3_MAX if grid.bits == 8 else E2M1_MAX
-    lowest, highest = int_range(grid.bits)
+    lowest, highest = grid.code_range
     return (highest - lowest) / 2
 
 
@@ -187,7 +184,7 @@ def _storer(largest: Tensor, grid: Grid, dtype: torch.dtype) -> Callable[[Tensor
 
 def _asymmetric(blocks: Tensor, grid: Grid, dtype: torch.dtype, shrink: float) -> Fit:
     """The range from the smallest to the largest weight, times `shrink`; zero is always in it."""
-    lowest, highest = int_range(grid.bits)
+    lowest, highest = grid.code_range
     low = blocks.amin(dim=(1, 3)).clamp(max=0.0) * shrink
     high = blocks.amax(dim=(1, 3)).clamp(min=0.0) * shrink
     scale = storable_scale((high - low) / (highest - lowest), dtype)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tinier.checkpoint import Checkpoint, StagePlan
 from tinier.device import model_flops, pick_device
+from tinier.evaluation import Comparison
 from tinier.families import geometry_of
 from tinier.report.page import choices_text, footnotes
 from tinier.report.table import table_rows
@@ -137,6 +138,40 @@ def quality_text(data: dict[str, Any]) -> str:
         scores = mmlu["categories"] | mmlu["subjects"]
         lines += [f"  {name}: {100 * accuracy:.1f} %" for name, accuracy in scores.items()]
     return "\n".join(lines)
+
+
+def comparison_text(comparison: Comparison, first: str, second: str) -> str:
+    """Every layer's difference, the worst ones by name, and the divergence at the end."""
+    lines = []
+    if comparison.layers:
+        rows = [
+            [layer.name, _decibels(layer.layer_snr_db), f"{layer.added_error:.2e}",
+             _decibels(layer.stream_snr_db)]
+            for layer in comparison.layers
+        ]  # fmt: skip
+        head = ["layer", "alone, dB", "adds error", "piled up, dB"]
+        lines.append(_table(head, rows, text_columns=1))
+        worst = [f"{w.name} ({w.added_error:.1e})" for w in comparison.worst[:3] if w.added_error]
+        lines.append(f"layers that hurt most: {', '.join(worst) or 'none'}")
+    else:
+        lines.append("the models have different layers, so only their ends are compared")
+    quality = comparison.second
+    lines.append(f"perplexity: {first} {_number(comparison.first.perplexity)}, "
+                 f"{second} {_number(quality.perplexity)}")  # fmt: skip
+    if quality.kl is not None and quality.top1_agreement is not None:
+        lines.append(
+            f"KL {quality.kl:.5f} nats per token, top-1 agreement "
+            f"{100 * quality.top1_agreement:.2f} % over {quality.tokens} tokens"
+        )
+    return "\n".join(lines)
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "is not a number" if value is None else f"{value:.4f}"
 
 
 def bench_text(data: dict[str, Any]) -> str:

@@ -1,0 +1,53 @@
+"""`tinier compare`"""
+
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def compare(
+    model: options.Model,
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER", help="The model to judge.", show_default=False)
+    ],
+    text: options.TextSource = "builtin",
+    windows: Annotated[int, typer.Option("--windows", help="Windows of text at most.")] = 8,
+    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Show where OTHER differs from MODEL: layer by layer, and at the end.
+
+    Each layer is judged on MODEL's inputs (what it alone does wrong) and on OTHER's own (what has
+    piled up). The layers that add most error are named.
+
+    \b
+    Examples:
+      tinier compare smollm2-135m smollm2-int4
+      tinier compare smollm2-int4 smollm2-int4-best --text wiki.txt
+    """
+    from dataclasses import asdict
+
+    from tinier.device import pick_device
+    from tinier.evaluation import compare as run_compare
+    from tinier.families import check_length, check_same_vocabulary, open_model
+    from tinier.report.terminal import comparison_text
+    from tinier.text import load_part, load_tokenizer, token_windows
+
+    output.start(quiet=quiet, log_level=log_level)
+    place = pick_device(device)
+    first, second = open_model(model), open_model(other)
+    check_same_vocabulary(first, second)
+    for checkpoint in (first, second):
+        check_length(checkpoint, length)
+    held = token_windows(
+        load_tokenizer(first), load_part(text, "heldout"), length=length, count=windows
+    )
+    comparison = run_compare(first, second, held, device=place)
+    data = {"model": model, "other": other, "text": text, **asdict(comparison)}
+    output.result(comparison_text(comparison, model, other), data, as_json=json)
