@@ -63,7 +63,7 @@ def test_folding_leaves_the_output_unchanged(
     assert not torch.equal(before, after)
 
 
-def statistics(tiny: Callable[..., Checkpoint]):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def statistics(tiny: Callable[..., Checkpoint]):  # type: ignore[no-untyped-def]
     checkpoint = tiny(hidden_size=64)
     walk = DecoderWalk(checkpoint, 32, CPU)
     windows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))

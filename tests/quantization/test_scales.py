@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ def test_each_bit_is_worth_about_six_decibels() -> None:
         assert ratio is not None
         ratios.append(ratio)
     # mean square error falls more than 3 times with each bit
-    assert all(more - less > 4.8 for less, more in zip(ratios[:3], ratios[1:], strict=False))
+    assert all(more - less > 4.8 for less, more in pairwise(ratios[:3]))
     assert 4 * 5.5 < ratios[3] - ratios[2] < 4 * 6.8
 
 

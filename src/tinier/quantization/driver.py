@@ -248,6 +248,8 @@ class _Job:
             measures[prefix] = {"output_snr_db": snr_db(first - batch, rounded - batch)}
         warnings = [f"{prefix}: {warning}" for warning in result.warnings]
         self._parts.write(index, tensors, {"layers": measures, "warnings": warnings})
+        if self._exact is not None:
+            release_memory()  # autograd leaves cycles behind
 
     def _learn(
         self, index: int, module: nn.Module, result: QuantizedLayer, inputs: Tensor, outputs: Tensor

@@ -80,10 +80,12 @@ def learn_rounding(
         [{"params": offsets, "lr": _OFFSET_LR}, {"params": stretches, "lr": _SCALE_LR}],
         betas=(0.9, 0.99),
     )
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iterations)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(iterations):
+    for step in range(iterations):
+        # by hand: torch's schedulers tie themselves and the optimizer's memory into a cycle
+        for settings, rate in zip(optimizer.param_groups, (_OFFSET_LR, _SCALE_LR), strict=True):
+            settings["lr"] = rate * (1 - step / iterations)
         chosen = torch.randperm(len(inputs), generator=generator)[:_BATCH_WINDOWS]
         loss = 0.0
         with torch.enable_grad():
@@ -95,7 +97,6 @@ def learn_rounding(
                 loss += part.item()
         optimizer.step()
         optimizer.zero_grad()
-        decay.step()
         losses.append(loss)
     for name, learned in soft.items():
         quantized.linears[name] = quantized.linears[name]._replace(weight=learned.harden())

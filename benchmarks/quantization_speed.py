@@ -1,0 +1,86 @@
+"""Time and peak memory of each preset on Llama-3.2-3B's shape with random weights, on one GPU.
+
+Llama-3.2-3B's weights are gated; its shape is not. Quality of random weights means nothing and is not
+reported. Calibration text is the built-in sample in byte tokens.
+
+    python -m benchmarks.quantization_speed --work DIR --out RESULT.json [--layers 28]
+        [--presets fp8 int4-gptq int4-awq int4-best] [--sequences 128] [--length 2048]
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.guide_shape import SHAPE, write_random_llama
+from tinier import progress
+from tinier.benchmark import environment
+from tinier.device import release_memory
+from tinier.families import open_model
+from tinier.quantization import QuantizePlan, quantize
+from tinier.schemes import PRESETS
+from tinier.text import load_documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--presets", nargs="+", default=["fp8", "int4-gptq", "int4-awq", "int4-best"]
+    )
+    arguments = parser.parse_args()
+    progress.enable()
+    base = arguments.work / f"llama-3.2-3b-random-{arguments.layers}"
+    if not base.exists():
+        SHAPE.num_hidden_layers = arguments.layers
+        write_random_llama(base)
+    release_memory()
+    source = open_model(base)
+    documents = load_documents("builtin")
+    result: dict[str, object] = {
+        "model": "Llama-3.2-3B's shape, random weights",
+        "layers": arguments.layers,
+        "sequences": arguments.sequences,
+        "length": arguments.length,
+        "environment": environment(torch.device("cuda")),
+        "presets": {},
+    }
+    for preset in arguments.presets:
+        grouped = PRESETS[preset].scheme.weights.granularity == "group"
+        plan = QuantizePlan(
+            preset=preset,
+            group_size=128 if grouped else None,
+            sequences=arguments.sequences,
+            length=arguments.length,
+        )
+        seconds, peaks = [], []
+        for _ in range(arguments.repeats):
+            out = arguments.work / "quantized"
+            shutil.rmtree(out, ignore_errors=True)
+            started = time.monotonic()
+            made = quantize(source, plan, out, documents=documents, device="cuda")
+            seconds.append(time.monotonic() - started)
+            assert made.manifest is not None
+            peaks.append(made.manifest.peak_memory_bytes)
+        figures = {
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "peak_gpu_bytes": max(peaks),
+            "warnings": len(made.manifest.warnings),
+        }
+        result["presets"][preset] = figures  # type: ignore[index]
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(preset, figures, flush=True)
+
+
+if __name__ == "__main__":
+    main()
