@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from benchmarks.guide_shape import SHAPE, write_random_llama
+
 from tinier import progress
 from tinier.benchmark import environment
 from tinier.device import release_memory

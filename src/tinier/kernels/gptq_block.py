@@ -18,7 +18,7 @@ def _round_to_even(x):  # type: ignore[no-untyped-def]
     return (x + 12582912.0) - 12582912.0
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _block_kernel(  # type: ignore[no-untyped-def]
     weight, step, zero, upper, codes, errors, rows, columns, lowest, highest,
     kind: tl.constexpr, has_zero: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
