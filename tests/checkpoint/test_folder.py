@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import quantize_tiny
 
 from tinier.checkpoint import Checkpoint, content_hash, open_checkpoint
 from tinier.errors import CheckpointError
@@ -145,12 +146,18 @@ def test_a_type_that_does_not_fit_its_bytes(tiny: Tiny) -> None:
         open_model(path.parent)
 
 
-def test_a_quantized_head_is_refused(tiny: Tiny) -> None:
+def test_quantized_embeddings_and_a_tied_quantized_head_are_refused(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    made = quantize_tiny(tiny(), "fp8", tmp_path / "q", head="fp8")
+    edit_config(made.folder, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="a head that is quantized and tied"):
+        open_model(made.folder)
     path = tiny().folder / "model.safetensors"
     tensors = load_file(path)
-    tensors["lm_head.weight_scale"] = torch.ones(264, 1)
+    tensors["model.embed_tokens.weight_scale"] = torch.ones(264, 1)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"quantized lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"quantized model\.embed_tokens\.weight"):
         open_model(path.parent)
 
 

@@ -186,7 +186,8 @@ class _Job:
         self._hidden = self._walk.embed(self._ranks.share(self._windows, self._walk.batch_windows))
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
             # the windows on their way through the original model, whose outputs are learned from
-            self._exact = self._hidden.clone()
+            self._exact = torch.empty_like(self._hidden, pin_memory=self._hidden.is_pinned())
+            self._exact.copy_(self._hidden)
 
     def _mix(self, bits: float) -> None:
         """Choose between the two presets of `mixed` for every layer."""
@@ -255,11 +256,11 @@ class _Job:
         self, index: int, module: nn.Module, result: QuantizedLayer, inputs: Tensor, outputs: Tensor
     ) -> None:
         before = dict(result.linears)
-        first, last = learn_rounding(
+        error_before, error_after = learn_rounding(
             self._walk, module, result, inputs, outputs,
             iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
         )  # fmt: skip
-        if not last < first:
+        if not error_after < error_before:
             result.linears = before
             result.warnings.append(
                 "learned rounding did not lower the error; GPTQ's codes are kept"

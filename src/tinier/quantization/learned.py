@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk
-from tinier.numerics import Quantized, expand, in_blocks, int_range, step_size
+from tinier.numerics import Quantized, dequantize, expand, in_blocks, int_range, step_size
 from tinier.quantization.layer import QuantizedLayer
 
 _BATCH_WINDOWS = 8
@@ -68,7 +68,7 @@ def learn_rounding(
     iterations: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Improve `quantized` in place; returns the mean square error of the first and the last batch.
+    """Improve `quantized` in place; returns the mean square error of its first batch, before and after.
 
     layer: the module with its original weights. inputs, outputs: [windows, length, hidden], on the
     host. Integer weights with 16-bit activations only.
@@ -79,28 +79,39 @@ def learn_rounding(
     optimizer = torch.optim.Adam(
         [{"params": offsets, "lr": _OFFSET_LR}, {"params": stretches, "lr": _SCALE_LR}],
         betas=(0.9, 0.99),
+        fused=walk.device.type == "cuda",
     )
     generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for step in range(iterations):
+    batches = [
+        torch.randperm(len(inputs), generator=generator)[:_BATCH_WINDOWS] for _ in range(iterations)
+    ]
+    before = torch.zeros((), device=walk.device)
+    for step, chosen in enumerate(batches):
         # by hand: torch's schedulers tie themselves and the optimizer's memory into a cycle
         for settings, rate in zip(optimizer.param_groups, (_OFFSET_LR, _SCALE_LR), strict=True):
             settings["lr"] = rate * (1 - step / iterations)
-        chosen = torch.randperm(len(inputs), generator=generator)[:_BATCH_WINDOWS]
-        loss = 0.0
         with torch.enable_grad():
+            made = {name: own.weight().to(inputs.dtype) for name, own in soft.items()}
+            # the layer's gradients are summed over the windows first, and pass the rounding once
+            weights = {name: w.detach().requires_grad_() for name, w in made.items()}
             for windows in chosen.split(walk.batch_windows):
-                weights = {f"{n}.weight": s.weight().to(inputs.dtype) for n, s in soft.items()}
-                error = _error(walk, layer, weights, inputs[windows], outputs[windows])
+                error = _error(walk, layer, weights, inputs, outputs, windows)
                 part = error * (len(windows) / len(chosen))
                 part.backward()
-                loss += part.item()
+                if step == 0:
+                    before += part.detach()
+            torch.autograd.backward(list(made.values()), [w.grad for w in weights.values()])
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss)
-    for name, learned in soft.items():
-        quantized.linears[name] = quantized.linears[name]._replace(weight=learned.harden())
-    return losses[0], losses[-1]
+    learned = {name: own.harden() for name, own in soft.items()}
+    weights = {name: dequantize(weight, inputs.dtype) for name, weight in learned.items()}
+    after = sum(
+        _error(walk, layer, weights, inputs, outputs, windows).item() * len(windows)
+        for windows in batches[0].split(walk.batch_windows)
+    ) / len(batches[0])
+    for name, weight in learned.items():
+        quantized.linears[name] = quantized.linears[name]._replace(weight=weight)
+    return before.item(), after
 
 
 def _soften(quantized: QuantizedLayer, name: str) -> _Soft:
@@ -122,11 +133,20 @@ def _soften(quantized: QuantizedLayer, name: str) -> _Soft:
 
 
 def _error(
-    walk: DecoderWalk, layer: nn.Module, weights: dict[str, Tensor], inputs: Tensor, wanted: Tensor
+    walk: DecoderWalk,
+    layer: nn.Module,
+    weights: dict[str, Tensor],
+    inputs: Tensor,
+    outputs: Tensor,
+    windows: Tensor,
 ) -> Tensor:
-    """Mean square error of the layer's output for some windows."""
-    arguments = {"position_embeddings": walk.positions}
-    output: Tensor = torch.func.functional_call(
-        layer, weights, (inputs.to(walk.device),), arguments
+    """Mean square error of the layer's output for the chosen windows. weights: by linear layer."""
+    parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+    # window by window: a slice of pinned memory is pinned, a gathered copy is not
+    sent, wanted = (
+        torch.stack([hidden[i].to(walk.device, non_blocking=True) for i in windows.tolist()])
+        for hidden in (inputs, outputs)
     )
-    return torch.mean((output.float() - wanted.to(walk.device).float()).square())
+    arguments = {"position_embeddings": walk.positions}
+    output: Tensor = torch.func.functional_call(layer, parameters, (sent,), arguments)
+    return torch.mean((output.float() - wanted.float()).square())

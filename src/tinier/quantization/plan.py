@@ -267,11 +267,11 @@ def _memory_bytes(geometry: Geometry, presets: dict[str, Preset], tokens: int, i
         per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
     widest = max(columns for _, columns in geometry.linears.values())
     moments = 32 * widest**2 if any(p.algorithm.needs_data for p in presets.values()) else 0
-    batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 4 if tokens else 0
+    batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
     streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
     hidden = streams * tokens * geometry.hidden * item
-    return per_weight * geometry.layer_parameters + moments + batch + edge + hidden
+    return max(edge, per_weight * geometry.layer_parameters + moments + batch) + hidden
 
 
 def _flops(
