@@ -7,7 +7,7 @@ from tinier.cli.main import VERBS
 
 PUBLIC = [
     "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "InputError", "MeasuredFailure",
-    "PrunePlan", "SamplingParams", "TinierError", "distill", "evaluate", "evaluate_mmlu",
+    "PrunePlan", "QuantizePlan", "SamplingParams", "TinierError", "distill", "evaluate", "evaluate_mmlu",
     "load_recipe", "open_model", "prune", "quantize", "run_recipe", "write_report",
 ]  # fmt: skip
 
@@ -20,7 +20,7 @@ def test_public_names_are_pinned_and_there() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "run", "quantize", "prune", "distill", "eval", "generate", "bench", "report",
+        "run", "quantize", "prune", "distill", "eval", "compare", "generate", "bench", "report",
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import DOCUMENTS, quantize_tiny
 
 from tinier.checkpoint import Checkpoint
 from tinier.cli import main as cli
@@ -43,7 +44,7 @@ def test_quantize_prints_the_result_and_keeps_progress_apart(tiny: Tiny, tmp_pat
     assert len(done.stdout.splitlines()) == 1
     assert result["stage"] == "quantize"
     assert result["out"] == str(tmp_path / "q")
-    assert "quantize FP8 W8A8" in done.stderr
+    assert "quantize fp8: about 0.0 GB of memory" in done.stderr
 
 
 def test_quiet_is_quiet(tiny: Tiny, tmp_path: Path) -> None:
@@ -190,3 +191,29 @@ def test_text_streams_hold_back_incomplete_characters() -> None:
     broken = TextStream(byte_tokenizer())
     assert broken.push(ids[1]) == ""
     assert broken.close() == "�"
+
+
+def test_compare_names_the_layers_that_hurt_most(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny()
+    made = quantize_tiny(source, "int4", tmp_path / "q", ignore=("*.1.*", "*.2.*", "*.3.*"))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS))
+    arguments = ["compare", source.folder, made.folder, "--text", text, "--length", "64", "--quiet"]
+    done = tinier(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    alone = [layer["layer_snr_db"] for layer in result["layers"]]
+    assert 5 < alone[0] < 40
+    assert alone[1:] == [None, None, None]  # the same weights: no error on the same inputs
+    assert all(layer["stream_snr_db"] is not None for layer in result["layers"])
+    assert result["second"]["kl"] > 0
+    assert "layers that hurt most: model.layers.0 (" in tinier(*arguments).stdout
+
+
+def test_compare_of_other_depths_looks_at_the_ends(tiny: Tiny, tmp_path: Path) -> None:
+    one, other = tiny(name="one"), tiny(name="other", num_hidden_layers=3)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS))
+    done = tinier("compare", one.folder, other.folder, "--text", text, "--length", "64")
+    assert done.returncode == 0, done.stderr
+    assert "only their ends are compared" in done.stdout

@@ -1,4 +1,6 @@
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,13 @@ from tests.conftest import byte_tokenizer
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError, TextError
 from tinier.families import open_model
-from tinier.text import load_tokenizer, tensor_sha256, token_windows
+from tinier.text import (
+    load_calibration,
+    load_tokenizer,
+    tensor_sha256,
+    token_windows,
+    written_windows,
+)
 
 
 def test_windows_pack_documents_end_to_end() -> None:
@@ -69,3 +77,39 @@ def test_hash_tells_windows_apart() -> None:
     a = torch.arange(6).view(2, 3)
     assert tensor_sha256(a) == tensor_sha256(a.clone())
     assert tensor_sha256(a) != tensor_sha256(a + 1)
+
+
+def test_a_conversation_is_written_with_the_template_and_one_bos(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for _ in range(8)))
+    documents = load_calibration(str(path))
+    windows = token_windows(tokenizer, documents, length=32)
+    text = tokenizer.decode(windows.flatten().tolist())
+    assert text.startswith("user: Hello\nassistant: Hi there\nuser: Hello")
+    assert "<bos>" not in text  # this tokenizer adds none, and the template's own is left out
+    with pytest.raises(TextError, match="has no chat template"):
+        token_windows(byte_tokenizer(), documents, length=32)
+
+
+@pytest.mark.parametrize("line", ['{"messages": []}', '{"messages": [{"role": 1}]}', "{"])
+def test_a_broken_conversation_is_named_by_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "chat.jsonl"
+    good = '{"messages": [{"role": "user", "content": "a"}]}'
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(TextError, match=r"chat\.jsonl:2 is not an object"):
+        load_calibration(str(path))
+
+
+def test_the_model_writes_windows_of_exact_length(tiny: Callable[..., Checkpoint]) -> None:
+    first, second, other = (
+        written_windows(tiny(), 3, 24, seed=seed, device=torch.device("cpu")) for seed in (0, 0, 9)
+    )
+    assert first.shape == (3, 24)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert (first[:, 0] == 256).all()  # the tokenizer's BOS
