@@ -127,7 +127,8 @@ def _announce(stage: StagePlan, device: torch.device) -> None:
     """Say what it will take. Raises InputError where the memory is not there."""
     free = free_memory_bytes(device)
     say(
-        f"quantize {stage.parameters['preset']}: about {stage.memory_bytes / 1e9:.1f} GB of memory ({free / 1e9:.1f} free), "
+        f"quantize {stage.parameters['preset']}: about {stage.memory_bytes / 1e9:.1f} GB of memory "
+        f"({free / 1e9:.1f} free), "
         f"{stage.output_bytes / 1e9:.2f} GB on disk, "
         f"{stage.estimated_seconds(model_flops(device)) / 60:.1f} min"
     )
