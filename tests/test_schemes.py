@@ -11,6 +11,7 @@ from tinier.schemes import PRESETS, Grid, Layout, Scheme, preset_named
         ({"granularity": "group"}, "granularity 'group'"),
         ({"granularity": "group", "group_size": 0}, "positive"),
         ({"granularity": "channel", "kind": "float", "bits": 3}, "4 or 8 bits"),
+        ({"granularity": "channel", "kind": "e5m2", "bits": 4}, "e5m2: 8"),
         ({"granularity": "channel", "kind": "float", "bits": 8, "symmetric": False}, "symmetric"),
         ({"granularity": "channel", "scale_format": "e8m0"}, "4-bit floats only"),
     ],
@@ -59,7 +60,7 @@ def test_a_group_size_that_does_not_divide_says_which_do() -> None:
 
 def test_only_presets_that_look_at_activations_need_text() -> None:
     free = {name for name, preset in PRESETS.items() if not preset.needs_data}
-    assert free == {"fp8", "fp8-block", "int8", "int4"}
+    assert free == {"fp8", "fp8-e5m2", "fp8-block", "int8", "int4"}
 
 
 def test_labels_say_bits_and_groups() -> None:

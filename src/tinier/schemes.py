@@ -18,8 +18,9 @@ ScaleFormat = Literal["model", "e4m3", "e8m0"]
 class Grid:
     """The grid that the numbers of one tensor are rounded to."""
 
-    kind: Literal["int", "float"]
-    """`int`: evenly spaced codes. `float`: E4M3 at 8 bits, E2M1 at 4."""
+    kind: Literal["int", "float", "e5m2"]
+    """`int`: evenly spaced codes. `float`: E4M3 at 8 bits, E2M1 at 4. `e5m2`: that, at 8 bits; in a
+    checkpoint only the type of the stored codes tells it from E4M3."""
     bits: Literal[2, 3, 4, 8]
     """Width of one stored code."""
     granularity: Literal["tensor", "channel", "group", "block", "token"]
@@ -41,9 +42,9 @@ class Grid:
             )
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size={self.group_size}. Use a positive number, such as 64.")
-        if self.kind == "float" and self.bits not in (4, 8):
-            raise SchemeError(f"float grids have 4 or 8 bits here, not {self.bits}.")
-        if self.kind == "float" and not self.symmetric:
+        if self.bits not in {"int": (2, 3, 4, 8), "float": (4, 8), "e5m2": (8,)}[self.kind]:
+            raise SchemeError(f"float grids have 4 or 8 bits here (e5m2: 8), not {self.bits}.")
+        if self.kind != "int" and not self.symmetric:
             raise SchemeError("float grids are symmetric; zero points go with integers.")
         if self.scale_format != "model" and (self.kind, self.bits) != ("float", 4):
             raise SchemeError(f"{self.scale_format} scales go with 4-bit floats only.")
@@ -51,7 +52,8 @@ class Grid:
     @property
     def code_range(self) -> tuple[float, float]:
         """Smallest and largest code."""
-        if self.kind == "float":
+        if self.kind != "int":
+            # E5M2 reaches farther than 448; kept there, its codes survive a cast to E4M3
             return (-448.0, 448.0) if self.bits == 8 else (-6.0, 6.0)
         return float(-(1 << (self.bits - 1))), float((1 << (self.bits - 1)) - 1)
 
@@ -71,7 +73,7 @@ class Grid:
         """Such as `INT4 g64`, `INT4 g64 asym`, `NVFP4`, `FP8`."""
         if self.scale_format != "model":
             return {"e4m3": "NVFP4", "e8m0": "MXFP4"}[self.scale_format]
-        name = f"{'FP' if self.kind == 'float' else 'INT'}{self.bits}"
+        name = {"int": f"INT{self.bits}", "float": f"FP{self.bits}", "e5m2": "FP8(E5M2)"}[self.kind]
         group = f" {self.granularity[0]}{self.group_size}" if self.group_size else ""
         return name + group + ("" if self.symmetric else " asym")
 
@@ -197,6 +199,10 @@ PRESETS: dict[str, Preset] = {
             weights=Grid(kind="float", bits=8, granularity="block", group_size=128),
             activations=Grid(kind="float", bits=8, granularity="group", group_size=128),
         ),
+        algorithm=Algorithm(scales="error"),
+    ),
+    "fp8-e5m2": Preset(
+        scheme=Scheme(weights=Grid(kind="e5m2", bits=8, granularity="channel")),
         algorithm=Algorithm(scales="error"),
     ),
     "int8": Preset(

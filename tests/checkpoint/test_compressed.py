@@ -67,7 +67,11 @@ def test_what_was_packed_is_unpacked(name: str, columns: int) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_layout_survives_the_configuration_file(name: str) -> None:
     one = Layout(schemes={NAMES[1]: SCHEMES[name]})
-    assert layout_of({"quantization_config": quantization_config(one, NAMES)}, NAMES) == one
+    read = layout_of({"quantization_config": quantization_config(one, NAMES)}, NAMES)
+    if name == "fp8-e5m2":  # the configuration has no word for it; the codes' type has
+        assert packed(SCHEMES[name], 128)[1]["weight"].dtype == torch.float8_e5m2
+        one = Layout(schemes={NAMES[1]: Scheme(weights=PRESETS["fp8"].scheme.weights)})
+    assert read == one
     assert layout_of({}, NAMES) is None
 
 

@@ -10,6 +10,7 @@ from tinier.schemes import PRESETS, Grid, preset_named
 GRIDS: dict[str, Grid] = {
     name: preset.scheme.weights for name, preset in PRESETS.items() if "-" not in name
 } | {
+    "fp8-e5m2": PRESETS["fp8-e5m2"].scheme.weights,
     "fp8-block": PRESETS["fp8-block"].scheme.weights,
     "fp8-static": PRESETS["fp8-static"].scheme.weights,
     "int4-asym": preset_named("int4", 32, symmetric=False).scheme.weights,

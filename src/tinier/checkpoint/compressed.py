@@ -32,7 +32,7 @@ def storage_format(scheme: Scheme) -> str:
     grid = scheme.weights
     if grid.scale_format != "model":
         return {"e4m3": "nvfp4-pack-quantized", "e8m0": "mxfp4-pack-quantized"}[grid.scale_format]
-    if grid.kind == "float":
+    if grid.kind != "int":
         return "float-quantized"
     return "int-quantized" if grid.bits == 8 else "pack-quantized"
 
@@ -199,7 +199,7 @@ def _dynamic(grid: Grid) -> bool | str:
 def _to_args(grid: Grid, *, dynamic: bool | str) -> QuantizationArgs:
     return QuantizationArgs(
         num_bits=grid.bits,
-        type=grid.kind,
+        type="int" if grid.kind == "int" else "float",
         symmetric=grid.symmetric,
         strategy="tensor_group" if grid.scale_format == "e4m3" else grid.granularity,
         group_size=grid.group_size if grid.granularity == "group" else None,

@@ -74,6 +74,7 @@ def quantize(
       fp8-gptq     the same grid, codes chosen by GPTQ
       fp8-static   E4M3 weights and activations with one calibrated scale per tensor
       fp8-block    E4M3 weights in blocks of 128 x 128, activations in groups of 128; needs no text
+      fp8-e5m2     E5M2 weights per channel, 16-bit activations; needs no text
       int8         INT8 weights per channel, activations per token, to nearest; needs no text
       int8-sq      the same grid, SmoothQuant folded into the weights, GPTQ
       int4         INT4 weights in groups, to nearest; needs no text

@@ -94,6 +94,7 @@ def round_block(
 def _round_block_gpu(
     w: Tensor, step: Tensor, zero: Tensor | None, upper: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
+    assert grid.kind != "e5m2", "no preset runs GPTQ on E5M2"
     from tinier.kernels.gptq_block import round_block_cuda  # Triton is there on GPU machines only
 
     lowest, highest = grid.code_range

@@ -19,6 +19,7 @@ from tinier.numerics import (
     E4M3_MAX,
     Quantized,
     cast_e4m3,
+    cast_e5m2,
     expand,
     in_blocks,
     mx_scale,
@@ -111,6 +112,8 @@ def searched_scales(
 
 def round_scaled(x: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
     """Nearest code of each scaled number, in float32; with `zero` the code counts from there."""
+    if grid.kind == "e5m2":
+        return cast_e5m2(x.clamp(*grid.code_range)).float()
     if grid.kind == "float":
         return round_to_float(x, grid.bits)
     lowest, highest = grid.code_range
@@ -120,6 +123,8 @@ def round_scaled(x: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
 
 def stored_codes(values: Tensor, grid: Grid) -> Tensor:
     """Codes as float32 in the type that `Quantized` holds them in."""
+    if grid.kind == "e5m2":
+        return cast_e5m2(values)
     return cast_e4m3(values) if grid.kind == "float" else values.to(torch.int8)
 
 
@@ -137,7 +142,7 @@ def _candidates(blocks: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[Fit]
         return
     absmax = blocks.abs().amax(dim=(1, 3))
     store = _storer(absmax / _reach(grid), grid, dtype)
-    if grid.kind == "float" and grid.scale_format == "model":
+    if grid.kind != "int" and grid.scale_format == "model":
         yield from (store(absmax / _reach(grid) * factor) for factor in _OCTAVE)
         return
     if grid.scale_format == "e8m0":
