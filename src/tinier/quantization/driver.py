@@ -175,9 +175,7 @@ class _Job:
         self._parts = PartFiles(self._folder, self._geometry.layers + 1)
         plan = self._plan
         if plan.self_text:
-            self._windows = written_windows(
-                self._source, plan.sequences, plan.length, seed=plan.seed, device=self._device
-            )
+            self._windows = self._write_text()
         length = 1 if self._windows is None else self._windows.shape[1]
         self._walk = DecoderWalk(self._source, length, self._device)
         if self._windows is None:
@@ -189,6 +187,17 @@ class _Job:
             # the windows on their way through the original model, whose outputs are learned from
             self._exact = torch.empty_like(self._hidden, pin_memory=self._hidden.is_pinned())
             self._exact.copy_(self._hidden)
+
+    def _write_text(self) -> Tensor:
+        """Windows that the model writes, once."""
+        path, plan = self._folder / ".windows", self._plan
+        if not path.exists() and self._ranks.writes:
+            windows = written_windows(
+                self._source, plan.sequences, plan.length, seed=plan.seed, device=self._device
+            )
+            write_atomically(path, json.dumps(windows.tolist()))
+        self._ranks.wait()
+        return torch.tensor(json.loads(path.read_text(encoding="ascii")))
 
     def _mix(self, bits: float) -> None:
         """Choose between the two presets of `mixed` for every layer."""
