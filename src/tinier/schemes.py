@@ -6,10 +6,12 @@ preset. Nothing edits a scheme after construction; use `dataclasses.replace`.
 
 import difflib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from tinier.errors import SchemeError
+from tinier.numerics import E2M1_MAX, E4M3_MAX, int_range
 
 ScaleFormat = Literal["model", "e4m3", "e8m0"]
 
@@ -54,8 +56,10 @@ class Grid:
         """Smallest and largest code."""
         if self.kind != "int":
             # E5M2 reaches farther than 448; kept there, its codes survive a cast to E4M3
-            return (-448.0, 448.0) if self.bits == 8 else (-6.0, 6.0)
-        return float(-(1 << (self.bits - 1))), float((1 << (self.bits - 1)) - 1)
+            largest = E4M3_MAX if self.bits == 8 else E2M1_MAX
+            return -largest, largest
+        lowest, highest = int_range(self.bits)
+        return float(lowest), float(highest)
 
     def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(R, C): a weight of `shape` [out, in] has R · C scales, each over out/R × in/C weights."""
@@ -98,6 +102,16 @@ class Scheme:
     def static_activations(self) -> bool:
         """Whether the inputs have one calibrated scale."""
         return self.activations is not None and self.activations.granularity == "tensor"
+
+    @property
+    def input_scale_name(self) -> str | None:
+        """What a checkpoint calls the calibrated number of the inputs: their scale, or for NVFP4 what
+        their scales are divided by; None where nothing is calibrated."""
+        if self.static_activations:
+            return "input_scale"
+        if self.activations is not None and self.activations.scale_format == "e4m3":
+            return "input_global_scale"
+        return None
 
     def check_fits(self, name: str, shape: tuple[int, int]) -> None:
         """Raise SchemeError unless a linear layer of `shape` [out, in] can be stored so."""
@@ -279,27 +293,34 @@ def preset_named(
     preset = PRESETS[name]
     weights, activations = preset.scheme.weights, preset.scheme.activations
     if group_size is not None:
-        if weights.group_size is None or weights.scale_format != "model":
-            grouped = [
-                n for n, p in PRESETS.items()
-                if p.scheme.weights.group_size and p.scheme.weights.scale_format == "model"
-            ]  # fmt: skip
+        if not _sizes(weights):
+            fitting = _names(lambda s: _sizes(s.weights))
             raise SchemeError(
-                f"preset {name!r} takes no group size. Presets that do: {', '.join(grouped)}. "
+                f"preset {name!r} takes no group size. Presets that do: {fitting}. "
                 "Leave --group-size out."
             )
         weights = replace(weights, group_size=group_size)
         if activations and activations.group_size:
             activations = replace(activations, group_size=group_size)
     if symmetric is not None and symmetric != weights.symmetric:
-        if weights.kind != "int" or weights.granularity != "group" or activations:
-            grouped = [
-                n for n, p in PRESETS.items()
-                if p.scheme.weights.kind == "int" and p.scheme.weights.group_size
-                and not p.scheme.activations
-            ]  # fmt: skip
+        if not _zero_points(preset.scheme):
             raise SchemeError(
-                f"preset {name!r} has no zero points. Presets that can: {', '.join(grouped)}."
+                f"preset {name!r} has no zero points. Presets that can: {_names(_zero_points)}."
             )
         weights = replace(weights, symmetric=symmetric)
     return replace(preset, scheme=Scheme(weights=weights, activations=activations))
+
+
+def _sizes(grid: Grid) -> bool:
+    """Whether another group size makes the same kind of grid."""
+    return grid.group_size is not None and grid.scale_format == "model"
+
+
+def _zero_points(scheme: Scheme) -> bool:
+    """Whether the weights may have zero points."""
+    grouped = scheme.weights.kind == "int" and scheme.weights.granularity == "group"
+    return grouped and scheme.activations is None
+
+
+def _names(wanted: Callable[[Scheme], bool]) -> str:
+    return ", ".join(name for name, preset in PRESETS.items() if wanted(preset.scheme))

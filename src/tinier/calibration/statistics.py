@@ -124,8 +124,8 @@ def _empty(channels: int, device: torch.device, moments: bool) -> _Sums:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    square = zeros(channels, channels) if moments else None
-    return _Sums(zeros(channels), zeros(channels), zeros(channels), square)
+    products = zeros(channels, channels) if moments else None
+    return _Sums(zeros(channels), zeros(channels), zeros(channels), products)
 
 
 def _add(sums: _Sums, x: Tensor, sample: Tensor) -> None:

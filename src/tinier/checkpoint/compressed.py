@@ -128,9 +128,8 @@ def pack_linear(
         packed["weight_zero_point"] = pack_to_int32(zero_point, grid.bits, packed_dim=0)
     if global_scale is not None:
         packed["weight_global_scale"] = global_scale
-    if input_scale is not None:
-        name = "input_scale" if scheme.static_activations else "input_global_scale"
-        packed[name] = input_scale
+    if scheme.input_scale_name and input_scale is not None:
+        packed[scheme.input_scale_name] = input_scale
     return packed
 
 
@@ -161,7 +160,7 @@ def unpack_linear(
     if grid.scale_format == "e8m0":
         ones = torch.ones(scale.shape, device=scale.device)
         scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
-    input_scale = read("input_scale" if scheme.static_activations else "input_global_scale")
+    input_scale = read(scheme.input_scale_name) if scheme.input_scale_name else None
     return Quantized(codes, scale, zero_point, read("weight_global_scale")), input_scale
 
 
@@ -183,10 +182,8 @@ def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int
         shapes["weight_zero_point"] = (-(-rows * grid.bits // 32), blocks[1])
     if grid.scale_format == "e4m3":
         shapes["weight_global_scale"] = (1,)
-    if scheme.static_activations:
-        shapes["input_scale"] = (1,)
-    elif scheme.activations and scheme.activations.scale_format == "e4m3":
-        shapes["input_global_scale"] = (1,)
+    if scheme.input_scale_name:
+        shapes[scheme.input_scale_name] = (1,)
     return shapes
 
 

@@ -73,17 +73,27 @@ def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not _is_disk_full(error):
-            raise
-        free = shutil.disk_usage(out.parent).free
-        raise OutputError(
-            f"the disk filled up while writing {out}: about {_size(needed_bytes)} are needed and "
-            f"{_size(free)} are free now that the partial result is removed. "
+        advice = (
+            " now that the partial result is removed. "
             "Free some, or choose an --out on another disk."
-        ) from error
+        )
+        raise _explained(error, out, needed_bytes, advice) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def hold(out: Path, lock: Path) -> Iterator[None]:
+    """Hold the lock file of `out`; it goes with the process, however that ends. Raises OutputError."""
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another tinier is working in {out}. Wait for it, or stop it."
+            ) from None
+        yield
 
 
 @contextmanager
@@ -92,20 +102,14 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
 
     A block that ends in an exception, or a process that is killed, leaves the folder for the next
     call with the same `key` to go on; another key starts with an empty one. Names that start with a
-    dot are removed before the folder becomes `out`. Raises OutputError where `out` exists, is being
+    dot are removed once the folder is `out`. Raises OutputError where `out` exists, is being
     written by another process, or the disk is or gets full.
     """
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = unfinished_folder(out)
     lock = out.parent / f".{out.name}.lock"
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another tinier is writing {out}. Wait for it, or stop it."
-            ) from None
+    with hold(out, lock):
         key_file = partial / ".key"
         if not key_file.exists() or key_file.read_text(encoding="ascii") != key:
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,17 +121,13 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
             yield partial
             _share_permissions(partial)
             _sync(partial)
-            for path in partial.glob(".*"):
-                path.unlink()
             partial.rename(out)
+            # after the rename: without its key a killed run's work would not be found again
+            for path in out.glob(".*"):
+                path.unlink()
         except (OSError, SafetensorError) as error:
-            if not _is_disk_full(error):
-                raise
-            free = shutil.disk_usage(out.parent).free
-            raise OutputError(
-                f"the disk filled up while writing {out}: about {_size(needed_bytes)} are needed and "
-                f"{_size(free)} are free. Free some and type the same again: it goes on where it was."
-            ) from error
+            advice = ". Free some and type the same again: it goes on where it was."
+            raise _explained(error, out, needed_bytes, advice) from error
         finally:
             lock.unlink(missing_ok=True)
 
@@ -296,6 +296,17 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _explained(error: Exception, out: Path, needed_bytes: int, advice: str) -> Exception:
+    """The error as it is, or what a full disk means; `advice` goes on after the bytes that are free."""
+    if not _is_disk_full(error):
+        return error
+    free = shutil.disk_usage(out.parent).free
+    return OutputError(
+        f"the disk filled up while writing {out}: about {_size(needed_bytes)} are needed and "
+        f"{_size(free)} are free{advice}"
+    )
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -13,8 +13,8 @@ def compare(
         str, typer.Argument(metavar="OTHER", help="The model to judge.", show_default=False)
     ],
     text: options.TextSource = "builtin",
-    windows: Annotated[int, typer.Option("--windows", help="Windows of text at most.")] = 8,
-    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    windows: options.Windows = 8,
+    length: options.Length = 512,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -23,7 +23,7 @@ def distill(
     micro_batch: Annotated[
         int, typer.Option("--micro-batch", help="Windows computed at once.")
     ] = 4,
-    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    length: options.Length = 512,
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 7e-5,
     min_lr: Annotated[float, typer.Option("--min-lr", help="Learning rate at the end.")] = 1e-5,
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", help="Linear warm-up.")] = 10,

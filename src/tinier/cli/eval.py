@@ -15,8 +15,8 @@ def eval_(
         typer.Option("--against", help="Original model: adds KL divergence and top-1 agreement."),
     ] = None,
     text: options.TextSource = "builtin",
-    windows: Annotated[int, typer.Option("--windows", help="Windows of text at most.")] = 16,
-    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    windows: options.Windows = 16,
+    length: options.Length = 512,
     mmlu: Annotated[
         Path | None, typer.Option("--mmlu", help="Folder with dev/ and test/ of MMLU.")
     ] = None,

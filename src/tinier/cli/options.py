@@ -28,6 +28,8 @@ TextSource = Annotated[
         "hub:NAME[:CONFIG[:SPLIT]], or builtin.",
     ),
 ]
+Windows = Annotated[int, typer.Option("--windows", help="Windows of text at most.")]
+Length = Annotated[int, typer.Option("--length", help="Tokens in one window.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]

@@ -22,7 +22,7 @@ def prune(
     ] = None,
     text: options.TextSource = "builtin",
     sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 16,
-    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    length: options.Length = 512,
     revision: options.Revision = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,

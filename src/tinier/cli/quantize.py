@@ -49,7 +49,7 @@ def quantize(
         ),
     ] = "builtin",
     sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option("--length", help="Tokens in one window.")] = 512,
+    length: options.Length = 512,
     iterations: Annotated[
         int,
         typer.Option("--iterations", help="Steps of learned rounding for each layer (int4-best)."),

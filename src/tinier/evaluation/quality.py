@@ -7,7 +7,6 @@ the same tokens.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinier.engine import Decoder
+from tinier.kernels import Linear
 from tinier.progress import bar
 
 _BATCH_TOKENS = 2048
@@ -26,8 +26,8 @@ class Reference(NamedTuple):
 
     hidden: Tensor
     """[windows, length, hidden], on the CPU"""
-    logits: Callable[[Tensor], Tensor]
-    """Hidden states [..., hidden] to logits [..., vocab]"""
+    head: Linear
+    """Hidden states [T, hidden] to logits [T, vocab]; the rest of the model need not stay"""
     device: torch.device
     """Where it computes them"""
 
@@ -51,7 +51,7 @@ class Quality:
 def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
     """Run the original once over the windows [n, length]."""
     hidden = [h.cpu() for h in _batches(decoder, windows, "original model")]
-    return Reference(torch.cat(hidden), decoder.logits, decoder.device)
+    return Reference(torch.cat(hidden), decoder.head, decoder.device)
 
 
 def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = None) -> Quality:
@@ -94,7 +94,7 @@ def _window_sums(
         if reference is None:
             continue
         states = reference.hidden[index][rows].to(reference.device)
-        base = torch.log_softmax(reference.logits(states).float(), dim=-1)
+        base = torch.log_softmax(reference.head(states).float(), dim=-1)
         agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
         kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
     return nll, kl, agreements

@@ -13,8 +13,7 @@ what does not change between candidates is computed once.
 import torch
 from torch import Tensor
 
-from tinier.numerics import dequantize
-from tinier.quantization.scales import absmax_scales, round_nearest
+from tinier.quantization.scales import to_nearest
 from tinier.schemes import Grid
 
 _STEPS = 20
@@ -54,9 +53,5 @@ def _mean_share(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _loss(weight: Tensor, factors: Tensor, moments: Tensor, grid: Grid) -> float:
-    scaled = weight * factors
-    rounded = dequantize(
-        round_nearest(scaled, absmax_scales(scaled, grid, torch.float32), grid), torch.float32
-    )
-    error = rounded / factors - weight
+    error = to_nearest(weight * factors, grid) / factors - weight
     return torch.sum((error @ moments) * error).item()

@@ -31,6 +31,7 @@ from tinier.checkpoint import (
     check_output,
     copy_side_files,
     open_checkpoint,
+    pack_linear,
     resumable_folder,
     unfinished_folder,
     write_atomically,
@@ -102,10 +103,10 @@ def quantize_all(
     place = pick_device(device)
     ranks = join_ranks(place)
     reset_peak_memory(place)
-    jobs = []
+    jobs, speed = [], model_flops(place)
     for out, plan in plans.items():
         stage, windows = prepare(source, plan, documents)
-        _announce(stage, place)
+        _announce(stage, place, speed)
         jobs.append(_Job(source, plan, stage, windows, out, place, ranks))
     with ExitStack() as stack:
         for job in jobs:
@@ -123,14 +124,14 @@ def quantize_all(
     return [open_checkpoint(out) for out in plans]
 
 
-def _announce(stage: StagePlan, device: torch.device) -> None:
+def _announce(stage: StagePlan, device: torch.device, flops_per_s: float) -> None:
     """Say what it will take. Raises InputError where the memory is not there."""
     free = free_memory_bytes(device)
     say(
         f"quantize {stage.parameters['preset']}: about {stage.memory_bytes / 1e9:.1f} GB of memory "
         f"({free / 1e9:.1f} free), "
         f"{stage.output_bytes / 1e9:.2f} GB on disk, "
-        f"{stage.estimated_seconds(model_flops(device)) / 60:.1f} min"
+        f"{stage.estimated_seconds(flops_per_s) / 60:.1f} min"
     )
     if stage.memory_bytes > free:
         raise InputError(
@@ -339,8 +340,8 @@ class _Job:
             codes = Quantized(
                 torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
             )
-            tensors[f"{HEAD_LINEAR}.weight"] = codes.codes
-            tensors[f"{HEAD_LINEAR}.weight_scale"] = codes.scale
+            for part, tensor in pack_linear(codes, head.scheme).items():
+                tensors[f"{HEAD_LINEAR}.{part}"] = tensor
         return tensors
 
 

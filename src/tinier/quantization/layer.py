@@ -20,7 +20,12 @@ from tinier.numerics import Quantized, dequantize, power_db, snr_db
 from tinier.quantization.awq import awq_factors
 from tinier.quantization.folding import fold, shared
 from tinier.quantization.gptq import DAMP, Inverse, gptq
-from tinier.quantization.scales import absmax_scales, round_nearest, searched_scales
+from tinier.quantization.scales import (
+    absmax_scales,
+    round_nearest,
+    rows_stand_alone,
+    searched_scales,
+)
 from tinier.quantization.smoothquant import smooth_factors
 from tinier.schemes import Preset, Scheme
 
@@ -133,12 +138,8 @@ def _quantize_group(
     preset = presets[names[0]]
     grid, algorithm = preset.scheme.weights, preset.algorithm
     activations = preset.scheme.activations
-    static = activations is not None and (
-        activations.granularity == "tensor" or activations.scale_format == "e4m3"
-    )
     input_scale = None
-    if static:
-        assert activations is not None
+    if activations is not None and preset.scheme.input_scale_name:
         assert seen is not None
         input_scale = static_scale(seen.absmax.max(), activations)
     inverse = None
@@ -152,8 +153,7 @@ def _quantize_group(
             )
     importance = seen.mean_square if seen else None
     # one walk along the columns for all of them, where no scale is shared between rows
-    joined = grid.granularity in ("channel", "group") and grid.scale_format != "e4m3"
-    for together in [names] if joined else [[name] for name in names]:
+    for together in [names] if rows_stand_alone(grid) else [[name] for name in names]:
         target = torch.cat([result.targets[name] for name in together])
         if algorithm.scales == "error":
             fit = searched_scales(target, grid, dtype, importance)

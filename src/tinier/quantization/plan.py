@@ -36,7 +36,6 @@ MIXED = "mixed"
 # mixed precision picks between these two; both are multiplied by kernels that engines have
 MIXED_LOW, MIXED_HIGH = "int4-gptq", "fp8-gptq"
 _PROBE_WINDOWS, _PROBE_LENGTH = 8, 512
-_ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "float32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from tinier.numerics import (
     Quantized,
     cast_e4m3,
     cast_e5m2,
+    dequantize,
     expand,
     in_blocks,
     mx_scale,
@@ -76,12 +77,11 @@ def searched_scales(
     Every block takes the best of a fixed list of candidates, so the result is never worse than
     `absmax_scales` by that measure.
     """
-    if weight.shape[0] > _ROWS and grid.granularity in ("channel", "group"):
+    if weight.shape[0] > _ROWS and rows_stand_alone(grid):
         parts = [searched_scales(w, grid, dtype, importance) for w in weight.split(_ROWS)]
-        if grid.scale_format != "e4m3":
-            zeros = [p.zero_point for p in parts if p.zero_point is not None]
-            scale = torch.cat([p.scale for p in parts])
-            return Fit(scale, torch.cat(zeros) if zeros else None, None)
+        zeros = [p.zero_point for p in parts if p.zero_point is not None]
+        scale = torch.cat([p.scale for p in parts])
+        return Fit(scale, torch.cat(zeros) if zeros else None, None)
     blocks = in_blocks(weight.float(), grid.blocks((weight.shape[0], weight.shape[1])))
     rows, _, columns, size = blocks.shape
     matters = torch.ones(columns, size, device=weight.device)
@@ -110,6 +110,11 @@ def searched_scales(
     return best
 
 
+def rows_stand_alone(grid: Grid) -> bool:
+    """Whether no scale is shared between rows, so that rows can be split and stacked at will."""
+    return grid.granularity in ("channel", "group") and grid.scale_format != "e4m3"
+
+
 def round_scaled(x: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
     """Nearest code of each scaled number, in float32; with `zero` the code counts from there."""
     if grid.kind == "e5m2":
@@ -133,6 +138,12 @@ def round_nearest(weight: Tensor, fit: Fit, grid: Grid) -> Quantized:
     scaled = weight.float() / expand(fit.step, weight.shape)
     zero = None if fit.zero_point is None else expand(fit.zero_point.float(), weight.shape)
     return Quantized(stored_codes(round_scaled(scaled, grid, zero), grid), *fit)
+
+
+def to_nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """weight [out, in] rounded to nearest with the scales of its largest weights, and back; float32."""
+    fit = absmax_scales(weight, grid, torch.float32)
+    return dequantize(round_nearest(weight, fit, grid), torch.float32)
 
 
 def _candidates(blocks: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[Fit]:

@@ -9,9 +9,9 @@ input takes the a of least error in its layers' output, with weights and activat
 import torch
 from torch import Tensor
 
-from tinier.numerics import dequantize, quantize_tokens_e4m3, quantize_tokens_int8
+from tinier.kernels import round_activations
 from tinier.quantization.awq import normalized
-from tinier.quantization.scales import absmax_scales, round_nearest
+from tinier.quantization.scales import to_nearest
 from tinier.schemes import Scheme
 
 _STEPS = 20
@@ -24,7 +24,6 @@ def smooth_factors(weight: Tensor, absmax: Tensor, sample: Tensor, scheme: Schem
     """
     assert scheme.activations is not None
     weight, sample = weight.float(), sample.float()
-    tokens = quantize_tokens_int8 if scheme.activations.kind == "int" else quantize_tokens_e4m3
     exact = sample @ weight.t()
     column_max = weight.abs().amax(dim=0).clamp(min=1e-12)
     best = torch.ones_like(absmax)
@@ -34,11 +33,9 @@ def smooth_factors(weight: Tensor, absmax: Tensor, sample: Tensor, scheme: Schem
         factors = torch.ones_like(absmax)
         if step:
             factors = normalized(absmax.pow(strength) / column_max.pow(1 - strength))
-        scaled = weight * factors
-        fit = absmax_scales(scaled, scheme.weights, torch.float32)
-        rounded = dequantize(round_nearest(scaled, fit, scheme.weights), torch.float32)
-        loss = (dequantize(tokens(sample / factors), torch.float32) @ rounded.t() - exact).square()
-        total = loss.sum().item()
+        rounded = to_nearest(weight * factors, scheme.weights)
+        inputs = round_activations(sample / factors, scheme.activations)
+        total = (inputs @ rounded.t() - exact).square().sum().item()
         if total < least:
             best, least = factors, total
     return best

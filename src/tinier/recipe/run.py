@@ -5,13 +5,11 @@ and `results.json`. A variant whose manifest has the key that the plan asks for,
 whose key is that of its inputs, are not made again; anything else is.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tinier.checkpoint import (
     Checkpoint,
     check_disk,
     code_digest,
+    hold,
     open_checkpoint,
     write_atomically,
 )
@@ -52,7 +51,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
     run = plan_recipe(recipe)
     check_disk(out, _missing_bytes(run, out))
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with hold(out, out / ".lock"):
         write_atomically(out / _MARKER, recipe.model_dump_json(indent=1, by_alias=True) + "\n")
         models = _make_variants(run, out)
         measuring = _Measurements(run, models, out)
@@ -208,19 +207,6 @@ def _check_run_folder(out: Path) -> None:
             f"{out} exists and is not a run folder. Choose another --out; a run folder of the same "
             "recipe is continued."
         )
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Hold the run folder; the lock goes with the process, however it ends."""
-    with (out / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another tinier is working in {out}. Wait for it, or stop it."
-            ) from None
-        yield
 
 
 def _missing_bytes(run: PlannedRun, out: Path) -> int:

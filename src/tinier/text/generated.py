@@ -4,6 +4,8 @@ Start at `written_windows`. Every window starts as the model's own text would (a
 the opening of a user's turn) and is sampled at temperature 1 to its full length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,17 +42,16 @@ def written_windows(
     return torch.tensor([opening + request.output for request in requests])
 
 
-def _opening(tokenizer: object) -> list[int]:
+def _opening(tokenizer: Any) -> list[int]:
     """Tokens that a text of the model starts with; never none."""
-    if getattr(tokenizer, "chat_template", None):
+    if tokenizer.chat_template:
         marker = "\x00"
-        text: str = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        text: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": marker}], tokenize=False
         )
         opened = text.split(marker)[0]
-        ids: list[int] = tokenizer(opened, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        ids: list[int] = tokenizer(opened, add_special_tokens=False)["input_ids"]
         if ids:
             return ids
-    start = getattr(tokenizer, "bos_token_id", None)
-    end = getattr(tokenizer, "eos_token_id", None)
-    return [start if start is not None else end if end is not None else 0]
+    known = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    return [known[0] if known else 0]
