@@ -62,9 +62,13 @@ def release_memory() -> None:
 def model_flops(device: torch.device) -> float:
     """FLOP/s that whole models reach in training and evaluation, for time estimates.
 
-    A bf16 matrix product timed now, in a few tenths of a second, times about the share of it that
-    distillation of SmolLM2 reached on two cores.
+    About the share of `matmul_flops` that distillation of SmolLM2 reached on two cores.
     """
+    return _MODEL_SHARE * matmul_flops(device)
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a large bf16 matrix product, timed now, in a few tenths of a second."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     best = float("inf")
@@ -74,7 +78,7 @@ def model_flops(device: torch.device) -> float:
         a @ a
         _wait(device)
         best = min(best, time.perf_counter() - started)
-    return _MODEL_SHARE * 2 * size**3 / best
+    return 2 * size**3 / best
 
 
 def _wait(device: torch.device) -> None:

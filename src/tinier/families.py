@@ -40,13 +40,20 @@ class Family:
     mlp_bias: bool | Literal["config"]
     qk_norm: bool
     """RMSNorm over each head of q and k before RoPE."""
+    hidden_in_heads: bool = False
+    """Whether transformers wants the hidden size to be a multiple of the number of heads, even where
+    the head size is given."""
 
 
 FAMILIES = {
     family.architecture: family
     for family in (
         Family(
-            architecture="LlamaForCausalLM", qkv_bias="config", mlp_bias="config", qk_norm=False
+            architecture="LlamaForCausalLM",
+            qkv_bias="config",
+            mlp_bias="config",
+            qk_norm=False,
+            hidden_in_heads=True,
         ),
         Family(architecture="MistralForCausalLM", qkv_bias=False, mlp_bias=False, qk_norm=False),
         Family(architecture="Qwen2ForCausalLM", qkv_bias=True, mlp_bias=False, qk_norm=False),
@@ -73,6 +80,7 @@ class Geometry:
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    hidden_in_heads: bool
     windows: tuple[int | None, ...]
     """For each layer how many tokens back attention sees; None: all."""
 
@@ -223,6 +231,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         out_bias=bias if family.qkv_bias == "config" else False,
         mlp_bias=mlp_bias if family.mlp_bias == "config" else family.mlp_bias,
         qk_norm=family.qk_norm,
+        hidden_in_heads=family.hidden_in_heads,
         windows=_windows(config),
     )
 

@@ -206,7 +206,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "fp8-static": Preset(
         scheme=Scheme(weights=_FP8_TENSOR, activations=_FP8_TENSOR),
-        algorithm=Algorithm(),
+        algorithm=Algorithm(scales="error"),
     ),
     "fp8-block": Preset(
         scheme=Scheme(

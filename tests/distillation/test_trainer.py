@@ -1,16 +1,18 @@
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICES
 
 from tinier.checkpoint import Checkpoint
-from tinier.distillation import DistillPlan, distill
-from tinier.distillation.trainer import _batch_indices, learning_rate
+from tinier.distillation import DistillPlan, distill, trainer
+from tinier.distillation.plan import learning_rate
+from tinier.distillation.student import Student
+from tinier.distillation.trainer import _batch_indices
 from tinier.errors import InputError, MeasuredFailure, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
@@ -23,6 +25,18 @@ PLAN = DistillPlan(
     steps=8, batch=4, micro_batch=2, length=32, lr=3e-3, min_lr=1e-3, warmup_steps=2,
     save_seconds=1e9,
 )  # fmt: skip
+
+
+QAT = QuantizePlan(preset="int4-awq", group_size=32, sequences=4, length=32)
+
+
+def run(student: Checkpoint, teacher: Checkpoint, plan: DistillPlan, out: Path) -> Checkpoint:
+    return distill(student, teacher, plan, out, documents=TEXT, heldout=HELD, device="cpu")
+
+
+def measures(checkpoint: Checkpoint) -> dict[str, Any]:
+    assert checkpoint.manifest is not None
+    return checkpoint.manifest.measures
 
 
 def pair(tiny: Tiny, tmp_path: Path, **overrides: object) -> tuple[Checkpoint, Checkpoint]:
@@ -57,80 +71,164 @@ def test_types_of_the_checkpoint_stay(tiny: Tiny, tmp_path: Path) -> None:
     assert {info.dtype for info in made.tensors.values()} == {"BF16"}
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tinier.distillation import trainer
+def die_at_step(monkeypatch: pytest.MonkeyPatch, last: int) -> list[int]:
+    """Steps that were begun; the one after `last` of them is interrupted."""
+    original = trainer.Trainer._step
+    steps: list[int] = []
 
-    student, teacher = pair(tiny, tmp_path)
-    whole = distill(
-        student, teacher, PLAN, tmp_path / "whole", documents=TEXT, heldout=HELD, device="cpu"
-    )
-    eager = dataclasses.replace(PLAN, save_seconds=0.0)
-    original = trainer._Training._step
-    steps = []
-
-    def die_at_step_five(self: trainer._Training, step: int, batch: torch.Tensor) -> float:
-        steps.append(step)
-        if len(steps) == 6:
+    def step(self: trainer.Trainer, number: int) -> float:
+        steps.append(number)
+        if len(steps) == last + 1:
             raise KeyboardInterrupt
-        return original(self, step, batch)
+        return original(self, number)
 
-    monkeypatch.setattr(trainer._Training, "_step", die_at_step_five)
-    with pytest.raises(KeyboardInterrupt):
-        distill(
-            student, teacher, eager, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu"
-        )
-    assert not (tmp_path / "out").exists()
-    resumed = distill(
-        student, teacher, eager, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu"
-    )
-    assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7]
-    before = load_file(whole.folder / "model.safetensors")
-    after = load_file(resumed.folder / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert whole.manifest is not None
-    assert resumed.manifest is not None
-    assert whole.manifest.measures["loss"] == resumed.manifest.measures["loss"]
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
+    return steps
 
 
-def test_a_kill_while_saving_loses_one_save_only(tiny: Tiny, tmp_path: Path) -> None:
-    from tinier.distillation import trainer
-
+@pytest.mark.parametrize("options", [{}, {"train": "lora"}, {"top_k": 8}, {"quantize": QAT}])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     student, teacher = pair(tiny, tmp_path)
-    run = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
-    run._save([1.0, 2.0])
-    # what a kill leaves: an unfinished save, and an older one whose removal had begun
-    (tmp_path / "work" / "unfinished").mkdir()
-    (tmp_path / "work" / "step-000001").mkdir()
-    again = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
-    assert again._resume() == [1.0, 2.0]
-    again._save([1.0, 2.0, 3.0])
-    assert [p.name for p in (tmp_path / "work").iterdir()] == ["step-000003"]
+    plan = dataclasses.replace(PLAN, eval_every=2, **options)
+    whole = run(student, teacher, plan, tmp_path / "whole")
+    eager = dataclasses.replace(plan, save_seconds=0.0)
+    steps = die_at_step(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, teacher, eager, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    resumed = run(student, teacher, eager, tmp_path / "out")
+    assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    assert whole.hash == resumed.hash
+    for key in ("loss", "heldout_kl", "step"):
+        assert measures(whole)[key] == measures(resumed)[key]
+    assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_full_disk_while_saving_keeps_the_older_state(
+def test_a_kill_while_saving_loses_one_save_only(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinier.distillation import trainer
-
     student, teacher = pair(tiny, tmp_path)
-    run = trainer._Training(student, teacher, PLAN, torch.device("cpu"), tmp_path / "work", "key")
-    run._save([1.0])
+    eager = dataclasses.replace(PLAN, save_seconds=0.0)
+    steps = die_at_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, teacher, eager, tmp_path / "out")
+    work = tmp_path / ".out.training"
+    assert [p.name for p in work.glob("step-*")] == ["step-000003"]
+    # what a kill leaves: an unfinished save, and an older one whose removal had begun
+    (work / "unfinished").mkdir()
+    (work / "step-000004").mkdir()
+    run(student, teacher, eager, tmp_path / "out")
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 7]
 
-    def full(_: str) -> None:
+
+def test_a_full_disk_while_saving_is_a_warning(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run._accelerator, "save_state", full)
-    run._save([1.0, 2.0])
-    assert "training state not saved after step 2" in run.warnings[0]
-    assert "No space left" in run.warnings[0]
-    assert [p.name for p in (tmp_path / "work").iterdir()] == ["step-000001"]
+    student, teacher = pair(tiny, tmp_path)
+    monkeypatch.setattr(trainer, "save", full)
+    made = run(student, teacher, dataclasses.replace(PLAN, save_seconds=0.0), tmp_path / "out")
+    assert made.manifest is not None
+    assert "training state not saved after step 1" in made.manifest.warnings[0]
+    assert "No space left" in made.manifest.warnings[0]
+
+
+def test_state_of_another_run_is_not_continued(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    steps = die_at_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, teacher, dataclasses.replace(PLAN, save_seconds=0.0), tmp_path / "out")
+    run(student, teacher, dataclasses.replace(PLAN, lr=1e-3), tmp_path / "out")
+    assert steps == [0, 1, 2, 3, *range(8)]
+
+
+def test_the_best_weights_are_the_result_and_the_last_are_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, steps=6, eval_every=2)
+    measured = iter([3.0, 2.0, 1.0, 1.5])
+    monkeypatch.setattr(trainer.Trainer, "divergence", lambda _: next(measured))
+    made = run(student, teacher, plan, tmp_path / "out")
+    assert measures(made)["heldout_kl"] == {"0": 3.0, "2": 2.0, "4": 1.0, "6": 1.5}
+    assert measures(made)["step"] == 4
+    last = open_model(tmp_path / "out-last")
+    assert measures(last)["step"] == 6
+    assert last.hash != made.hash
+    measured = iter([3.0, 2.0, 1.0, 0.5])
+    other = run(student, teacher, plan, tmp_path / "other")
+    assert other.hash == last.hash
+    assert not (tmp_path / "other-last").exists()
+    # four steps alone end where the best of six was: the learning rate has the same start
+    tail = dataclasses.replace(plan, eval_every=4)
+    measured = iter([3.0, 1.0, 1.5])
+    assert run(student, teacher, tail, tmp_path / "tail").hash == made.hash
+
+
+def test_a_student_that_gets_no_better_comes_back_as_it_was(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    measured = iter([1.0, 1.1, 1.2])
+    monkeypatch.setattr(trainer.Trainer, "divergence", lambda _: next(measured))
+    made = run(student, teacher, dataclasses.replace(PLAN, eval_every=4), tmp_path / "out")
+    assert made.hash == student.hash
+    assert made.manifest is not None
+    assert "no step lowered the held-out KL of 1.0" in made.manifest.warnings[0]
+
+
+def test_a_loss_that_grows_stops_and_leaves_the_best_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    measured = iter([1.0, 0.5, 9.0])
+    monkeypatch.setattr(trainer.Trainer, "divergence", lambda _: next(measured))
+    plan = dataclasses.replace(PLAN, eval_every=2)
+    with pytest.raises(MeasuredFailure) as failure:
+        run(student, teacher, plan, tmp_path / "out")
+    assert "the held-out loss went from 1.0 to 9.0 after step 4. Lower the learning" in str(
+        failure.value
+    )
+    assert f"(step 2, held-out KL 0.5) are in {tmp_path / 'out-best'}" in str(failure.value)
+    assert measures(open_model(tmp_path / "out-best"))["step"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, steps=3, micro_batch=4, precision="float32")
+    whole = run(student, teacher, plan, tmp_path / "whole")
+    forward = Student.forward
+
+    def small(self: Student, windows: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if len(windows) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return forward(self, windows, *arguments)
+
+    monkeypatch.setattr(Student, "forward", small)
+    made = run(student, teacher, plan, tmp_path / "out")
+    assert made.manifest is not None
+    assert made.manifest.warnings == [
+        "out of memory: micro-batch halved to 2, the batch is still 4",
+        "out of memory: micro-batch halved to 1, the batch is still 4",
+    ]
+    assert measures(made)["loss"] == pytest.approx(measures(whole)["loss"], rel=1e-4)
+    monkeypatch.setattr(
+        Student, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    with pytest.raises((MeasuredFailure, torch.OutOfMemoryError)):
+        run(student, teacher, plan, tmp_path / "none")
 
 
 def test_tensors_that_the_model_does_not_have_are_kept(tiny: Tiny, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     student, teacher = pair(tiny, tmp_path)
     path = student.folder / "model.safetensors"
     tensors = load_file(path)
@@ -145,30 +243,6 @@ def test_tensors_that_the_model_does_not_have_are_kept(tiny: Tiny, tmp_path: Pat
     assert set(after) == set(tensors)
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
-
-
-def test_an_earlier_run_on_another_device_does_not_decide(tiny: Tiny, tmp_path: Path) -> None:
-    from tinier.distillation import trainer
-
-    student, teacher = pair(tiny, tmp_path)
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu", "cpu"):
-        run = trainer._Training(
-            student, teacher, PLAN, torch.device(device), tmp_path / "work", "key"
-        )
-        assert run._accelerator.device.type == device
-
-
-def test_state_of_another_run_is_not_continued(tiny: Tiny, tmp_path: Path) -> None:
-    student, teacher = pair(tiny, tmp_path)
-    state = tmp_path / ".out.training" / "step-000007"
-    state.mkdir(parents=True)
-    (state / "progress.json").write_text(json.dumps({"key": "other", "losses": [1.0] * 7}))
-    made = distill(
-        student, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu"
-    )
-    assert made.manifest is not None
-    assert len(made.manifest.measures["loss"]) == 8
-    assert made.manifest.measures["loss"][0] != 1.0
 
 
 def test_learning_rate_warms_up_and_ends_at_the_minimum() -> None:
@@ -186,19 +260,19 @@ def test_each_pass_over_the_text_sees_every_window_once() -> None:
     assert seen[:10].tolist() != seen[10:].tolist()
 
 
-def test_a_loss_that_is_no_number_stops_with_advice(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_with_advice(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, teacher = pair(tiny, tmp_path)
+    monkeypatch.setattr(trainer.Trainer, "_gradients", lambda *_: float("nan"))
+    with pytest.raises(MeasuredFailure, match="the loss is nan at step 1 of 8. Lower the learning"):
+        run(student, teacher, PLAN, tmp_path / "out")
     path = student.folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][:] = float("nan")
-    from safetensors.torch import save_file
-
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(MeasuredFailure, match="the loss is nan at step 1 of 8. Lower the learning"):
-        distill(
-            open_model(student.folder), teacher, PLAN, tmp_path / "out", documents=TEXT,
-            heldout=HELD, device="cpu",
-        )  # fmt: skip
+    with pytest.raises(MeasuredFailure, match="the held-out loss is nan before training"):
+        run(open_model(student.folder), teacher, PLAN, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -211,6 +285,12 @@ def test_a_loss_that_is_no_number_stops_with_advice(tiny: Tiny, tmp_path: Path) 
         ({"steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"loss": "kl"}, "loss='kl'. Use one of forward-kl, reverse-kl, js"),
+        ({"ce_weight": 1.5}, "ce_weight=1.5"),
+        ({"top_k": 8, "loss": "js"}, "top_k stores probabilities at temperature 1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"train": "lora", "quantize": QAT}, "do not go together"),
+        ({"train": "some"}, "Use one of all, norms, lora"),
     ],
 )
 def test_bad_plans(values: dict[str, float], message: str) -> None:

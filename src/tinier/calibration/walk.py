@@ -73,11 +73,16 @@ class DecoderWalk:
 
     def load(self, index: int) -> nn.Module:
         """transformers' decoder layer with the checkpoint's weights, on the device; a new module."""
-        layer: nn.Module = copy.deepcopy(self._layers[index])
         prefix = layer_name(index)
         # a reader for each layer: an open file keeps what was read from it in memory
         with self._checkpoint.reader(self.device) as read:
-            weights = {name: read(f"{prefix}.{name}") for name in layer.state_dict()}
+            names = self._layers[index].state_dict()
+            weights = {name: read(f"{prefix}.{name}") for name in names}
+        return self.module(index, weights)
+
+    def module(self, index: int, weights: dict[str, Tensor]) -> nn.Module:
+        """transformers' decoder layer with these weights, by name inside it; a new module."""
+        layer: nn.Module = copy.deepcopy(self._layers[index])
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False)
 

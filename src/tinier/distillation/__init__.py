@@ -1,9 +1,21 @@
-"""Distillation: a smaller student learns the original's output distribution.
+"""Distillation: a smaller student learns the original's output distribution; on a grid, if asked to.
 
-Start at `distill` (trainer.py). `losses.py` is the loss, computed in chunks.
+Start at `distill` (driver.py). plan.py checks, trainer.py has the loop, student.py what is trained and
+written, teacher.py what is learned from, losses.py the chunked losses.
 """
 
-from tinier.distillation.losses import forward_kl
-from tinier.distillation.trainer import DistillPlan, distill, plan_distill
+from tinier.distillation.driver import distill
+from tinier.distillation.losses import Hard, Mixed, Soft, TopK, chunked_loss, hidden_loss
+from tinier.distillation.plan import DistillPlan, plan_distill
 
-__all__ = ["DistillPlan", "distill", "forward_kl", "plan_distill"]
+__all__ = [
+    "DistillPlan",
+    "Hard",
+    "Mixed",
+    "Soft",
+    "TopK",
+    "chunked_loss",
+    "distill",
+    "hidden_loss",
+    "plan_distill",
+]

@@ -1,361 +1,390 @@
-"""Distil a student against a teacher: two folders in, a folder out.
+"""The training loop: optimizer steps, held-out measurements, saved state.
 
-Start at `distill`. The loop is Accelerate's: mixed precision, gradient accumulation to the global
-batch, state saved while it trains, so that a killed run goes on from its last saved step and ends
-with the weights of an uninterrupted one.
+Start at `Trainer.train`. Accelerate joins the processes, shards the model over them (FSDP2) and
+clips; torch's distributed checkpoints hold the state, whole or sharded. A step's windows are decided by
+the seed and the step's number alone, so a run that was killed ends with the weights of one that was
+not.
 """
 
 import json
 import math
 import shutil
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
-from tinier.checkpoint import (
-    Checkpoint,
-    StagePlan,
-    TensorWriter,
-    atomic_folder,
-    check_disk,
-    check_output,
-    code_digest,
-    copy_side_files,
-    open_checkpoint,
-    write_config,
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
 )
-from tinier.device import pick_device, reset_peak_memory
-from tinier.distillation.losses import forward_kl
-from tinier.errors import InputError, MeasuredFailure, OutputError, SchemeError
-from tinier.families import check_length, check_same_vocabulary, geometry_of
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from tinier.calibration import Ranks
+from tinier.checkpoint import check_disk, write_atomically
+from tinier.device import release_memory
+from tinier.distillation.losses import IGNORED, Hard, Mixed, RowsLoss
+from tinier.distillation.plan import DistillPlan, learning_rate
+from tinier.distillation.student import Student
+from tinier.distillation.teacher import Teacher
+from tinier.errors import MeasuredFailure, OutputError
 from tinier.progress import bar, say
-from tinier.text import load_tokenizer, tensor_sha256, token_windows
 
-CODE = code_digest("checkpoint", "families", "text", "distillation")
-_HELDOUT_WINDOWS = 8
-# a parameter: float32 weights and gradients and Adam's two moments
-_TRAINING_BYTES = 16
 _STATE_BYTES = 12
+# a held-out loss this many times the first one is no noise
+_DIVERGED = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillPlan:
-    steps: int = 100
-    """Optimizer steps."""
-    batch: int = 64
-    """Windows in one optimizer step (global batch)."""
-    micro_batch: int = 4
-    """Windows computed at once; gradients accumulate up to `batch`."""
-    length: int = 512
-    """Tokens in one window."""
-    lr: float = 7e-5
-    """Highest learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate of the last step; cosine in between."""
-    warmup_steps: int = 10
-    """Steps of linear warm-up from 0."""
-    temperature: float = 1.0
-    """Softens both distributions; 1 is the models' own."""
-    seed: int = 0
-    """Order of the training windows."""
-    save_seconds: float = 300.0
-    """Training state is saved about this often."""
+class Scalars:
+    """TensorBoard's scalars, where a folder was asked for."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
-        if self.batch % self.micro_batch:
-            divisors = [d for d in range(1, self.batch + 1) if self.batch % d == 0]
-            raise InputError(
-                f"micro_batch={self.micro_batch} does not divide batch={self.batch}. "
-                f"Use one of {divisors}."
-            )
-        if not 0 <= self.min_lr <= self.lr:
-            raise InputError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
-        if self.warmup_steps >= self.steps:
-            raise InputError(
-                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use fewer."
-            )
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed}. Use 0 or more.")
-        if self.temperature <= 0:
-            raise InputError(f"temperature={self.temperature}. Use more than 0.")
+    def __init__(self, folder: Path | None, resumed_at: int) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=resumed_at)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
 
-def learning_rate(plan: DistillPlan, step: int) -> float:
-    """Learning rate of step 0, 1, …: linear warm-up, then cosine from `lr` to `min_lr`."""
-    if step < plan.warmup_steps:
-        return plan.lr * (step + 1) / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(1, plan.steps - 1 - plan.warmup_steps)
-    return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def plan_distill(
-    student: Checkpoint,
-    teacher: Checkpoint,
-    plan: DistillPlan,
-    documents: Sequence[str],
-    heldout: Sequence[str],
-) -> StagePlan:
-    """What `distill` would do, after every check that needs no weights.
-
-    Raises SchemeError for a quantized model, InputError for models of different vocabularies,
-    TextError for a text shorter than one window.
-    """
-    for role, checkpoint in (("student", student), ("teacher", teacher)):
-        if "quantization_config" in checkpoint.config:
-            raise SchemeError(
-                f"the {role} {checkpoint.folder} is quantized. Distil first, then quantize the result."
-            )
-    check_same_vocabulary(student, teacher)
-    for checkpoint in (student, teacher):
-        check_length(checkpoint, plan.length)
-    training, held = _windows(student, plan, documents, heldout)
-    parameters = {k: v for k, v in asdict(plan).items() if k != "save_seconds"}
-    parameters |= {
-        "training_windows": len(training),
-        "training_sha256": tensor_sha256(training),
-        "heldout_sha256": tensor_sha256(held),
-    }
-    return StagePlan(
-        stage="distill",
-        parameters=parameters,
-        inputs={"source": student, "teacher": teacher},
-        output_config=student.config,
-        output_bytes=student.disk_bytes,
-        memory_bytes=geometry_of(student).parameters * _TRAINING_BYTES + teacher.weight_bytes,
-        flops=_training_flops(student, teacher, plan),
-        code=CODE,
-    )
-
-
-def distill(
-    student: Checkpoint,
-    teacher: Checkpoint,
-    plan: DistillPlan,
-    out: Path,
-    *,
-    documents: Sequence[str],
-    heldout: Sequence[str],
-    device: str = "auto",
-) -> Checkpoint:
-    """Train `student` towards `teacher` on `documents`, write it to the new folder `out`.
-
-    heldout: text of which a few windows tell the divergence before and after, in the manifest.
-    Raises InputError, SchemeError, TextError or OutputError before any work, and MeasuredFailure
-    when the loss is no longer a number.
-    """
-    started = time.monotonic()
-    check_output(out)
-    stage = plan_distill(student, teacher, plan, documents, heldout)
-    training, held = _windows(student, plan, documents, heldout)
-    place = pick_device(device)
-    reset_peak_memory(place)
-    run = _Training(student, teacher, plan, place, out.parent / f".{out.name}.training", stage.key)
-    before = run.divergence(held)
-    losses = run.train(training)
-    after = run.divergence(held)
-    if not after < before:
-        run.warnings.append(f"held-out KL rose from {before} to {after}")
-    with atomic_folder(out, needed_bytes=student.disk_bytes) as partial:
-        run.write_weights(partial)
-        write_config(partial, stage.output_config)
-        copy_side_files(student, partial)
-        stage.manifest(
-            started=started,
-            device=place,
-            measures={"loss": losses, "heldout_kl_before": before, "heldout_kl_after": after},
-            warnings=run.warnings,
-        ).write(partial)
-    run.forget()
-    return open_checkpoint(out)
-
-
-def _training_flops(student: Checkpoint, teacher: Checkpoint, plan: DistillPlan) -> float:
-    """Arithmetic of the whole run: 6 FLOP a parameter and token for the student, 2 for the teacher."""
-    tokens = plan.steps * plan.batch * plan.length
-    per_token = 6 * geometry_of(student).parameters + 2 * geometry_of(teacher).parameters
-    return float(per_token * tokens)
-
-
-class _Student(nn.Module):
-    """Student and loss in one module, so that Accelerate wraps the whole forward pass."""
-
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.model = model
-        self.temperature = temperature
-
-    def forward(self, windows: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=windows, use_cache=False).last_hidden_state  # type: ignore[operator]
-        return forward_kl(
-            hidden.flatten(0, 1),
-            self.model.lm_head.weight,  # type: ignore[arg-type, union-attr]
-            teacher_hidden.flatten(0, 1),
-            teacher_head,
-            temperature=self.temperature,
-        )
-
-
-class _Training:
-    """Models, optimizer and saved state of one run."""
+class Trainer:
+    """Student, optimizer and saved state of one run."""
 
     def __init__(
         self,
-        student: Checkpoint,
-        teacher: Checkpoint,
+        model: Any,
+        teacher: Teacher,
         plan: DistillPlan,
-        device: torch.device,
+        windows: dict[str, Tensor],
+        layers: tuple[int, ...],
+        export: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         work: Path,
-        key: str,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
-        self._plan = plan
-        self._work = work
-        self._key = key
-        self._source = student
+        """model: transformers' student, trained parameters chosen. windows: `training` and `heldout`,
+        [n, length]. layers: the student's whose outputs are compared. export: the tensors of a
+        checkpoint from the model's parameters. work: folder for the state of this run alone."""
+        self._plan, self._teacher, self._windows = plan, teacher, windows
+        self._layers, self._export, self._work, self._ranks = layers, export, work, ranks
+        self._best = work / "best.safetensors"
         self.warnings: list[str] = []
-        set_seed(plan.seed)
-        # Accelerate keeps one device and precision a process; those of an earlier run must not decide
-        AcceleratorState._reset_state(reset_partial_state=True)
-        self._accelerator = Accelerator(
-            mixed_precision="bf16" if _has_bf16(device) else "no",
-            gradient_accumulation_steps=plan.batch // plan.micro_batch,
-            cpu=device.type == "cpu",
-        )
-        self._teacher = _load(teacher, teacher.dtype).to(device).eval().requires_grad_(False)
-        model = _load(student, torch.float32)
-        if device.type == "cuda":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        module = _Student(model.train(), plan.temperature)
+        self.losses: list[float] = []
+        self.heldout: dict[int, float] = {}
+        """Held-out KL by steps done."""
+        self.tokens_per_s: list[float] = []
+        self.micro_batch = _fitting(plan.micro_batch, plan.batch // ranks.size)
+        layer_class = type(model.model.layers[0]).__name__
+        self._accelerator = _accelerator(device, ranks, layer_class)
+        dtype = training_dtype(plan, device)
+        mode = plan.checkpointing or ("selective" if device.type == "cuda" else "none")
+        if plan.compile:
+            for layer in model.model.layers:
+                layer.compile()
+        student = Student(model.train(), plan, dtype, mode)
+        trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            trained, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=ranks.size == 1
         )
-        self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+        self._student, self._optimizer = self._accelerator.prepare(student, optimizer)
+        self._device = device
 
     @torch.no_grad()
-    def divergence(self, windows: Tensor) -> float:
-        """Mean KL per token over a few windows, in nats at temperature 1 · temperature²."""
-        losses = [self._loss(batch).item() for batch in windows.split(1)]
-        return round(sum(losses) / len(losses), 6)
+    def divergence(self) -> float:
+        """Mean held-out KL from the teacher, per token in nats, at temperature 1."""
+        windows = self._windows["heldout"]
+        total = 0.0
+        # every process computes all of them: the figure is the same on each, whatever their number
+        for rows in torch.arange(len(windows)).split(self.micro_batch):
+            batch = windows[rows].to(self._device)
+            loss, _ = self._teacher.targets("heldout", rows, batch, training=False)
+            total += self._student(batch, loss).item() * len(rows)
+        return round(total / len(windows), 6)
 
-    def train(self, windows: Tensor) -> list[float]:
-        """Run the remaining steps; returns the loss of every step."""
+    def train(self, scalars: Path | None, flops_per_token: float, peak_flops: float) -> None:
+        """Run the remaining steps. Raises MeasuredFailure where the loss is no number or grows."""
         plan = self._plan
-        losses = self._resume()
+        self._resume()
+        if not self.heldout:
+            self._look(0)
+        board = Scalars(scalars if self._ranks.writes else None, len(self.losses))
         saved_at = time.monotonic()
         with bar("distil", plan.steps) as advance:
-            advance(len(losses))
-            for step in range(len(losses), plan.steps):
-                losses.append(self._step(step, windows[_batch_indices(len(windows), step, plan)]))
+            advance(len(self.losses))
+            for step in range(len(self.losses), plan.steps):
+                started = time.monotonic()
+                self.losses.append(self._step(step))
+                rate = plan.batch * plan.length / (time.monotonic() - started)
+                self.tokens_per_s.append(rate)
+                values = {
+                    "loss": self.losses[-1],
+                    "learning_rate": learning_rate(plan, step),
+                    "tokens_per_s": rate,
+                    "share_of_peak_flops": rate * flops_per_token / peak_flops / self._ranks.size,
+                }
+                done = step + 1
+                if done % plan.evaluations == 0 or done == plan.steps:
+                    self._look(done)
+                    values["heldout_kl"] = self.heldout[done]
+                board.add(done, values)
                 advance(1)
-                if time.monotonic() - saved_at > plan.save_seconds and step + 1 < plan.steps:
-                    self._save(losses)
+                if time.monotonic() - saved_at > plan.save_seconds and done < plan.steps:
+                    self._save()
                     saved_at = time.monotonic()
-        return losses
 
-    def write_weights(self, folder: Path) -> None:
-        """Write the student in its source's types and names: a plain checkpoint, never the teacher."""
-        state = self._accelerator.unwrap_model(self._module).model.state_dict()
-        writer = TensorWriter(folder)
-        with self._source.reader() as read:
-            for name in self._source.tensors:
-                stored = read(name)
-                # older checkpoints carry buffers that the model no longer has; a tied head that is
-                # stored all the same shares memory, which safetensors does not write
-                trained = state[name].to(stored.dtype, copy=True) if name in state else stored
-                writer.add(name, trained)
-        writer.close()
+    @property
+    def best_step(self) -> int:
+        """Steps after which the held-out KL was lowest; 0: never below the start."""
+        return min(self.heldout, key=lambda step: (self.heldout[step], step))
 
-    def forget(self) -> None:
-        """Remove the saved state of a finished run."""
-        shutil.rmtree(self._work, ignore_errors=True)
+    @property
+    def median_rate(self) -> float | None:
+        """Training tokens per second of the median step; None where no step was run."""
+        return round(statistics.median(self.tokens_per_s), 1) if self.tokens_per_s else None
 
-    def _loss(self, batch: Tensor) -> Tensor:
-        batch = batch.to(self._accelerator.device)
-        with torch.no_grad():
-            hidden = self._teacher.model(input_ids=batch, use_cache=False).last_hidden_state
-        loss: Tensor = self._module(batch, hidden, self._teacher.lm_head.weight)
-        return loss
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """The tensors of the checkpoint after `step`: 0, `best_step` or the steps done so far.
 
-    def _step(self, step: int, batch: Tensor) -> float:
+        Every process must call it; it is empty in all but the writing one.
+        """
+        if step and step == len(self.losses):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state: dict[str, Any] = dict(get_model_state_dict(self._student, options=options))
+            parameters = {n.removeprefix("model."): t.detach() for n, t in state.items()}
+            return self._export(parameters) if self._ranks.writes else {}
+        if not self._ranks.writes:
+            return {}
+        tensors: dict[str, Tensor] = load_file(self._best) if step else self._export({})
+        return tensors
+
+    def _look(self, done: int) -> None:
+        """Measure the held-out loss after `done` steps; keep the weights if they are the best."""
+        found = self.divergence()
+        first = self.heldout.get(0, found)
+        if not done and not math.isfinite(found):
+            raise MeasuredFailure(
+                f"the held-out loss is {found} before training: the weights of student or teacher are "
+                "no numbers. Check them with tinier eval."
+            )
+        if not math.isfinite(found) or found > _DIVERGED * max(first, 0.05):
+            self._fail(f"the held-out loss went from {first} to {found} after step {done}")
+        better = not self.heldout or found < min(self.heldout.values())
+        self.heldout[done] = found
+        if better and done:
+            tensors = self.tensors(done)
+            if tensors:
+                partial = self._work / "best.partial"
+                save_file(tensors, partial, metadata={"format": "pt"})
+                partial.replace(self._best)
+            self._ranks.wait()
+
+    def _step(self, step: int) -> float:
+        """One optimizer step; its loss. Out of memory: again with half the micro-batch."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._plan, step)
-        total = 0.0
-        for micro in batch.split(self._plan.micro_batch):
-            with self._accelerator.accumulate(self._module):
-                loss = self._loss(micro)
-                self._accelerator.backward(loss)
-                if self._accelerator.sync_gradients:
-                    self._accelerator.clip_grad_norm_(self._module.parameters(), 1.0)
-                self._optimizer.step()
+        chosen = _batch_indices(len(self._windows["training"]), step, self._plan)
+        share = chosen.chunk(self._ranks.size)[self._ranks.rank]
+        while True:
+            try:
+                total = self._gradients(share)
+                break
+            except torch.OutOfMemoryError:
                 self._optimizer.zero_grad()
-            total += loss.item() * len(micro) / len(batch)
+            # past the except: its traceback holds on to the tensors of the failed pass
+            self._halve(len(share))
         if not math.isfinite(total):
-            raise MeasuredFailure(
-                f"the loss is {total} at step {step + 1} of {self._plan.steps}. Lower the learning "
-                f"rate (--lr {self._plan.lr / 3:.1e}) or lengthen the warm-up."
-            )
+            self._fail(f"the loss is {total} at step {step + 1} of {self._plan.steps}")
+        self._accelerator.clip_grad_norm_(self._student.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         return round(total, 6)
 
-    def _save(self, losses: list[float]) -> None:
-        """Save the state beside `out`; the older state goes when the newer one is whole.
+    def _gradients(self, share: Tensor) -> float:
+        """Add up the gradients of this process's windows; the mean loss over all processes."""
+        total = torch.zeros((), device=self._device)
+        micros = share.split(self.micro_batch)
+        for number, rows in enumerate(micros):
+            windows = self._windows["training"][rows].to(self._device)
+            last = number + 1 == len(micros)
+            # gradients are exchanged once a step
+            quiet = nullcontext() if last else self._accelerator.no_sync(self._student)
+            with quiet:
+                loss, states = self._teacher.targets("training", rows, windows, training=True)
+                loss = self._with_text(loss, windows)
+                value = self._student(windows, loss, self._layers, states)
+                part = value * (len(rows) / len(share))
+                self._accelerator.backward(part)
+            total += part.detach()
+        if self._ranks.size > 1:
+            total = self._ranks.sum_(total) / self._ranks.size
+        return total.item()
+
+    def _with_text(self, loss: RowsLoss, windows: Tensor) -> RowsLoss:
+        """The loss with its share of cross-entropy."""
+        weight = self._plan.ce_weight
+        if weight == 0:
+            return loss
+        labels = torch.full_like(windows, IGNORED)
+        labels[:, :-1] = windows[:, 1:]
+        hard = Hard(labels.flatten())
+        return hard if weight == 1 else Mixed(loss, hard, weight)
+
+    def _halve(self, share: int) -> None:
+        if self._ranks.size > 1 or self.micro_batch == 1:
+            raise MeasuredFailure(
+                f"out of memory with {self.micro_batch} windows at once"
+                + (" on one of several processes" if self._ranks.size > 1 else "")
+                + f". Use --micro-batch {max(1, self.micro_batch // 2)}, a shorter --length, "
+                "--checkpointing full or --train lora."
+            )
+        self.micro_batch = _fitting(self.micro_batch // 2, share)
+        self.warnings.append(
+            f"out of memory: micro-batch halved to {self.micro_batch}, the batch is still {share}"
+        )
+        say(self.warnings[-1])
+        release_memory()
+
+    def _fail(self, what: str) -> None:
+        raise MeasuredFailure(
+            f"{what}. Lower the learning rate (--lr {self._plan.lr / 3:.1e}) or lengthen the "
+            f"warm-up (--warmup-steps {2 * self._plan.warmup_steps + 1})."
+        )
+
+    def _save(self) -> None:
+        """Save the state; the older one goes when the newer one is whole.
 
         A disk without room is a warning, in the manifest too: the training itself is well.
         """
         fresh = self._work / "unfinished"
-        shutil.rmtree(fresh, ignore_errors=True)
+        done = len(self.losses)
+        failure = None
         try:
-            check_disk(fresh, geometry_of(self._source).parameters * _STATE_BYTES)
-            fresh.mkdir(parents=True)
-            self._accelerator.save_state(str(fresh))
-            progress = {"key": self._key, "losses": losses}
-            (fresh / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+            if self._ranks.writes:
+                shutil.rmtree(fresh, ignore_errors=True)
+                count = sum(p.numel() for p in self._student.parameters() if p.requires_grad)
+                check_disk(fresh, count * _STATE_BYTES)
+                fresh.mkdir(parents=True)
+            self._ranks.wait()
+            with _quiet(self._ranks):
+                save(self._training_state(), checkpoint_id=fresh, no_dist=self._ranks.size == 1)
         except (
             OSError,
             RuntimeError,
             OutputError,
         ) as error:  # torch: a full disk is a RuntimeError
+            failure = error
+        self._ranks.wait()
+        if not self._ranks.writes:
+            return
+        if failure is not None:
             shutil.rmtree(fresh, ignore_errors=True)
-            self.warnings.append(f"training state not saved after step {len(losses)}: {error}")
+            self.warnings.append(f"training state not saved after step {done}: {failure}")
             say(f"warning: {self.warnings[-1]}")
             return
+        progress = {
+            "losses": self.losses,
+            "heldout": self.heldout,
+            "tokens_per_s": self.tokens_per_s,
+            "micro_batch": self.micro_batch,
+            "warnings": self.warnings,
+        }
+        write_atomically(fresh / "progress.json", json.dumps(progress))
         older = list(self._work.glob("step-*"))
-        fresh.rename(self._work / f"step-{len(losses):06d}")
+        fresh.rename(self._work / f"step-{done:06d}")
         for path in older:
             shutil.rmtree(path)
 
-    def _resume(self) -> list[float]:
-        """Load the latest saved state of the same run, if there is one; returns the losses so far."""
-        for state in sorted(self._work.glob("step-*"), reverse=True):
-            path = state / "progress.json"
-            progress = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if progress.get("key") == self._key:
-                self._accelerator.load_state(str(state))
-                losses: list[float] = progress["losses"]
-                say(f"distil: goes on after step {len(losses)} of {self._plan.steps}")
-                return losses
-        return []
+    def _resume(self) -> None:
+        """Load the latest saved state of the same run, if there is one."""
+        for folder in sorted(self._work.glob("step-*"), reverse=True):
+            path = folder / "progress.json"
+            if not path.exists():  # its removal had begun
+                continue
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            state = self._training_state()
+            with _quiet(self._ranks):
+                load(state, checkpoint_id=folder, no_dist=self._ranks.size == 1)
+            set_state_dict(
+                self._student, self._optimizer.optimizer,
+                model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                options=StateDictOptions(ignore_frozen_params=True, strict=False),
+            )  # fmt: skip
+            self.losses = progress["losses"]
+            self.heldout = {int(step): kl for step, kl in progress["heldout"].items()}
+            self.tokens_per_s = progress["tokens_per_s"]
+            self.micro_batch = progress["micro_batch"]
+            self.warnings = progress["warnings"]
+            say(f"distil: goes on after step {len(self.losses)} of {self._plan.steps}")
+            return
+
+    def _training_state(self) -> dict[str, Any]:
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self._student, self._optimizer.optimizer, options=options)
+        return {"model": model, "optimizer": optimizer}
 
 
-def _windows(
-    student: Checkpoint, plan: DistillPlan, documents: Sequence[str], heldout: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    tokenizer = load_tokenizer(student)
-    needed = plan.steps * plan.batch
-    return (
-        token_windows(tokenizer, documents, length=plan.length, count=needed),
-        token_windows(tokenizer, heldout, length=plan.length, count=_HELDOUT_WINDOWS),
+@contextmanager
+def _quiet(ranks: Ranks) -> Iterator[None]:
+    """torch warns of every distributed checkpoint that one process writes."""
+    with warnings.catch_warnings():
+        if ranks.size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def training_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:
+    """The type that matrix products are computed in."""
+    if plan.precision == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _accelerator(device: torch.device, ranks: Ranks, layer_class: str) -> Any:
+    # Accelerate keeps one device a process; that of an earlier run must not decide
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sharding = None
+    if ranks.size > 1:
+        sharding = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[layer_class],
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+            reshard_after_forward=True,
+        )
+    on_cpu = device.type == "cpu"
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=on_cpu, fsdp_plugin=None if on_cpu else sharding
     )
+    if on_cpu and sharding is not None:
+        # Accelerate shards on accelerators alone; torch's FSDP2 does it on CPUs too, over gloo
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = sharding
+    return accelerator
+
+
+def _fitting(micro_batch: int, share: int) -> int:
+    """The largest number of windows up to `micro_batch` that divides a process's share."""
+    return next(size for size in range(max(1, micro_batch), 0, -1) if share % size == 0)
 
 
 def _batch_indices(num_windows: int, step: int, plan: DistillPlan) -> Tensor:
@@ -368,15 +397,3 @@ def _batch_indices(num_windows: int, step: int, plan: DistillPlan) -> Tensor:
         for epoch in {position // num_windows for position in wanted}
     }
     return torch.stack([orders[p // num_windows][p % num_windows] for p in wanted])
-
-
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

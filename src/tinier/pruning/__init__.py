@@ -1,9 +1,27 @@
 """Structured pruning: a smaller plain model of the same architecture.
 
-Start at `prune` (depth.py). `importance.py` says which layers matter least.
+Start at `prune` (driver.py). plan.py checks, choice.py decides what goes, importance.py scores parts,
+trial.py measures cuts, cut.py cuts tensors, latency.py times sizes.
 """
 
-from tinier.pruning.depth import PrunePlan, parse_layers, plan_prune, prune
-from tinier.pruning.importance import block_influence
+from tinier.pruning.choice import choose
+from tinier.pruning.cut import Cut, Sizes
+from tinier.pruning.driver import prune, write_pruned
+from tinier.pruning.importance import Importance, measure_importance
+from tinier.pruning.plan import METHODS, PrunePlan, parse_layers, plan_prune
+from tinier.pruning.trial import divergences
 
-__all__ = ["PrunePlan", "block_influence", "parse_layers", "plan_prune", "prune"]
+__all__ = [
+    "METHODS",
+    "Cut",
+    "Importance",
+    "PrunePlan",
+    "Sizes",
+    "choose",
+    "divergences",
+    "measure_importance",
+    "parse_layers",
+    "plan_prune",
+    "prune",
+    "write_pruned",
+]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinier.calibration import (
@@ -76,14 +77,16 @@ def quantize(
     *,
     documents: Sequence[Document] = (),
     device: str = "auto",
+    targets: Path | None = None,
 ) -> Checkpoint:
     """Write `source` quantized as `plan` says to the new folder `out`; returns it opened.
 
-    documents: calibration text, for presets that need it. The same call goes on where one that was
-    stopped left off. Under torchrun the calibration windows are split over the processes. Raises
-    SchemeError, TextError, InputError or OutputError before any work.
+    documents: calibration text, for presets that need it. targets: folder for the 16-bit weights that
+    the codes stand for (equalization folded in, not rounded), a file a layer. The same call goes on
+    where one that was stopped left off. Under torchrun the calibration windows are split over the
+    processes. Raises SchemeError, TextError, InputError or OutputError before any work.
     """
-    return quantize_all(source, {out: plan}, documents=documents, device=device)[0]
+    return quantize_all(source, {out: plan}, documents=documents, device=device, targets=targets)[0]
 
 
 def quantize_all(
@@ -92,11 +95,14 @@ def quantize_all(
     *,
     documents: Sequence[Document] = (),
     device: str = "auto",
+    targets: Path | None = None,
 ) -> list[Checkpoint]:
     """Quantize `source` in several ways in one walk over its layers and the text; see `quantize`.
 
-    plans: by the folder to write. Finished folders come back in the same order.
+    plans: by the folder to write. Finished folders come back in the same order. targets: see
+    `quantize`; with one plan only.
     """
+    assert targets is None or len(plans) == 1
     started = time.monotonic()
     for out in plans:
         check_output(out)
@@ -107,7 +113,7 @@ def quantize_all(
     for out, plan in plans.items():
         stage, windows = prepare(source, plan, documents)
         _announce(stage, place, speed)
-        jobs.append(_Job(source, plan, stage, windows, out, place, ranks))
+        jobs.append(_Job(source, plan, stage, windows, out, place, ranks, targets))
     with ExitStack() as stack:
         for job in jobs:
             job.start(stack)
@@ -153,8 +159,10 @@ class _Job:
         out: Path,
         device: torch.device,
         ranks: Ranks,
+        targets: Path | None,
     ) -> None:
         self._source, self._plan, self._stage = source, plan, stage
+        self._targets = targets
         self._geometry = geometry_of(source)
         self._out, self._device, self._ranks = out, device, ranks
         self._presets = chosen_presets(self._geometry, plan)
@@ -259,6 +267,9 @@ class _Job:
             # of what the layer adds: what passes it by would make every layer look good
             measures[prefix] = {"output_snr_db": snr_db(first - batch, rounded - batch)}
         warnings = [f"{prefix}: {warning}" for warning in result.warnings]
+        if self._targets is not None:
+            # before the layer itself, which counts as done once it is there
+            write_targets(self._targets, index, result.targets, self._source.dtype)
         self._parts.write(index, tensors, {"layers": measures, "warnings": warnings})
         if self._exact is not None:
             release_memory()  # autograd leaves cycles behind
@@ -343,6 +354,25 @@ class _Job:
             for part, tensor in pack_linear(codes, head.scheme).items():
                 tensors[f"{HEAD_LINEAR}.{part}"] = tensor
         return tensors
+
+
+def write_targets(folder: Path, index: int, targets: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Keep the weights that a layer's codes stand for, by name inside the layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    host = {name: target.to(dtype).cpu().contiguous() for name, target in targets.items()}
+    unfinished = folder / f".layer-{index}"
+    save_file(host, unfinished)
+    unfinished.rename(_targets_path(folder, index))
+
+
+def read_targets(folder: Path, index: int) -> dict[str, Tensor]:
+    """What `write_targets` kept."""
+    tensors: dict[str, Tensor] = load_file(_targets_path(folder, index))
+    return tensors
+
+
+def _targets_path(folder: Path, index: int) -> Path:
+    return folder / f"layer-{index:05d}.safetensors"
 
 
 def _poor(layers: dict[str, dict[str, float | None]]) -> list[str]:

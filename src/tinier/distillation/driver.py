@@ -1,0 +1,262 @@
+"""Distil a student against a teacher: two folders in, a folder out. Start at `distill`.
+
+Everything of an unfinished run lies in a hidden folder beside `out`: the student's post-training
+quantization, text that the teacher wrote, the training state and the best weights so far. The same
+call goes on from there, also after a kill.
+"""
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinier.calibration import Ranks, join_ranks
+from tinier.checkpoint import (
+    Checkpoint,
+    StagePlan,
+    TensorWriter,
+    atomic_folder,
+    check_output,
+    copy_side_files,
+    hold,
+    open_checkpoint,
+    write_atomically,
+    write_config,
+)
+from tinier.device import matmul_flops, pick_device, release_memory, reset_peak_memory
+from tinier.distillation.plan import DistillPlan, layer_pairs, prepare, training_flops
+from tinier.distillation.student import Grids, export, load_model, load_student
+from tinier.distillation.teacher import (
+    LiveTeacher,
+    StoredTeacher,
+    Teacher,
+    store_top_k,
+    stored_path,
+)
+from tinier.distillation.trainer import Trainer, training_dtype
+from tinier.errors import InputError, MeasuredFailure
+from tinier.families import open_model
+from tinier.quantization import quantize
+from tinier.text import Document, written_windows
+
+
+def distill(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    plan: DistillPlan,
+    out: Path,
+    *,
+    documents: Sequence[Document],
+    heldout: Sequence[Document],
+    device: str = "auto",
+    teacher_store: Path | None = None,
+    tensorboard: Path | None = None,
+) -> Checkpoint:
+    """Train `student` towards `teacher` on `documents`, write it to the new folder `out`.
+
+    The result has the weights of the lowest held-out loss; where those of the last step are others,
+    they are kept in the folder `OUT-last`. heldout: text that is measured and never trained on.
+    teacher_store: folder where the teacher's top-k probabilities (plan.top_k) are kept for other
+    runs. tensorboard: folder for its scalars. Under torchrun the model is sharded over the processes.
+    Raises InputError, SchemeError, TextError or OutputError before any work, and MeasuredFailure when
+    the loss is no number or grows, or the memory is not enough.
+    """
+    started = time.monotonic()
+    last = out.with_name(f"{out.name}-last")
+    for folder in (out, last):
+        check_output(folder)
+    stage, training, held = prepare(student, teacher, plan, documents, heldout)
+    _check_tensorboard(tensorboard)
+    place = pick_device(device)
+    ranks = join_ranks(place)
+    reset_peak_memory(place)
+    work = out.parent / f".{out.name}.training"
+    with ExitStack() as stack:
+        if ranks.writes:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = out.parent / f".{out.name}.lock"
+            stack.enter_context(hold(out, lock))
+            stack.callback(lock.unlink, missing_ok=True)
+            _open_work(work, stage.key)
+        ranks.wait()
+        run = _prepare_run(
+            student, teacher, plan, training, held, documents, work, place, ranks, teacher_store
+        )
+        peak = matmul_flops(place)
+        try:
+            run.train(tensorboard, training_flops(student, teacher), peak)
+        except MeasuredFailure as error:
+            kept = out.with_name(f"{out.name}-best")
+            if not (run.heldout and run.best_step) or kept.exists():
+                raise
+            _write(run, run.best_step, student, stage, kept, place, started, plan)
+            raise MeasuredFailure(
+                f"{error} The best weights so far (step {run.best_step}, held-out KL "
+                f"{run.heldout[run.best_step]}) are in {kept}."
+            ) from None
+        best = run.best_step
+        if best == 0:
+            run.warnings.append(
+                f"no step lowered the held-out KL of {run.heldout[0]}: the result is the student "
+                "as it was before training"
+            )
+        if best != plan.steps:
+            _write(run, plan.steps, student, stage, last, place, started, plan)
+        _write(run, best, student, stage, out, place, started, plan)
+        if ranks.writes:
+            shutil.rmtree(work)
+        ranks.wait()
+    del run
+    release_memory()
+    return open_checkpoint(out)
+
+
+def _check_tensorboard(folder: Path | None) -> None:
+    if folder is not None and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "TensorBoard's scalars need its package. Type: pip install 'tinier[train]'; or leave "
+            "--tensorboard out."
+        )
+
+
+def _open_work(work: Path, key: str) -> None:
+    """The folder of an unfinished run, emptied if it is another's."""
+    key_file = work / "key"
+    if not key_file.exists() or key_file.read_text(encoding="ascii") != key:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_atomically(key_file, key)
+
+
+def _prepare_run(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    plan: DistillPlan,
+    training: Tensor | None,
+    held: Tensor,
+    documents: Sequence[Document],
+    work: Path,
+    device: torch.device,
+    ranks: Ranks,
+    teacher_store: Path | None,
+) -> Trainer:
+    """Make what training starts from: quantized student, written text, teacher."""
+    quantized = None
+    if plan.quantize is not None:
+        folder = work / "quantized"
+        if not folder.exists():
+            quantize(
+                student, plan.quantize, folder, documents=documents, device=device.type,
+                targets=work / "targets",
+            )  # fmt: skip
+        quantized = open_model(folder)
+    if plan.generated:
+        written = _written(teacher, plan, work, device, ranks)
+        training = written if training is None else torch.cat((training, written))
+    assert training is not None
+    windows = {"training": training, "heldout": held}
+    pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
+    dtype = training_dtype(plan, device)
+    original: Teacher = LiveTeacher(
+        load_model(teacher, device), plan, dtype, tuple(theirs for _, theirs in pairs)
+    )
+    if plan.top_k is not None:
+        original = _stored(original, teacher, plan, windows, teacher_store or work, device, ranks)
+        release_memory()
+    torch.manual_seed(plan.seed)  # low-rank updates start at random
+    model, grids = load_student(student, plan, device, quantized, work / "targets")
+
+    def tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(_host(student, model, grids, state))
+
+    layers = tuple(mine for mine, _ in pairs)
+    return Trainer(model, original, plan, windows, layers, tensors, work, device, ranks)
+
+
+def _host(
+    student: Checkpoint, model: torch.nn.Module, grids: Grids | None, state: dict[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    return [(n, t.cpu().contiguous()) for n, t in export(student, model, grids, state)]
+
+
+def _written(
+    teacher: Checkpoint, plan: DistillPlan, work: Path, device: torch.device, ranks: Ranks
+) -> Tensor:
+    """Windows that the teacher writes, once."""
+    path = work / "written.json"
+    if not path.exists() and ranks.writes:
+        windows = written_windows(
+            teacher, plan.generated, plan.length, seed=plan.seed, device=device
+        )
+        write_atomically(path, json.dumps(windows.tolist()))
+        release_memory()
+    ranks.wait()
+    return torch.tensor(json.loads(path.read_text(encoding="ascii")))
+
+
+def _stored(
+    live: Teacher,
+    teacher: Checkpoint,
+    plan: DistillPlan,
+    windows: dict[str, Tensor],
+    store: Path,
+    device: torch.device,
+    ranks: Ranks,
+) -> StoredTeacher:
+    """The teacher's top-k on all windows, computed unless an earlier run left them."""
+    assert plan.top_k is not None
+    assert isinstance(live, LiveTeacher)
+    files = {}
+    for part, tokens in windows.items():
+        path = stored_path(store, teacher, tokens, plan.top_k)
+        if ranks.writes and not path.exists():
+            store_top_k(live, tokens, plan.top_k, path, plan.micro_batch, device)
+        files[part] = path
+    ranks.wait()
+    return StoredTeacher(files)
+
+
+def _write(
+    run: Trainer,
+    step: int,
+    student: Checkpoint,
+    stage: StagePlan,
+    out: Path,
+    device: torch.device,
+    started: float,
+    plan: DistillPlan,
+) -> None:
+    """Write the checkpoint of the weights after `step`; the writing process does, all must call."""
+    tensors = run.tensors(step)
+    if not tensors:
+        return
+    with atomic_folder(out, needed_bytes=stage.output_bytes) as partial:
+        writer = TensorWriter(partial)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close()
+        write_config(partial, stage.output_config)
+        copy_side_files(student, partial)
+        stage.manifest(
+            started=started,
+            device=device,
+            measures={
+                "loss": run.losses,
+                "heldout_kl": {str(done): kl for done, kl in run.heldout.items()},
+                "heldout_kl_before": run.heldout[0],
+                "heldout_kl_after": run.heldout[step],
+                "step": step,
+                "tokens_per_s": run.median_rate,
+                "all_tokens_per_s": [round(rate, 1) for rate in run.tokens_per_s],
+                "micro_batch": run.micro_batch,
+                "plan": asdict(plan),
+            },
+            warnings=run.warnings,
+        ).write(partial)

@@ -1,0 +1,258 @@
+"""What a distillation will do: every check that needs no weights, and its cost.
+
+Start at `plan_distill`. In: student, teacher, a `DistillPlan` and text. Out: a StagePlan, and the
+windows that it was made with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tinier.calibration import check_attention_window
+from tinier.checkpoint import Checkpoint, StagePlan, code_digest
+from tinier.distillation.losses import Kind
+from tinier.errors import InputError, SchemeError
+from tinier.families import check_length, check_same_vocabulary, geometry_of
+from tinier.quantization import QuantizePlan, plan_quantize
+from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+
+CODE = code_digest(
+    "numerics",
+    "schemes",
+    "checkpoint",
+    "families",
+    "text",
+    "kernels",
+    "quantization",
+    "distillation",
+)
+HELDOUT_WINDOWS = 16
+# a trained parameter: float32 weights and gradients and Adam's two moments
+_TRAINING_BYTES = 16
+# plain numbers, so that the plan can be written down; learned values beside them are what they are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillPlan:
+    steps: int = 100
+    """Optimizer steps."""
+    batch: int = 64
+    """Windows in one optimizer step (global batch, over all processes)."""
+    micro_batch: int = 4
+    """Windows that one process computes at once; gradients accumulate up to `batch`."""
+    length: int = 512
+    """Tokens in one window."""
+    lr: float = 7e-5
+    """Highest learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate of the last step; cosine in between."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up from 0."""
+    loss: Kind = "forward-kl"
+    """Divergence from the teacher's distribution."""
+    temperature: float = 1.0
+    """Softens both distributions; 1 is the models' own."""
+    ce_weight: float = 0.0
+    """Share of cross-entropy with the text in the loss; 1: hard distillation alone."""
+    hidden_weight: float = 0.0
+    """Weight of the hidden states' loss, which is added."""
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    """Measured between layers that belong together, each divided by the teacher's power."""
+    hidden_layers: tuple[tuple[int, int], ...] = ()
+    """Pairs (student's layer, teacher's); empty: from the layers that pruning kept, or even steps."""
+    train: Literal["all", "norms", "lora"] = "all"
+    """All parameters, only norms (and scales of a quantized student), or low-rank updates of the
+    linear layers that are merged at the end."""
+    lora_rank: int = 16
+    top_k: int | None = None
+    """Store the teacher's k most likely tokens once, and train from them without the teacher."""
+    generated: int = 0
+    """Windows that the teacher writes, in addition to those of the text."""
+    quantize: QuantizePlan | None = None
+    """Quantize the student first and train it on that grid."""
+    checkpointing: Literal["none", "selective", "full"] | None = None
+    """What is computed again in the backward pass: nothing, all but matrix products, or everything
+    inside a decoder layer. None: selective on a GPU, nothing on a CPU."""
+    compile: bool = False
+    """Compile the decoder layers (torch.compile): minutes of start, then faster steps on a GPU."""
+    precision: Literal["auto", "float32"] = "auto"
+    """`auto`: matrix products in bf16 where the device has it; weights and their update stay float32."""
+    eval_every: int | None = None
+    """Steps between two looks at the held-out text; None: ten times in all."""
+    seed: int = 0
+    """Order of the training windows."""
+    save_seconds: float = 300.0
+    """Training state is saved about this often."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "length", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(str(a) for a in allowed if a is not None)
+                raise InputError(f"{name}={getattr(self, name)!r}. Use one of {words}.")
+        if self.batch % self.micro_batch:
+            divisors = [d for d in range(1, self.batch + 1) if self.batch % d == 0]
+            raise InputError(
+                f"micro_batch={self.micro_batch} does not divide batch={self.batch}. "
+                f"Use one of {divisors}."
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise InputError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
+        if self.warmup_steps >= self.steps:
+            raise InputError(
+                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use fewer."
+            )
+        for name in ("seed", "hidden_weight", "generated"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)}. Use 0 or more.")
+        if self.temperature <= 0:
+            raise InputError(f"temperature={self.temperature}. Use more than 0.")
+        if not 0 <= self.ce_weight <= 1:
+            raise InputError(f"ce_weight={self.ce_weight}. Use a share between 0 and 1.")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise InputError(f"eval_every={self.eval_every}. Use 1 or more.")
+        if self.top_k is not None:
+            self._check_top_k(self.top_k)
+        if self.quantize is not None and self.train == "lora":
+            raise InputError(
+                "train='lora' and quantize do not go together. Use train='all' or 'norms'."
+            )
+
+    def _check_top_k(self, top_k: int) -> None:
+        if top_k < 1:
+            raise InputError(f"top_k={top_k}. Use 1 or more, such as 64.")
+        if self.loss != "forward-kl" or self.temperature != 1.0 or self.hidden_weight:
+            raise InputError(
+                "top_k stores probabilities at temperature 1 and no hidden states. Use it with "
+                "loss='forward-kl', temperature=1 and hidden_weight=0."
+            )
+
+    @property
+    def evaluations(self) -> int:
+        """Steps between two looks at the held-out text."""
+        return self.eval_every or max(1, self.steps // 10)
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "loss": ("forward-kl", "reverse-kl", "js"),
+    "hidden_loss": ("mse", "cosine"),
+    "train": ("all", "norms", "lora"),
+    "checkpointing": ("none", "selective", "full", None),
+    "precision": ("auto", "float32"),
+}
+
+
+def learning_rate(plan: DistillPlan, step: int) -> float:
+    """Learning rate of step 0, 1, …: linear warm-up, then cosine from `lr` to `min_lr`."""
+    if step < plan.warmup_steps:
+        return plan.lr * (step + 1) / plan.warmup_steps
+    done = (step - plan.warmup_steps) / max(1, plan.steps - 1 - plan.warmup_steps)
+    return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def plan_distill(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    plan: DistillPlan,
+    documents: Sequence[Document],
+    heldout: Sequence[Document],
+) -> StagePlan:
+    """What `distill` would do, after every check that needs no weights.
+
+    Raises SchemeError for a quantized model or a grid that does not fit, InputError for models of
+    different vocabularies or layers that do not pair, TextError for a text shorter than one window.
+    """
+    return prepare(student, teacher, plan, documents, heldout)[0]
+
+
+def prepare(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    plan: DistillPlan,
+    documents: Sequence[Document],
+    heldout: Sequence[Document],
+) -> tuple[StagePlan, Tensor | None, Tensor]:
+    """The stage, the text's training windows [n, length] (None: the teacher writes them all) and the
+    held-out ones."""
+    for role, checkpoint in (("student", student), ("teacher", teacher)):
+        if "quantization_config" in checkpoint.config:
+            raise SchemeError(
+                f"the {role} {checkpoint.folder} is quantized. Distil first, then quantize the "
+                "result; or train a 16-bit student on a grid: --quantize int4-gptq"
+            )
+    check_same_vocabulary(student, teacher)
+    for checkpoint in (student, teacher):
+        check_length(checkpoint, plan.length)
+        check_attention_window(checkpoint, plan.length)
+    pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
+    tokenizer = load_tokenizer(student)
+    if not documents and not plan.generated:
+        raise InputError("there is no text to train on. Give some, or let the teacher write it.")
+    training = None
+    if documents:
+        needed = plan.steps * plan.batch
+        training = token_windows(tokenizer, documents, length=plan.length, count=needed)
+    held = token_windows(tokenizer, heldout, length=plan.length, count=HELDOUT_WINDOWS)
+    parameters: dict[str, Any] = {k: v for k, v in asdict(plan).items() if k != "save_seconds"}
+    parameters |= {
+        "training_windows": plan.generated + (0 if training is None else len(training)),
+        "training_sha256": None if training is None else tensor_sha256(training),
+        "heldout_sha256": tensor_sha256(held),
+        "hidden_layers": [list(pair) for pair in pairs],
+    }
+    quantized = None
+    if plan.quantize is not None:
+        quantized = plan_quantize(student, plan.quantize, documents)
+        parameters["quantize"] = quantized.parameters
+    geometry = geometry_of(student)
+    stage = StagePlan(
+        stage="distill",
+        parameters=parameters,
+        inputs={"source": student, "teacher": teacher},
+        output_config=quantized.output_config if quantized else student.config,
+        output_bytes=quantized.output_bytes if quantized else student.disk_bytes,
+        memory_bytes=geometry.parameters * _TRAINING_BYTES + teacher.weight_bytes,
+        flops=training_flops(student, teacher) * plan.steps * plan.batch * plan.length,
+        code=CODE,
+    )
+    return stage, training, held
+
+
+def training_flops(student: Checkpoint, teacher: Checkpoint) -> float:
+    """Arithmetic of one token: 6 FLOP a parameter for the student, 2 for the teacher; attention's
+    scores and what checkpointing computes again are left out."""
+    return 6.0 * geometry_of(student).parameters + 2.0 * geometry_of(teacher).parameters
+
+
+def layer_pairs(
+    student: Checkpoint, teacher: Checkpoint, plan: DistillPlan
+) -> tuple[tuple[int, int], ...]:
+    """Which layers' outputs are compared: (student's, teacher's), counted from 0.
+
+    Raises InputError for layers that do not exist and for models of different width.
+    """
+    own, original = geometry_of(student), geometry_of(teacher)
+    if own.hidden != original.hidden:
+        raise InputError(
+            f"hidden states of width {own.hidden} and {original.hidden} cannot be compared. "
+            "Use hidden_weight=0 with a student that is pruned in its hidden size."
+        )
+    if plan.hidden_layers:
+        for mine, theirs in plan.hidden_layers:
+            if not (0 <= mine < own.layers and 0 <= theirs < original.layers):
+                raise InputError(
+                    f"layers {mine}:{theirs} do not exist: the student has 0 to {own.layers - 1}, "
+                    f"the teacher 0 to {original.layers - 1}."
+                )
+        return tuple(sorted(plan.hidden_layers))
+    dropped = student.manifest.measures.get("dropped_layers") if student.manifest else None
+    if dropped and len(dropped) + own.layers == original.layers:
+        kept = [i for i in range(original.layers) if i not in dropped]
+        return tuple(enumerate(kept))
+    ratio = original.layers / own.layers
+    return tuple((i, round((i + 1) * ratio) - 1) for i in range(own.layers))

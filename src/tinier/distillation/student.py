@@ -1,0 +1,255 @@
+"""The student as it is trained: which parameters move, how a forward pass runs, what is written.
+
+Start at `load_student`. Low-rank updates and fake quantization are torch parametrizations of the
+linear layers' weights, so the modules stay transformers' own.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+from transformers import AutoModelForCausalLM
+
+from tinier.checkpoint import Checkpoint, pack_linear, unpack_linear
+from tinier.distillation.losses import RowsLoss, chunked_loss, hidden_loss
+from tinier.distillation.plan import DistillPlan
+from tinier.families import HEAD_LINEAR, checkpoint_layout, geometry_of, layer_name
+from tinier.quantization import FakeWeight, fake_inputs, read_targets, trainable_weight
+from tinier.schemes import Scheme
+
+_ORIGINAL = "parametrizations.weight.original"
+_FIRST = "parametrizations.weight.0"
+# results of these are kept for the backward pass; the rest of a layer is cheap to compute again
+_KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+class LowRank(nn.Module):
+    """weight + up · down; a torch parametrization. LoRA, arXiv 2106.09685, with alpha = 2 · rank."""
+
+    def __init__(self, shape: torch.Size, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, shape[1], device=device))
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, device=device))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return merged(weight, self.up, self.down)
+
+
+def merged(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """weight [out, in] with its update, in the update's type."""
+    return weight + 2.0 * (up @ down)
+
+
+class Grids(NamedTuple):
+    """Where a quantized student came from."""
+
+    checkpoint: Checkpoint
+    """The student after post-training quantization"""
+    schemes: dict[str, Scheme]
+    """Of the linear layers inside decoder layers, by full name"""
+    input_scales: dict[str, Tensor | None]
+
+
+class Student(nn.Module):
+    """Student and loss in one module, so that sharding wraps the whole forward pass."""
+
+    def __init__(self, model: nn.Module, plan: DistillPlan, dtype: torch.dtype, mode: str) -> None:
+        super().__init__()
+        self.model = model
+        self._plan, self._dtype, self._mode = plan, dtype, mode
+
+    def forward(
+        self,
+        windows: Tensor,
+        loss: RowsLoss,
+        layers: tuple[int, ...] = (),
+        teacher_states: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """windows: [n, length]. layers: whose outputs are compared with `teacher_states`."""
+        device = windows.device.type
+        with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
+            hidden, states = hidden_states(self.model, windows, self._dtype, layers, self._mode)
+        flat = hidden.flatten(0, 1).to(self._dtype)
+        value = chunked_loss(flat, self.model.lm_head.weight, loss)  # type: ignore[arg-type,union-attr]
+        if teacher_states:
+            apart = hidden_loss(states, list(teacher_states), self._plan.hidden_loss)
+            value = value + self._plan.hidden_weight * apart
+        return value
+
+
+def hidden_states(
+    model: Any,
+    windows: Tensor,
+    dtype: torch.dtype,
+    layers: tuple[int, ...] = (),
+    mode: str = "none",
+) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [n, length, hidden] after the norm, and the outputs of `layers`.
+
+    mode: what the backward pass computes again, as in DistillPlan.checkpointing.
+    """
+    base = model.model
+    hidden = base.embed_tokens(windows).to(dtype)
+    positions = base.rotary_emb(hidden, torch.arange(windows.shape[1], device=windows.device)[None])
+    kept = []
+    for index, layer in enumerate(base.layers):
+        run = partial(layer, position_embeddings=positions)
+        if mode == "none" or not torch.is_grad_enabled():
+            hidden = run(hidden)
+        else:
+            contexts = _selective if mode == "selective" else noop_context_fn
+            hidden = checkpoint(run, hidden, use_reentrant=False, context_fn=contexts)
+        if index in layers:
+            kept.append(hidden)
+    return base.norm(hidden), kept
+
+
+def _selective() -> Any:
+    def policy(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        keep = op in _KEPT_OPS
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def load_model(source: Checkpoint, device: torch.device) -> Any:
+    """transformers' model in the types of the checkpoint, with nothing to train."""
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=source.dtype, local_files_only=True, trust_remote_code=False
+    )
+    return model.to(device).requires_grad_(False)
+
+
+def load_student(
+    source: Checkpoint, plan: DistillPlan, device: torch.device, quantized: Checkpoint | None,
+    targets: Path,
+) -> tuple[Any, Grids | None]:  # fmt: skip
+    """The model with its trained parameters in float32; with `quantized`, rounded to that one's grid.
+
+    targets: where `quantize` kept the weights that the codes stand for.
+    """
+    model = load_model(source, device)
+    grids = _install_grids(model, quantized, targets, device) if quantized else None
+    if plan.train == "lora":
+        for index in range(geometry_of(source).layers):
+            for name in geometry_of(source).linears:
+                linear = model.get_submodule(f"{layer_name(index)}.{name}")
+                update = LowRank(linear.weight.shape, plan.lora_rank, device)
+                parametrize.register_parametrization(linear, "weight", update, unsafe=True)
+    for name, parameter in model.named_parameters():
+        if _is_trained(name, plan):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_()
+    return model, grids
+
+
+def _is_trained(name: str, plan: DistillPlan) -> bool:
+    if plan.train == "lora":
+        return name.endswith((f"{_FIRST}.up", f"{_FIRST}.down"))
+    is_norm = name.endswith("norm.weight") or name.endswith(f"{_FIRST}.stretch")
+    if plan.train == "norms" or is_norm:
+        return is_norm
+    # on a grid the embeddings and the head stay the teacher's (QAD trains what was rounded)
+    return plan.quantize is None or ".layers." in name
+
+
+def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: torch.device) -> Grids:
+    """Give the linear layers the weights and grids of a quantized checkpoint, to be trained on."""
+    layout = checkpoint_layout(quantized)
+    assert layout is not None
+    schemes = {name: s for name, s in layout.schemes.items() if name != HEAD_LINEAR}
+    input_scales: dict[str, Tensor | None] = {}
+    with quantized.reader(device) as read:
+        for name in quantized.tensors:  # norms and biases that equalization changed
+            if name in dict(model.named_parameters()):
+                model.get_parameter(name).data = read(name)
+        for index in range(geometry_of(quantized).layers):
+            prefix = layer_name(index)
+            here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}
+            kept = read_targets(targets, index) if here else {}
+            for name, scheme in here.items():
+
+                def stored(part: str, name: str = name) -> Tensor | None:
+                    full = f"{name}.{part}"
+                    return read(full) if full in quantized.tensors else None
+
+                codes, input_scale = unpack_linear(stored, scheme)
+                linear = model.get_submodule(name)
+                target = kept[name.removeprefix(f"{prefix}.")].to(device)
+                linear.weight.data = trainable_weight(target, codes, scheme.weights)
+                fake = FakeWeight(codes, scheme.weights)
+                parametrize.register_parametrization(linear, "weight", fake, unsafe=True)
+                input_scales[name] = input_scale
+                if scheme.activations is not None:
+                    linear.register_forward_pre_hook(_rounding(scheme, input_scale))
+    return Grids(quantized, schemes, input_scales)
+
+
+def _rounding(scheme: Scheme, input_scale: Tensor | None) -> Callable[..., tuple[Tensor]]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        assert scheme.activations is not None
+        return (fake_inputs(inputs[0], scheme.activations, input_scale),)
+
+    return hook
+
+
+def export(
+    source: Checkpoint, model: Any, grids: Grids | None, state: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the checkpoint to write, by name: the student's, in its types; never the teacher's.
+
+    state: the whole parameters of `model` by name; empty: as they were before training.
+    """
+    origin = grids.checkpoint if grids else source
+    written: set[str] = set()
+    with origin.reader() as read:
+        for name in origin.tensors:
+            linear = name.rpartition(".")[0]
+            if state and grids and linear in grids.schemes and not name.endswith(".bias"):
+                if linear not in written:
+                    written.add(linear)
+                    yield from _quantized_tensors(linear, model, grids, state)
+                continue
+            stored = read(name)
+            trained = _trained(name, state)
+            # older checkpoints carry buffers that the model no longer has; a tied head that is
+            # stored all the same shares memory, which safetensors does not write
+            yield name, stored if trained is None else trained.to(stored.dtype, copy=True)
+
+
+def _quantized_tensors(
+    linear: str, model: Any, grids: Grids, state: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    fake = model.get_submodule(linear).parametrizations.weight[0]
+    codes = fake.harden(state[f"{linear}.{_ORIGINAL}"], state.get(f"{linear}.{_FIRST}.stretch"))
+    parts = pack_linear(codes, grids.schemes[linear], grids.input_scales[linear])
+    for part, tensor in parts.items():
+        yield f"{linear}.{part}", tensor
+
+
+def _trained(name: str, state: dict[str, Tensor]) -> Tensor | None:
+    """The value of a stored tensor after training; None for what the model does not have."""
+    linear = name.removesuffix(".weight")
+    if f"{linear}.{_FIRST}.up" in state:
+        up, down = state[f"{linear}.{_FIRST}.up"], state[f"{linear}.{_FIRST}.down"]
+        return merged(state[f"{linear}.{_ORIGINAL}"], up, down)
+    if name == f"{HEAD_LINEAR}.weight" and name not in state:
+        return state.get("model.embed_tokens.weight")
+    return state.get(name)

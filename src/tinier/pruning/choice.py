@@ -1,0 +1,239 @@
+"""Which parts go: layers by one of five methods, widths by importance, sizes by a target.
+
+Start at `choose`. For a target, sizes are enumerated; how much divergence each dimension costs is
+measured on four cuts, which predicts the cost of the others; the most promising ones are measured.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from tinier.checkpoint import Checkpoint
+from tinier.errors import MeasuredFailure
+from tinier.families import Geometry, geometry_of
+from tinier.progress import say
+from tinier.pruning.cut import Cut, Sizes
+from tinier.pruning.importance import Importance, cut_to, measure_importance
+from tinier.pruning.latency import StepTime
+from tinier.pruning.plan import (
+    PrunePlan,
+    Target,
+    hidden_step,
+    parse_target,
+    resized,
+    wanted_sizes,
+)
+from tinier.pruning.trial import divergences
+
+# tokens of a trial: enough to tell cuts apart that differ by a few per cent
+_TRIAL_TOKENS = 4096
+# divergence grows faster than the share that is removed
+_POWER = 1.5
+# a target is met from below, by at most this much of it
+_SLACK = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    cut: Cut
+    importance: Importance | None
+    trials: list[dict[str, object]]
+    """What was measured: sizes or dropped layers, and divergence in nats per token"""
+
+
+def choose(
+    source: Checkpoint, plan: PrunePlan, windows: Tensor | None, device: torch.device
+) -> list[Choice]:
+    """The cuts that fit the plan, best first; several only where a target left the sizes open."""
+    geometry = geometry_of(source)
+    if windows is None:
+        sizes = wanted_sizes(source, plan)
+        dropped = plan.drop_layers or tuple(range(sizes.layers, geometry.layers))
+        return [Choice(cut_to(geometry, sizes, _kept(geometry, dropped), None), None, [])]
+    importance = measure_importance(source, windows, device=device)
+    trial = windows[: max(1, _TRIAL_TOKENS // windows.shape[1])]
+    if plan.target is not None:
+        return _for_target(source, plan, importance, trial, device)
+    sizes = wanted_sizes(source, plan)
+    dropped, trials = plan.drop_layers, list[dict[str, object]]()
+    if not dropped and sizes.layers < geometry.layers:
+        count = geometry.layers - sizes.layers
+        dropped, trials = choose_layers(source, plan, count, importance, trial, device)
+    cut = cut_to(geometry, sizes, _kept(geometry, dropped), importance)
+    return [Choice(cut, importance, trials)]
+
+
+def choose_layers(
+    source: Checkpoint,
+    plan: PrunePlan,
+    count: int,
+    importance: Importance,
+    windows: Tensor,
+    device: torch.device,
+) -> tuple[tuple[int, ...], list[dict[str, object]]]:
+    """The `count` layers to drop, and the trials that decided."""
+    geometry = geometry_of(source)
+    total = geometry.layers
+    if plan.method == "last":
+        return tuple(range(total - count, total)), []
+    if plan.method == "influence":
+        return importance.least_influential(count), []
+    if plan.method == "angular":
+        return importance.nearest_block(count), []
+
+    def cost(candidates: list[tuple[int, ...]]) -> list[float]:
+        cuts = [Cut(layers=_kept(geometry, dropped)) for dropped in candidates]
+        return divergences(source, windows, cuts, device)
+
+    trials: list[dict[str, object]] = []
+    if plan.method == "loss":
+        windows_of_layers = [tuple(range(s, s + count)) for s in range(total - count + 1)]
+        candidates = list(dict.fromkeys([*windows_of_layers, importance.least_influential(count)]))
+        found = cost(candidates)
+        for dropped, kl in zip(candidates, found, strict=True):
+            trials.append({"dropped": list(dropped), "kl": round(kl, 5)})
+        return candidates[found.index(min(found))], trials
+    gone: tuple[int, ...] = ()
+    for _ in range(count):
+        candidates = [tuple(sorted((*gone, i))) for i in range(total) if i not in gone]
+        found = cost(candidates)
+        gone = candidates[found.index(min(found))]
+        trials.append({"dropped": list(gone), "kl": round(min(found), 5)})
+    return gone, trials
+
+
+def _kept(geometry: Geometry, dropped: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(layer for layer in range(geometry.layers) if layer not in dropped)
+
+
+def _for_target(
+    source: Checkpoint,
+    plan: PrunePlan,
+    importance: Importance,
+    windows: Tensor,
+    device: torch.device,
+) -> list[Choice]:
+    """The candidates for a target, by measured divergence."""
+    assert plan.target is not None
+    geometry = geometry_of(source)
+    target = parse_target(plan.target)
+    dropped_by_count: dict[int, tuple[int, ...]] = {}
+
+    def cut(sizes: Sizes) -> Cut:
+        count = geometry.layers - sizes.layers
+        if count not in dropped_by_count:
+            # of the methods that need no trial of their own
+            method = plan.method if plan.method in ("angular", "last") else "influence"
+            quick = replace(plan, method=method)
+            dropped_by_count[count] = (
+                choose_layers(source, quick, count, importance, windows, device)[0] if count else ()
+            )
+        return cut_to(geometry, sizes, _kept(geometry, dropped_by_count[count]), importance)
+
+    predict = _predictor(source, plan, windows, cut, device)
+    cost = _cost(source, target, device)
+    within = [
+        s
+        for s in _enumerate(geometry, plan)
+        if (1 - _SLACK) * target.value <= cost(s) <= target.value
+    ]
+    if not within:
+        raise MeasuredFailure(
+            f"no sizes between half of the model and all of it come within {_SLACK:.0%} below the target "
+            f"{plan.target}. The smallest has {_smallest(geometry, plan, cost):.4g} {target.kind}; use "
+            "--shrink both, a smaller --align, or another target."
+        )  # fmt: skip
+    finalists = sorted(within, key=predict)[: plan.candidates]
+    say(f"target {plan.target}: {len(within)} sizes fit, {len(finalists)} are measured")
+    cuts = [cut(sizes) for sizes in finalists]
+    found = divergences(source, windows, cuts, device)
+    trials: list[dict[str, object]] = [
+        asdict(sizes) | {"kl": round(kl, 5), target.kind: round(cost(sizes), 3)}
+        for sizes, kl in zip(finalists, found, strict=True)
+    ]
+    order = sorted(range(len(cuts)), key=lambda i: found[i])
+    return [Choice(cuts[i], importance, [trials[j] for j in order]) for i in order]
+
+
+def _enumerate(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
+    """Every choice of sizes down to half of each."""
+
+    def multiples(total: int, step: int) -> list[int]:
+        return [n for n in range(step, total, step) if 2 * n >= total] + [total]
+
+    width, depth = plan.shrink != "depth", plan.shrink != "width"
+    layers = range((geometry.layers + 1) // 2, geometry.layers + 1)
+    groups = range((geometry.kv_heads + 1) // 2, geometry.kv_heads + 1)
+    per_group = geometry.heads // geometry.kv_heads
+    for count, kv_heads in product(
+        layers if depth else [geometry.layers], groups if width else [geometry.kv_heads]
+    ):
+        heads = per_group * kv_heads
+        step = hidden_step(geometry, heads, plan.align)
+        for hidden, intermediate in product(
+            multiples(geometry.hidden, step) if width else [geometry.hidden],
+            multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
+        ):
+            if geometry.hidden_in_heads and hidden % heads:
+                continue
+            yield Sizes(
+                layers=count,
+                hidden=hidden,
+                intermediate=intermediate,
+                heads=heads,
+                kv_heads=kv_heads,
+            )
+
+
+def _predictor(
+    source: Checkpoint,
+    plan: PrunePlan,
+    windows: Tensor,
+    cut: Callable[[Sizes], Cut],
+    device: torch.device,
+) -> Callable[[Sizes], float]:
+    """A function that estimates the divergence of sizes: each dimension's, measured on one cut, grown
+    with the share that is removed, and added up."""
+    geometry = geometry_of(source)
+    whole = Sizes.of(geometry)
+    possible = list(_enumerate(geometry, plan))
+
+    def share(name: str, sizes: Sizes) -> float:
+        return 1 - float(getattr(sizes, name)) / float(getattr(whole, name))
+
+    # the cut of each dimension that comes nearest to a quarter of it and touches the others least
+    probes: dict[str, Sizes] = {}
+    for name in ("layers", "intermediate", "kv_heads", "hidden"):
+        touching = [sizes for sizes in possible if share(name, sizes) > 0]
+        others = [n for n in asdict(whole) if n not in (name, "heads")]
+        if touching:
+            probes[name] = min(
+                touching,
+                key=lambda s: (sum(share(n, s) for n in others), abs(share(name, s) - 0.25)),
+            )
+    found = divergences(source, windows, [cut(sizes) for sizes in probes.values()], device)
+    costs: dict[str, float] = {}
+
+    def predict(sizes: Sizes) -> float:
+        return sum((cost * share(name, sizes) ** _POWER for name, cost in costs.items()), 0.0)
+
+    for (name, sizes), kl in zip(probes.items(), found, strict=True):
+        # a hidden size may be possible with fewer heads only: their part is known by then
+        costs[name] = max(0.0, kl - predict(sizes)) / share(name, sizes) ** _POWER
+    return predict
+
+
+def _cost(source: Checkpoint, target: Target, device: torch.device) -> Callable[[Sizes], float]:
+    """What sizes cost in the target's unit."""
+    geometry = geometry_of(source)
+    if target.kind == "milliseconds":
+        return StepTime(source, device)
+    size = 1 if target.kind == "parameters" else source.dtype.itemsize
+    return lambda sizes: float(resized(geometry, sizes).parameters * size)
+
+
+def _smallest(geometry: Geometry, plan: PrunePlan, cost: Callable[[Sizes], float]) -> float:
+    return min(cost(sizes) for sizes in _enumerate(geometry, plan))

@@ -1,0 +1,156 @@
+"""What is left of a model: which layers, channels, neurons and heads; and how tensors are cut to it.
+
+Start at `Cut`. The same sizes in every layer, so that the result is a plain model of its architecture;
+which neurons and heads they are is each layer's own. Minitron, arXiv 2407.14679.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinier.families import EMBEDDING, FINAL_NORM, HEAD, Geometry
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# entries of config.json that have one element per layer
+_PER_LAYER_KEYS = ("layer_types",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The sizes of a decoder that pruning can change."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> "Sizes":
+        return cls(
+            layers=geometry.layers,
+            hidden=geometry.hidden,
+            intermediate=geometry.intermediate,
+            heads=geometry.heads,
+            kv_heads=geometry.kv_heads,
+        )
+
+    @property
+    def label(self) -> str:
+        """Such as `23 layers, hidden 576, intermediate 1536, 9 heads, 3 KV heads`."""
+        return (
+            f"{self.layers} layers, hidden {self.hidden}, intermediate {self.intermediate}, "
+            f"{self.heads} heads, {self.kv_heads} KV heads"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What is kept. Indices are in order; None keeps all."""
+
+    layers: tuple[int, ...]
+    hidden: Tensor | None = None
+    """[kept] channels of the residual stream"""
+    neurons: dict[int, Tensor] | None = None
+    """[kept] of the MLP, by layer of the source"""
+    heads: dict[int, Tensor] | None = None
+    """[kept] query heads, by layer"""
+    kv_heads: dict[int, Tensor] | None = None
+
+    def sizes(self, geometry: Geometry) -> Sizes:
+        """The sizes of what is left."""
+        first = self.layers[0]
+        return Sizes(
+            layers=len(self.layers),
+            hidden=geometry.hidden if self.hidden is None else len(self.hidden),
+            intermediate=geometry.intermediate if not self.neurons else len(self.neurons[first]),
+            heads=geometry.heads if not self.heads else len(self.heads[first]),
+            kv_heads=geometry.kv_heads if not self.kv_heads else len(self.kv_heads[first]),
+        )
+
+    def renamed(self, name: str) -> str | None:
+        """What a tensor of the source is called in the result; None for those of a dropped layer."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return name
+        layer = int(match[1])
+        if layer not in self.layers:
+            return None
+        return f"model.layers.{self.layers.index(layer)}.{match[2]}"
+
+    def tensor(self, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
+        """A tensor of the source, cut. name: its full name there."""
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return self._edge(name, tensor)
+        return self.layer_tensor(int(match[1]), match[2], tensor, geometry)
+
+    def layer_tensor(self, layer: int, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
+        """A tensor of a decoder layer, cut. name: inside the layer."""
+        if name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            return self._norm(tensor)
+        linear, _, part = name.rpartition(".")
+        rows = columns = None
+        if linear in ("self_attn.q_proj", "self_attn.o_proj") and self.heads:
+            rows = _expand(self.heads[layer], geometry.head_dim)
+        elif linear in ("self_attn.k_proj", "self_attn.v_proj") and self.kv_heads:
+            rows = _expand(self.kv_heads[layer], geometry.head_dim)
+        elif linear in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") and self.neurons:
+            rows = self.neurons[layer]
+        if linear not in geometry.linears:  # norms inside attention: one entry per head channel
+            return tensor
+        columns = self.hidden
+        if linear in ("self_attn.o_proj", "mlp.down_proj"):
+            rows, columns = columns, rows
+        tensor = _take(tensor, 0, rows)
+        return tensor if part == "bias" else _take(tensor, 1, columns)
+
+    def config(self, config: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
+        """config.json of the result."""
+        sizes, before = self.sizes(geometry), Sizes.of(geometry)
+        pruned = config | {"num_hidden_layers": sizes.layers}
+        for key in _PER_LAYER_KEYS:
+            if config.get(key):
+                pruned[key] = [config[key][layer] for layer in self.layers]
+        if config.get("max_window_layers") is not None:  # Qwen: full attention up to this layer
+            boundary = config["max_window_layers"]
+            below = sum(layer < boundary for layer in range(before.layers))
+            kept = sum(layer < boundary for layer in self.layers)
+            pruned["max_window_layers"] = boundary - below + kept
+        if sizes.intermediate != before.intermediate:
+            pruned["intermediate_size"] = sizes.intermediate
+        if (sizes.heads, sizes.kv_heads) != (before.heads, before.kv_heads):
+            pruned |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
+        if sizes.hidden != before.hidden:
+            pruned["hidden_size"] = sizes.hidden
+            pruned["rms_norm_eps"] = geometry.norm_eps * before.hidden / sizes.hidden
+        if (sizes.hidden, sizes.heads) != (before.hidden, before.heads):
+            pruned["head_dim"] = geometry.head_dim  # no longer hidden / heads
+        return pruned
+
+    def _edge(self, name: str, tensor: Tensor) -> Tensor:
+        if name in (EMBEDDING, HEAD):
+            return _take(tensor, 1, self.hidden)
+        return self._norm(tensor) if name == FINAL_NORM else tensor
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """A norm over fewer channels divides by the root of another mean: as if those that are gone
+        had been zero, it is larger by the root of the ratio of their numbers, and the weight makes up
+        for it (the norm's epsilon in `config` likewise)."""
+        if self.hidden is None:
+            return weight
+        factor = (len(weight) / len(self.hidden)) ** 0.5
+        scaled: Tensor = _take(weight, 0, self.hidden).float() * factor
+        return scaled.to(weight.dtype)
+
+
+def _expand(heads: Tensor, head_dim: int) -> Tensor:
+    """Channels [kept · head_dim] of some heads."""
+    return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _take(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(dim, index.to(tensor.device))

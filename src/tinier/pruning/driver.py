@@ -1,0 +1,141 @@
+"""Prune a checkpoint: folder in, folder out. Start at `prune`.
+
+Layers, channels of the residual stream, neurons and attention heads are removed; what is left is a
+plain model of the same architecture, in standard format, which needs nothing of ours to load.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinier.checkpoint import (
+    Checkpoint,
+    StagePlan,
+    TensorWriter,
+    atomic_folder,
+    check_output,
+    copy_side_files,
+    open_checkpoint,
+    write_config,
+)
+from tinier.device import pick_device, reset_peak_memory
+from tinier.families import geometry_of
+from tinier.progress import bar, say
+from tinier.pruning.choice import Choice, choose
+from tinier.pruning.cut import Cut
+from tinier.pruning.importance import measure_importance
+from tinier.pruning.plan import PrunePlan, calibration_windows, prepare
+from tinier.pruning.trial import divergences
+from tinier.text import Document
+
+
+def prune(
+    source: Checkpoint,
+    plan: PrunePlan,
+    out: Path,
+    *,
+    documents: Sequence[Document] = (),
+    device: str = "auto",
+) -> Checkpoint:
+    """Write `source` without some of its parts to the new folder `out`; returns it opened.
+
+    documents: calibration text, needed where the plan leaves something to be measured. Raises
+    InputError, SchemeError, TextError or OutputError before any work, and MeasuredFailure where no
+    sizes fit a target.
+    """
+    started = time.monotonic()
+    check_output(out)
+    stage, windows = prepare(source, plan, documents)
+    place = pick_device(device)
+    reset_peak_memory(place)
+    choice = choose(source, plan, windows, place)[0]
+    warnings = _warnings(source, plan, choice, documents, place)
+    return write_pruned(source, plan, stage, choice, out, warnings, place, started)
+
+
+def write_pruned(
+    source: Checkpoint,
+    plan: PrunePlan,
+    stage: StagePlan,
+    choice: Choice,
+    out: Path,
+    warnings: list[str],
+    device: torch.device,
+    started: float,
+) -> Checkpoint:
+    """Write one choice to the new folder `out`."""
+    geometry, cut = geometry_of(source), choice.cut
+    influence: list[float] = []
+    if choice.importance is not None:
+        influence = choice.importance.influence.tolist()
+    with atomic_folder(out, needed_bytes=stage.output_bytes) as partial:
+        writer = TensorWriter(partial)
+        with source.reader() as read, bar("prune", len(source.tensors)) as advance:
+            for name in source.tensors:
+                renamed = cut.renamed(name)
+                if renamed is not None:
+                    writer.add(renamed, cut.tensor(name, read(name), geometry))
+                advance(1)
+            writer.close()
+        write_config(partial, cut.config(source.config, geometry))
+        copy_side_files(source, partial)
+        stage.manifest(
+            started=started,
+            device=device,
+            layers={str(i): {"block_influence": round(s, 6)} for i, s in enumerate(influence)},
+            measures={
+                "dropped_layers": [i for i in range(geometry.layers) if i not in cut.layers],
+                "sizes": asdict(cut.sizes(geometry)),
+                "trials": choice.trials,
+                "plan": asdict(plan),
+            },
+            warnings=warnings,
+        ).write(partial)
+    return open_checkpoint(out)
+
+
+def _warnings(
+    source: Checkpoint,
+    plan: PrunePlan,
+    choice: Choice,
+    documents: Sequence[Document],
+    device: torch.device,
+) -> list[str]:
+    """What is dangerous about the layers that go, and what measurement says instead."""
+    total = geometry_of(source).layers
+    dropped = tuple(i for i in range(total) if i not in choice.cut.layers)
+    warnings = []
+    critical = sorted({0, 1, total - 1} & set(dropped))
+    if critical:
+        warnings.append(
+            f"dropped layers {critical}: without the first two or the last, models break"
+        )
+    if 2 * len(dropped) >= total:
+        warnings.append(f"dropped {len(dropped)} of {total} layers: half or more rarely recovers")
+    if warnings and plan.drop_layers and documents:
+        windows = calibration_windows(source, plan, documents)
+        warnings.append(_instead(source, dropped, windows, device))
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return warnings
+
+
+def _instead(
+    source: Checkpoint, dropped: tuple[int, ...], windows: Tensor, device: torch.device
+) -> str:
+    """What the layers that were asked for cost, and what as many others would."""
+    total = geometry_of(source).layers
+    importance = measure_importance(source, windows, device=device)
+    other = importance.least_influential(len(dropped))
+    cuts = [
+        Cut(layers=tuple(i for i in range(total) if i not in gone)) for gone in (dropped, other)
+    ]
+    asked, better = divergences(source, windows, cuts, device)
+    return (
+        f"measured on calibration text, dropping {list(dropped)} costs a divergence of {asked:.2f} "
+        f"nats per token, dropping {list(other)} {better:.2f}"
+    )

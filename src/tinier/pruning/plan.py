@@ -1,0 +1,278 @@
+"""What a pruning will do: every check that needs no weights, and its cost.
+
+Start at `plan_prune`. Sizes are given one by one, or a target that they are to be chosen for; which
+layers, channels, neurons and heads go is measured in either case, unless the layers are named.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from tinier.calibration import check_attention_window
+from tinier.checkpoint import SHARD_BYTES, Checkpoint, StagePlan, code_digest
+from tinier.errors import InputError, SchemeError
+from tinier.families import Geometry, check_length, geometry_of
+from tinier.pruning.cut import Cut, Sizes
+from tinier.pruning.importance import cut_to
+from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+
+CODE = code_digest("checkpoint", "families", "text", "calibration", "pruning")
+Method = Literal["influence", "angular", "loss", "greedy", "last"]
+METHODS: tuple[Method, ...] = ("influence", "angular", "loss", "greedy", "last")
+_UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1.0}
+
+
+class Target(NamedTuple):
+    value: float
+    kind: Literal["parameters", "bytes", "milliseconds"]
+    """Parameters, bytes of all weights, or the time of one decode step at batch 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunePlan:
+    drop_layers: tuple[int, ...] = ()
+    """Layers to remove, counted from 0."""
+    layers: int | str | None = None
+    """How many layers to remove, or a share such as `25%`; which ones, `method` decides."""
+    method: Method = "loss"
+    """`influence`: the layers that turn their inputs least (block influence); `angular`: the layers in
+    a row between whose ends the states turn least; `loss`: the better of the layers in a row and those
+    of least influence, by the divergence after removal, which is measured; `greedy`: one after the
+    other, each time the one whose removal costs least divergence; `last`: the last ones."""
+    hidden: int | str | None = None
+    """Hidden channels to keep, or a share to remove."""
+    intermediate: int | str | None = None
+    """Neurons of the MLP to keep, or a share to remove."""
+    heads: int | None = None
+    """Query heads to keep; as many in each KV group."""
+    kv_heads: int | None = None
+    """KV heads to keep, each with its query heads."""
+    target: str | None = None
+    """Sizes to be chosen: at most so many parameters (`2.4B`, `100M`), bytes of weights (`5GB`,
+    `200MB`), or milliseconds of a decode step on this device (`8ms`)."""
+    shrink: Literal["depth", "width", "both"] = "both"
+    """Which sizes a target may change."""
+    align: int = 64
+    """Channels and neurons are kept in multiples of this, for matrix units."""
+    candidates: int = 8
+    """Choices of sizes that are measured for a target."""
+    sequences: int = 16
+    """Calibration windows."""
+    length: int = 512
+    """Tokens in one calibration window."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether something is chosen by looking at calibration text."""
+        wide = (self.hidden, self.intermediate, self.heads, self.kv_heads, self.target)
+        by_layer = self.layers is not None and self.method != "last"
+        return by_layer or any(value is not None for value in wide)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from `21-27`, `3,5,7` or both mixed. Raises InputError."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise InputError(
+                f"layers {text!r}: {part!r} is no number or range. Use 21-27 or 3,5,7."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"layers {text!r}: {part!r} runs backwards. Use {last}-{first}.")
+        numbers += range(first, last + 1)
+    return tuple(sorted(set(numbers)))
+
+
+def parse_target(text: str) -> Target:
+    """A number of parameters, bytes or milliseconds. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(M|B|MB|GB|ms)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise InputError(
+            f"target {text!r} is not understood. Use parameters (100M, 2.4B), bytes of weights "
+            "(200MB, 5GB) or a decode step (8ms)."
+        )
+    kind: Literal["parameters", "bytes", "milliseconds"] = "parameters"
+    if match[2] in ("MB", "GB"):
+        kind = "bytes"
+    elif match[2] == "ms":
+        kind = "milliseconds"
+    return Target(float(match[1]) * _UNITS[match[2]], kind)
+
+
+def plan_prune(
+    source: Checkpoint, plan: PrunePlan, documents: Sequence[Document] = ()
+) -> StagePlan:
+    """What `prune` would do, after every check that needs no weights.
+
+    Raises InputError: nothing to remove, a layer or size out of range, sizes that do not fit together;
+    SchemeError for a quantized source; TextError for a text that cannot be used.
+    """
+    return prepare(source, plan, documents)[0]
+
+
+def prepare(
+    source: Checkpoint, plan: PrunePlan, documents: Sequence[Document]
+) -> tuple[StagePlan, Tensor | None]:
+    """The stage and the calibration windows [n, length]; None where nothing is measured."""
+    if "quantization_config" in source.config:
+        raise SchemeError(f"{source.folder} is quantized. Prune first, then quantize the result.")
+    geometry = geometry_of(source)
+    sizes = wanted_sizes(source, plan)
+    parameters: dict[str, Any] = asdict(plan) | {"drop_layers": list(plan.drop_layers)}
+    windows = None
+    if plan.measures:
+        check_length(source, plan.length)
+        check_attention_window(source, plan.length)
+        windows = calibration_windows(source, plan, documents)
+        # what is kept is an outcome; these decide it
+        parameters |= {"sequences": len(windows), "windows_sha256": tensor_sha256(windows)}
+    after = geometry if plan.target else resized(geometry, sizes)
+    tokens = 0 if windows is None else windows.numel()
+    passes = {"loss": geometry.layers, "greedy": geometry.layers**2 / 8}.get(plan.method, 1)
+    stage = StagePlan(
+        stage="prune",
+        parameters=parameters,
+        inputs={"source": source},
+        # which parts go may be open still, and changes nothing but sizes that stand here
+        output_config=_first_cut(geometry, sizes, plan).config(source.config, geometry),
+        output_bytes=source.disk_bytes
+        - (geometry.parameters - after.parameters) * source.dtype.itemsize,
+        memory_bytes=min(SHARD_BYTES, source.weight_bytes)
+        + 4 * geometry.layer_parameters
+        + 4 * tokens * geometry.hidden * (1 if passes == 1 else 32),
+        flops=2.0 * geometry.parameters * tokens * passes,
+        code=CODE,
+    )
+    return stage, windows
+
+
+def calibration_windows(
+    source: Checkpoint, plan: PrunePlan, documents: Sequence[Document]
+) -> Tensor:
+    return token_windows(
+        load_tokenizer(source), documents, length=plan.length, count=plan.sequences
+    )
+
+
+def resized(geometry: Geometry, sizes: Sizes) -> Geometry:
+    """The geometry with other sizes."""
+    return replace(geometry, **asdict(sizes))
+
+
+def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
+    """The sizes that are asked for; the source's where a target leaves them open.
+
+    Raises InputError for everything that does not fit.
+    """
+    geometry, name, itemsize = geometry_of(source), source.folder.name, source.dtype.itemsize
+    total = geometry.layers
+    if plan.method not in METHODS or plan.shrink not in ("depth", "width", "both"):
+        raise InputError(
+            f"method={plan.method!r}, shrink={plan.shrink!r}. Use a method of "
+            f"{', '.join(METHODS)}, and shrink depth, width or both."
+        )
+    explicit = (plan.layers, plan.hidden, plan.intermediate, plan.heads, plan.kv_heads)
+    if plan.target is not None:
+        if plan.drop_layers or any(value is not None for value in explicit):
+            raise InputError("a target chooses all sizes. Give --target, or the sizes.")
+        _check_target(geometry, parse_target(plan.target), itemsize)
+        return Sizes.of(geometry)
+    if plan.drop_layers and plan.layers is not None:
+        raise InputError("give either --drop-layers 21-27 (which) or --layers 25% (how many).")
+    if not plan.drop_layers and all(value is None for value in explicit):
+        raise InputError(
+            "nothing to remove. Give --drop-layers 21-27, --layers 25%, --hidden, --intermediate, "
+            "--heads, --kv-heads or --target 100M."
+        )
+    outside = [layer for layer in plan.drop_layers if not 0 <= layer < total]
+    if outside:
+        raise InputError(f"layers {outside} do not exist: {name} has layers 0 to {total - 1}.")
+    dropped = len(plan.drop_layers) if plan.drop_layers else _removed(plan.layers, total)
+    if dropped >= total:
+        raise InputError(
+            f"dropping {dropped} of {total} layers leaves none. Drop at most {total - 1}."
+        )
+    kv_heads = _heads(plan.kv_heads, geometry.kv_heads, 1, "KV heads")
+    grouped = geometry.heads // geometry.kv_heads * kv_heads
+    heads = _heads(plan.heads, grouped, kv_heads, "heads")
+    step = hidden_step(geometry, heads, plan.align)
+    return Sizes(
+        layers=total - dropped,
+        hidden=_channels(plan.hidden, geometry.hidden, step, "hidden"),
+        intermediate=_channels(
+            plan.intermediate, geometry.intermediate, plan.align, "intermediate"
+        ),
+        heads=heads,
+        kv_heads=kv_heads,
+    )
+
+
+def hidden_step(geometry: Geometry, heads: int, align: int) -> int:
+    """What the hidden size must be a multiple of, with so many heads."""
+    return math.lcm(align, heads) if geometry.hidden_in_heads else align
+
+
+def _removed(layers: int | str | None, total: int) -> int:
+    if layers is None:
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(layers))
+    if match is None or (not match[2] and "." in match[1]):
+        raise InputError(f"layers={layers!r} is no count and no share. Use 7 or 25%.")
+    # a share is rounded down: 25 % of 30 layers is 7
+    count = int(total * float(match[1]) / 100) if match[2] else int(match[1])
+    if count < 1:
+        raise InputError(f"layers={layers!r} of {total} layers drops none. Use a larger share.")
+    return count
+
+
+def _channels(wanted: int | str | None, total: int, align: int, name: str) -> int:
+    """How many are kept: as asked, or a share less in whole multiples of `align`."""
+    if wanted is None:
+        return total
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(wanted))
+    if share is not None:
+        kept = round(total * (1 - float(share[1]) / 100) / align) * align
+    elif str(wanted).isdigit():
+        kept = int(wanted)
+        if kept % align:
+            below = kept // align * align
+            raise InputError(
+                f"{name}={kept} is no multiple of {align}. Use {max(below, align)} or "
+                f"{below + align}, or another --align."
+            )
+    else:
+        raise InputError(f"{name}={wanted!r} is no size and no share. Use {total // 2} or 25%.")
+    if not 0 < kept <= total:
+        raise InputError(f"{name}={wanted!r} keeps {kept} of {total}. Keep {align} to {total}.")
+    return kept
+
+
+def _heads(wanted: int | None, total: int, multiple: int, name: str) -> int:
+    if wanted is None:
+        return total
+    allowed = range(multiple, total + 1, multiple)
+    if wanted not in allowed:
+        raise InputError(f"{name}={wanted}. Use one of {', '.join(map(str, allowed))}.")
+    return wanted
+
+
+def _check_target(geometry: Geometry, target: Target, itemsize: int) -> None:
+    size = {"parameters": 1, "bytes": itemsize}.get(target.kind)
+    if size and target.value >= geometry.parameters * size:
+        raise InputError(
+            f"the target of {target.value:.4g} {target.kind} is not below the model's "
+            f"{geometry.parameters * size:.4g}. Use a smaller one."
+        )
+
+
+def _first_cut(geometry: Geometry, sizes: Sizes, plan: PrunePlan) -> Cut:
+    """A cut of the right sizes, whichever parts it keeps."""
+    dropped = set(plan.drop_layers or range(sizes.layers, geometry.layers))
+    kept = tuple(layer for layer in range(geometry.layers) if layer not in dropped)
+    return cut_to(geometry, sizes, kept, None)

@@ -1,0 +1,95 @@
+"""Fake quantization: weights and inputs rounded to their grid while they train.
+
+Start at `FakeWeight`. It holds the scales of a quantized weight and makes the weight that the
+checkpoint will have from one that gradients can move. Gradients pass the rounding as if it were not
+there, and stop where the grid ends (straight-through, arXiv 1308.3432). Scales that are stored in the
+model's type are learned too; their gradient is LSQ's (arXiv 1902.08153, equation 3), which follows
+from the same rule. `harden` gives the codes: the very numbers that the last forward pass used.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tinier.kernels import round_activations
+from tinier.numerics import Quantized, dequantize, expand, in_blocks, step_size, storable_scale
+from tinier.quantization.scales import Fit, round_nearest, round_scaled
+from tinier.schemes import Grid
+
+# a weight that lies in the cell of another code is moved to just inside the cell of its own
+_EDGE = 0.49
+
+
+class FakeWeight(nn.Module):
+    """A weight [out, in] float32 to the one that its codes stand for; a torch parametrization."""
+
+    scale: Tensor
+    stretch: nn.Parameter | None
+    zero_point: Tensor | None
+    global_scale: Tensor | None
+
+    def __init__(self, start: Quantized, grid: Grid) -> None:
+        super().__init__()
+        self._grid = grid
+        self.register_buffer("scale", start.scale, persistent=False)
+        self.register_buffer("zero_point", start.zero_point, persistent=False)
+        self.register_buffer("global_scale", start.global_scale, persistent=False)
+        self.stretch = None
+        if grid.scale_format == "model":
+            # each scale is multiplied by one plus it
+            zeros = torch.zeros_like(start.scale, dtype=torch.float32)
+            self.stretch = nn.Parameter(zeros)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight: [out, in]. Returns the rounded weight, of the same shape, in float32."""
+        step = self._step()[:, None, :, None]
+        scaled = in_blocks(weight.float(), self.scale.shape) / step
+        zero = 0.0 if self.zero_point is None else self.zero_point.float()[:, None, :, None]
+        lowest, highest = self._grid.code_range
+        position = (scaled + zero).clamp(lowest, highest)
+        codes = position + (round_scaled(position.detach(), self._grid) - position).detach()
+        rounded: Tensor = ((codes - zero) * step).reshape(weight.shape)
+        return rounded
+
+    @torch.no_grad()
+    def harden(self, weight: Tensor, stretch: Tensor | None) -> Quantized:
+        """The codes and scales that `forward` computes with. weight, stretch: whole, where this
+        module's own are sharded."""
+        scale = self.scale
+        if stretch is not None:
+            stretch = stretch.to(scale.device)
+            scale = storable_scale(scale.float() * (1 + stretch), scale.dtype)
+        fit = Fit(scale, self.zero_point, self.global_scale)
+        return round_nearest(weight.to(scale.device), fit, self._grid)
+
+    def _step(self) -> Tensor:
+        """[R, C] float32: what a checkpoint's reader makes of the stored scale."""
+        if self.stretch is None:
+            return Fit(self.scale, self.zero_point, self.global_scale).step
+        wanted = self.scale.float() * (1 + self.stretch)
+        stored = storable_scale(wanted.detach(), self.scale.dtype).float()
+        return wanted + (stored - wanted).detach()
+
+
+@torch.no_grad()
+def trainable_weight(target: Tensor, quantized: Quantized, grid: Grid) -> Tensor:
+    """A float32 weight [out, in] that rounds to exactly the codes of `quantized`, and is otherwise as
+    near to `target` as it can be: where a weight stands in its cell decides which way it goes first.
+    """
+    fit = Fit(quantized.scale, quantized.zero_point, quantized.global_scale)
+    target = target.float()
+    if grid.kind == "int":
+        step = expand(step_size(quantized), target.shape)
+        codes = quantized.codes.float()
+        zero = 0.0
+        if quantized.zero_point is not None:
+            zero = expand(quantized.zero_point.float(), target.shape)  # type: ignore[assignment]
+        inside = codes + (target / step + zero - codes).clamp(-_EDGE, _EDGE)
+        return (inside - zero) * step
+    # the cells of a float grid are not alike: the weight, or the value of its code
+    same = round_nearest(target, fit, grid).codes.float() == quantized.codes.float()
+    return torch.where(same, target, dequantize(quantized, torch.float32))
+
+
+def fake_inputs(x: Tensor, activations: Grid, input_scale: Tensor | None) -> Tensor:
+    """A linear layer's inputs [..., in], rounded; gradients pass straight through."""
+    return x + (round_activations(x.detach(), activations, input_scale) - x).detach()
