@@ -229,7 +229,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "int4": Preset(
         scheme=Scheme(weights=_INT4),
-        algorithm=Algorithm(),
+        algorithm=Algorithm(scales="error"),
     ),
     "int4-awq": Preset(
         scheme=Scheme(weights=_INT4),
