@@ -34,7 +34,7 @@ from tinier.text import load_documents, load_part, load_tokenizer, token_windows
 
 MODEL = "smollm2-135m"
 LENGTH, MEASURED = 512, 32
-HEAL = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-3, min_lr=1e-4, eval_every=20)
+HEAL = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-3, min_lr=1e-4)
 # 25 % of the layers; as few parameters by width; and some of each
 PRUNED: dict[str, PrunePlan] = {
     "last": PrunePlan(layers="25%", method="last"),
@@ -46,7 +46,7 @@ PRUNED: dict[str, PrunePlan] = {
     "both": PrunePlan(layers=3, method="angular", intermediate=1216),
 }
 GRIDS = {"int4-gptq": 64, "int4-best": 64, "nvfp4": None}
-QAD = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-4, min_lr=1e-5, eval_every=20)
+QAD = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-4, min_lr=1e-5)
 
 
 class Bench:

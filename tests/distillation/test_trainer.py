@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICES
+from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.distillation import DistillPlan, distill, trainer
@@ -17,8 +21,10 @@ from tinier.errors import InputError, MeasuredFailure, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
+from tinier.text import load_tokenizer, token_windows
 
 Tiny = Callable[..., Checkpoint]
+ROOT = Path(__file__).parents[2]
 TEXT = [f"Line {i}: the sum of {i} and {i} is {2 * i}. " * 4 for i in range(60)]
 HELD = [f"Line {i}: the product of {i} and 2 is {2 * i}. " * 4 for i in range(60, 80)]
 PLAN = DistillPlan(
@@ -309,3 +315,176 @@ def test_bad_pairs(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="less than one window"):
         distill(student, teacher, PLAN, tmp_path / "out", documents=["a"], heldout=HELD)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "reverse-kl"},
+        {"loss": "js", "temperature": 2.0},
+        {"ce_weight": 0.1},
+        {"hidden_weight": 1.0},
+        {"hidden_weight": 1.0, "hidden_loss": "cosine", "hidden_layers": ((2, 3),)},
+        {"train": "norms"},
+        {"train": "lora"},
+        {"checkpointing": "full"},
+        {"checkpointing": "selective"},
+        {"top_k": 16},
+        {"generated": 8},
+    ],
+)
+def test_every_way_of_training_comes_nearer(
+    tiny: Tiny, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, steps=12, lr=1e-3, min_lr=1e-4, **options)
+    made = run(student, teacher, plan, tmp_path / "out")
+    assert measures(made)["heldout_kl_after"] < measures(made)["heldout_kl_before"]
+    before, after = (load_file(m.folder / "model.safetensors") for m in (student, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if options.get("train") == "norms":
+        assert changed
+        assert all(name.endswith("norm.weight") for name in changed)
+    if options.get("train") == "lora":
+        assert changed == {name for name in before if name.endswith("_proj.weight")}
+
+
+def test_checkpointing_changes_no_number(tiny: Tiny, tmp_path: Path) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, steps=3)
+    made = [
+        run(student, teacher, dataclasses.replace(plan, checkpointing=mode), tmp_path / mode)
+        for mode in ("none", "selective", "full")
+    ]
+    assert made[0].hash == made[1].hash == made[2].hash
+
+
+def test_hard_distillation_alone_is_next_token_training(tiny: Tiny, tmp_path: Path) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(
+        PLAN, ce_weight=1.0, steps=12, lr=3e-4, min_lr=1e-4, precision="float32"
+    )
+    made = run(student, teacher, plan, tmp_path / "out")
+    losses = measures(made)["loss"]
+    assert losses[-1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(student.folder)
+    windows = token_windows(load_tokenizer(student), TEXT, length=32, count=48)
+    batch = windows[_batch_indices(48, 0, plan)]
+    with torch.no_grad():
+        expected = model(batch, labels=batch).loss.item()
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_stored_probabilities_serve_another_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinier.distillation import driver
+
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, top_k=16)
+    store = tmp_path / "store"
+    first = distill(
+        student, teacher, plan, tmp_path / "one", documents=TEXT, heldout=HELD, device="cpu",
+        teacher_store=store,
+    )  # fmt: skip
+    assert len(list(store.iterdir())) == 2
+    monkeypatch.setattr(driver, "store_top_k", lambda *_: pytest.fail("computed again"))
+    again = distill(
+        student, teacher, dataclasses.replace(plan, eval_every=3), tmp_path / "two",
+        documents=TEXT, heldout=HELD, device="cpu", teacher_store=store,
+    )  # fmt: skip
+    assert measures(first)["loss"] == measures(again)["loss"]
+
+
+def test_layers_are_paired_as_pruning_left_them(tiny: Tiny, tmp_path: Path) -> None:
+    from tinier.distillation.plan import layer_pairs, parse_pairs
+
+    student, teacher = pair(tiny, tmp_path)
+    assert layer_pairs(student, teacher, PLAN) == ((0, 0), (1, 1), (2, 3))
+    other = tiny(name="other", num_hidden_layers=2)
+    assert layer_pairs(other, teacher, PLAN) == ((0, 1), (1, 3))
+    asked = dataclasses.replace(PLAN, hidden_layers=parse_pairs("1:2, 0:1"))
+    assert layer_pairs(other, teacher, asked) == ((0, 1), (1, 2))
+    with pytest.raises(InputError, match="layers 5:1 do not exist"):
+        layer_pairs(other, teacher, dataclasses.replace(PLAN, hidden_layers=((5, 1),)))
+    with pytest.raises(InputError, match="'5' is no pair"):
+        parse_pairs("5")
+    narrow = tiny(name="narrow", hidden_size=32)
+    with pytest.raises(InputError, match="width 32 and 64 cannot be compared"):
+        layer_pairs(narrow, teacher, PLAN)
+
+
+def test_tensorboard_has_the_scalars(tiny: Tiny, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    student, teacher = pair(tiny, tmp_path)
+    distill(
+        student, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu",
+        tensorboard=tmp_path / "board",
+    )  # fmt: skip
+    board = events.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    names = {"loss", "learning_rate", "tokens_per_s", "share_of_peak_flops", "heldout_kl"}
+    assert set(board.Tags()["scalars"]) == names
+    assert [e.step for e in board.Scalars("loss")] == list(range(1, 9))
+
+
+def test_the_result_never_contains_the_teacher(tiny: Tiny, tmp_path: Path) -> None:
+    student, teacher = pair(tiny, tmp_path)
+    made = run(student, teacher, PLAN, tmp_path / "out")
+    assert {n: i.shape for n, i in made.tensors.items()} == {
+        n: i.shape for n, i in student.tensors.items()
+    }
+    assert made.disk_bytes < 1.01 * student.disk_bytes + 4096
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tinier.distillation import DistillPlan, distill
+from tinier.families import open_model
+from tinier.quantization import QuantizePlan
+from tests.distillation.test_trainer import HELD, PLAN, TEXT
+import dataclasses, torch
+torch.set_num_threads(1)
+options = eval(sys.argv[4])
+plan = dataclasses.replace(PLAN, precision="float32", eval_every=2, **options)
+student, teacher, out = (Path(a) for a in sys.argv[1:4])
+distill(open_model(student), open_model(teacher), plan, out, documents=TEXT, heldout=HELD, device="cpu")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train": "lora"},
+        {"quantize": "QuantizePlan(preset='int4', group_size=32)"},
+        {"save_seconds": 0.0},
+    ],
+)
+def test_two_processes_train_as_one(tiny: Tiny, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The model sharded over two processes (FSDP2 over gloo): the same losses and weights."""
+    student, teacher = pair(tiny, tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = "{" + ", ".join(f"'{k}': {v if k != 'train' else repr(v)}" for k, v in options.items())
+    arguments = [str(script), str(student.folder), str(teacher.folder)]
+    alone = [sys.executable, *arguments, str(tmp_path / "one"), words + "}"]
+    pairwise = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        *arguments, str(tmp_path / "two"), words + "}",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+    for command in (alone, pairwise):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = open_model(tmp_path / "one"), open_model(tmp_path / "two")
+    assert measures(two)["loss"] == pytest.approx(measures(one)["loss"], rel=1e-4)
+    assert measures(two)["heldout_kl"] == pytest.approx(measures(one)["heldout_kl"], rel=1e-3)
+    before, after = (load_file(m.folder / "model.safetensors") for m in (one, two))
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        if tensor.dtype == torch.float32:
+            assert torch.allclose(tensor, after[name], atol=2e-4)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

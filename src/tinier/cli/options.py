@@ -1,7 +1,8 @@
 """The arguments that several verbs share."""
 
+import difflib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,3 +48,14 @@ LogLevel = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """The value, if it is allowed. Raises InputError, naming the nearest that is."""
+    from tinier.errors import InputError
+
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{option} {value!r} is not known. Use {', '.join(allowed)}.{hint}")
+    return value

@@ -15,14 +15,68 @@ def prune(
         typer.Option("--drop-layers", help="Layers to remove, from 0: 21-27, or 3,5,7."),
     ] = None,
     layers: Annotated[
+        str | None, typer.Option("--layers", help="How many to remove, or a share: 7, 25%.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="Which layers: influence, angular (in a row), loss (measured, in a row), greedy "
+            "(measured, one by one) or last.",
+        ),
+    ] = "angular",
+    hidden: Annotated[
+        str | None,
+        typer.Option("--hidden", help="Hidden channels to keep, or a share to remove: 2560, 25%."),
+    ] = None,
+    intermediate: Annotated[
+        str | None,
+        typer.Option("--intermediate", help="MLP neurons to keep, or a share to remove."),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="Query heads to keep, as many in each KV group.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option("--kv-heads", help="KV heads to keep, with their query heads.")
+    ] = None,
+    target: Annotated[
         str | None,
         typer.Option(
-            "--layers", help="How many to remove, or a share: 7, 25%. Chosen by block influence."
+            "--target",
+            help="Choose the sizes: at most 2.4B or 100M parameters, 5GB or 200MB of weights, or "
+            "8ms for a decode step on this device.",
         ),
     ] = None,
+    shrink: Annotated[
+        str, typer.Option("--shrink", help="What a target may change: depth, width or both.")
+    ] = "both",
+    align: Annotated[
+        int, typer.Option("--align", help="Keep channels and neurons in multiples of this.")
+    ] = 64,
+    candidates: Annotated[
+        int, typer.Option("--candidates", help="Choices of sizes that are measured for a target.")
+    ] = 8,
     text: options.TextSource = "builtin",
     sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 16,
     length: options.Length = 512,
+    heal_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--heal-steps", help="Distil from the original afterwards, for so many steps."
+        ),
+    ] = None,
+    heal_batch: Annotated[int, typer.Option("--heal-batch", help="Windows per step.")] = 64,
+    heal_lr: Annotated[float, typer.Option("--heal-lr", help="Highest learning rate.")] = 1e-3,
+    heal_text: Annotated[
+        str, typer.Option("--heal-text", help="Text to distil on, as --text.")
+    ] = "builtin",
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Drop the layers in so many rounds, each healed.")
+    ] = 1,
+    finalists: Annotated[
+        int,
+        typer.Option("--finalists", help="Sizes for a target that are healed briefly to choose."),
+    ] = 1,
     revision: options.Revision = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -31,36 +85,68 @@ def prune(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Remove decoder layers from a model.
+    """Remove layers, channels, neurons and heads from a model.
 
-    The result is a plain model of the same architecture, with fewer layers.
+    The result is a plain model of the same architecture, with smaller sizes. What goes is chosen by
+    measurement on calibration text; layers can be named. Stopped at any point, the same command goes
+    on.
 
     \b
     Examples:
       tinier prune smollm2-135m --layers 25% --out smollm2-23
       tinier prune meta-llama/Llama-3.2-3B --drop-layers 21-27 --out llama-21
+      tinier prune meta-llama/Llama-3.2-3B --intermediate 6144 --hidden 2688 --out llama-narrow
+      tinier prune smollm2-135m --target 110M --out smollm2-110m
+      tinier prune smollm2-135m --layers 25% --rounds 2 --heal-steps 100 --heal-text books/ \\
+          --out smollm2-healed
     """
     from tinier.checkpoint import check_output
+    from tinier.distillation import DistillPlan, HealPlan, prune_and_heal
+    from tinier.errors import InputError
     from tinier.families import open_model
-    from tinier.pruning import PrunePlan, parse_layers, plan_prune
+    from tinier.pruning import METHODS, PrunePlan, parse_layers, plan_prune
     from tinier.pruning import prune as run_prune
     from tinier.report.terminal import made_text, stage_text
     from tinier.text import load_part
 
     output.start(quiet=quiet, log_level=log_level)
     check_output(out)
+    method_name = options.one_of("--method", method, METHODS)
+    shrink_name = options.one_of("--shrink", shrink, ("depth", "width", "both"))
     source = open_model(model, revision)
     plan = PrunePlan(
         drop_layers=parse_layers(drop_layers) if drop_layers is not None else (),
         layers=layers,
+        method=method_name,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        target=target,
+        shrink=shrink_name,
+        align=align,
+        candidates=candidates,
         sequences=sequences,
         length=length,
     )
-    documents = load_part(text, "calibration") if layers is not None else []
+    documents = load_part(text, "calibration")
     if dry_run:
         summary, data = stage_text(plan_prune(source, plan, documents), out, device)
         output.result(summary, data, as_json=json)
         return
-    made = run_prune(source, plan, out, documents=documents, device=device)
+    if heal_steps is None:
+        if rounds != 1 or finalists != 1:
+            raise InputError("--rounds and --finalists heal in between. Give --heal-steps 100.")
+        made = run_prune(source, plan, out, documents=documents, device=device)
+    else:
+        distil = DistillPlan(
+            steps=heal_steps, batch=heal_batch, micro_batch=min(4, heal_batch), length=length,
+            lr=heal_lr, min_lr=heal_lr / 10, warmup_steps=heal_steps // 10,
+        )  # fmt: skip
+        made = prune_and_heal(
+            source, plan, HealPlan(distill=distil, rounds=rounds, finalists=finalists), out,
+            documents=documents, training=load_part(heal_text, "training"),
+            heldout=load_part("builtin", "heldout"), device=device,
+        )  # fmt: skip
     summary, data = made_text(made, source)
     output.result(summary, data, as_json=json)

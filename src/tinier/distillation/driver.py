@@ -70,9 +70,10 @@ def distill(
     """
     started = time.monotonic()
     last = out.with_name(f"{out.name}-last")
-    for folder in (out, last):
-        check_output(folder)
+    check_output(out)
     stage, training, held = prepare(student, teacher, plan, documents, heldout)
+    if not _is_of_run(last, stage.key):
+        check_output(last)
     _check_tensorboard(tensorboard)
     place = pick_device(device)
     ranks = join_ranks(place)
@@ -108,6 +109,10 @@ def distill(
                 "as it was before training"
             )
         if best != plan.steps:
+            if ranks.writes:
+                shutil.rmtree(
+                    last, ignore_errors=True
+                )  # of this run, killed before `out` was there
             _write(run, plan.steps, student, stage, last, place, started, plan)
         _write(run, best, student, stage, out, place, started, plan)
         if ranks.writes:
@@ -116,6 +121,12 @@ def distill(
     del run
     release_memory()
     return open_checkpoint(out)
+
+
+def _is_of_run(folder: Path, key: str) -> bool:
+    """Whether a run of this key wrote the folder."""
+    manifest = open_checkpoint(folder).manifest if folder.exists() else None
+    return manifest is not None and manifest.key == key
 
 
 def _check_tensorboard(folder: Path | None) -> None:
@@ -165,7 +176,7 @@ def _prepare_run(
     pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
     dtype = training_dtype(plan, device)
     original: Teacher = LiveTeacher(
-        load_model(teacher, device), plan, dtype, tuple(theirs for _, theirs in pairs)
+        load_model(teacher, plan, device), plan, dtype, tuple(theirs for _, theirs in pairs)
     )
     if plan.top_k is not None:
         original = _stored(original, teacher, plan, windows, teacher_store or work, device, ranks)

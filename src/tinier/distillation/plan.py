@@ -5,6 +5,7 @@ windows that it was made with.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -29,10 +30,9 @@ CODE = code_digest(
     "quantization",
     "distillation",
 )
-HELDOUT_WINDOWS = 16
+HELDOUT_WINDOWS = 8
 # a trained parameter: float32 weights and gradients and Adam's two moments
 _TRAINING_BYTES = 16
-# plain numbers, so that the plan can be written down; learned values beside them are what they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class DistillPlan:
     precision: Literal["auto", "float32"] = "auto"
     """`auto`: matrix products in bf16 where the device has it; weights and their update stay float32."""
     eval_every: int | None = None
-    """Steps between two looks at the held-out text; None: ten times in all."""
+    """Steps between two looks at the held-out text; None: five times in all."""
     seed: int = 0
     """Order of the training windows."""
     save_seconds: float = 300.0
@@ -135,7 +135,7 @@ class DistillPlan:
     @property
     def evaluations(self) -> int:
         """Steps between two looks at the held-out text."""
-        return self.eval_every or max(1, self.steps // 10)
+        return self.eval_every or max(1, self.steps // 5)
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -145,6 +145,17 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "checkpointing": ("none", "selective", "full", None),
     "precision": ("auto", "float32"),
 }
+
+
+def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers from `5:7,11:15`. Raises InputError."""
+    pairs = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
+        if match is None:
+            raise InputError(f"hidden layers {text!r}: {part!r} is no pair. Use 5:7,11:15.")
+        pairs.append((int(match[1]), int(match[2])))
+    return tuple(pairs)
 
 
 def learning_rate(plan: DistillPlan, step: int) -> float:

@@ -129,10 +129,12 @@ def _selective() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def load_model(source: Checkpoint, device: torch.device) -> Any:
-    """transformers' model in the types of the checkpoint, with nothing to train."""
+def load_model(source: Checkpoint, plan: DistillPlan, device: torch.device) -> Any:
+    """transformers' model in the type of the checkpoint (or float32, if all is to be), with nothing
+    to train."""
+    dtype = torch.float32 if plan.precision == "float32" else source.dtype
     model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=source.dtype, local_files_only=True, trust_remote_code=False
+        source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     return model.to(device).requires_grad_(False)
 
@@ -145,7 +147,7 @@ def load_student(
 
     targets: where `quantize` kept the weights that the codes stand for.
     """
-    model = load_model(source, device)
+    model = load_model(source, plan, device)
     grids = _install_grids(model, quantized, targets, device) if quantized else None
     if plan.train == "lora":
         for index in range(geometry_of(source).layers):
@@ -179,7 +181,8 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
     with quantized.reader(device) as read:
         for name in quantized.tensors:  # norms and biases that equalization changed
             if name in dict(model.named_parameters()):
-                model.get_parameter(name).data = read(name)
+                own = model.get_parameter(name)
+                own.data = read(name).to(own.dtype)
         for index in range(geometry_of(quantized).layers):
             prefix = layer_name(index)
             here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}

@@ -43,16 +43,20 @@ class LiveTeacher:
         self, model: Any, plan: DistillPlan, dtype: torch.dtype, layers: tuple[int, ...]
     ) -> None:
         self.model, self._plan, self._dtype, self._layers = model.eval(), plan, dtype, layers
+        self._heldout: dict[int, Tensor] = {}
+        """Final hidden states of the held-out windows, by the first window of the batch."""
 
     @torch.no_grad()
     def targets(
         self, part: str, rows: Tensor, windows: Tensor, *, training: bool
     ) -> tuple[RowsLoss, tuple[Tensor, ...]]:
-        layers = self._layers if training else ()
-        hidden, states = self.hidden(windows, layers)
-        head = self.model.lm_head.weight.to(hidden.dtype)
+        head = self.model.lm_head.weight.to(self._dtype)
         if not training:
-            return Soft(hidden, head), ()
+            first = int(rows[0])
+            if first not in self._heldout or len(self._heldout[first]) != windows.numel():
+                self._heldout[first] = self.hidden(windows)[0]
+            return Soft(self._heldout[first], head), ()
+        hidden, states = self.hidden(windows, self._layers)
         return Soft(hidden, head, self._plan.loss, self._plan.temperature), tuple(states)
 
     @torch.no_grad()

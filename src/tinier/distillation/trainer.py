@@ -43,8 +43,8 @@ from tinier.errors import MeasuredFailure, OutputError
 from tinier.progress import bar, say
 
 _STATE_BYTES = 12
-# a held-out loss this many times the first one is no noise
-_DIVERGED = 2.0
+# a held-out loss that rose by as much as it was, and by this many nats at least, is no noise
+_DIVERGED = 1.0
 
 
 class Scalars:
@@ -116,7 +116,9 @@ class Trainer:
             batch = windows[rows].to(self._device)
             loss, _ = self._teacher.targets("heldout", rows, batch, training=False)
             total += self._student(batch, loss).item() * len(rows)
-        return round(total / len(windows), 6)
+        # processes must agree to the last bit, for they decide by it
+        mean = self._ranks.max_(torch.tensor(total / len(windows), dtype=torch.float64))
+        return round(mean.item(), 6)
 
     def train(self, scalars: Path | None, flops_per_token: float, peak_flops: float) -> None:
         """Run the remaining steps. Raises MeasuredFailure where the loss is no number or grows."""
@@ -145,7 +147,8 @@ class Trainer:
                     values["heldout_kl"] = self.heldout[done]
                 board.add(done, values)
                 advance(1)
-                if time.monotonic() - saved_at > plan.save_seconds and done < plan.steps:
+                due = time.monotonic() - saved_at > plan.save_seconds and done < plan.steps
+                if self._agreed(due):
                     self._save()
                     saved_at = time.monotonic()
 
@@ -174,6 +177,10 @@ class Trainer:
         tensors: dict[str, Tensor] = load_file(self._best) if step else self._export({})
         return tensors
 
+    def _agreed(self, yes: bool) -> bool:
+        """Whether any process says yes: what follows must be done by all or none."""
+        return bool(self._ranks.max_(torch.tensor(float(yes))))
+
     def _look(self, done: int) -> None:
         """Measure the held-out loss after `done` steps; keep the weights if they are the best."""
         found = self.divergence()
@@ -183,7 +190,7 @@ class Trainer:
                 f"the held-out loss is {found} before training: the weights of student or teacher are "
                 "no numbers. Check them with tinier eval."
             )
-        if not math.isfinite(found) or found > _DIVERGED * max(first, 0.05):
+        if not math.isfinite(found) or found > first + max(first, _DIVERGED):
             self._fail(f"the held-out loss went from {first} to {found} after step {done}")
         better = not self.heldout or found < min(self.heldout.values())
         self.heldout[done] = found
@@ -248,11 +255,11 @@ class Trainer:
 
     def _halve(self, share: int) -> None:
         if self._ranks.size > 1 or self.micro_batch == 1:
+            # the others wait for this process already; torchrun stops them when it ends
+            smaller = f"--micro-batch {self.micro_batch // 2}, " if self.micro_batch > 1 else ""
             raise MeasuredFailure(
-                f"out of memory with {self.micro_batch} windows at once"
-                + (" on one of several processes" if self._ranks.size > 1 else "")
-                + f". Use --micro-batch {max(1, self.micro_batch // 2)}, a shorter --length, "
-                "--checkpointing full or --train lora."
+                f"out of memory with {self.micro_batch} windows at once. Use {smaller}a shorter "
+                "--length, --checkpointing full or --train lora."
             )
         self.micro_batch = _fitting(self.micro_batch // 2, share)
         self.warnings.append(
@@ -274,23 +281,22 @@ class Trainer:
         """
         fresh = self._work / "unfinished"
         done = len(self.losses)
-        failure = None
-        try:
-            if self._ranks.writes:
-                shutil.rmtree(fresh, ignore_errors=True)
-                count = sum(p.numel() for p in self._student.parameters() if p.requires_grad)
+        failure: Exception | None = None
+        if self._ranks.writes:
+            shutil.rmtree(fresh, ignore_errors=True)
+            count = sum(p.numel() for p in self._student.parameters() if p.requires_grad)
+            try:
                 check_disk(fresh, count * _STATE_BYTES)
                 fresh.mkdir(parents=True)
+            except (OSError, OutputError) as error:
+                failure = error
+        if not self._agreed(failure is not None):
+            try:
+                with _quiet(self._ranks):
+                    save(self._training_state(), checkpoint_id=fresh, no_dist=self._ranks.size == 1)
+            except (OSError, RuntimeError) as error:  # torch: a full disk is a RuntimeError
+                failure = error
             self._ranks.wait()
-            with _quiet(self._ranks):
-                save(self._training_state(), checkpoint_id=fresh, no_dist=self._ranks.size == 1)
-        except (
-            OSError,
-            RuntimeError,
-            OutputError,
-        ) as error:  # torch: a full disk is a RuntimeError
-            failure = error
-        self._ranks.wait()
         if not self._ranks.writes:
             return
         if failure is not None:

@@ -38,7 +38,7 @@ class PrunePlan:
     """Layers to remove, counted from 0."""
     layers: int | str | None = None
     """How many layers to remove, or a share such as `25%`; which ones, `method` decides."""
-    method: Method = "loss"
+    method: Method = "angular"
     """`influence`: the layers that turn their inputs least (block influence); `angular`: the layers in
     a row between whose ends the states turn least; `loss`: the better of the layers in a row and those
     of least influence, by the divergence after removal, which is measured; `greedy`: one after the

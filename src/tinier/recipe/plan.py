@@ -22,7 +22,7 @@ from tinier.evaluation.mmlu import Mmlu
 from tinier.families import check_length, geometry_of, open_model
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import QuantizePlan, plan_quantize, quantize
-from tinier.recipe.schema import BASE, Recipe, Text, Variant
+from tinier.recipe.schema import BASE, Distill, Prune, Quantize, Recipe, Text, Variant
 from tinier.text import (
     TextParts,
     load_documents,
@@ -85,11 +85,12 @@ def plan_stage(
     """Plan the stage of one variant on the models that it needs."""
     source = models[variant.from_]
     if variant.quantize:
-        return plan_quantize(source, quantize_plan(recipe, variant), parts.calibration)
+        return plan_quantize(source, quantize_plan(recipe, variant.quantize), parts.calibration)
     if variant.prune:
-        return plan_prune(source, prune_plan(variant), parts.calibration)
-    plan = distill_plan(recipe, variant)
-    teacher = models[variant.distill.teacher] if variant.distill else source
+        return plan_prune(source, prune_plan(variant.prune), parts.calibration)
+    assert variant.distill is not None
+    plan = distill_plan(recipe, variant.distill)
+    teacher = models[variant.distill.teacher]
     return plan_distill(source, teacher, plan, parts.training, parts.calibration)
 
 
@@ -99,20 +100,22 @@ def stage_runner(
     """The stage of one variant as a function of the folder to write."""
     source = models[variant.from_]
     if variant.quantize:
-        plan = quantize_plan(recipe, variant)
+        plan = quantize_plan(recipe, variant.quantize)
         return lambda out: quantize(
             source, plan, out, documents=parts.calibration, device=recipe.device
         )
     if variant.prune:
+        cut = prune_plan(variant.prune)
         return lambda out: prune(
-            source, prune_plan(variant), out, documents=parts.calibration, device=recipe.device
+            source, cut, out, documents=parts.calibration, device=recipe.device
         )
     assert variant.distill is not None
+    training = distill_plan(recipe, variant.distill)
     teacher = models[variant.distill.teacher]
     return lambda out: distill(
         source,
         teacher,
-        distill_plan(recipe, variant),
+        training,
         out,
         documents=parts.training,
         heldout=parts.calibration,
@@ -120,27 +123,19 @@ def stage_runner(
     )
 
 
-def quantize_plan(recipe: Recipe, variant: Variant) -> QuantizePlan:
-    asked = variant.quantize
-    assert asked is not None
+def quantize_plan(recipe: Recipe, asked: Quantize) -> QuantizePlan:
     return QuantizePlan(**asked.model_dump(), seed=recipe.seed)
 
 
-def prune_plan(variant: Variant) -> PrunePlan:
-    asked = variant.prune
-    assert asked is not None
-    return PrunePlan(
-        drop_layers=parse_layers(asked.drop_layers) if asked.drop_layers is not None else (),
-        layers=asked.layers,
-        sequences=asked.sequences,
-        length=asked.length,
-    )
+def prune_plan(asked: Prune) -> PrunePlan:
+    dropped = parse_layers(asked.drop_layers) if asked.drop_layers is not None else ()
+    return PrunePlan(**asked.model_dump() | {"drop_layers": dropped})
 
 
-def distill_plan(recipe: Recipe, variant: Variant) -> DistillPlan:
-    assert variant.distill is not None
-    values = variant.distill.model_dump(exclude={"teacher"})
-    return DistillPlan(**values, seed=recipe.seed)
+def distill_plan(recipe: Recipe, asked: Distill) -> DistillPlan:
+    values = asked.model_dump(exclude={"teacher", "quantize"})
+    grid = quantize_plan(recipe, asked.quantize) if asked.quantize else None
+    return DistillPlan(**values, quantize=grid, seed=recipe.seed)
 
 
 def mmlu_plan(recipe: Recipe) -> MmluPlan:

@@ -80,6 +80,7 @@ def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
             if folder.exists():
                 say(f"{name}: made from other inputs; makes it again")
                 shutil.rmtree(folder)
+                shutil.rmtree(folder.with_name(f"{name}-last"), ignore_errors=True)
             say(f"{name}: {stage.stage} {variant.from_}")
             found = stage_runner(run.recipe, variant, models, run.parts)(folder)
             release_memory()

@@ -35,15 +35,27 @@ class Quantize(_Strict):
 
 
 class Prune(_Strict):
+    """Fields of tinier.pruning.PrunePlan, where they are explained."""
+
     drop_layers: str | None = None
     """Which layers go, such as `21-27`."""
     layers: int | str | None = None
-    """How many go, or a share such as `25%`, chosen by block influence."""
+    method: Literal["influence", "angular", "loss", "greedy", "last"] = "angular"
+    hidden: int | str | None = None
+    intermediate: int | str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    target: str | None = None
+    shrink: Literal["depth", "width", "both"] = "both"
+    align: int = 64
+    candidates: int = 8
     sequences: int = 16
     length: int = 512
 
 
 class Distill(_Strict):
+    """Fields of tinier.distillation.DistillPlan, where they are explained."""
+
     teacher: str = BASE
     """A variant, or the base."""
     steps: int = 100
@@ -53,7 +65,20 @@ class Distill(_Strict):
     lr: float = 7e-5
     min_lr: float = 1e-5
     warmup_steps: int = 10
+    loss: Literal["forward-kl", "reverse-kl", "js"] = "forward-kl"
     temperature: float = 1.0
+    ce_weight: float = 0.0
+    hidden_weight: float = 0.0
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    train: Literal["all", "norms", "lora"] = "all"
+    lora_rank: int = 16
+    top_k: int | None = None
+    generated: int = 0
+    quantize: Quantize | None = None
+    """Quantize first, then train on that grid."""
+    checkpointing: Literal["none", "selective", "full"] | None = None
+    compile: bool = False
+    eval_every: int | None = None
 
 
 class Variant(_Strict):
