@@ -472,7 +472,7 @@ def test_two_processes_train_as_one(tiny: Tiny, tmp_path: Path, options: dict[st
     arguments = [str(script), str(student.folder), str(teacher.folder)]
     alone = [sys.executable, *arguments, str(tmp_path / "one"), words + "}"]
     pairwise = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         *arguments, str(tmp_path / "two"), words + "}",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}

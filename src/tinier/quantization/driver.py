@@ -58,6 +58,7 @@ from tinier.quantization.plan import (
     chosen_presets,
     kv_grid,
     layer_presets,
+    needs_text,
     output_config,
     prepare,
 )
@@ -165,6 +166,8 @@ class _Job:
         self._targets = targets
         self._geometry = geometry_of(source)
         self._out, self._device, self._ranks = out, device, ranks
+        # a few random windows, where no text is needed, are seen by every process
+        self._sharing = ranks if needs_text(plan) else Ranks()
         self._presets = chosen_presets(self._geometry, plan)
         self._windows = windows
         self._sensitivity: dict[str, float] = {}
@@ -191,7 +194,9 @@ class _Job:
             return
         if plan.bits is not None:
             self._mix(plan.bits)
-        self._hidden = self._walk.embed(self._ranks.share(self._windows, self._walk.batch_windows))
+        self._hidden = self._walk.embed(
+            self._sharing.share(self._windows, self._walk.batch_windows)
+        )
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
             # the windows on their way through the original model, whose outputs are learned from
             self._exact = torch.empty_like(self._hidden, pin_memory=self._hidden.is_pinned())
@@ -243,7 +248,7 @@ class _Job:
         cache = KeysAndValues(None) if self._plan.kv else None
         if self._hidden is not None and self._windows is not None:
             statistics, first = observe(
-                self._walk, module, self._hidden, len(self._windows), self._ranks,
+                self._walk, module, self._hidden, len(self._windows), self._sharing,
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
             )  # fmt: skip
         inputs = outputs = None
