@@ -43,7 +43,16 @@ def kl(made: Checkpoint, when: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "preset", ["int4", "int4-awq", "int8-sq", "fp8", "nvfp4", "mxfp4", "w4a8-int8", "int4-best"]
+    "preset",
+    [
+        "int4-awq",
+        "fp8",
+        "nvfp4",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("int4", "int8-sq", "mxfp4", "w4a8-int8", "int4-best")
+        ),
+    ],
 )
 def test_the_checkpoint_is_the_model_that_was_trained(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
@@ -76,6 +85,7 @@ def test_the_checkpoint_is_the_model_that_was_trained(
     assert torch.allclose(logits, seen[-1], atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_on_a_grid(tiny: Tiny, tmp_path: Path, family: str) -> None:
     source = tiny(family, dtype=torch.bfloat16)

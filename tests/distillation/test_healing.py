@@ -50,6 +50,7 @@ def test_layers_go_in_rounds_and_a_killed_run_goes_on(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_finalists_are_healed_before_one_is_chosen(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
     total = geometry_of(source).parameters

@@ -92,7 +92,15 @@ def die_at_step(monkeypatch: pytest.MonkeyPatch, last: int) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("options", [{}, {"train": "lora"}, {"top_k": 8}, {"quantize": QAT}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"train": "lora"}, marks=pytest.mark.slow),
+        pytest.param({"top_k": 8}, marks=pytest.mark.slow),
+        pytest.param({"quantize": QAT}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_weights(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

@@ -111,6 +111,12 @@ def test_bad_layer_lists(text: str) -> None:
         parse_layers(text)
 
 
+def test_heads_that_do_not_divide_the_hidden_size(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+    with pytest.raises(InputError, match="3 heads do not divide the hidden size 128"):
+        prune(source, PrunePlan(kv_heads=3, length=64), tmp_path / "out", documents=TEXT)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

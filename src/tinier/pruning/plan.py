@@ -202,9 +202,15 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
     grouped = geometry.heads // geometry.kv_heads * kv_heads
     heads = _heads(plan.heads, grouped, kv_heads, "heads")
     step = hidden_step(geometry, heads, plan.align)
+    hidden = _channels(plan.hidden, geometry.hidden, step, "hidden")
+    if geometry.hidden_in_heads and hidden % heads:
+        raise InputError(
+            f"{heads} heads do not divide the hidden size {hidden}, which transformers asks for in "
+            f"this family. Keep another number of heads, or --hidden {hidden // step * step}."
+        )
     return Sizes(
         layers=total - dropped,
-        hidden=_channels(plan.hidden, geometry.hidden, step, "hidden"),
+        hidden=hidden,
         intermediate=_channels(
             plan.intermediate, geometry.intermediate, plan.align, "intermediate"
         ),
