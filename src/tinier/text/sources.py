@@ -48,7 +48,10 @@ def load_parts(source: str) -> TextParts:
     """
     documents = load_documents(source)
     if len(documents) < _MIN_DOCUMENTS:
-        documents = _paragraphs("\n\n".join(documents))
+        text = "\n\n".join(documents)
+        documents = _paragraphs(text)
+        if len(documents) < 2:  # a paragraph a line
+            documents = [line for line in text.split("\n") if line.strip()]
     parts: dict[str, list[str]] = {name: [] for name in _SHARES}
     sizes = dict.fromkeys(_SHARES, 0)
     for document in documents:
@@ -212,8 +215,7 @@ def _from_hub(source: str) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    separator = r"\n\s*\n" if re.search(r"\n\s*\n", text) else r"\n"
-    return [paragraph for paragraph in re.split(separator, text) if paragraph.strip()]
+    return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
 def _without(document: str, seen: set[str]) -> str:
