@@ -25,8 +25,10 @@ CODE = code_digest(
     "schemes",
     "checkpoint",
     "families",
-    "text",
     "kernels",
+    "engine",
+    "text",
+    "calibration",
     "quantization",
     "distillation",
 )

@@ -25,7 +25,7 @@ from tinier.progress import bar, say
 from tinier.pruning.cut import Cut, Sizes
 from tinier.text import tensor_sha256
 
-_CODE = code_digest("families", "calibration")
+_CODE = code_digest("families", "calibration", "pruning/importance")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tinier.pruning.cut import Cut, Sizes
 from tinier.pruning.importance import cut_to
 from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
 
-CODE = code_digest("checkpoint", "families", "text", "calibration", "pruning")
+CODE = code_digest("checkpoint", "families", "kernels", "engine", "text", "calibration", "pruning")
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
 METHODS: tuple[Method, ...] = ("influence", "angular", "loss", "greedy", "last")
 _UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1.0}
