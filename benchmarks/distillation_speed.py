@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.guide_shape import SHAPE, write_random_llama
+from benchmarks.guide_shape import random_llama
 
 from tinier import progress
 from tinier.benchmark import environment
 from tinier.device import matmul_flops, release_memory
 from tinier.distillation import DistillPlan, distill
 from tinier.distillation.plan import training_flops
-from tinier.families import open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.text import load_documents
 
@@ -40,12 +39,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["selective+compile"])
     arguments = parser.parse_args()
     progress.enable()
-    base = arguments.work / f"llama-3.2-3b-random-{arguments.layers}"
-    if not base.exists():
-        SHAPE.num_hidden_layers = arguments.layers
-        write_random_llama(base)
-    release_memory()
-    teacher = open_model(base)
+    teacher = random_llama(arguments.work, arguments.layers)
     count = arguments.layers // 4
     last = arguments.layers - 1
     student_folder = arguments.work / "student"

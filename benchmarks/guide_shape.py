@@ -17,6 +17,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import tinier
 from tinier import progress
+from tinier.checkpoint import Checkpoint
+from tinier.device import release_memory
+from tinier.families import open_model
 from tinier.recipe import load_recipe, run_recipe
 from tinier.report import markdown_table, write_report
 
@@ -52,6 +55,16 @@ def write_random_llama(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def random_llama(work: Path, layers: int) -> Checkpoint:
+    """`write_random_llama` of so many layers in `work`, made unless it is there; opened."""
+    base = work / f"llama-3.2-3b-random-{layers}"
+    if not base.exists():
+        SHAPE.num_hidden_layers = layers
+        write_random_llama(base)
+    release_memory()
+    return open_model(base)
 
 
 def main() -> None:

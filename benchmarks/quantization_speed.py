@@ -15,12 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.guide_shape import SHAPE, write_random_llama
+from benchmarks.guide_shape import random_llama
 
 from tinier import progress
 from tinier.benchmark import environment
-from tinier.device import release_memory
-from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.schemes import PRESETS
 from tinier.text import load_documents
@@ -39,12 +37,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     progress.enable()
-    base = arguments.work / f"llama-3.2-3b-random-{arguments.layers}"
-    if not base.exists():
-        SHAPE.num_hidden_layers = arguments.layers
-        write_random_llama(base)
-    release_memory()
-    source = open_model(base)
+    source = random_llama(arguments.work, arguments.layers)
     documents = load_documents("builtin")
     result: dict[str, object] = {
         "model": "Llama-3.2-3B's shape, random weights",

@@ -13,7 +13,13 @@ from tinier.checkpoint.compressed import (
     stored_shapes,
     unpack_linear,
 )
-from tinier.checkpoint.folder import Checkpoint, TensorInfo, content_hash, open_checkpoint
+from tinier.checkpoint.folder import (
+    Checkpoint,
+    TensorInfo,
+    content_hash,
+    finished_checkpoint,
+    open_checkpoint,
+)
 from tinier.checkpoint.manifest import MANIFEST_NAME, Manifest, code_digest
 from tinier.checkpoint.sources import BUILTIN_MODELS, cache_folder, resolve
 from tinier.checkpoint.stage import StagePlan
@@ -49,6 +55,7 @@ __all__ = [
     "code_digest",
     "content_hash",
     "copy_side_files",
+    "finished_checkpoint",
     "hold",
     "layout_of",
     "open_checkpoint",

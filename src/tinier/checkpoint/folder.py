@@ -143,6 +143,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, config=config, tensors=tensors, manifest=manifest)
 
 
+def finished_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """The checkpoint that a stage of this key wrote to `folder`; None where there is none, another's,
+    or a damaged one."""
+    if not folder.exists():
+        return None
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError:
+        return None
+    return checkpoint if checkpoint.manifest and checkpoint.manifest.key == key else None
+
+
 def content_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that make the model what it is."""
     digest = hashlib.sha256()

@@ -1,8 +1,7 @@
 """The arguments that several verbs share."""
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,14 +47,3 @@ LogLevel = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """The value, if it is allowed. Raises InputError, naming the nearest that is."""
-    from tinier.errors import InputError
-
-    if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{option} {value!r} is not known. Use {', '.join(allowed)}.{hint}")
-    return value

@@ -1,5 +1,6 @@
 """`tinier prune`"""
 
+from math import gcd
 from typing import Annotated
 
 import typer
@@ -104,26 +105,24 @@ def prune(
     from tinier.distillation import DistillPlan, HealPlan, prune_and_heal
     from tinier.errors import InputError
     from tinier.families import open_model
-    from tinier.pruning import METHODS, PrunePlan, parse_layers, plan_prune
+    from tinier.pruning import PrunePlan, parse_layers, plan_prune
     from tinier.pruning import prune as run_prune
     from tinier.report.terminal import made_text, stage_text
     from tinier.text import load_part
 
     output.start(quiet=quiet, log_level=log_level)
     check_output(out)
-    method_name = options.one_of("--method", method, METHODS)
-    shrink_name = options.one_of("--shrink", shrink, ("depth", "width", "both"))
     source = open_model(model, revision)
     plan = PrunePlan(
         drop_layers=parse_layers(drop_layers) if drop_layers is not None else (),
         layers=layers,
-        method=method_name,
+        method=method,  # type: ignore[arg-type]
         hidden=hidden,
         intermediate=intermediate,
         heads=heads,
         kv_heads=kv_heads,
         target=target,
-        shrink=shrink_name,
+        shrink=shrink,  # type: ignore[arg-type]
         align=align,
         candidates=candidates,
         sequences=sequences,
@@ -140,7 +139,7 @@ def prune(
         made = run_prune(source, plan, out, documents=documents, device=device)
     else:
         distil = DistillPlan(
-            steps=heal_steps, batch=heal_batch, micro_batch=min(4, heal_batch), length=length,
+            steps=heal_steps, batch=heal_batch, micro_batch=gcd(4, heal_batch), length=length,
             lr=heal_lr, min_lr=heal_lr / 10, warmup_steps=heal_steps // 10,
         )  # fmt: skip
         made = prune_and_heal(

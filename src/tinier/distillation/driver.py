@@ -25,6 +25,7 @@ from tinier.checkpoint import (
     atomic_folder,
     check_output,
     copy_side_files,
+    finished_checkpoint,
     hold,
     open_checkpoint,
     write_atomically,
@@ -32,7 +33,7 @@ from tinier.checkpoint import (
 )
 from tinier.device import matmul_flops, pick_device, release_memory, reset_peak_memory
 from tinier.distillation.plan import DistillPlan, layer_pairs, prepare, training_flops
-from tinier.distillation.student import Grids, export, load_model, load_student
+from tinier.distillation.student import export, load_model, load_student
 from tinier.distillation.teacher import (
     LiveTeacher,
     StoredTeacher,
@@ -72,7 +73,7 @@ def distill(
     last = out.with_name(f"{out.name}-last")
     check_output(out)
     stage, training, held = prepare(student, teacher, plan, documents, heldout)
-    if not _is_of_run(last, stage.key):
+    if finished_checkpoint(last, stage.key) is None:
         check_output(last)
     _check_tensorboard(tensorboard)
     place = pick_device(device)
@@ -121,12 +122,6 @@ def distill(
     del run
     release_memory()
     return open_checkpoint(out)
-
-
-def _is_of_run(folder: Path, key: str) -> bool:
-    """Whether a run of this key wrote the folder."""
-    manifest = open_checkpoint(folder).manifest if folder.exists() else None
-    return manifest is not None and manifest.key == key
 
 
 def _check_tensorboard(folder: Path | None) -> None:
@@ -185,16 +180,11 @@ def _prepare_run(
     model, grids = load_student(student, plan, device, quantized, work / "targets")
 
     def tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(_host(student, model, grids, state))
+        exported = export(student, model, grids, state)
+        return {name: tensor.cpu().contiguous() for name, tensor in exported}
 
     layers = tuple(mine for mine, _ in pairs)
     return Trainer(model, original, plan, windows, layers, tensors, work, device, ranks)
-
-
-def _host(
-    student: Checkpoint, model: torch.nn.Module, grids: Grids | None, state: dict[str, Tensor]
-) -> list[tuple[str, Tensor]]:
-    return [(n, t.cpu().contiguous()) for n, t in export(student, model, grids, state)]
 
 
 def _written(

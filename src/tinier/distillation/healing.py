@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinier.checkpoint import Checkpoint, check_output, open_checkpoint
+from tinier.checkpoint import Checkpoint, check_output, finished_checkpoint
 from tinier.device import pick_device, release_memory
 from tinier.distillation.driver import distill
 from tinier.distillation.plan import DistillPlan, plan_distill
@@ -124,8 +124,8 @@ def _best_finalist(
 ) -> Checkpoint:
     """The candidate of lowest held-out KL after a short training, untrained."""
     stage = plan_prune(source, plan, documents)
-    found = open_model(folder) if folder.exists() else None
-    if found is not None and found.manifest is not None and found.manifest.key == stage.key:
+    found = finished_checkpoint(folder, stage.key)
+    if found is not None:
         return found
     place = pick_device(device)
     windows = calibration_windows(source, plan, documents)
@@ -178,11 +178,10 @@ def _healed(
 
 def _made(folder: Path, key: str, make: Callable[[], Checkpoint]) -> Checkpoint:
     """The checkpoint of a stage, made unless a run that was killed left it."""
-    if folder.exists():
-        found = open_checkpoint(folder)
-        if found.manifest is not None and found.manifest.key == key:
-            return found
-        shutil.rmtree(folder)
+    found = finished_checkpoint(folder, key)
+    if found is not None:
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
     made = make()
     release_memory()
     return made

@@ -178,11 +178,11 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
     assert layout is not None
     schemes = {name: s for name, s in layout.schemes.items() if name != HEAD_LINEAR}
     input_scales: dict[str, Tensor | None] = {}
+    parameters = dict(model.named_parameters())
     with quantized.reader(device) as read:
-        for name in quantized.tensors:  # norms and biases that equalization changed
-            if name in dict(model.named_parameters()):
-                own = model.get_parameter(name)
-                own.data = read(name).to(own.dtype)
+        for name in parameters.keys() & quantized.tensors.keys():
+            # norms and biases, which equalization may have changed
+            parameters[name].data = read(name).to(parameters[name].dtype)
         for index in range(geometry_of(quantized).layers):
             prefix = layer_name(index)
             here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}

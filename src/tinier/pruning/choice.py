@@ -28,9 +28,10 @@ from tinier.pruning.plan import (
 )
 from tinier.pruning.trial import divergences
 
-# tokens of a trial: enough to tell cuts apart that differ by a few per cent
+# tokens of a trial at most
 _TRIAL_TOKENS = 4096
-# divergence grows faster than the share that is removed
+# assumed growth of divergence with the share that is removed; it only picks what is measured.
+# Between 1,024 and 960 of SmolLM2's 1,536 neurons the measured exponent was 1.7
 _POWER = 1.5
 # a target is met from below, by at most this much of it
 _SLACK = 0.05
@@ -135,15 +136,13 @@ def _for_target(
 
     predict = _predictor(source, plan, windows, cut, device)
     cost = _cost(source, target, device)
-    within = [
-        s
-        for s in _enumerate(geometry, plan)
-        if (1 - _SLACK) * target.value <= cost(s) <= target.value
-    ]
+    costs = {sizes: cost(sizes) for sizes in _enumerate(geometry, plan)}
+    least = (1 - _SLACK) * target.value
+    within = [sizes for sizes, own in costs.items() if least <= own <= target.value]
     if not within:
         raise MeasuredFailure(
             f"no sizes between half of the model and all of it come within {_SLACK:.0%} below the target "
-            f"{plan.target}. The smallest has {_smallest(geometry, plan, cost):.4g} {target.kind}; use "
+            f"{plan.target}. The smallest has {min(costs.values()):.4g} {target.kind}; use "
             "--shrink both, a smaller --align, or another target."
         )  # fmt: skip
     finalists = sorted(within, key=predict)[: plan.candidates]
@@ -151,7 +150,7 @@ def _for_target(
     cuts = [cut(sizes) for sizes in finalists]
     found = divergences(source, windows, cuts, device)
     trials: list[dict[str, object]] = [
-        asdict(sizes) | {"kl": round(kl, 5), target.kind: round(cost(sizes), 3)}
+        asdict(sizes) | {"kl": round(kl, 5), target.kind: round(costs[sizes], 3)}
         for sizes, kl in zip(finalists, found, strict=True)
     ]
     order = sorted(range(len(cuts)), key=lambda i: found[i])
@@ -233,7 +232,3 @@ def _cost(source: Checkpoint, target: Target, device: torch.device) -> Callable[
         return StepTime(source, device)
     size = 1 if target.kind == "parameters" else source.dtype.itemsize
     return lambda sizes: float(resized(geometry, sizes).parameters * size)
-
-
-def _smallest(geometry: Geometry, plan: PrunePlan, cost: Callable[[Sizes], float]) -> float:
-    return min(cost(sizes) for sizes in _enumerate(geometry, plan))

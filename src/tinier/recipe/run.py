@@ -19,13 +19,13 @@ from tinier.checkpoint import (
     Checkpoint,
     check_disk,
     code_digest,
+    finished_checkpoint,
     hold,
-    open_checkpoint,
     write_atomically,
 )
 from tinier.device import pick_device, release_memory
 from tinier.engine import Decoder, load_decoder
-from tinier.errors import CheckpointError, OutputError
+from tinier.errors import OutputError
 from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
 from tinier.progress import say
 from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
@@ -75,7 +75,7 @@ def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
         variant = run.recipe.variants[name]
         stage = plan_stage(run.recipe, variant, models, run.parts)
         folder = out / "variants" / name
-        found = _finished(folder, stage.key)
+        found = finished_checkpoint(folder, stage.key)
         if found is None:
             if folder.exists():
                 say(f"{name}: made from other inputs; makes it again")
@@ -90,16 +90,6 @@ def _make_variants(run: PlannedRun, out: Path) -> dict[str, Checkpoint]:
             say(f"{name}: warning: {warning}")
         models[name] = found
     return models
-
-
-def _finished(folder: Path, key: str) -> Checkpoint | None:
-    if not folder.exists():
-        return None
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError:
-        return None  # damaged from outside: made again
-    return checkpoint if checkpoint.manifest and checkpoint.manifest.key == key else None
 
 
 class _Measurements:
