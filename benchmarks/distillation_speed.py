@@ -45,7 +45,9 @@ def main() -> None:
     student_folder = arguments.work / "student"
     shutil.rmtree(student_folder, ignore_errors=True)
     student = prune(
-        teacher, PrunePlan(drop_layers=tuple(range(last - count, last))), student_folder
+        teacher,
+        PrunePlan(drop_layers=tuple(range(last - count, last)), refit=False),
+        student_folder,
     )
     documents = load_documents("builtin")
     result: dict[str, object] = {

@@ -4,7 +4,7 @@ Every row is made by the stages as a user has them: pruned, distilled (or quanti
 grid) and measured on text that nothing was trained, calibrated or chosen on: the last windows of
 WikiText-2 validation, and the built-in text's held-out part. Recovered: the share of the pruned model's
 loss of held-out KL that training removed, 1 - KL after / KL before; and the same of the negative
-log-likelihood above the original's.
+log-likelihood above the original's. Before: after the cut, not after what is left was refitted.
 
     python -m benchmarks.recovery --wikitext valid.txt [--prose FOLDER] --work DIR --out RESULT.json
         [--rows depth width …]
@@ -34,7 +34,8 @@ from tinier.text import load_documents, load_part, load_tokenizer, token_windows
 
 MODEL = "smollm2-135m"
 LENGTH, MEASURED = 512, 32
-HEAL = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-3, min_lr=1e-4)
+# so small a model needs no activation computed twice
+HEAL = DistillPlan(steps=100, batch=64, micro_batch=64, lr=1e-3, min_lr=1e-4, checkpointing="none")
 # 25 % of the layers; as few parameters by width; and some of each
 PRUNED: dict[str, PrunePlan] = {
     "last": PrunePlan(layers="25%", method="last"),
@@ -45,8 +46,10 @@ PRUNED: dict[str, PrunePlan] = {
     "width": PrunePlan(target="109.8M", shrink="width"),
     "both": PrunePlan(layers=3, method="angular", intermediate=1216),
 }
+# with what is left refitted
+REFITTED = ["last+refit", "angular+refit", "greedy+refit", "width+refit", "both+refit"]
 GRIDS = {"int4-gptq": 64, "int4-best": 64, "nvfp4": None}
-QAD = DistillPlan(steps=100, batch=64, micro_batch=32, lr=1e-4, min_lr=1e-5)
+QAD = replace(HEAL, lr=1e-4, min_lr=1e-5)
 
 
 class Bench:
@@ -57,7 +60,7 @@ class Bench:
         self.base = open_model(arguments.model)
         self._sized = {
             "steps": arguments.steps, "batch": arguments.batch,
-            "warmup_steps": max(1, arguments.steps // 10),
+            "warmup_steps": max(1, arguments.steps // 10), "compile": arguments.compile,
         }  # fmt: skip
         self._device = torch.device(arguments.device)
         wikitext = load_documents(str(arguments.wikitext))
@@ -96,7 +99,8 @@ class Bench:
     def prune(self, name: str) -> Checkpoint:
         out = self._work / name
         if not out.exists():
-            plan = replace(PRUNED[name], sequences=32)
+            cut, _, refit = name.partition("+")
+            plan = replace(PRUNED[cut], refit=bool(refit))
             prune(self.base, plan, out, documents=self.wikitext, device=self._device.type)
         made = open_model(out)
         if name not in self._result["rows"]:
@@ -176,7 +180,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pruned", nargs="*", default=list(PRUNED), help="of these rows")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder layers")
+    parser.add_argument("--pruned", nargs="*", default=[*PRUNED, *REFITTED])
     parser.add_argument("--healed", nargs="*", default=[], help="ROW:DATA:LR[:LOSS[:HIDDEN]]")
     parser.add_argument("--trained", nargs="*", default=[], help="PRESET:LR:DATA")
     arguments = parser.parse_args()
@@ -192,7 +197,9 @@ def main() -> None:
             plan = replace(plan, loss=rest[0])
         if len(rest) > 1:
             plan = replace(plan, hidden_weight=float(rest[1]))
-        bench.heal(bench.prune(name), f"{name}, healed, {row.partition(':')[2]}", name, plan, data)
+        bench.prune(name.partition("+")[0])
+        label = f"{name}, healed, {row.partition(':')[2]}"
+        bench.heal(bench.prune(name), label, name.partition("+")[0], plan, data)
     for row in arguments.trained:
         preset, lr, data = row.split(":")
         bench.quantized(preset, float(lr), data)

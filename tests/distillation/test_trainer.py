@@ -47,7 +47,7 @@ def measures(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def pair(tiny: Tiny, tmp_path: Path, **overrides: object) -> tuple[Checkpoint, Checkpoint]:
     teacher = tiny(**overrides)
-    return prune(teacher, PrunePlan(drop_layers=(2,)), tmp_path / "student"), teacher
+    return prune(teacher, PrunePlan(drop_layers=(2,), refit=False), tmp_path / "student"), teacher
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -26,7 +26,7 @@ def test_a_pruned_model_is_the_original_with_layers_skipped(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     source = tiny(family, num_hidden_layers=5)
-    made = prune(source, PrunePlan(drop_layers=(1, 3)), tmp_path / "out")
+    made = prune(source, PrunePlan(drop_layers=(1, 3), refit=False), tmp_path / "out")
     windows = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
     skipped = AutoModelForCausalLM.from_pretrained(source.folder).eval()
     del skipped.model.layers[3], skipped.model.layers[1]
@@ -41,7 +41,7 @@ def test_a_pruned_model_is_the_original_with_layers_skipped(
 
 
 def test_it_is_a_plain_llama_that_needs_nothing_of_ours(tiny: Tiny, tmp_path: Path) -> None:
-    made = prune(tiny(), PrunePlan(drop_layers=(2,)), tmp_path / "out")
+    made = prune(tiny(), PrunePlan(drop_layers=(2,), refit=False), tmp_path / "out")
     code = (
         "import sys; sys.modules['tinier'] = None; sys.modules['compressed_tensors'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -61,7 +61,7 @@ def test_per_layer_settings_follow_their_layers(tiny: Tiny, tmp_path: Path) -> N
         sliding_window=16,
         max_window_layers=3,
     )
-    made = prune(source, PrunePlan(drop_layers=(1, 4)), tmp_path / "out")
+    made = prune(source, PrunePlan(drop_layers=(1, 4), refit=False), tmp_path / "out")
     assert geometry_of(made).windows == (None, None, 16, 16)
     assert geometry_of(open_model(made.folder)).windows == (None, None, 16, 16)
 

@@ -50,7 +50,7 @@ def test_without_neurons_and_heads_it_is_the_original_with_them_masked(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     source = tiny(family)
-    plan = PrunePlan(intermediate=64, kv_heads=1, sequences=2, length=64)
+    plan = PrunePlan(intermediate=64, kv_heads=1, refit=False, sequences=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     geometry = geometry_of(open_model(made.folder))
     assert (geometry.intermediate, geometry.heads, geometry.kv_heads) == (64, 2, 1)
@@ -147,8 +147,8 @@ def test_a_trial_is_the_divergence_of_the_written_model(tiny: Tiny, tmp_path: Pa
     assert found[0] == pytest.approx(0, abs=1e-6)
     original = torch.log_softmax(logits(source), dim=-1)
     plans = [
-        (1, PrunePlan(drop_layers=(1, 2))),
-        (2, PrunePlan(drop_layers=(1,))),
+        (1, PrunePlan(drop_layers=(1, 2), refit=False)),
+        (2, PrunePlan(drop_layers=(1,), refit=False)),
     ]
     for number, plan in plans:
         made = prune(source, plan, tmp_path / str(number))

@@ -4,7 +4,7 @@ Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
 """
 
 from tinier.calibration.ranks import Ranks, join_ranks
-from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe
+from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, walk
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "check_attention_window",
     "join_ranks",
     "observe",
+    "second_moments",
     "walk",
 ]

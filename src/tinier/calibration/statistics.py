@@ -135,12 +135,12 @@ def _add(sums: _Sums, x: Tensor, sample: Tensor) -> None:
     sums.abs += size.sum(dim=0)
     sums.absmax = torch.maximum(sums.absmax, size.amax(dim=0).double())
     if sums.moments is not None:
-        sums.moments += _second_moments(x)
+        sums.moments += second_moments(x)
     sums.samples.append(sample.float())
     sums.tokens += len(x)
 
 
-def _second_moments(x: Tensor) -> Tensor:
+def second_moments(x: Tensor) -> Tensor:
     """xᵀ x in float32. x: [tokens, in]."""
     if x.is_cuda and x.dtype != torch.float32:
         # products of 16-bit numbers are exact in float32, so the tensor cores lose nothing here

@@ -57,8 +57,14 @@ def prune(
     candidates: Annotated[
         int, typer.Option("--candidates", help="Choices of sizes that are measured for a target.")
     ] = 8,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            help="Solve for the weights that stand in best for what goes (least squares)."
+        ),
+    ] = True,
     text: options.TextSource = "builtin",
-    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 16,
+    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 64,
     length: options.Length = 512,
     heal_steps: Annotated[
         int | None,
@@ -89,7 +95,8 @@ def prune(
     """Remove layers, channels, neurons and heads from a model.
 
     The result is a plain model of the same architecture, with smaller sizes. What goes is chosen by
-    measurement on calibration text; layers can be named. Stopped at any point, the same command goes
+    measurement on calibration text; layers can be named. What is left is refitted to stand in for what
+    goes, which training then starts from. Stopped at any point, the same command goes
     on.
 
     \b
@@ -125,6 +132,7 @@ def prune(
         shrink=shrink,  # type: ignore[arg-type]
         align=align,
         candidates=candidates,
+        refit=refit,
         sequences=sequences,
         length=length,
     )

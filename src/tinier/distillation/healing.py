@@ -140,7 +140,7 @@ def _best_finalist(
         started = time.monotonic()
         candidate = work / f"candidate-{number}"
         shutil.rmtree(candidate, ignore_errors=True)
-        pruned = write_pruned(source, plan, stage, choice, candidate, [], place, started)
+        pruned = write_pruned(source, plan, stage, choice, windows, candidate, [], place, started)
         trained = _healed(
             pruned, source, short, work / f"candidate-{number}-healed", training, heldout, device
         )

@@ -50,10 +50,11 @@ def choose(
 ) -> list[Choice]:
     """The cuts that fit the plan, best first; several only where a target left the sizes open."""
     geometry = geometry_of(source)
-    if windows is None:
+    if not plan.chooses:
         sizes = wanted_sizes(source, plan)
         dropped = plan.drop_layers or tuple(range(sizes.layers, geometry.layers))
         return [Choice(cut_to(geometry, sizes, _kept(geometry, dropped), None), None, [])]
+    assert windows is not None
     importance = measure_importance(source, windows, device=device)
     trial = windows[: max(1, _TRIAL_TOKENS // windows.shape[1])]
     if plan.target is not None:

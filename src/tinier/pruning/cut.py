@@ -95,9 +95,9 @@ class Cut:
         linear, _, part = name.rpartition(".")
         rows = columns = None
         if linear in ("self_attn.q_proj", "self_attn.o_proj") and self.heads:
-            rows = _expand(self.heads[layer], geometry.head_dim)
+            rows = head_channels(self.heads[layer], geometry.head_dim)
         elif linear in ("self_attn.k_proj", "self_attn.v_proj") and self.kv_heads:
-            rows = _expand(self.kv_heads[layer], geometry.head_dim)
+            rows = head_channels(self.kv_heads[layer], geometry.head_dim)
         elif linear in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") and self.neurons:
             rows = self.neurons[layer]
         if linear not in geometry.linears:  # norms inside attention: one entry per head channel
@@ -147,7 +147,7 @@ class Cut:
         return scaled.to(weight.dtype)
 
 
-def _expand(heads: Tensor, head_dim: int) -> Tensor:
+def head_channels(heads: Tensor, head_dim: int) -> Tensor:
     """Channels [kept · head_dim] of some heads."""
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
 

@@ -29,6 +29,7 @@ from tinier.pruning.choice import Choice, choose
 from tinier.pruning.cut import Cut
 from tinier.pruning.importance import measure_importance
 from tinier.pruning.plan import PrunePlan, calibration_windows, prepare
+from tinier.pruning.refit import refitted
 from tinier.pruning.trial import divergences
 from tinier.text import Document
 
@@ -54,7 +55,7 @@ def prune(
     reset_peak_memory(place)
     choice = choose(source, plan, windows, place)[0]
     warnings = _warnings(source, plan, choice, documents, place)
-    return write_pruned(source, plan, stage, choice, out, warnings, place, started)
+    return write_pruned(source, plan, stage, choice, windows, out, warnings, place, started)
 
 
 def write_pruned(
@@ -62,25 +63,33 @@ def write_pruned(
     plan: PrunePlan,
     stage: StagePlan,
     choice: Choice,
+    windows: Tensor | None,
     out: Path,
     warnings: list[str],
     device: torch.device,
     started: float,
 ) -> Checkpoint:
-    """Write one choice to the new folder `out`."""
+    """Write one choice to the new folder `out`. windows: [n, length] of calibration text."""
     geometry, cut = geometry_of(source), choice.cut
     influence: list[float] = []
     if choice.importance is not None:
         influence = choice.importance.influence.tolist()
     with atomic_folder(out, needed_bytes=stage.output_bytes) as partial:
         writer = TensorWriter(partial)
+        written: list[str] = []
+        if plan.refit and windows is not None:
+            for name, tensor in refitted(source, cut, windows, device):
+                renamed = cut.renamed(name)
+                assert renamed is not None
+                writer.add(renamed, tensor)
+                written.append(name)
         with source.reader() as read, bar("prune", len(source.tensors)) as advance:
             for name in source.tensors:
                 renamed = cut.renamed(name)
-                if renamed is not None:
+                if renamed is not None and name not in written:
                     writer.add(renamed, cut.tensor(name, read(name), geometry))
                 advance(1)
-            writer.close()
+        writer.close()
         write_config(partial, cut.config(source.config, geometry))
         copy_side_files(source, partial)
         stage.manifest(
@@ -91,6 +100,7 @@ def write_pruned(
                 "dropped_layers": [i for i in range(geometry.layers) if i not in cut.layers],
                 "sizes": asdict(cut.sizes(geometry)),
                 "trials": choice.trials,
+                "refitted": written,
                 "plan": asdict(plan),
             },
             warnings=warnings,

@@ -18,6 +18,7 @@ from tinier.errors import InputError, SchemeError
 from tinier.families import Geometry, check_length, geometry_of
 from tinier.pruning.cut import Cut, Sizes
 from tinier.pruning.importance import cut_to
+from tinier.pruning.refit import linears_to_refit
 from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
 
 CODE = code_digest("checkpoint", "families", "kernels", "engine", "text", "calibration", "pruning")
@@ -60,14 +61,16 @@ class PrunePlan:
     """Channels and neurons are kept in multiples of this, for matrix units."""
     candidates: int = 8
     """Choices of sizes that are measured for a target."""
-    sequences: int = 16
+    refit: bool = True
+    """Solve for the weights that stand in best for what goes, by least squares."""
+    sequences: int = 64
     """Calibration windows."""
     length: int = 512
     """Tokens in one calibration window."""
 
     @property
-    def measures(self) -> bool:
-        """Whether something is chosen by looking at calibration text."""
+    def chooses(self) -> bool:
+        """Whether what goes is chosen by looking at calibration text."""
         wide = (self.hidden, self.intermediate, self.heads, self.kv_heads, self.target)
         by_layer = self.layers is not None and self.method != "last"
         return by_layer or any(value is not None for value in wide)
@@ -126,7 +129,13 @@ def prepare(
     sizes = wanted_sizes(source, plan)
     parameters: dict[str, Any] = asdict(plan) | {"drop_layers": list(plan.drop_layers)}
     windows = None
-    if plan.measures:
+    first = _first_cut(geometry, sizes, plan)
+    solves = plan.refit and (plan.target is not None or bool(linears_to_refit(first, geometry)))
+    if solves and not documents:
+        raise InputError(
+            "refitting what is left needs calibration text. Give documents, or refit=False."
+        )
+    if plan.chooses or solves:
         check_length(source, plan.length)
         check_attention_window(source, plan.length)
         windows = calibration_windows(source, plan, documents)
@@ -135,17 +144,19 @@ def prepare(
     after = geometry if plan.target else resized(geometry, sizes)
     tokens = 0 if windows is None else windows.numel()
     passes = {"loss": geometry.layers, "greedy": geometry.layers**2 / 8}.get(plan.method, 1)
+    passes = (passes if plan.chooses else 0) + 2 * solves
     stage = StagePlan(
         stage="prune",
         parameters=parameters,
         inputs={"source": source},
         # which parts go may be open still, and changes nothing but sizes that stand here
-        output_config=_first_cut(geometry, sizes, plan).config(source.config, geometry),
+        output_config=first.config(source.config, geometry),
         output_bytes=source.disk_bytes
         - (geometry.parameters - after.parameters) * source.dtype.itemsize,
         memory_bytes=min(SHARD_BYTES, source.weight_bytes)
         + 4 * geometry.layer_parameters
-        + 4 * tokens * geometry.hidden * (1 if passes == 1 else 32),
+        + 8 * max(geometry.intermediate, geometry.hidden) ** 2 * solves
+        + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
         flops=2.0 * geometry.parameters * tokens * passes,
         code=CODE,
     )

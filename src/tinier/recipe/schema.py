@@ -49,7 +49,8 @@ class Prune(_Strict):
     shrink: Literal["depth", "width", "both"] = "both"
     align: int = 64
     candidates: int = 8
-    sequences: int = 16
+    refit: bool = True
+    sequences: int = 64
     length: int = 512
 
 
