@@ -83,7 +83,7 @@ def test_dry_run_writes_nothing(
     source, out = tiny().folder, tmp_path / "out"
     for arguments in (
         ["quantize", source, "--preset", "int4", "--group-size", "32"],
-        ["prune", source, "--drop-layers", "1"],
+        ["prune", source, "--drop-layers", "1", "--length", "64"],
         ["prune", source, "--layers", "25%", "--length", "64"],
         ["distill", source, "--teacher", source, "--steps", "11", "--batch", "4", "--length", "32"],
     ):
@@ -104,7 +104,7 @@ def test_stages_chain(
 ) -> None:
     base = tiny(dtype=torch.bfloat16).folder
     for arguments in (
-        ["prune", base, "--drop-layers", "2", "--out", tmp_path / "pruned"],
+        ["prune", base, "--drop-layers", "2", "--length", "64", "--out", tmp_path / "pruned"],
         ["distill", tmp_path / "pruned", "--teacher", base, "--steps", "2", "--batch", "2",
          "--micro-batch", "2", "--length", "64", "--warmup-steps", "1", "--device", "cpu",
          "--out", tmp_path / "healed"],

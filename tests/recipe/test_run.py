@@ -125,7 +125,7 @@ def test_what_is_done_is_not_done_again(
 
     # other pruning: what comes after it too
     before = times(out)
-    values["variants"]["pruned"]["prune"] = {"drop_layers": "2"}
+    values["variants"]["pruned"]["prune"] = {"drop_layers": "2", "length": 64}
     run_recipe(recipe_of(values, tmp_path), out, command="")
     changed = {path for path, when in times(out).items() if before[path] != when}
     assert changed == {
@@ -221,7 +221,7 @@ def test_mistakes_anywhere_are_found_before_any_work(
 def test_a_layer_that_pruning_removed_is_out_of_range(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
-    values["variants"]["again"] = {"from": "pruned", "prune": {"drop_layers": "3"}}
+    values["variants"]["again"] = {"from": "pruned", "prune": {"drop_layers": "3", "length": 64}}
     with pytest.raises(InputError, match="has layers 0 to 2"):
         plan_recipe(recipe_of(values, tmp_path))
 
