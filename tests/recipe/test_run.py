@@ -127,7 +127,9 @@ def test_what_is_done_is_not_done_again(
     before = times(out)
     values["variants"]["pruned"]["prune"] = {"drop_layers": "2", "length": 64}
     run_recipe(recipe_of(values, tmp_path), out, command="")
-    changed = {path for path, when in times(out).items() if before[path] != when}
+    # beside a variant whose best step was not its last, that last one is kept
+    after = {path: when for path, when in times(out).items() if "-last" not in path}
+    changed = {path for path, when in after.items() if before[path] != when}
     assert changed == {
         f"{kind.format(name)}"
         for name in ("pruned", "distilled", "fp8-distilled")
