@@ -14,12 +14,14 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.guide_shape import random_llama
 
 from tinier import progress
 from tinier.benchmark import environment
+from tinier.checkpoint import Checkpoint
 from tinier.device import matmul_flops, release_memory
 from tinier.distillation import DistillPlan, distill
 from tinier.distillation.plan import training_flops
@@ -49,8 +51,8 @@ def main() -> None:
         PrunePlan(drop_layers=tuple(range(last - count, last)), refit=False),
         student_folder,
     )
-    documents = load_documents("builtin")
-    result: dict[str, object] = {
+    matmul_tflops = matmul_flops(torch.device("cuda")) / 1e12
+    result: dict[str, Any] = {
         "model": "Llama-3.2-3B's shape, random weights",
         "teacher_layers": arguments.layers,
         "student_layers": arguments.layers - count,
@@ -58,38 +60,45 @@ def main() -> None:
         "length": arguments.length,
         "steps": arguments.steps,
         "environment": environment(torch.device("cuda")),
-        "matmul_tflops": matmul_flops(torch.device("cuda")) / 1e12,
+        "matmul_tflops": matmul_tflops,
     }
     for setting in arguments.settings:
-        checkpointing, _, compiled = setting.partition("+")
-        plan = DistillPlan(
-            steps=arguments.steps, batch=arguments.batch, micro_batch=arguments.micro_batch,
-            length=arguments.length, warmup_steps=1, lr=1e-6, min_lr=1e-6, eval_every=10**9,
-            checkpointing=checkpointing, compile=bool(compiled), save_seconds=1e9,  # type: ignore[arg-type]
-        )  # fmt: skip
-        out = arguments.work / "distilled"
-        for folder in (out, out.with_name("distilled-last")):
-            shutil.rmtree(folder, ignore_errors=True)
-        release_memory()
-        started = time.monotonic()
-        made = distill(
-            student, teacher, plan, out, documents=documents, heldout=documents, device="cuda"
-        )
-        assert made.manifest is not None
-        rates = made.manifest.measures["all_tokens_per_s"][1:]  # the first step warms up
-        flops = training_flops(student, teacher) * statistics.median(rates)
-        figures = {
-            "tokens_per_s": statistics.median(rates),
-            "tokens_per_s_spread": [min(rates), max(rates)],
-            "tflops": flops / 1e12,
-            "share_of_matmul_peak": flops / 1e12 / result["matmul_tflops"],  # type: ignore[operator]
-            "peak_gpu_bytes": made.manifest.peak_memory_bytes,
-            "micro_batch": made.manifest.measures["micro_batch"],
-            "command_seconds": time.monotonic() - started,
-        }
+        figures = timed(setting, student, teacher, arguments)
+        figures["share_of_matmul_peak"] = figures["tflops"] / matmul_tflops
         result[setting] = figures
         print(setting, figures, flush=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def timed(
+    setting: str, student: Checkpoint, teacher: Checkpoint, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Distil for a few steps. setting: what is computed again, with `+compile` for compiled layers."""
+    checkpointing, _, compiled = setting.partition("+")
+    plan = DistillPlan(
+        steps=arguments.steps, batch=arguments.batch, micro_batch=arguments.micro_batch,
+        length=arguments.length, warmup_steps=1, lr=1e-6, min_lr=1e-6, eval_every=10**9,
+        checkpointing=checkpointing, compile=bool(compiled), save_seconds=1e9,  # type: ignore[arg-type]
+    )  # fmt: skip
+    out = arguments.work / "distilled"
+    for folder in (out, out.with_name("distilled-last")):
+        shutil.rmtree(folder, ignore_errors=True)
+    release_memory()
+    documents = load_documents("builtin")
+    started = time.monotonic()
+    made = distill(
+        student, teacher, plan, out, documents=documents, heldout=documents, device="cuda"
+    )
+    assert made.manifest is not None
+    rates = made.manifest.measures["all_tokens_per_s"][1:]  # the first step warms up
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s_spread": [min(rates), max(rates)],
+        "tflops": training_flops(student, teacher) * statistics.median(rates) / 1e12,
+        "peak_gpu_bytes": made.manifest.peak_memory_bytes,
+        "micro_batch": made.manifest.measures["micro_batch"],
+        "command_seconds": time.monotonic() - started,
+    }
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ PRUNED: dict[str, PrunePlan] = {
     "width": PrunePlan(target="109.8M", shrink="width"),
     "both": PrunePlan(layers=3, method="angular", intermediate=1216),
 }
-# with what is left refitted
-REFITTED = ["last+refit", "angular+refit", "greedy+refit", "width+refit", "both+refit"]
+# the same, with what is left refitted
+REFITTED = [f"{name}+refit" for name in PRUNED]
 GRIDS = {"int4-gptq": 64, "int4-best": 64, "nvfp4": None}
 QAD = replace(HEAL, lr=1e-4, min_lr=1e-5)
 
@@ -99,8 +99,7 @@ class Bench:
     def prune(self, name: str) -> Checkpoint:
         out = self._work / name
         if not out.exists():
-            cut, _, refit = name.partition("+")
-            plan = replace(PRUNED[cut], refit=bool(refit))
+            plan = replace(PRUNED[_cut(name)], refit=name in REFITTED)
             prune(self.base, plan, out, documents=self.wikitext, device=self._device.type)
         made = open_model(out)
         if name not in self._result["rows"]:
@@ -170,6 +169,11 @@ class Bench:
         self.heal(self.base, f"{before}, trained, lr {lr:g}, {data}", before, training, data)
 
 
+def _cut(row: str) -> str:
+    """The row of the same cut as it is."""
+    return row.removesuffix("+refit")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wikitext", type=Path, required=True)
@@ -197,9 +201,9 @@ def main() -> None:
             plan = replace(plan, loss=rest[0])
         if len(rest) > 1:
             plan = replace(plan, hidden_weight=float(rest[1]))
-        bench.prune(name.partition("+")[0])
+        bench.prune(_cut(name))  # what its gains are counted from
         label = f"{name}, healed, {row.partition(':')[2]}"
-        bench.heal(bench.prune(name), label, name.partition("+")[0], plan, data)
+        bench.heal(bench.prune(name), label, _cut(name), plan, data)
     for row in arguments.trained:
         preset, lr, data = row.split(":")
         bench.quantized(preset, float(lr), data)

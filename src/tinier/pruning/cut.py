@@ -93,20 +93,27 @@ class Cut:
         if name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             return self._norm(tensor)
         linear, _, part = name.rpartition(".")
-        rows = columns = None
-        if linear in ("self_attn.q_proj", "self_attn.o_proj") and self.heads:
-            rows = head_channels(self.heads[layer], geometry.head_dim)
-        elif linear in ("self_attn.k_proj", "self_attn.v_proj") and self.kv_heads:
-            rows = head_channels(self.kv_heads[layer], geometry.head_dim)
-        elif linear in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") and self.neurons:
-            rows = self.neurons[layer]
         if linear not in geometry.linears:  # norms inside attention: one entry per head channel
             return tensor
-        columns = self.hidden
+        rows, columns = self.linear_channels(layer, linear, geometry)
+        tensor = take(tensor, 0, rows)
+        return tensor if part == "bias" else take(tensor, 1, columns)
+
+    def linear_channels(
+        self, layer: int, linear: str, geometry: Geometry
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which outputs and which inputs of a linear layer are kept; None: all. linear: its name
+        inside the layer."""
+        inner = None
+        if linear in ("self_attn.q_proj", "self_attn.o_proj") and self.heads:
+            inner = _expand(self.heads[layer], geometry.head_dim)
+        elif linear in ("self_attn.k_proj", "self_attn.v_proj") and self.kv_heads:
+            inner = _expand(self.kv_heads[layer], geometry.head_dim)
+        elif linear in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") and self.neurons:
+            inner = self.neurons[layer]
         if linear in ("self_attn.o_proj", "mlp.down_proj"):
-            rows, columns = columns, rows
-        tensor = _take(tensor, 0, rows)
-        return tensor if part == "bias" else _take(tensor, 1, columns)
+            return self.hidden, inner
+        return inner, self.hidden
 
     def config(self, config: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
         """config.json of the result."""
@@ -133,7 +140,7 @@ class Cut:
 
     def _edge(self, name: str, tensor: Tensor) -> Tensor:
         if name in (EMBEDDING, HEAD):
-            return _take(tensor, 1, self.hidden)
+            return take(tensor, 1, self.hidden)
         return self._norm(tensor) if name == FINAL_NORM else tensor
 
     def _norm(self, weight: Tensor) -> Tensor:
@@ -143,14 +150,15 @@ class Cut:
         if self.hidden is None:
             return weight
         factor = (len(weight) / len(self.hidden)) ** 0.5
-        scaled: Tensor = _take(weight, 0, self.hidden).float() * factor
+        scaled: Tensor = take(weight, 0, self.hidden).float() * factor
         return scaled.to(weight.dtype)
 
 
-def head_channels(heads: Tensor, head_dim: int) -> Tensor:
+def _expand(heads: Tensor, head_dim: int) -> Tensor:
     """Channels [kept · head_dim] of some heads."""
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
 
 
-def _take(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
+def take(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    """The entries of `index` along `dim`; None: all."""
     return tensor if index is None else tensor.index_select(dim, index.to(tensor.device))

@@ -155,7 +155,7 @@ def prepare(
         - (geometry.parameters - after.parameters) * source.dtype.itemsize,
         memory_bytes=min(SHARD_BYTES, source.weight_bytes)
         + 4 * geometry.layer_parameters
-        + 8 * max(geometry.intermediate, geometry.hidden) ** 2 * solves
+        + 3 * 8 * max(geometry.intermediate, geometry.hidden) ** 2 * solves
         + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
         flops=2.0 * geometry.parameters * tokens * passes,
         code=CODE,

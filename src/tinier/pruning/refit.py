@@ -12,8 +12,6 @@ matrix behind the MLP; here all of `down_proj` is free). Where nothing was remov
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from tinier.calibration import DecoderWalk, second_moments
 from tinier.checkpoint import Checkpoint
 from tinier.families import Geometry, geometry_of, layer_name
 from tinier.progress import bar
-from tinier.pruning.cut import Cut, head_channels
+from tinier.pruning.cut import Cut, take
 
 # λ: measured at 0.03 to 0.1 alike; less overfits where text is short (docs/log.md)
 _DAMPING = 0.1
@@ -32,7 +30,7 @@ _MLP, _ATTENTION = "mlp.down_proj", "self_attn.o_proj"
 def linears_to_refit(cut: Cut, geometry: Geometry) -> dict[int, list[str]]:
     """Which linear layers can make up for what goes, by layer of the source."""
     found: dict[int, list[str]] = {}
-    for layer, following in zip(cut.layers, (*cut.layers[1:], geometry.layers), strict=True):
+    for layer, following in _following(cut, geometry).items():
         names = [_ATTENTION] if cut.heads else []
         if cut.neurons or following > layer + 1:
             names.append(_MLP)
@@ -54,88 +52,96 @@ def refitted(
     todo = linears_to_refit(cut, geometry)
     if not todo:
         return
+    following = _following(cut, geometry)
+    first, last = cut.layers[0], max(todo)
     walk = DecoderWalk(source, windows.shape[1], device)
     hidden = walk.embed(windows)
-    ends = dict(zip(cut.layers, (*cut.layers[1:], geometry.layers), strict=True))
-    with bar("refit", max(ends[layer] for layer in todo)) as advance:
-        advance(cut.layers[0])
-        for index in range(cut.layers[0]):
+    with bar("refit", following[last]) as advance:
+        for index in range(first):
             hidden = walk.run(walk.load(index), hidden, hidden)
-        for index in range(cut.layers[0], max(todo) + 1):
-            if index not in ends:
+            advance(1)
+        for index in range(first, last + 1):
+            if index not in following:
                 continue
             layer = walk.load(index)
-            outputs = walk.run(layer, hidden, torch.empty_like(hidden))
-            for dropped in range(index + 1, ends[index]):
-                outputs = walk.run(walk.load(dropped), outputs, outputs)
-            for name in todo.get(index, ()):
-                # what the dropped layers wrote is the MLP's to make up for
-                target = outputs if name == _MLP and ends[index] > index + 1 else None
-                moments = _observe(walk, layer, name, hidden, target)
-                weight = layer.get_submodule(name).weight
-                solved = _solve(moments, weight, _kept_inputs(cut, index, name, geometry))  # type: ignore[arg-type]
-                if cut.hidden is not None:
-                    solved = solved[cut.hidden.to(device)]
+            outputs = torch.empty_like(hidden)
+            moments = _input_moments(walk, layer, todo.get(index, []), hidden, outputs)
+            reached = outputs
+            for dropped in range(index + 1, following[index]):
+                reached = walk.run(walk.load(dropped), reached, torch.empty_like(reached))
+            for name, inputs in moments.items():
+                beyond = None
+                if name == _MLP and following[index] > index + 1:
+                    beyond = _products_beyond(walk, layer, hidden, outputs, reached)
+                rows, columns = cut.linear_channels(index, name, geometry)
+                solved = _solve(inputs, beyond, _linear(layer, name).weight, columns)
+                solved = take(solved, 0, rows)
                 yield f"{layer_name(index)}.{name}.weight", solved.to(source.dtype).cpu()
-            hidden = outputs
-            advance(ends[index] - index)
+            hidden = reached
+            advance(following[index] - index)
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    inputs: Tensor
-    """[in, in] float64: E[x xᵀ]"""
-    beyond: Tensor | None
-    """[in, hidden] float64: E[x dᵀ], d what the dropped layers wrote"""
+def _following(cut: Cut, geometry: Geometry) -> dict[int, int]:
+    """The kept layer after each kept layer; after the last one, the number of layers."""
+    return dict(zip(cut.layers, (*cut.layers[1:], geometry.layers), strict=True))
 
 
-def _observe(
-    walk: DecoderWalk, layer: nn.Module, name: str, hidden: Tensor, target: Tensor | None
-) -> _Moments:
-    """Send the layer's inputs through it once more and add up the moments of one linear layer.
-
-    hidden: [n, length, hidden]. target: what should come out, where that is not what does.
-    """
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
     linear = layer.get_submodule(name)
     assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _input_moments(
+    walk: DecoderWalk, layer: nn.Module, names: list[str], hidden: Tensor, outputs: Tensor
+) -> dict[str, Tensor]:
+    """Run the layer from `hidden` [n, length, hidden] into `outputs`; meanwhile E[x xᵀ], [in, in] in
+    float64, of the inputs x of some of its linear layers."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+        linear = _linear(layer, name)
+        shape = (linear.in_features, linear.in_features)
+        sums[name] = torch.zeros(shape, dtype=torch.float64, device=walk.device)
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+            sums[name] += second_moments(given[0].flatten(0, 1))
+
+        handles.append(linear.register_forward_pre_hook(hook))
+    walk.run(layer, hidden, outputs)
+    for handle in handles:
+        handle.remove()
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def _products_beyond(
+    walk: DecoderWalk, layer: nn.Module, hidden: Tensor, outputs: Tensor, reached: Tensor
+) -> Tensor:
+    """E[x dᵀ], [in, hidden] in float64: x what enters `down_proj`, d = reached - outputs what the
+    dropped layers wrote. The layer runs once more, for d is known only now."""
+    linear = _linear(layer, _MLP)
     seen: list[Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
-    sums = partial(torch.zeros, dtype=torch.float64, device=walk.device)
-    width = linear.in_features
-    inputs = sums(width, width)
-    beyond = None
-    if target is not None:
-        beyond = sums(width, hidden.shape[-1])
+    shape = (linear.in_features, hidden.shape[-1])
+    total = torch.zeros(shape, dtype=torch.float64, device=walk.device)
     for start in range(0, len(hidden), walk.batch_windows):
         rows = slice(start, start + walk.batch_windows)
-        output = walk.forward(layer, hidden[rows].to(walk.device))
-        x = seen.pop()
-        inputs += second_moments(x)
-        if beyond is not None:
-            assert target is not None
-            missing = target[rows].to(walk.device).float() - output.float()
-            beyond += x.float().t() @ missing.flatten(0, 1)
+        walk.forward(layer, hidden[rows].to(walk.device))
+        written = (reached[rows].float() - outputs[rows].float()).flatten(0, 1)
+        total += seen.pop().float().t() @ written.to(walk.device)
     handle.remove()
-    tokens = hidden.shape[0] * hidden.shape[1]
-    return _Moments(inputs / tokens, None if beyond is None else beyond / tokens)
+    return total / (hidden.shape[0] * hidden.shape[1])
 
 
-def _solve(moments: _Moments, weight: Tensor, kept: Tensor | None) -> Tensor:
-    """[out, kept] float64 of the docstring above. weight: [out, in]. kept: indices of inputs."""
+def _solve(inputs: Tensor, beyond: Tensor | None, weight: Tensor, kept: Tensor | None) -> Tensor:
+    """W' above: [out, kept] float64. weight: [out, in]. kept: indices of inputs."""
     weight = weight.double()
-    wanted = moments.inputs @ weight.t()
-    if moments.beyond is not None:
-        wanted = wanted + moments.beyond
-    inputs = moments.inputs
-    if kept is not None:
-        kept = kept.to(weight.device)
-        inputs, wanted, weight = inputs[kept][:, kept], wanted[kept], weight[:, kept]
-    damping = torch.diag(_DAMPING * inputs.diagonal().clamp(min=torch.finfo(torch.float32).tiny))
-    factor = torch.linalg.cholesky(inputs + damping)
-    return torch.cholesky_solve(wanted + damping @ weight.t(), factor).t()
-
-
-def _kept_inputs(cut: Cut, layer: int, name: str, geometry: Geometry) -> Tensor | None:
-    if name == _ATTENTION:
-        return head_channels(cut.heads[layer], geometry.head_dim) if cut.heads else None
-    return cut.neurons[layer] if cut.neurons else None
+    wanted = inputs @ weight.t()
+    if beyond is not None:
+        wanted = wanted + beyond
+    inputs, wanted = take(take(inputs, 0, kept), 1, kept), take(wanted, 0, kept)
+    weight = take(weight, 1, kept)
+    damping = _DAMPING * inputs.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    factor = torch.linalg.cholesky(inputs + torch.diag(damping))
+    return torch.cholesky_solve(wanted + damping.unsqueeze(1) * weight.t(), factor).t()
