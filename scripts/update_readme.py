@@ -34,7 +34,8 @@ def demo_section(run: Path) -> str:
         f"{environment.get('gpu') or environment['cpu']} with {environment['cpu_cores']} cores: "
         f"Python {versions['python']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; seed {results['seed']}. The whole report: "
-        f"[{result_name(results)}.md](benchmarks/results/{result_name(results)}.md).",
+        f"[{result_name(results)}.md](benchmarks/results/{result_name(results)}.md). The built-in text is "
+        "the language reference that comes with Python, so another Python gives other figures.",
         END,
     ]
     return "\n".join(lines)
