@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tinier
 from tinier.errors import CheckpointError
 
 MANIFEST_NAME = "tinier.json"
 _SCHEMA = 1
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "accelerate")
+_PACKAGES = ("transformers", "compressed-tensors", "safetensors", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Manifest:
 def package_versions() -> dict[str, str]:
     """Versions of Python, tinier and the packages that touch the numbers."""
     versions = {"python": platform.python_version(), "tinier": tinier.__version__}
+    # torch's own word names its build (+cpu, +cu130), which the package's version may not
+    versions["torch"] = str(torch.__version__)
     return versions | {name: version(name) for name in _PACKAGES}
 
 

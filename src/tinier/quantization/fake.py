@@ -2,9 +2,9 @@
 
 Start at `FakeWeight`. It holds the scales of a quantized weight and makes the weight that the
 checkpoint will have from one that gradients can move. Gradients pass the rounding as if it were not
-there, and stop where the grid ends (straight-through, arXiv 1308.3432). Scales that are stored in the
-model's type are learned too; their gradient is LSQ's (arXiv 1902.08153, equation 3), which follows
-from the same rule. `harden` gives the codes: the very numbers that the last forward pass used.
+there, and stop where the grid ends (straight-through, arXiv 1308.3432). Scales are learned too, unless
+they are powers of two; their gradient is LSQ's (arXiv 1902.08153, equation 3), which follows from the
+same rule. `harden` gives the codes: the very numbers that the last forward pass used.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinier.kernels import round_activations
 from tinier.numerics import Quantized, dequantize, expand, in_blocks, step_size, storable_scale
-from tinier.quantization.scales import Fit, round_nearest, round_scaled
+from tinier.quantization.scales import Fit, round_nearest, round_scaled, storable_block_scale
 from tinier.schemes import Grid
 
 # a weight that lies in the cell of another code is moved to just inside the cell of its own
@@ -34,7 +34,7 @@ class FakeWeight(nn.Module):
         self.register_buffer("zero_point", start.zero_point, persistent=False)
         self.register_buffer("global_scale", start.global_scale, persistent=False)
         self.stretch = None
-        if grid.scale_format == "model":
+        if grid.scale_format != "e8m0":
             # each scale is multiplied by one plus it
             zeros = torch.zeros_like(start.scale, dtype=torch.float32)
             self.stretch = nn.Parameter(zeros)
@@ -57,17 +57,22 @@ class FakeWeight(nn.Module):
         scale = self.scale
         if stretch is not None:
             stretch = stretch.to(scale.device)
-            scale = storable_scale(scale.float() * (1 + stretch), scale.dtype)
+            scale = self._storable(scale.float() * (1 + stretch))
         fit = Fit(scale, self.zero_point, self.global_scale)
         return round_nearest(weight.to(scale.device), fit, self._grid)
 
     def _step(self) -> Tensor:
         """[R, C] float32: what a checkpoint's reader makes of the stored scale."""
-        if self.stretch is None:
-            return Fit(self.scale, self.zero_point, self.global_scale).step
-        wanted = self.scale.float() * (1 + self.stretch)
-        stored = storable_scale(wanted.detach(), self.scale.dtype).float()
-        return wanted + (stored - wanted).detach()
+        scale = self.scale
+        if self.stretch is not None:
+            wanted = scale.float() * (1 + self.stretch)
+            scale = wanted + (self._storable(wanted.detach()).float() - wanted).detach()
+        return Fit(scale, self.zero_point, self.global_scale).step
+
+    def _storable(self, scale: Tensor) -> Tensor:
+        if self._grid.scale_format == "e4m3":
+            return storable_block_scale(scale)
+        return storable_scale(scale, self.scale.dtype)
 
 
 @torch.no_grad()

@@ -193,9 +193,14 @@ def _storer(largest: Tensor, grid: Grid, dtype: torch.dtype) -> Callable[[Tensor
         # compressed-tensors' global scale: it brings the largest block scale to E4M3's end
         top = largest.max()
         over = torch.where(top > 0, E4M3_MAX / top, torch.ones_like(top)).reshape(1)
-        # the smallest positive E4M3 value stands in for a scale that would be zero
-        return lambda scale: Fit(cast_e4m3((scale * over).clamp(min=2.0**-9)), None, over)
+        return lambda scale: Fit(storable_block_scale(scale * over), None, over)
     return lambda scale: Fit(storable_scale(scale, dtype), None, None)
+
+
+def storable_block_scale(scale: Tensor) -> Tensor:
+    """NVFP4's block scales (already times the global scale) as they are stored, in E4M3."""
+    # the smallest positive value stands in for a scale that would be zero
+    return cast_e4m3(scale.clamp(min=2.0**-9))
 
 
 def _asymmetric(blocks: Tensor, grid: Grid, dtype: torch.dtype, shrink: float) -> Fit:
