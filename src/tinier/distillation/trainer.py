@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -96,6 +97,11 @@ class Trainer:
         dtype = training_dtype(plan, device)
         mode = plan.checkpointing or ("selective" if device.type == "cuda" else "none")
         if plan.compile:
+            # a parametrized linear is its own class, so every layer of a student on a grid is compiled
+            # for itself; past the limit torch would leave the rest uncompiled
+            dynamo_config.recompile_limit = max(
+                dynamo_config.recompile_limit, 2 * len(model.model.layers)
+            )
             for layer in model.model.layers:
                 layer.compile()
         student = Student(model.train(), plan, dtype, mode)
