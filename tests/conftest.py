@@ -123,9 +123,11 @@ def floating_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     integer arithmetic is the same function is tested in tests/kernels/test_linear.py.
     """
 
-    def expand(quantized: Quantized, bias: torch.Tensor | None) -> linear.Linear:
+    def expand(
+        quantized: Quantized, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> linear.Linear:
         activations = PRESETS["int8"].scheme.activations
-        return linear.DenseLinear(dequantize(quantized, torch.float32), bias, activations)
+        return linear.DenseLinear(dequantize(quantized, dtype), bias, activations)
 
     monkeypatch.setattr(linear, "Int8Linear", expand)
 

@@ -6,8 +6,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from tinier.kernels import paged_attention, rms_norm, rotate, silu_mul
-from tinier.kernels.reference import PagedBatch
+from tinier.kernels.reference import PagedBatch, paged_attention, rms_norm, rotate, silu_mul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,10 +52,33 @@ def naive_attention(
     return out
 
 
+def paged_batch(
+    contexts: list[int], counts: list[int], generator: torch.Generator, block_size: int = 2
+) -> tuple[PagedBatch, list[torch.Tensor]]:
+    """Sequences in 32 blocks in any order, as after many requests; and each one's slots."""
+    free = torch.randperm(32, generator=generator).tolist()
+    width = max(contexts) // block_size + 2
+    blocks = torch.zeros(len(contexts), width, dtype=torch.int32)
+    slots = []
+    for i, context in enumerate(contexts):
+        for j in range(-(-context // block_size)):
+            blocks[i, j] = free.pop()
+        at = torch.arange(context)
+        slots.append(blocks[i, at // block_size].long() * block_size + at % block_size)
+    new = [s[-n:] for s, n in zip(slots, counts, strict=True)]
+    positions = [torch.arange(c - n, c) for c, n in zip(contexts, counts, strict=True)]
+    batch = PagedBatch(
+        blocks, torch.tensor(contexts, dtype=torch.int32),
+        torch.tensor([0, *counts]).cumsum(0).int(), torch.cat(positions).int(), torch.cat(new).int(),
+        counts, block_size,
+    )  # fmt: skip
+    return batch, slots
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(
     ("contexts", "counts"),
-    [([5, 9, 1], [1, 1, 1]), ([6], [6]), ([7, 4, 8], [3, 4, 1])],
+    [([5, 9, 1], [1, 1, 1]), ([6], [6]), ([8, 4, 7], [1, 4, 3])],
     ids=["decode", "prefill", "mixed"],
 )
 def test_paged_attention_is_attention(
@@ -65,10 +87,9 @@ def test_paged_attention_is_attention(
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(64, 2, 8, generator=generator)
     values = torch.randn(64, 2, 8, generator=generator)
-    order = torch.randperm(64, generator=generator)  # slots in any order, as after many requests
-    tables = list(order[: sum(contexts)].split(contexts))
+    batch, tables = paged_batch(contexts, counts, generator)
     q = torch.randn(sum(counts), 4, 8, generator=generator)
-    out = paged_attention(q, keys, values, PagedBatch(tables, counts), window)
+    out = paged_attention(q, keys, values, batch, window)
     expected = torch.cat(
         [
             naive_attention(part, keys[slots], values[slots], window)

@@ -27,12 +27,19 @@ from tinier.families import (
     hf_config,
     layer_name,
 )
-from tinier.kernels import Linear, StoredLinear, make_linear, rms_norm, rotate, silu_mul
-from tinier.numerics import round_static
+from tinier.kernels import (
+    Linear,
+    Rotation,
+    StoredLinear,
+    add_rms_norm,
+    make_linear,
+    silu_mul,
+)
+from tinier.kernels.reference import encode, split_heads
 from tinier.schemes import Layout
 
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, head_dim], k and v [T, kv_heads, head_dim]) -> [T, heads, head_dim]"""
+Attention = Callable[[int, Tensor], Tensor]
+"""(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim]) -> [T, heads·head_dim]"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +56,13 @@ class Layer:
     down: Linear
     kv_scales: tuple[Tensor, Tensor] | None = None
     """Of keys and of values, each [1], where the cache is quantized."""
+
+    @property
+    def head_norms(self) -> tuple[Tensor, Tensor] | None:
+        """Norms of q and of k, where the model has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm, self.k_norm
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -85,6 +99,14 @@ class Decoder:
         return self.embedding.dtype
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """What one number of the KV cache is stored in."""
+        grid = self.layout.kv_cache if self.layout else None
+        if grid is None:
+            return self.dtype
+        return torch.int8 if grid.kind == "int" else torch.float8_e4m3fn
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes that the weights take in memory as loaded; a tied head counts once."""
         linears = sum(linear.num_bytes for layer in self.layers for linear in layer.linears)
@@ -98,43 +120,33 @@ class Decoder:
         return {linear.path: linear.fast for linear in linears}
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Hidden states after the final norm. tokens, positions: [T]. Returns [T, hidden]."""
-        x = F.embedding(tokens, self.embedding)  # [T, hidden]
-        rotation = self.rotation(x, positions)
-        for i in range(self.geometry.layers):
-            x = self.layer(i, x, rotation, attend)
-        return rms_norm(x, self.final_norm, self.geometry.norm_eps)
-
-    def rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of RoPE for positions [T], each [T, 1, head_dim] in the type of x."""
-        cos, sin = self._rope(x, positions.unsqueeze(0))
-        return cos.squeeze(0).unsqueeze(1), sin.squeeze(0).unsqueeze(1)
+    def forward(self, tokens: Tensor, attend: Attention) -> Tensor:
+        """Hidden states after the final norm. tokens: [T]. Returns [T, hidden]."""
+        x, delta = F.embedding(tokens, self.embedding), None
+        for index in range(self.geometry.layers):
+            x, delta = self.layer(index, x, delta, attend)
+        _, y = add_rms_norm(x, delta, self.final_norm, self.geometry.norm_eps)
+        assert isinstance(y, Tensor)
+        return y
 
     @torch.inference_mode()
     def layer(
-        self, index: int, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attention
-    ) -> Tensor:
-        """Hidden states [T, hidden] after one decoder layer."""
-        g, layer = self.geometry, self.layers[index]
-        sizes = [g.heads * g.head_dim, g.kv_heads * g.head_dim, g.kv_heads * g.head_dim]
-        y = rms_norm(x, layer.input_norm, g.norm_eps)
-        q, k, v = layer.qkv(y).split(sizes, dim=-1)
-        q = q.unflatten(-1, (g.heads, g.head_dim))  # [T, heads, head_dim]
-        k = k.unflatten(-1, (g.kv_heads, g.head_dim))  # [T, kv_heads, head_dim]
-        v = v.unflatten(-1, (g.kv_heads, g.head_dim))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, g.norm_eps)
-            k = rms_norm(k, layer.k_norm, g.norm_eps)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if layer.kv_scales is not None and self.layout and self.layout.kv_cache:
-            kind = self.layout.kv_cache.kind
-            k = round_static(k, kind, layer.kv_scales[0]).to(x.dtype)
-            v = round_static(v, kind, layer.kv_scales[1]).to(x.dtype)
-        attended = attend(index, q, k, v)
-        x = x + layer.out(attended.flatten(1))
-        y = rms_norm(x, layer.post_norm, g.norm_eps)
-        return x + layer.down(silu_mul(layer.gate_up(y)))
+        self, index: int, x: Tensor, delta: Tensor | None, attend: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """One decoder layer over the hidden states x + delta [T, hidden]; returns such a pair.
+
+        What a block adds is left apart, so that adding it is part of the norm that reads the sum.
+        """
+        layer, eps = self.layers[index], self.geometry.norm_eps
+        x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
+        delta = layer.out(attend(index, layer.qkv(y)))
+        x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
+        return x, layer.down(silu_mul(layer.gate_up(y), layer.down.takes))
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """cos and sin of RoPE for positions [T], each [T, head_dim], in the computing type."""
+        cos, sin = self._rope(self.final_norm, positions.unsqueeze(0))
+        return cos.squeeze(0), sin.squeeze(0)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,18 +157,27 @@ class Decoder:
     def hidden_states(self, windows: Tensor) -> Tensor:
         """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden]."""
         batch, length = windows.shape
-        positions = torch.arange(length, device=self.device).repeat(batch)
-        attend = causal_windows(batch, self.geometry)
-        flat = self.forward(windows.to(self.device).reshape(-1), positions, attend)
+        attend = causal_windows(self, batch, length)
+        flat = self.forward(windows.to(self.device).reshape(-1), attend)
         return flat.view(batch, length, -1)
 
 
-def causal_windows(batch: int, geometry: Geometry) -> Attention:
-    """Attention over `batch` sequences of equal length, with nothing cached."""
+def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
+    """Attention over `batch` sequences of `length` tokens, with nothing cached."""
+    g = decoder.geometry
+    positions = torch.arange(length, device=decoder.device).repeat(batch)
+    cos, sin = (t.unsqueeze(1) for t in decoder.rotation(positions))
+    dtype = decoder.cache_dtype
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length = q.shape[0] // batch
-        window = geometry.windows[layer]
+    def attend(index: int, qkv: Tensor) -> Tensor:
+        layer = decoder.layers[index]
+        q, k, v = split_heads(qkv, (cos, sin), layer.head_norms, g.norm_eps, g.heads, g.kv_heads)
+        if layer.kv_scales is not None:
+            k, v = (
+                (encode(t, scale, dtype).float() * scale.float()).to(qkv.dtype)
+                for t, scale in zip((k, v), layer.kv_scales, strict=True)
+            )
+        window = g.windows[index]
         mask = None
         if window is not None and length > window:
             at = torch.arange(length, device=q.device)
@@ -166,7 +187,7 @@ def causal_windows(batch: int, geometry: Geometry) -> Attention:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
     return attend
 

@@ -41,7 +41,10 @@ class Engine:
         self.decoder = decoder
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self._pool = BlockPool(self._num_blocks(), self.config.block_size)
-        self.runner = Runner(decoder, self._pool.num_blocks, self.config.block_size)
+        self.runner = Runner(
+            decoder, self._pool.num_blocks, self.config.block_size, self.config.max_batch_size,
+            self.max_seq_len,
+        )  # fmt: skip
         self._scheduler = Scheduler(
             self._pool, self.config.max_batch_size, self.config.max_step_tokens
         )
@@ -132,7 +135,7 @@ class Engine:
         g = self.decoder.geometry
         block_bytes = (
             2 * g.layers * g.kv_heads * g.head_dim
-            * self.decoder.dtype.itemsize * self.config.block_size
+            * self.decoder.cache_dtype.itemsize * self.config.block_size
         )  # fmt: skip
         per_request = -(-self.max_seq_len // self.config.block_size)
         if self.config.kv_cache_bytes is not None:

@@ -40,7 +40,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty only if there is nothing to do."""
+        """The chunks of the next step, those of one token first; empty only if nothing is to do."""
         budget = self._max_step_tokens
         chunks: list[Chunk] = []
         for request in list(self.running):
@@ -59,6 +59,7 @@ class Scheduler:
             chunks.append(Chunk(request, 0, count))
             budget -= count
         assert chunks or not (self.waiting or self.running), "nothing could be scheduled"
+        chunks.sort(key=lambda chunk: chunk.count > 1)
         return chunks
 
     def finish(self, request: Request) -> None:

@@ -76,14 +76,12 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
     with bar("compare", len(windows)) as advance:
         for batch in windows.split(max(1, _BATCH_TOKENS // length)):
             tokens = batch.to(one.device).flatten()
-            positions = torch.arange(length, device=one.device).repeat(len(batch))
             x, y = (F.embedding(tokens, model.embedding) for model in (one, other))
-            turns = [model.rotation(x, positions) for model in (one, other)]
-            attends = [causal_windows(len(batch), model.geometry) for model in (one, other)]
+            attends = [causal_windows(model, len(batch), length) for model in (one, other)]
             for i in range(count):
-                exact = one.layer(i, x, turns[0], attends[0])
-                alone = other.layer(i, x, turns[1], attends[1])
-                y = other.layer(i, y, turns[1], attends[1])
+                exact = torch.add(*one.layer(i, x, None, attends[0]))
+                alone = torch.add(*other.layer(i, x, None, attends[1]))
+                y = torch.add(*other.layer(i, y, None, attends[1]))
                 terms = (exact - x, alone - exact, exact, y - exact)
                 powers[i] += torch.stack([t.double().square().sum() for t in terms]).cpu()
                 x = exact

@@ -1,8 +1,8 @@
 """The operators of the decoder: a plain torch reference for each, and the faster ways to run it.
 
 Start at `linear.py`: `make_linear` picks, once at load, how a stored weight is multiplied on the
-device at hand, and the layer says which way it took. `reference.py` has norms, RoPE and attention
-over the paged KV cache.
+device at hand, and the layer says which way it took. `operators.py` has norms, RoPE and attention over
+the paged KV cache: Triton's on a GPU (fused.py, attention.py), reference.py's elsewhere.
 """
 
 from tinier.kernels.linear import (
@@ -12,16 +12,20 @@ from tinier.kernels.linear import (
     round_activations,
     static_scale,
 )
-from tinier.kernels.reference import paged_attention, rms_norm, rotate, silu_mul
+from tinier.kernels.operators import Rotation, add_rms_norm, cached_attention, silu_mul, uses_triton
+from tinier.kernels.reference import PagedBatch, rms_norm
 
 __all__ = [
     "Linear",
+    "PagedBatch",
+    "Rotation",
     "StoredLinear",
+    "add_rms_norm",
+    "cached_attention",
     "make_linear",
-    "paged_attention",
     "rms_norm",
-    "rotate",
     "round_activations",
     "silu_mul",
     "static_scale",
+    "uses_triton",
 ]

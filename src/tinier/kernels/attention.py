@@ -19,7 +19,9 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _cached(cache, slot, head, d, inside, K: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    rows = tl.load(cache + (slot[:, None] * K + head) * D + d[None, :], mask=inside[:, None], other=0.0)
+    rows = tl.load(
+        cache + (slot[:, None] * K + head) * D + d[None, :], mask=inside[:, None], other=0.0
+    )
     return rows.to(dtype)
 
 
@@ -69,9 +71,14 @@ def _decode(  # type: ignore[no-untyped-def]
         top = higher
     if CODED:
         out = out * tl.load(v_scale)
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # a part without keys; its `top` says so
+    out = out / total[:, None]
     at = (sequence * H + head * GROUP + row) * SPLITS + split
-    tl.store(partial + at[:, None] * D + d[None, :], out.to(partial.dtype.element_ty), mask=row[:, None] < GROUP)
+    tl.store(
+        partial + at[:, None] * D + d[None, :],
+        out.to(partial.dtype.element_ty),
+        mask=row[:, None] < GROUP,
+    )
     if SPLITS > 1:
         tl.store(sums + at, top + tl.log2(total), mask=row < GROUP)
 
@@ -143,7 +150,7 @@ def _prefill(  # type: ignore[no-untyped-def]
         top = higher
     if CODED:
         result = result * tl.load(v_scale)
-    result = result / total[:, None]
+    result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # rows past the last query
     tl.store(out + at, result.to(dtype), mask=row[:, None] < count)
 
 
@@ -152,7 +159,7 @@ def paged_attention(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As reference.paged_attention; sequences with one new token stand first in the batch."""
-    tokens, heads, size = q.shape
+    _, heads, size = q.shape
     kv_heads = keys.shape[1]
     out = torch.empty_like(q)
     k_scale, v_scale = scales or (q, q)
@@ -189,4 +196,5 @@ def paged_attention(
 
 def _splits(programs: int) -> int:
     """Parts of each context, so that two programs or more run on each of about 132 processors."""
-    return max(1, min(32, triton.next_power_of_2(triton.cdiv(264, programs))))
+    wanted: int = triton.next_power_of_2(triton.cdiv(264, programs))
+    return min(32, wanted)

@@ -17,6 +17,17 @@ _LARGEST = {"e4m3": E4M3_MAX, "int8": 127.5}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _code(y, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 to the nearest INT8 or E4M3, halves to even."""
+    if dtype == tl.int8:
+        # adding 1.5 · 2^23 leaves no bits for a fraction
+        y = (y + 12582912.0) - 12582912.0
+        return tl.clamp(y, -128.0, 127.0).to(tl.int8)
+    else:
+        return tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write a row as it is, or as codes with one scale (numerics.quantize_tokens_*)."""
     if TAKES is None:
@@ -26,17 +37,13 @@ def _store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl
         scale = tl.div_rn(size, LARGEST)
         scale = tl.where(scale == 0.0, 1.0, scale)
         y = tl.div_rn(y, tl.zeros_like(y) + scale)
-        if TAKES == "int8":
-            y = tl.floor(y + 0.5) - tl.where((y + 0.5 == tl.floor(y + 0.5)) & (tl.floor(y + 0.5) % 2 != 0), 1.0, 0.0)
-            tl.store(out + at, tl.clamp(y, -128.0, 127.0).to(tl.int8), mask=inside)
-        else:
-            tl.store(out + at, tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv), mask=inside)
+        tl.store(out + at, _code(y, out.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, out, scales, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, weight, summed, out, scales, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     HAS_DELTA: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -47,7 +54,7 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
     if HAS_DELTA:
         other = tl.load(delta + row * SIZE + at, mask=inside, other=0.0)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(stored)
-        tl.store(x + row * SIZE + at, value, mask=inside)
+        tl.store(summed + row * SIZE + at, value, mask=inside)
     y = value.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + eps)
     w = tl.load(weight + at, mask=inside, other=0.0)
@@ -104,8 +111,8 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
                 y = (second * turn[:, None]).to(stored).to(tl.float32) * w.to(tl.float32)
                 second = tl.where(is_v, second, y.to(stored).to(tl.float32))
     position = tl.load(positions + row)
-    c = tl.load(cos + position * (D // 2) + half).to(tl.float32)
-    s = tl.load(sin + position * (D // 2) + half).to(tl.float32)
+    c = tl.load(cos + position * D + half).to(tl.float32)
+    s = tl.load(sin + position * D + half).to(tl.float32)
     low = tl.where(is_v, first, first * c - second * s).to(stored)
     high = tl.where(is_v, second, second * c + first * s).to(stored)
     target = q_out + row * H * D + head * D + half
@@ -114,8 +121,8 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + row).to(tl.int64)
     if CODED:
         scale = tl.where(is_k, tl.load(k_scale), tl.load(v_scale))
-        low = tl.clamp(low.to(tl.float32) / scale, -448.0, 448.0).to(tl.float8e4nv)
-        high = tl.clamp(high.to(tl.float32) / scale, -448.0, 448.0).to(tl.float8e4nv)
+        low = _code(low.to(tl.float32) / scale, k_cache.dtype.element_ty)
+        high = _code(high.to(tl.float32) / scale, k_cache.dtype.element_ty)
     to_k = k_cache + slot * K * D + (head - H) * D + half
     tl.store(to_k, low, mask=is_k)
     tl.store(to_k + D // 2, high, mask=is_k)
@@ -127,15 +134,16 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """x + delta, written over x [T, hidden], and its norm as the next layer takes it."""
+    """x + delta [T, hidden], and its norm as the next layer takes it."""
     tokens, size = x.shape
+    summed = x if delta is None else torch.empty_like(x)
     out, scales = _row_buffers(x, size, takes)
     _add_rms_norm[(tokens,)](
-        x, delta if delta is not None else x, weight, out, scales, eps, SIZE=size,
+        x, x if delta is None else delta, weight, summed, out, scales, eps, SIZE=size,
         BLOCK=triton.next_power_of_2(size), HAS_DELTA=delta is not None, TAKES=takes,
         LARGEST=_LARGEST.get(takes or "", 0.0), num_warps=_warps(size),
     )  # fmt: skip
-    return x, out if takes is None else Quantized(out, scales)
+    return summed, out if takes is None else Quantized(out, scales)
 
 
 def silu_mul(gate_up: Tensor, takes: str | None) -> Tensor | Quantized:
@@ -156,9 +164,9 @@ def rotate_and_store(
 ) -> Tensor:  # fmt: skip
     """q with its norm and RoPE; k, the same, and v written to their cache slots.
 
-    qkv: [T, (heads + 2·kv_heads)·D]. rotation: cos and sin of every position [P, D/2]. positions: [T],
-    slots: [T]. norms: of q and k [D], where the model has them. keys, values: [slots, kv_heads, D], in
-    E4M3 where `scales` of keys and values are given. Returns [T, heads, D].
+    qkv: [T, (heads + 2·kv_heads)·D]. rotation: cos and sin of every position [P, D]. positions: [T],
+    slots: [T]. norms: of q and k [D], where the model has them. keys, values: [slots, kv_heads, D],
+    codes where the `scales` of keys and values are given. Returns [T, heads, D].
     """
     tokens = qkv.shape[0]
     _, kv_heads, size = keys.shape

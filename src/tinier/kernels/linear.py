@@ -54,13 +54,15 @@ class Linear(ABC):
 
     path: str = "16-bit matmul"
     fast: bool = True
+    takes: str | None = None
+    """`e4m3` or `int8`: inputs may come with one scale per token, made by the operator before"""
 
     def __init__(self, bias: Tensor | None) -> None:
         self.bias = bias
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, in]. Returns [T, out]."""
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        """x: [T, in], or its codes if the layer takes them. Returns [T, out], 16-bit or as x."""
 
     @property
     def num_bytes(self) -> int:
@@ -84,7 +86,8 @@ class DenseLinear(Linear):
         self.activations = activations
         self.input_scale = input_scale
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
         if self.activations is not None:
             x = round_activations(x, self.activations, self.input_scale)
         return F.linear(x, self.weight, self.bias)
@@ -94,22 +97,24 @@ class Int8Linear(Linear):
     """INT8 weights and activations multiplied in integers: out = (codes_x · codes_w) · s_x · s_w."""
 
     path = "torch._int_mm"
+    takes = "int8"
     # cuBLASLt takes INT8 with more than 16 rows only
     _CUDA_ROWS = 32
 
-    def __init__(self, quantized: Quantized, bias: Tensor | None) -> None:
+    def __init__(self, quantized: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(bias)
+        self.dtype = dtype  # of the result
         self.codes = quantized.codes.t()  # [in, out], a view of the stored rows
         self.scale = quantized.scale.float().squeeze(-1)  # [out]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        tokens = quantize_tokens_int8(x)
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        tokens = x if isinstance(x, Quantized) else quantize_tokens_int8(x)
         codes = tokens.codes
         rows = codes.shape[0]
         if codes.is_cuda and rows < self._CUDA_ROWS:
             codes = F.pad(codes, (0, 0, 0, self._CUDA_ROWS - rows))
         product = torch._int_mm(codes, self.codes)[:rows]
-        out = (product.float() * tokens.scale * self.scale).to(x.dtype)
+        out = (product.float() * tokens.scale * self.scale).to(self.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -125,15 +130,23 @@ class Fp8Linear(Linear):
         self.codes = quantized.codes.t()  # [in, out], column-major as cuBLASLt wants it
         self.scale = quantized.scale.float().t().contiguous()  # [1, out]
         self.input_scale = None if input_scale is None else input_scale.float().reshape(1, 1)
+        self.takes = "e4m3" if input_scale is None else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.input_scale is None:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized):
+            tokens = x
+        elif self.input_scale is None:
             tokens = quantize_tokens_e4m3(x)
         else:
             scale = self.input_scale.expand(x.shape[0], 1).contiguous()
             tokens = Quantized(cast_e4m3(x.float() / self.input_scale), scale)
         return torch._scaled_mm(
-            tokens.codes, self.codes, tokens.scale, self.scale, bias=self.bias, out_dtype=x.dtype
+            tokens.codes,
+            self.codes,
+            tokens.scale,
+            self.scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
         )
 
 
@@ -149,7 +162,8 @@ class Int4CpuLinear(Linear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
         self.scale_and_zero = _scale_and_zero(quantized)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.packed, self.group_size, self.scale_and_zero
         )
@@ -169,7 +183,8 @@ class Int4CudaLinear(Linear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
         self.scale_and_zero = _scale_and_zero(quantized)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
         out: Tensor = torch.ops.aten._weight_int4pack_mm(
             x, self.packed, self.group_size, self.scale_and_zero
         )
@@ -189,7 +204,8 @@ class StackedLinear(Linear):
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
@@ -216,7 +232,7 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     per_row = grid.granularity in ("channel", "tensor")
     dynamic = activations is not None and activations.granularity == "token"
     if grid.kind == "int" and grid.bits == 8 and per_row and dynamic:
-        return Int8Linear(quantized, bias)
+        return Int8Linear(quantized, bias, dtype)
     rowwise = per_row and activations is not None and activations.group_size is None
     if grid.kind == "float" and rowwise and _has_fp8(device) and dtype == torch.bfloat16:
         return Fp8Linear(quantized, bias, first.input_scale)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.numerics import cast_e4m3
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
@@ -32,34 +34,96 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class PagedBatch(NamedTuple):
-    """Which tokens of which sequences one forward pass computes, and where their cache is."""
+def split_heads(
+    qkv: Tensor, rotation: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float,
+    heads: int, kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q [T, H, D], k and v [T, K, D] of a fused [T, (H + 2K)·D]: q and k normed and rotated.
 
-    tables: list[Tensor]
-    """For each sequence its cache slots in order, [context] int64; context counts the new tokens."""
+    rotation: cos and sin of each token, [T, 1, D]. norms: weights [D] of q's and k's norm, if any.
+    """
+    size = qkv.shape[-1] // (heads + 2 * kv_heads)
+    joined = qkv.unflatten(-1, (-1, size))
+    q, k, v = joined.split([heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    return rotate(q, *rotation), rotate(k, *rotation), v
+
+
+class PagedBatch(NamedTuple):
+    """Which tokens of which sequences one forward pass computes, and where their cache is.
+
+    B sequences. Those with one new token stand first.
+    """
+
+    tables: Tensor
+    """[B, width] int32: each sequence's cache blocks in order, then anything"""
+    contexts: Tensor
+    """[B] int32: tokens of each sequence in the cache, the new ones counted"""
+    starts: Tensor
+    """[B + 1] int32: where each sequence's new tokens begin among all T"""
+    positions: Tensor
+    """[T] int32: of each token in its sequence"""
+    slots: Tensor
+    """[T] int32: where each token's key and value go"""
     counts: list[int]
-    """For each sequence how many new tokens: its last `count` positions."""
+    """How many new tokens each sequence has: its last `count` positions"""
+    block_size: int
+    """Slots in one block"""
+
+
+def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of keys or values with one given scale, INT8 or E4M3."""
+    x = x.float() / scale.float()
+    return x.round().clamp(-128, 127).to(dtype) if dtype == torch.int8 else cast_e4m3(x)
+
+
+def store(cache: Tensor, slots: Tensor, new: Tensor, scale: Tensor | None) -> None:
+    """Write new keys or values [T, K, D] to their slots of a cache [slots, K, D]."""
+    if scale is None:
+        cache[slots] = new
+    else:  # torch writes no 8-bit floats by index, but bytes
+        cache.view(torch.uint8)[slots] = encode(new, scale, cache.dtype).view(torch.uint8)
+
+
+def _fetch(cache: Tensor, slots: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return cache[slots]
+    codes = cache.view(torch.uint8)[slots].view(cache.dtype)
+    return (codes.float() * scale.float()).to(dtype)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, window: int | None
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, window: int | None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of new tokens over their sequences' cached keys and values.
 
-    q: [T, H, D]; k_cache, v_cache: [slots, K, D], the new tokens' entries already written.
-    Returns [T, H, D]. Each token sees at most the last `window` positions, itself included.
+    q: [T, H, D]; keys, values: [slots, K, D], the new tokens' entries already written, as codes where
+    the `scales` of keys and values ([1]) are given. Returns [T, H, D]. Each token sees at most the last
+    `window` positions, itself included.
     """
+    k_scale, v_scale = scales or (None, None)
+    offsets = torch.arange(batch.block_size, device=q.device)
+    contexts = batch.contexts.tolist()
+    tables = [
+        (blocks.long().unsqueeze(1) * batch.block_size + offsets).flatten()[:context]
+        for blocks, context in zip(batch.tables, contexts, strict=True)
+    ]
     if all(count == 1 for count in batch.counts):
-        return _decode_attention(q, k_cache, v_cache, batch.tables, window)
+        slots = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)  # [B, longest]
+        k, v = _fetch(keys, slots, k_scale, q.dtype), _fetch(values, slots, v_scale, q.dtype)
+        return _decode_attention(q, k, v, batch.contexts, window)
     outputs = []
     start = 0
-    for slots, count in zip(batch.tables, batch.counts, strict=True):
-        context = slots.numel()
+    for slots, context, count in zip(tables, contexts, batch.counts, strict=True):
         mask = _causal_mask(context, count, window, q.device)
         out = F.scaled_dot_product_attention(
             q[start : start + count].transpose(0, 1).unsqueeze(0),  # [1, H, count, D]
-            k_cache[slots].transpose(0, 1).unsqueeze(0),  # [1, K, context, D]
-            v_cache[slots].transpose(0, 1).unsqueeze(0),
+            _fetch(keys, slots, k_scale, q.dtype)
+            .transpose(0, 1)
+            .unsqueeze(0),  # [1, K, context, D]
+            _fetch(values, slots, v_scale, q.dtype).transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
             is_causal=mask is None and count > 1,
             enable_gqa=True,
@@ -82,19 +146,17 @@ def _causal_mask(
 
 
 def _decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: list[Tensor], window: int | None
+    q: Tensor, k: Tensor, v: Tensor, contexts: Tensor, window: int | None
 ) -> Tensor:
-    """One new token per sequence: pad the contexts to one length and attend in one call."""
-    lengths = torch.tensor([t.numel() for t in tables], device=q.device)
-    slots = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)  # [B, longest]
-    key = torch.arange(slots.shape[1], device=q.device)
-    visible = key < lengths.unsqueeze(1)
+    """One new token per sequence, the contexts padded to one length. k, v: [B, longest, K, D]."""
+    key = torch.arange(k.shape[1], device=q.device)
+    visible = key < contexts.unsqueeze(1)
     if window is not None:
-        visible &= key >= (lengths - window).unsqueeze(1)
+        visible &= key >= (contexts - window).unsqueeze(1)
     out = F.scaled_dot_product_attention(
         q.unsqueeze(2),  # [B, H, 1, D]
-        k_cache[slots].transpose(1, 2),  # [B, K, longest, D]
-        v_cache[slots].transpose(1, 2),
+        k.transpose(1, 2),  # [B, K, longest, D]
+        v.transpose(1, 2),
         attn_mask=visible[:, None, None, :],
         enable_gqa=True,
     )

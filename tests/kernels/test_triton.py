@@ -1,0 +1,155 @@
+"""The Triton kernels against the plain torch operators, on a GPU or in Triton's interpreter.
+
+Without a GPU: TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py (needs the triton package).
+"""
+
+import os
+
+import pytest
+import torch
+from tests.kernels.test_reference import paged_batch
+
+from tinier.kernels import reference
+from tinier.numerics import Quantized, quantize_tokens_e4m3, quantize_tokens_int8
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
+pytest.importorskip("triton")
+from tinier.kernels import attention, fused  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def limit(dtype: torch.dtype) -> float:
+    if dtype == torch.float32:
+        return 1e-5
+    # the interpreter cuts bits off where a GPU rounds
+    return 5e-2 if INTERPRETED else 6e-3
+
+
+def check_codes(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Nearly all the same; where float32 differs in its last bit, a neighbour."""
+    assert ours.dtype == theirs.dtype
+    same = (ours.float() == theirs.float()).float().mean()
+    assert same > (0.2 if INTERPRETED else 0.97)
+    assert apart(ours, theirs) < (0.15 if INTERPRETED else 0.02)
+
+
+def check_row(made: torch.Tensor | Quantized, plain: torch.Tensor, takes: str | None) -> None:
+    if takes is None:
+        assert isinstance(made, torch.Tensor)
+        assert apart(made, plain) < limit(plain.dtype)
+        return
+    assert isinstance(made, Quantized)
+    expected = quantize_tokens_int8(plain) if takes == "int8" else quantize_tokens_e4m3(plain)
+    assert apart(made.scale, expected.scale) < 1e-2
+    check_codes(made.codes, expected.codes)
+
+
+@pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_add_rms_norm(dtype: torch.dtype, takes: str | None, with_delta: bool) -> None:
+    x, weight = random(5, 100, dtype=dtype), random(100, dtype=dtype, seed=1)
+    delta = random(5, 100, dtype=dtype, seed=2) if with_delta else None
+    before = x.clone()
+    summed, y = fused.add_rms_norm(x, delta, weight, 1e-5, takes)
+    expected = x if delta is None else x + delta
+    assert torch.equal(x, before)
+    assert apart(summed, expected) <= (limit(dtype) if INTERPRETED else 0)
+    check_row(y, reference.rms_norm(expected, weight, 1e-5), takes)
+
+
+@pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_silu_mul(dtype: torch.dtype, takes: str | None) -> None:
+    gate_up = random(5, 2 * 100, dtype=dtype)
+    check_row(fused.silu_mul(gate_up, takes), reference.silu_mul(gate_up), takes)
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rotate_and_store(dtype: torch.dtype, normed: bool, cache: torch.dtype | None) -> None:
+    heads, kv_heads, size, tokens = 6, 2, 16, 5
+    qkv = random(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angles = random(40, size // 2, seed=1).repeat(1, 2)
+    rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+    positions = torch.tensor([3, 39, 0, 7, 7], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([9, 1, 4, 0, 30], dtype=torch.int32, device=DEVICE)
+    norms = (
+        (random(size, dtype=dtype, seed=2), random(size, dtype=dtype, seed=3)) if normed else None
+    )
+    steps = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.03], device=DEVICE))
+    scales = steps if cache else None
+    caches = [
+        torch.zeros(32, kv_heads, size, dtype=cache or dtype, device=DEVICE) for _ in range(2)
+    ]
+    q = fused.rotate_and_store(
+        qkv, rotation, positions, slots, norms, 1e-5, heads, *caches, scales
+    )  # fmt: skip
+    turns = tuple(t[positions.long()].unsqueeze(1) for t in rotation)
+    plain_q, plain_k, plain_v = reference.split_heads(qkv, turns, norms, 1e-5, heads, kv_heads)  # type: ignore[arg-type]
+    assert apart(q, plain_q) < limit(dtype)
+    for made, plain, step in zip(caches, (plain_k, plain_v), steps, strict=True):
+        stored = (
+            made.view(torch.uint8)[slots.long()].view(made.dtype) if cache else made[slots.long()]
+        )
+        if cache is None:
+            assert apart(stored, plain) < limit(dtype)
+        else:
+            check_codes(stored, reference.encode(plain, step, cache))
+        untouched = torch.ones(32, dtype=torch.bool)
+        untouched[slots.long().cpu()] = False
+        assert made.float().cpu()[untouched].abs().max() == 0
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("contexts", "counts"),
+    [
+        ([5, 9, 1], [1, 1, 1]),
+        ([30], [1]),
+        ([6], [6]),
+        ([8, 4, 7], [1, 4, 3]),
+        ([9, 9, 40], [1, 1, 40]),
+    ],
+    ids=["decode", "split", "prefill", "mixed", "long"],
+)
+def test_paged_attention(
+    contexts: list[int], counts: list[int], dtype: torch.dtype, window: int | None,
+    cache: torch.dtype | None,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    batch, _ = paged_batch(contexts, counts, generator)
+    batch = batch._replace(**{
+        n: getattr(batch, n).to(DEVICE)
+        for n in ("tables", "contexts", "starts", "positions", "slots")
+    })  # fmt: skip
+    keys, values = random(64, 2, 16, dtype=dtype), random(64, 2, 16, dtype=dtype, seed=1)
+    scales = None
+    if cache:
+        scales = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.03], device=DEVICE))
+        keys, values = (
+            reference.encode(t, s, cache) for t, s in zip((keys, values), scales, strict=True)
+        )
+    q = random(sum(counts), 6, 16, dtype=dtype, seed=2)
+    ours = attention.paged_attention(q, keys, values, batch, window, scales)
+    assert apart(ours, reference.paged_attention(q, keys, values, batch, window, scales)) < limit(
+        dtype
+    )
