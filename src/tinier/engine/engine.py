@@ -14,7 +14,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
-from tinier.engine.decoder import load_decoder
+from tinier.engine.decoder import Decoder, load_decoder
 from tinier.engine.request import Request, SamplingParams
 from tinier.engine.runner import Runner
 from tinier.engine.sampler import sample
@@ -27,17 +27,18 @@ log = logging.getLogger(__name__)
 class Engine:
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model: Checkpoint | Decoder,
         config: EngineConfig | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Load the model and make room for the cache. dtype: None computes in the checkpoint's."""
+        """Load the model, unless it is loaded, and make room for the cache. dtype: None computes in
+        the checkpoint's."""
         self.config = config or EngineConfig()
-        decoder = load_decoder(checkpoint, device=pick_device(self.config.device), dtype=dtype)
-        for path, fast in decoder.paths.items():
-            level = logging.INFO if fast else logging.WARNING
-            log.log(level, "%s runs as %s%s", checkpoint.folder.name, path,
-                    "" if fast else f": {decoder.device.type} has no fast path for it")  # fmt: skip
+        if isinstance(model, Decoder):
+            decoder = model
+        else:
+            decoder = load_decoder(model, device=pick_device(self.config.device), dtype=dtype)
+            _log_paths(model.folder.name, decoder)
         self.decoder = decoder
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self._pool = BlockPool(self._num_blocks(), self.config.block_size)
@@ -149,3 +150,10 @@ class Engine:
                 "Give it more: kv_cache_bytes."
             )
         return blocks
+
+
+def _log_paths(name: str, decoder: Decoder) -> None:
+    for path, fast in decoder.paths.items():
+        level = logging.INFO if fast else logging.WARNING
+        log.log(level, "%s runs as %s%s", name, path,
+                "" if fast else f": {decoder.device.type} has no fast path for it")  # fmt: skip

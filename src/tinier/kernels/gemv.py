@@ -50,12 +50,18 @@ def _tile(codes, n, k, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):  
     """Rows n [BLOCK_N] and columns k [.., VEC] of the weight."""
     at = codes + n[:, None, None].to(tl.int64) * K + k[None, :, :]
     if WHOLE:
-        return tl.load(at, cache_modifier=".cg")
-    return tl.load(at, mask=(n[:, None, None] < N) & (k[None, :, :] < K), other=0)
+        loaded = tl.load(at, cache_modifier=".cg")
+    else:
+        # what is outside meets an input of 0, but must not be NaN
+        zero = tl.zeros([1], codes.dtype.element_ty)
+        loaded = tl.load(at, mask=(n[:, None, None] < N) & (k[None, :, :] < K), other=zero)
+    return loaded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _inputs(x, delta, norm, row, k, M, K: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _inputs(
+    x, delta, norm, row, k, M, K: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_NORM: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Columns k of x + delta [ROWS, .., VEC], in its own type and times the norm's weight in float32."""
     at = row[:, None, None] * K + k[None, :, :]
     inside = (row[:, None, None] < M) & (k[None, :, :] < K)
@@ -92,7 +98,7 @@ def _gemv(  # type: ignore[no-untyped-def]
     acc = tl.zeros([ROWS, BLOCK_N, BLOCK_K // VEC], tl.float32)
     acc_up = acc
     squares = tl.zeros([ROWS, BLOCK_K // VEC], tl.float32)
-    for step in tl.static_range(tl.cdiv(K, BLOCK_K)):
+    for step in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         at = step * BLOCK_K + k
         here = w.to(tl.float32)
         if GATED:
@@ -119,7 +125,21 @@ def _gemv(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _finish(result, up, factor, scale, bias, out, row, n, M, N: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _finish(
+    result,
+    up,
+    factor,
+    scale,
+    bias,
+    out,
+    row,
+    n,
+    M,
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     """Scales, bias, SiLU·mul; writes [ROWS, BLOCK_N]."""
     stored = out.dtype.element_ty
     result = result * factor[:, None]
@@ -144,9 +164,7 @@ def _finish(result, up, factor, scale, bias, out, row, n, M, N: tl.constexpr, HA
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand(words, i: tl.constexpr):  # type: ignore[no-untyped-def]
     """Nibble i of each word as the float32 128 + code: the code is put into the mantissa's top bits."""
-    if i == 4:
-        moved = words
-    elif i < 4:
+    if i < 4:
         moved = words << (16 - 4 * i)
     else:
         moved = words >> (4 * i - 16)
@@ -157,8 +175,10 @@ def _expand(words, i: tl.constexpr):  # type: ignore[no-untyped-def]
 def _words(codes, n, word, N: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     at = codes + n[:, None, None].to(tl.int64) * W + word[None, :, :]
     if WHOLE:
-        return tl.load(at, cache_modifier=".cg")
-    return tl.load(at, mask=(n[:, None, None] < N) & (word[None, :, :] < W), other=0)
+        loaded = tl.load(at, cache_modifier=".cg")
+    else:
+        loaded = tl.load(at, mask=(n[:, None, None] < N) & (word[None, :, :] < W), other=0)
+    return loaded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -189,7 +209,7 @@ def _gemv_int4(  # type: ignore[no-untyped-def]
     acc = tl.zeros([ROWS, BLOCK_N, GROUPS, LANES], tl.float32)
     acc_up = acc
     squares = tl.zeros([ROWS, GROUPS, LANES], tl.float32)
-    for step in tl.static_range(tl.cdiv(ALL, GROUPS)):
+    for step in tl.static_range((ALL + GROUPS - 1) // GROUPS):
         here = w
         if GATED:
             here_up = w_up
@@ -197,7 +217,9 @@ def _gemv_int4(  # type: ignore[no-untyped-def]
         if (step + 1) * GROUPS < ALL:
             w = _words(codes, n, (step + 1) * GROUPS * LANES + word, N, W, WHOLE)
             if GATED:
-                w_up = _words(codes, upper, (step + 1) * GROUPS * LANES + word, WEIGHT_ROWS, W, WHOLE)
+                w_up = _words(
+                    codes, upper, (step + 1) * GROUPS * LANES + word, WEIGHT_ROWS, W, WHOLE
+                )
         inside = (n[:, None, None] < N) & (g[None, :, None] < ALL)
         s = tl.load(scale + n[:, None, None] * ALL + g[None, :, None], mask=inside, other=0.0)
         if GATED:
