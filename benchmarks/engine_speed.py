@@ -90,7 +90,7 @@ def random_decoder(name: str) -> Decoder:
     else:
         head = random_linear(g.vocab, g.hidden, head_scheme)
     rope = LlamaRotaryEmbedding(config=SHAPE).to("cuda")
-    layout = Layout({}, KV8) if cached else None
+    layout = Layout(schemes={}, kv_cache=KV8) if cached else None
     return Decoder(g, embedding, [layer() for _ in range(g.layers)], ones, head, rope, layout)
 
 

@@ -83,6 +83,19 @@ def _silu_mul(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 as it is after a stay in `dtype`."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normed(x, turn, q_norm, k_norm, at, is_q, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Half of each head times `turn` and the weights of its norm."""
+    w = tl.where(is_q, tl.load(q_norm + at), tl.load(k_norm + at)).to(tl.float32)
+    return _rounded(_rounded(x * turn[:, None], dtype) * w, dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotate_and_store(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, k_scale, v_scale, q_out, k_cache, v_cache, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
@@ -101,28 +114,29 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         turn = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)
-        for part in tl.static_range(2):
-            shift: tl.constexpr = part * (D // 2)
-            w = tl.where(is_q, tl.load(q_norm + shift + half), tl.load(k_norm + shift + half))
-            if part == 0:
-                y = (first * turn[:, None]).to(stored).to(tl.float32) * w.to(tl.float32)
-                first = tl.where(is_v, first, y.to(stored).to(tl.float32))
-            else:
-                y = (second * turn[:, None]).to(stored).to(tl.float32) * w.to(tl.float32)
-                second = tl.where(is_v, second, y.to(stored).to(tl.float32))
+        first = tl.where(is_v, first, _normed(first, turn, q_norm, k_norm, half, is_q, stored))
+        second = tl.where(
+            is_v, second, _normed(second, turn, q_norm, k_norm, half + D // 2, is_q, stored)
+        )
     position = tl.load(positions + row)
     c = tl.load(cos + position * D + half).to(tl.float32)
     s = tl.load(sin + position * D + half).to(tl.float32)
-    low = tl.where(is_v, first, first * c - second * s).to(stored)
-    high = tl.where(is_v, second, second * c + first * s).to(stored)
+    turned = _rounded(first * c, stored) - _rounded(second * s, stored)
+    low = tl.where(is_v, first, turned).to(stored)
+    turned = _rounded(second * c, stored) + _rounded(first * s, stored)
+    high = tl.where(is_v, second, turned).to(stored)
     target = q_out + row * H * D + head * D + half
     tl.store(target, low, mask=is_q)
     tl.store(target + D // 2, high, mask=is_q)
     slot = tl.load(slots + row).to(tl.int64)
     if CODED:
         scale = tl.where(is_k, tl.load(k_scale), tl.load(v_scale))
-        low = _code(low.to(tl.float32) / scale, k_cache.dtype.element_ty)
-        high = _code(high.to(tl.float32) / scale, k_cache.dtype.element_ty)
+        low = _code(
+            tl.div_rn(low.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
+        )
+        high = _code(
+            tl.div_rn(high.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
+        )
     to_k = k_cache + slot * K * D + (head - H) * D + half
     tl.store(to_k, low, mask=is_k)
     tl.store(to_k + D // 2, high, mask=is_k)
