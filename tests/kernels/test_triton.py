@@ -44,7 +44,7 @@ def check_codes(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Nearly all the same; where float32 differs in its last bit, a neighbour."""
     assert ours.dtype == theirs.dtype
     same = (ours.float() == theirs.float()).float().mean()
-    assert same > (0.2 if INTERPRETED else 0.97)
+    assert same > (0.2 if INTERPRETED else 0.95)
     assert apart(ours, theirs) < (0.15 if INTERPRETED else 0.02)
 
 
