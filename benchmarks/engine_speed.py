@@ -4,11 +4,13 @@ Decode: tokens/s with 1, 4 and 64 requests in step, after a prompt of 384 tokens
 limit: the bytes that a step must read (weights with the head, and the cached keys and values) at the
 copy bandwidth measured in the same run. Prefill: 8 prompts of 2,048 tokens; `share` is of the bf16
 matrix product's peak measured in the same run. Requests/s: 512 tokens in, 128 out, so many in flight.
+`idle`: share of the time in which no kernel runs, decoding 64 requests, from the profiler's records.
 
     python -m benchmarks.engine_speed --out RESULT.json [--models bf16 fp8 fp8-kv int4 bf16-21 fp8-21]
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -125,8 +127,12 @@ def read_bytes(decoder: Decoder, batch: int, context: int) -> int:
     return linears + decoder.head.num_bytes + batch * context * cache
 
 
+_SEEDS = itertools.count()
+
+
 def prompts(count: int, length: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
+    """Other ones at each call, so that no prefix is found in the cache."""
+    generator = torch.Generator().manual_seed(next(_SEEDS))
     ids: list[list[int]] = torch.randint(128_000, (count, length), generator=generator).tolist()
     return ids
 
@@ -141,6 +147,33 @@ def decode(engine: Engine, batch: int, prompt: int, output: int) -> list[float]:
         engine.step()
         times.append(time.perf_counter() - start)
     return times[-(output - 2) :]
+
+
+def idle_share(engine: Engine) -> float:
+    """Share of 100 decode steps of 64 requests in which the GPU does nothing."""
+    for ids in prompts(64, 384):
+        engine.add(ids, SamplingParams(max_tokens=140))
+    while engine.num_waiting:
+        engine.step()
+    for _ in range(10):
+        engine.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(100):
+            engine.step()
+        torch.cuda.synchronize()
+    while engine.has_work:
+        engine.step()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    begun, reached, busy = spans[0][0], spans[0][0], 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - begun)
 
 
 def requests(engine: Engine, in_flight: int, count: int) -> float:
@@ -182,10 +215,9 @@ def measure(name: str, limits: dict[str, float], repeats: int) -> dict[str, Any]
     flops = 2 * tokens * g.layer_parameters * g.layers
     # causal attention: two products over half the square
     flops += 2 * 8 * g.layers * g.heads * g.head_dim * 2048**2
-    ids = prompts(8, 2048)
 
     def prefill() -> None:
-        engine.generate(ids, SamplingParams(max_tokens=1))
+        engine.generate(prompts(8, 2048), SamplingParams(max_tokens=1))
 
     prefill()
     times = [seconds(prefill) for _ in range(max(3, repeats))]
@@ -200,6 +232,7 @@ def measure(name: str, limits: dict[str, float], repeats: int) -> dict[str, Any]
         result[f"requests-{in_flight}"] = {
             "requests_per_second": rate, "spread": (max(rates) - min(rates)) / rate,
         }  # fmt: skip
+    result["idle"] = idle_share(engine)
     result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return result
 

@@ -110,21 +110,6 @@ def test_top_k_one_and_a_tiny_top_p_are_greedy(tiny: Tiny) -> None:
         assert engine(checkpoint).generate(prompts(2), params) == greedy
 
 
-def test_sampling_follows_the_probabilities() -> None:
-    from tinier.engine.request import Request
-    from tinier.engine.sampler import sample
-
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    draws = []
-    for seed in range(2000):
-        params = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
-        draws += sample(logits.unsqueeze(0), [Request([1], params, 0.0)])
-    shares = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
-    # top_p 0.9 keeps the first three
-    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.04)
-    assert shares[3] == 0
-
-
 def test_stop_tokens_end_the_text_and_are_not_part_of_it(tiny: Tiny) -> None:
     checkpoint = tiny()
     (text,) = engine(checkpoint).generate(prompts(1), SamplingParams(max_tokens=20))

@@ -9,9 +9,9 @@ from tinier.kernels import StoredLinear, make_linear, round_activations, static_
 from tinier.kernels.linear import (
     DenseLinear,
     Int4CpuLinear,
-    Int4CudaLinear,
     Int8Linear,
     Linear,
+    WeightOnlyLinear,
 )
 from tinier.numerics import Quantized, dequantize
 from tinier.quantization.scales import absmax_scales, round_nearest
@@ -109,7 +109,7 @@ def test_the_path_is_chosen_at_load_and_named() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_path_of_int4() -> None:
     int4, _, _ = build("int4", 64, torch.bfloat16, "cuda", bias=False)
-    assert isinstance(int4, Int4CudaLinear)
+    assert isinstance(int4, WeightOnlyLinear)
 
 
 @pytest.mark.parametrize("left_out", [0, 1])

@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from tinier.kernels.reference import PagedBatch, paged_attention, rms_norm, rotate, silu_mul
+from tinier.kernels.reference import Cache, PagedBatch, paged_attention, rms_norm, rotate, silu_mul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,7 +32,8 @@ def test_rotate_is_transformers_own() -> None:
 
 def test_silu_mul() -> None:
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
-    assert torch.equal(silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up)
+    # vectorized and scalar code may differ in the last bit
+    assert torch.allclose(silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up, rtol=1e-6)
 
 
 def naive_attention(
@@ -70,7 +71,7 @@ def paged_batch(
     batch = PagedBatch(
         blocks, torch.tensor(contexts, dtype=torch.int32),
         torch.tensor([0, *counts]).cumsum(0).int(), torch.cat(positions).int(), torch.cat(new).int(),
-        counts, block_size,
+        counts, block_size, max(contexts),
     )  # fmt: skip
     return batch, slots
 
@@ -89,7 +90,7 @@ def test_paged_attention_is_attention(
     values = torch.randn(64, 2, 8, generator=generator)
     batch, tables = paged_batch(contexts, counts, generator)
     q = torch.randn(sum(counts), 4, 8, generator=generator)
-    out = paged_attention(q, keys, values, batch, window)
+    out = paged_attention(q, Cache(keys, values, window=window), batch)
     expected = torch.cat(
         [
             naive_attention(part, keys[slots], values[slots], window)

@@ -10,6 +10,7 @@ import torch
 from tests.kernels.test_reference import paged_batch
 
 from tinier.kernels import reference
+from tinier.kernels.reference import Cache, HeadInputs
 from tinier.numerics import Quantized, quantize_tokens_e4m3, quantize_tokens_int8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,7 +78,7 @@ def test_add_rms_norm(dtype: torch.dtype, takes: str | None, with_delta: bool) -
 @pytest.mark.parametrize("dtype", TYPES)
 def test_silu_mul(dtype: torch.dtype, takes: str | None) -> None:
     gate_up = random(5, 2 * 100, dtype=dtype)
-    check_row(fused.silu_mul(gate_up, takes), reference.silu_mul(gate_up), takes)
+    check_row(fused.silu_mul(gate_up, dtype, takes), reference.silu_mul(gate_up), takes)
 
 
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn, torch.int8])
@@ -120,6 +121,8 @@ def test_rotate_and_store(dtype: torch.dtype, normed: bool, cache: torch.dtype |
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("takes", [None, "e4m3"])
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("contexts", "counts"),
     [
@@ -131,9 +134,9 @@ def test_rotate_and_store(dtype: torch.dtype, normed: bool, cache: torch.dtype |
     ],
     ids=["decode", "split", "prefill", "mixed", "long"],
 )
-def test_paged_attention(
+def test_cached_attention(
     contexts: list[int], counts: list[int], dtype: torch.dtype, window: int | None,
-    cache: torch.dtype | None,
+    cache: torch.dtype | None, takes: str | None, normed: bool,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     batch, _ = paged_batch(contexts, counts, generator)
@@ -141,15 +144,49 @@ def test_paged_attention(
         n: getattr(batch, n).to(DEVICE)
         for n in ("tables", "contexts", "starts", "positions", "slots")
     })  # fmt: skip
-    keys, values = random(64, 2, 16, dtype=dtype), random(64, 2, 16, dtype=dtype, seed=1)
+    keys, values = random(66, 2, 16, dtype=dtype), random(66, 2, 16, dtype=dtype, seed=1)
     scales = None
     if cache:
         scales = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.03], device=DEVICE))
         keys, values = (
             reference.encode(t, s, cache) for t, s in zip((keys, values), scales, strict=True)
         )
-    q = random(sum(counts), 6, 16, dtype=dtype, seed=2)
-    ours = attention.paged_attention(q, keys, values, batch, window, scales)
-    assert apart(ours, reference.paged_attention(q, keys, values, batch, window, scales)) < limit(
-        dtype
-    )
+    angles = random(64, 8, seed=1).repeat(1, 2)
+    norms = (random(16, dtype=dtype, seed=2), random(16, dtype=dtype, seed=3)) if normed else None
+    inputs = HeadInputs((angles.cos().to(dtype), angles.sin().to(dtype)), 6, norms, 1e-5)
+    qkv = random(sum(counts), 10 * 16, dtype=dtype, seed=2)
+    ours, plain = (Cache(keys.clone(), values.clone(), scales, window) for _ in range(2))
+    expected = reference.cached_attention(qkv, inputs, plain, batch)
+    check_row(attention.cached_attention(qkv, inputs, ours, batch, takes), expected, takes)
+    for made, stored in zip(ours[:2], plain[:2], strict=True):
+        if cache is None:
+            assert apart(made, stored) < limit(dtype)
+        else:
+            check_codes(made, stored)
+    if dtype == torch.bfloat16:
+        parts = torch.stack((qkv.float() - 1, torch.ones_like(qkv, dtype=torch.float32)))
+        whole = attention.cached_attention(qkv, inputs, ours, batch, None)
+        again = attention.cached_attention(parts, inputs, ours, batch, None)
+        assert isinstance(whole, torch.Tensor)
+        assert isinstance(again, torch.Tensor)
+        assert apart(again, whole) < limit(dtype)
+
+
+def test_embed_reads_tokens_that_are_on_the_device_alone() -> None:
+    table = random(10, 24, dtype=torch.bfloat16)
+    sampled = torch.tensor([7, 3, 9], device=DEVICE)
+    tokens = torch.tensor([4, -1, 0, -3], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(fused.embed(tokens, sampled, table).cpu(), table[[4, 7, 0, 9]].cpu())
+
+
+@pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
+def test_parts_are_summed(takes: str | None) -> None:
+    x, weight = random(5, 100, dtype=torch.bfloat16), random(100, dtype=torch.bfloat16, seed=1)
+    parts = random(3, 5, 100, seed=2)
+    summed, y = fused.add_rms_norm(x, parts, weight, 1e-5, takes)
+    expected = x + parts.sum(dim=0).bfloat16()
+    assert apart(summed, expected) < 1e-3
+    check_row(y, reference.rms_norm(expected, weight, 1e-5), takes)
+    gate_up = random(3, 5, 200, seed=3)
+    plain = reference.silu_mul(gate_up.sum(dim=0).bfloat16())
+    check_row(fused.silu_mul(gate_up, torch.bfloat16, takes), plain, takes)

@@ -9,15 +9,19 @@ from tinier.errors import InputError
 class EngineConfig:
     max_batch_size: int = 32
     """Requests computed at once; more wait."""
+    max_input_len: int | None = None
+    """Prompt of one request, in tokens; None: as `max_seq_len`."""
     max_seq_len: int = 4096
     """Prompt plus output of one request, in tokens; the model's own limit if that is lower."""
     max_step_tokens: int = 2048
     """New tokens computed in one step; longer prompts are computed in chunks of it."""
     block_size: int = 16
-    """Tokens in one block of the KV cache."""
+    """Tokens in one block of the KV cache: what prompts share is shared in whole blocks."""
     kv_cache_bytes: int | None = None
-    """Size of the KV cache; None: what `max_batch_size` full requests need, but at most half of the
-    device's free memory."""
+    """Size of the KV cache; None: what `max_batch_size` full requests need, but at most what is free
+    (on a CPU half of it)."""
+    overlap: bool | None = None
+    """Launch a step before the tokens of the one before are read; None: on a GPU."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
 
@@ -25,6 +29,11 @@ class EngineConfig:
         for name in ("max_batch_size", "max_seq_len", "max_step_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+        if self.max_input_len is not None and not 1 <= self.max_input_len < self.max_seq_len:
+            raise InputError(
+                f"max_input_len={self.max_input_len} with max_seq_len={self.max_seq_len}. "
+                "Use at least 1, and less than max_seq_len: the output needs room too."
+            )
         if self.max_step_tokens < self.max_batch_size:
             raise InputError(
                 f"max_step_tokens={self.max_step_tokens} is below max_batch_size="

@@ -28,18 +28,21 @@ from tinier.families import (
     layer_name,
 )
 from tinier.kernels import (
+    HeadInputs,
     Linear,
-    Rotation,
     StoredLinear,
     add_rms_norm,
+    joined,
     make_linear,
     silu_mul,
 )
 from tinier.kernels.reference import encode, split_heads
+from tinier.numerics import Quantized
 from tinier.schemes import Layout
 
-Attention = Callable[[int, Tensor], Tensor]
-"""(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim]) -> [T, heads·head_dim]"""
+Attention = Callable[[int, Tensor], Tensor | Quantized]
+"""(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim] or their parts) -> [T, heads·head_dim], codes if
+the layer's `out` takes them"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,9 +123,9 @@ class Decoder:
         return {linear.path: linear.fast for linear in linears}
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, attend: Attention) -> Tensor:
-        """Hidden states after the final norm. tokens: [T]. Returns [T, hidden]."""
-        x, delta = F.embedding(tokens, self.embedding), None
+    def forward(self, x: Tensor, attend: Attention) -> Tensor:
+        """Hidden states after the final norm. x: embeddings of the tokens. Both [T, hidden]."""
+        delta: Tensor | None = None
         for index in range(self.geometry.layers):
             x, delta = self.layer(index, x, delta, attend)
         _, y = add_rms_norm(x, delta, self.final_norm, self.geometry.norm_eps)
@@ -141,9 +144,14 @@ class Decoder:
         x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
         delta = layer.out(attend(index, layer.qkv(y)))
         x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
-        return x, layer.down(silu_mul(layer.gate_up(y), layer.down.takes))
+        return x, layer.down(silu_mul(layer.gate_up(y), self.dtype, layer.down.takes))
 
-    def rotation(self, positions: Tensor) -> Rotation:
+    def head_inputs(self, index: int, rotation: tuple[Tensor, Tensor]) -> HeadInputs:
+        """What q and k of a layer go through."""
+        g = self.geometry
+        return HeadInputs(rotation, g.heads, self.layers[index].head_norms, g.norm_eps)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE for positions [T], each [T, head_dim], in the computing type."""
         cos, sin = self._rope(self.final_norm, positions.unsqueeze(0))
         return cos.squeeze(0), sin.squeeze(0)
@@ -151,14 +159,15 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]. Returns [..., vocab] in the computing type."""
-        flat: Tensor = self.head(hidden.reshape(-1, hidden.shape[-1]))
+        flat = joined(self.head(hidden.reshape(-1, hidden.shape[-1])), self.dtype)
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def hidden_states(self, windows: Tensor) -> Tensor:
         """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden]."""
         batch, length = windows.shape
         attend = causal_windows(self, batch, length)
-        flat = self.forward(windows.to(self.device).reshape(-1), attend)
+        tokens = windows.to(self.device).reshape(-1)
+        flat = self.forward(F.embedding(tokens, self.embedding), attend)
         return flat.view(batch, length, -1)
 
 
@@ -171,6 +180,7 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
 
     def attend(index: int, qkv: Tensor) -> Tensor:
         layer = decoder.layers[index]
+        qkv = joined(qkv, decoder.dtype)
         q, k, v = split_heads(qkv, (cos, sin), layer.head_norms, g.norm_eps, g.heads, g.kv_heads)
         if layer.kv_scales is not None:
             k, v = (

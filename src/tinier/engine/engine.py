@@ -2,26 +2,45 @@
 
 engine = Engine(open_model("smollm2-135m"), EngineConfig())
 for output_ids in engine.generate([[1, 2, 3]], SamplingParams(max_tokens=16)): ...
+
+On a GPU a step is launched before the tokens of the one before it are read, so that the device never
+waits for the host: `step()` returns what the previous call launched.
 """
 
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder, load_decoder
-from tinier.engine.request import Request, SamplingParams
-from tinier.engine.runner import Runner
-from tinier.engine.sampler import sample
-from tinier.engine.scheduler import Scheduler
+from tinier.engine.request import Request, SamplingParams, TokenLogprobs
+from tinier.engine.runner import Output, Runner
+from tinier.engine.sampler import Sampled, Sampler, scores
+from tinier.engine.scheduler import Chunk, Scheduler
+from tinier.engine.text import TextStream
 from tinier.errors import InputError
 
 log = logging.getLogger(__name__)
+
+# rows of logits made at once for positions inside a prompt
+_LOGIT_ROWS = 256
+
+
+class InFlight(NamedTuple):
+    """A step whose tokens have been sampled on the device and are on their way to the host."""
+
+    requests: list[Request]
+    sampled: Sampled
+    """On the host, once `done`"""
+    done: torch.cuda.Event | None
 
 
 class Engine:
@@ -30,9 +49,12 @@ class Engine:
         model: Checkpoint | Decoder,
         config: EngineConfig | None = None,
         dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        """Load the model, unless it is loaded, and make room for the cache. dtype: None computes in
-        the checkpoint's."""
+        """Load the model, unless it is loaded, and make room for the cache.
+
+        dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone.
+        """
         self.config = config or EngineConfig()
         if isinstance(model, Decoder):
             decoder = model
@@ -41,6 +63,8 @@ class Engine:
             _log_paths(model.folder.name, decoder)
         self.decoder = decoder
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
+        self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
+        self._tokenizer = tokenizer
         self._pool = BlockPool(self._num_blocks(), self.config.block_size)
         self.runner = Runner(
             decoder, self._pool.num_blocks, self.config.block_size, self.config.max_batch_size,
@@ -49,10 +73,22 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, self.config.max_batch_size, self.config.max_step_tokens
         )
+        self._sampler = Sampler(decoder.geometry.vocab, decoder.device)
+        on_gpu = decoder.device.type == "cuda"
+        self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self._in_flight: InFlight | None = None
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
 
     @property
     def num_free_blocks(self) -> int:
@@ -68,17 +104,36 @@ class Engine:
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this
-        vocabulary."""
+        vocabulary, and for `params.n` above 1 (see `add_all`)."""
+        if params.n > 1:
+            raise InputError(f"n={params.n} makes several requests. Use add_all.")
         self._check(prompt, params)
-        request = Request(prompt, params, arrived=time.perf_counter())
+        stream = TextStream(self._tokenizer, params.stop) if params.stop else None
+        request = Request(prompt, params, time.perf_counter(), self.runner.width, stream)
         self._scheduler.add(request)
         return request
+
+    def add_all(self, prompt: list[int], params: SamplingParams) -> list[Request]:
+        """Queue `params.n` requests for one prompt, with the seeds `seed`, `seed` + 1 and so on. They
+        share the prompt's blocks."""
+        single = replace(params, n=1)
+        return [self.add(prompt, replace(single, seed=params.seed + i)) for i in range(params.n)]
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its memory is free at once. One that is done stays as it is."""
+        if request.finished is None:
+            self._end(request, "cancelled")
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
             raise InputError("the prompt is empty. Give at least one token.")
-        if not all(0 <= token < self.decoder.geometry.vocab for token in prompt):
+        if min(prompt) < 0 or max(prompt) >= self.decoder.geometry.vocab:
             raise InputError(f"the prompt has ids outside 0..{self.decoder.geometry.vocab - 1}.")
+        if len(prompt) > self.max_input_len:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens; this engine takes {self.max_input_len}. "
+                "Shorten it, or raise max_input_len."
+            )
         total = len(prompt) + params.max_tokens
         room = min(self.max_seq_len, self._pool.num_blocks * self._pool.block_size)
         if total > room:
@@ -86,22 +141,16 @@ class Engine:
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) need {total} "
                 f"positions; this engine has {room}. Shorten one of them."
             )
+        params.check_vocab(self.decoder.geometry.vocab)
+        if params.stop and self._tokenizer is None:
+            raise InputError("stop strings need the tokenizer. Use Engine(…, tokenizer=…).")
 
     def step(self) -> list[Request]:
-        """Compute one step; returns the requests that got a token."""
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
-        logits = self.runner.run(chunks)
-        for chunk in chunks:
-            chunk.request.num_computed = chunk.start + chunk.count
-        ends = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        ready = [chunks[i].request for i in ends]
-        tokens = sample(logits[ends], ready) if ready else []
-        now = time.perf_counter()
-        for request, token in zip(ready, tokens, strict=True):
-            self._append(request, token, now)
-        return ready
+        """Compute one step; returns the requests that got a token, or reached their end."""
+        launched = self._launch()
+        if self._overlap:
+            launched, self._in_flight = self._in_flight, launched
+        return self._read(launched) if launched else []
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
         """Output ids of each prompt, computed together."""
@@ -121,16 +170,109 @@ class Engine:
             yield from request.output[sent:]
             sent = len(request.output)
 
+    def _launch(self) -> InFlight | None:
+        """Send the next step to the device; None if there is nothing to compute."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return None
+        output = self.runner.run(chunks)
+        self._keep_prompt_logits(chunks, output)
+        ends = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        requests = [chunks[i].request for i in ends]
+        sampled = self._sample(output, ends, requests) if requests else None
+        for chunk in chunks:
+            self._scheduler.computed(chunk)
+        if sampled is None:
+            return None
+        for request in requests:
+            request.num_pending += 1
+            if request.num_sampled == request.params.max_tokens:
+                # the device works in order, so its blocks may go to whoever comes next
+                self._scheduler.finish(request)
+        return self._fetch(requests, sampled)
+
+    @torch.inference_mode()
+    def _sample(self, output: Output, rows: list[int], requests: list[Request]) -> Sampled:
+        """The next token of the requests whose chunks these are."""
+        logits, tokens = self.runner.rows(output, rows)
+        if all(request.params.plain for request in requests):
+            return Sampled(tokens, None, None, None)
+        sampled = self._sampler.sample(logits, requests, [r.num_sampled for r in requests])
+        self.runner.keep(requests, sampled.tokens)
+        return sampled
+
+    def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
+        """Start to copy what was sampled to the host."""
+        if self.decoder.device.type == "cpu":
+            return InFlight(requests, sampled, None)
+        host = Sampled(*(_to_host(t) for t in sampled))
+        done = torch.cuda.Event()
+        done.record()
+        return InFlight(requests, host, done)
+
+    def _read(self, step: InFlight) -> list[Request]:
+        """Hand the tokens of a launched step to their requests."""
+        if step.done is not None:
+            step.done.synchronize()
+        now = time.perf_counter()
+        changed = []
+        for i, (request, token) in enumerate(
+            zip(step.requests, step.sampled.tokens.tolist(), strict=True)
+        ):
+            request.num_pending -= 1
+            if request.finished:  # stopped or cancelled while this token was on its way
+                continue
+            if request.params.logprobs is not None:
+                request.logprobs.append(_logprobs(step.sampled, i, token, request.params.logprobs))
+            self._append(request, token, now)
+            changed.append(request)
+        return changed
+
     def _append(self, request: Request, token: int, now: float) -> None:
         if token in request.params.stop_token_ids:
-            request.finished = "stop"
-        else:
-            request.output.append(token)
-            request.token_times.append(now)
-            if len(request.output) == request.params.max_tokens:
-                request.finished = "length"
-        if request.finished:
+            if request.logprobs:
+                request.logprobs.pop()
+            self._end(request, "stop")
+            return
+        request.output.append(token)
+        request.token_times.append(now)
+        if request.stream is not None:
+            request.stream.push(token)
+            if request.stream.stopped is not None:
+                self._end(request, "stop")
+                return
+        if len(request.output) == request.params.max_tokens:
+            self._end(request, "length")
+
+    def _end(self, request: Request, reason: str) -> None:
+        request.finished = reason
+        if request.queued:
             self._scheduler.finish(request)
+        self._sampler.forget(request)
+
+    @torch.inference_mode()
+    def _keep_prompt_logits(self, chunks: list[Chunk], output: Output) -> None:
+        """Logits, or log-probabilities, at the prompt positions of requests that ask for them."""
+        row = 0
+        for chunk in chunks:
+            request, params = chunk.request, chunk.request.params
+            # one that was preempted computes its prompt again
+            first = max(chunk.start, request.num_scored)
+            last = min(chunk.start + chunk.count, len(request.prompt))
+            if params.prompt_logprobs is not None or params.prompt_logits:
+                for at in range(first, last, _LOGIT_ROWS):
+                    end = min(at + _LOGIT_ROWS, last)
+                    offset = row - chunk.start
+                    logits = self.decoder.logits(output.hidden[offset + at : offset + end]).float()
+                    if params.prompt_logits:
+                        request.prompt_logits.append(logits.cpu())
+                    if params.prompt_logprobs is not None:
+                        following = request.prompt[at + 1 : end + 1]
+                        request.prompt_logprobs += _prompt_logprobs(
+                            logits, following, params.prompt_logprobs
+                        )
+                    request.num_scored = end
+            row += chunk.count
 
     def _num_blocks(self) -> int:
         g = self.decoder.geometry
@@ -142,14 +284,49 @@ class Engine:
         if self.config.kv_cache_bytes is not None:
             blocks = self.config.kv_cache_bytes // block_bytes
         else:
-            full = per_request * self.config.max_batch_size
-            blocks = min(full, free_memory_bytes(self.decoder.device) // 2 // block_bytes)
+            free = free_memory_bytes(self.decoder.device)
+            room = free // 2 if self.decoder.device.type == "cpu" else free - self._working_bytes()
+            blocks = min(per_request * self.config.max_batch_size, room // block_bytes)
         if blocks < 1:
             raise InputError(
                 f"the KV cache has no room for one block of {block_bytes} bytes. "
                 "Give it more: kv_cache_bytes."
             )
         return blocks
+
+    def _working_bytes(self) -> int:
+        """What a step needs beside weights and cache, estimated: activations, logits, graphs."""
+        g = self.decoder.geometry
+        widths = 3 * g.intermediate + 2 * (g.heads + 2 * g.kv_heads) * g.head_dim + 6 * g.hidden
+        activations = self.config.max_step_tokens * widths * self.decoder.dtype.itemsize
+        logits = (self.config.max_batch_size + _LOGIT_ROWS) * g.vocab * 4 * 4
+        return int(1.2 * (activations + logits)) + (2 << 30)
+
+
+def _to_host(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _logprobs(sampled: Sampled, row: int, token: int, count: int) -> TokenLogprobs:
+    assert sampled.logprobs is not None
+    assert sampled.top_logprobs is not None
+    assert sampled.top_tokens is not None
+    ids, values = sampled.top_tokens[row, :count], sampled.top_logprobs[row, :count]
+    top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, sampled.logprobs[row].item(), top)
+
+
+def _prompt_logprobs(logits: Tensor, following: list[int], count: int) -> list[TokenLogprobs]:
+    """Of the tokens that follow each row of logits [n, vocab] in the prompt; the last row may have none."""
+    tokens = torch.tensor(following, device=logits.device)
+    rows = (t.tolist() for t in scores(logits[: len(tokens)], tokens, count))
+    return [
+        TokenLogprobs(token, logprob, dict(zip(ids, values, strict=True)))
+        for token, logprob, values, ids in zip(following, *rows, strict=True)
+    ]
 
 
 def _log_paths(name: str, decoder: Decoder) -> None:

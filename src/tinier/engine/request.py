@@ -1,34 +1,132 @@
 """One user's request: its prompt, how to sample, what has been computed, and when."""
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinier.engine.text import TextStream
 from tinier.errors import InputError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+Check = tuple[str, bool, str]
+"""A field, whether its value fits, and what would."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     max_tokens: int = 128
     """Output tokens at most."""
+    min_tokens: int = 0
+    """Output tokens before which none of `stop_token_ids` is sampled."""
     temperature: float = 0.0
     """0: greedy, the most likely token."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0: all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
+    min_p: float = 0.0
+    """Sample among the tokens that are at least this share as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Logits of the prompt's and the output's tokens are divided by this if positive, else multiplied
+    (arXiv 1909.05858); 1: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that is in the output."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it is in the output."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens, as {token: bias}. It is kept as sorted pairs."""
     seed: int = 0
     """Equal seeds give equal text, whatever else is in the batch."""
+    n: int = 1
+    """Outputs for one prompt."""
+    logprobs: int | None = None
+    """Give each output token's log-probability, and this many of the most likely tokens'."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    prompt_logits: bool = False
+    """Give the logits at every position of the prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output; they are not part of it."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens={self.max_tokens}. Use 1 or more.")
-        if self.temperature < 0:
-            raise InputError(f"temperature={self.temperature}. Use 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}. Use 0 (all tokens) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}. Use more than 0 and at most 1.")
+        pairs = tuple(sorted(dict(self.logit_bias).items()))
+        object.__setattr__(self, "logit_bias", pairs)
+        for name, fits, allowed in (*self._checks(), *self._list_checks()):
+            if not fits:
+                raise InputError(f"{name}={getattr(self, name)!r}. Use {allowed}.")
+
+    @property
+    def penalized(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the most likely one, and nothing else is asked for."""
+        return (
+            self.temperature == 0
+            and not self.penalized
+            and not self.logit_bias
+            and not self.min_tokens
+            and self.logprobs is None
+        )
+
+    def check_vocab(self, vocab: int) -> None:
+        """Raises InputError if a biased token is not one of a model with `vocab` tokens."""
+        outside = [token for token in dict(self.logit_bias) if token >= vocab]
+        if outside:
+            raise InputError(f"logit_bias has ids outside 0..{vocab - 1}: {outside[:5]}.")
+
+    def _checks(self) -> Iterator[Check]:
+        yield "max_tokens", self.max_tokens >= 1, "1 or more"
+        fits = 0 <= self.min_tokens <= self.max_tokens
+        yield "min_tokens", fits, f"0 to max_tokens ({self.max_tokens})"
+        yield "temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"
+        yield "top_k", self.top_k >= 0, "0 (all tokens) or more"
+        yield "top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"
+        yield "min_p", 0 <= self.min_p <= 1, "0 (all tokens) to 1"
+        fits = 0 < self.repetition_penalty < math.inf
+        yield "repetition_penalty", fits, "more than 0; 1 is none"
+        yield "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2; 0 is none"
+        yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is none"
+        yield "n", 1 <= self.n <= 128, "1 to 128"
+        allowed = f"0 to {MAX_LOGPROBS}, or None for no log-probabilities"
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            yield name, value is None or 0 <= value <= MAX_LOGPROBS, allowed
+
+    def _list_checks(self) -> Iterator[Check]:
+        biases = dict(self.logit_bias).items()
+        fits = all(token >= 0 and -100 <= bias <= 100 for token, bias in biases)
+        yield "logit_bias", fits, "token ids with biases of -100 to 100"
+        texts = isinstance(self.stop, tuple) and all(self.stop)
+        allowed = f"a tuple of at most {MAX_STOPS} strings, none of them empty"
+        yield "stop", texts and len(self.stop) <= MAX_STOPS, allowed
+        fits = isinstance(self.stop_token_ids, tuple) and all(i >= 0 for i in self.stop_token_ids)
+        yield "stop_token_ids", fits, "a tuple of token ids, 0 or more each"
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position, of the model's own distribution."""
+
+    token: int
+    logprob: float
+    """Of `token`"""
+    top: dict[int, float]
+    """The likeliest tokens and theirs"""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,19 +135,63 @@ class Request:
     params: SamplingParams
     arrived: float
     """Seconds on the engine's clock (time.perf_counter)."""
+    width: int = 0
+    """Cache blocks at most."""
+    stream: TextStream | None = None
+    """The output as text, where stop strings are watched for."""
     output: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    """Tokens that are sampled but not known yet: their step is still in flight."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each output token, where asked for."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each prompt token but the first, where asked for."""
+    prompt_logits: list[Tensor] = field(default_factory=list)
+    """[n, vocab] each, in order: of all prompt positions, where asked for."""
     blocks: list[int] = field(default_factory=list)
     """Its cache blocks, in order."""
+    table: NDArray[np.int32] = field(init=False)
+    """The same, [width], as the runner copies it."""
+    seat: int | None = None
+    """Its place among the running requests; None: it waits."""
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be when the steps in flight are done."""
+    num_reused: int = 0
+    """Of those, taken from earlier requests."""
+    num_scored: int = 0
+    """Prompt positions whose logits were handed out."""
+    queued: bool = True
+    """Whether the scheduler has it: it waits or runs."""
+    num_remembered: int = 0
+    """Full blocks that the pool knows; `prefix` is its number for them."""
+    prefix: int = 0
     token_times: list[float] = field(default_factory=list)
     """When each output token was there."""
     finished: str | None = None
-    """`stop` or `length` once it is done."""
+    """`stop`, `length` or `cancelled` once it is done."""
+
+    def __post_init__(self) -> None:
+        self.table = np.zeros(self.width, dtype=np.int32)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose values are known."""
+        return len(self.prompt) + len(self.output)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + len(self.output) + self.num_pending
+
+    @property
+    def num_sampled(self) -> int:
+        """Output tokens, the ones in flight counted."""
+        return len(self.output) + self.num_pending
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether known blocks may stand in for computing: not where every position's logits are asked
+        for."""
+        return self.params.prompt_logprobs is None and not self.params.prompt_logits
 
     def tokens(self, start: int, count: int) -> list[int]:
         """`count` token ids of prompt and output from position `start`."""
@@ -58,3 +200,11 @@ class Request:
         if end <= split:
             return self.prompt[start:end]
         return self.prompt[start:] + self.output[max(0, start - split) : end - split]
+
+    def add_block(self, block: int) -> None:
+        self.table[len(self.blocks)] = block
+        self.blocks.append(block)
+
+    def clear_blocks(self) -> None:
+        self.blocks.clear()
+        self.num_remembered = self.prefix = 0

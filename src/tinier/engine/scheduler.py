@@ -4,6 +4,9 @@ Every running request computes its next token; what is left of the step's token 
 prompts, in order of arrival, a long one in chunks. When the cache is full the request that came
 last gives its blocks back and waits; it is computed again later, prompt and output, so nothing is
 lost.
+
+The plan for a step may be made while the one before it is still being computed: a token that is not
+known yet counts (`Request.num_pending`), only its value is filled in later.
 """
 
 from collections import deque
@@ -23,15 +26,15 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether this chunk ends at the last known token, so that the next one can be sampled."""
+        """Whether this chunk ends at the last token, so that the next one can be sampled."""
         return self.start + self.count == self.request.num_tokens
 
 
 class Scheduler:
     def __init__(self, pool: BlockPool, max_batch_size: int, max_step_tokens: int) -> None:
         self._pool = pool
-        self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
+        self._seats = list(range(max_batch_size - 1, -1, -1))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -40,45 +43,67 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, those of one token first; empty only if nothing is to do."""
+        """The chunks of the next step, those of one token first; empty if nothing can be done before
+        the tokens of the step in flight are known."""
         budget = self._max_step_tokens
         chunks: list[Chunk] = []
-        for request in list(self.running):
-            if request not in self.running:
+        # those that wait for one token first: a long prompt never makes them wait
+        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
+            if request.seat is None:
                 continue  # preempted a moment ago
             count = min(budget, request.num_tokens - request.num_computed)
             if count and self._make_room(request, request.num_computed + count):
                 chunks.append(Chunk(request, request.num_computed, count))
                 budget -= count
-        while self.waiting and budget and len(self.running) < self._max_batch_size:
+        chunks = [chunk for chunk in chunks if chunk.request.seat is not None]
+        while self.waiting and budget and self._seats:
             request = self.waiting[0]
-            count = min(budget, request.num_tokens)
-            if not self._pool.extend(request, count):
+            if request.num_pending:
+                break  # preempted with a token in flight
+            start = self._pool.reuse(request) if request.may_reuse else 0
+            count = min(budget, request.num_tokens - start)
+            if not self._pool.extend(request, start + count):
+                self._pool.release(request)
                 break
+            request.num_computed = start
+            request.num_reused = start
+            request.seat = self._seats.pop()
             self.running.append(self.waiting.popleft())
-            chunks.append(Chunk(request, 0, count))
+            chunks.append(Chunk(request, start, count))
             budget -= count
-        assert chunks or not (self.waiting or self.running), "nothing could be scheduled"
         chunks.sort(key=lambda chunk: chunk.count > 1)
         return chunks
 
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk's step is on its way to the device: whatever comes later will find it computed."""
+        chunk.request.num_computed = chunk.start + chunk.count
+        self._pool.remember(chunk.request)
+
     def finish(self, request: Request) -> None:
-        self._pool.release(request)
-        self.running.remove(request)
+        """Give back what the request holds, whether it runs or waits."""
+        request.queued = False
+        if request.seat is None:
+            self.waiting.remove(request)
+            return
+        self._pool.remember(request)
+        self._leave(request)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens`, taken from the latest arrivals if need be; False if `request`
         itself had to give way."""
         while not self._pool.extend(request, num_tokens):
             victim = self.running[-1]
-            self._preempt(victim)
+            self._leave(victim)
+            victim.num_computed = 0
+            self.waiting.appendleft(victim)
+            self.num_preemptions += 1
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
         self._pool.release(request)
-        request.num_computed = 0
+        assert request.seat is not None
+        self._seats.append(request.seat)
+        request.seat = None
         self.running.remove(request)
-        self.waiting.appendleft(request)
-        self.num_preemptions += 1

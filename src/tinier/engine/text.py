@@ -1,6 +1,7 @@
 """Between text and token ids: prompts in, streamed text out."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tinier.checkpoint import Checkpoint
@@ -43,31 +44,127 @@ def stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
 
 
 class TextStream:
-    """Turns a stream of token ids into text pieces, holding back incomplete characters."""
+    """Turns a stream of token ids into text pieces, up to a stop string if there is one.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._sent = 0
+    The pieces together are what the tokenizer makes of all ids, special tokens skipped. A piece holds no
+    incomplete character and no text that may be the beginning of a stop string. The stop string that is
+    complete first ends the text, however the tokens cut it; of several that end there, the longest.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Iterable[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+        self._pieces: list[str] = []
+        self.num_tokens = 0
+        self.stopped: str | None = None
+        """The stop string that ended the text."""
 
     @property
-    def num_tokens(self) -> int:
-        return len(self._ids)
+    def text(self) -> str:
+        """All pieces so far."""
+        return "".join(self._pieces)
 
     def push(self, token: int) -> str:
         """The text that this token completes; may be empty."""
-        self._ids.append(token)
-        return self._take(hold_back=True)
+        self.num_tokens += 1
+        return self._take(self._detokenizer.push(token)) if self.stopped is None else ""
 
     def close(self) -> str:
         """What is left when the stream ends."""
-        return self._take(hold_back=False)
-
-    def _take(self, *, hold_back: bool) -> str:
-        # a byte-level token may end inside a character, which decodes to the replacement character
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if hold_back and text.endswith("�"):
+        if self.stopped is not None:
             return ""
-        piece: str = text[self._sent :]
-        self._sent = len(text)
+        piece = self._take(self._detokenizer.close())
+        tail, self._held = self._held, ""
+        self._pieces.append(tail)
+        return piece + tail
+
+    def _take(self, new: str) -> str:
+        if not (new and self._stop):
+            piece = new
+        else:
+            text = self._held + new
+            piece = self._before_stop(text)
+            self._held = "" if self.stopped else text[len(piece) :]
+        self._pieces.append(piece)
         return piece
+
+    def _before_stop(self, text: str) -> str:
+        """The part of `text` that is certainly before a stop string."""
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            _, at, self.stopped = min(found)
+            return text[:at]
+        longest = max(len(s) for s in self._stop) - 1
+        for at in range(max(0, len(text) - longest), len(text)):
+            if any(s.startswith(text[at:]) for s in self._stop):
+                return text[:at]
+        return text
+
+
+# ids that are decoded again with each new one, at most, unless they make no complete character
+_WINDOW = 16
+# replacement characters at the end of a text that may still become others: where a tokenizer replaces
+# all bytes of a run or none, those of the window and up to 3 of the next character
+_INCOMPLETE = _WINDOW + 3
+
+
+class Detokenizer:
+    """Token ids one by one to text, at a cost that does not grow with the text.
+
+    Only a window of the last ids is decoded. It begins where a piece of text began, and not where the
+    last one did, so that what a tokenizer does at the beginning of a text (such as to drop a space)
+    does not touch the new text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = {token for token, content in added.items() if content.special}
+        self._size = max(len(tokenizer), *(token + 1 for token in added), 0)
+        self._ids: list[int] = []
+        self._sent = 0
+        """Characters of the window's text that were handed out."""
+        self._cut = 0
+        """Where the ids of the latest piece end, if it ended with a complete character."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        if token in self._special or token >= self._size:
+            return ""  # it makes no text
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        missing = len(text) - len(text.rstrip("\ufffd"))
+        # all but the last of a long run are bytes that are no characters
+        end = len(text) - (missing if missing <= _INCOMPLETE else 1)
+        piece = text[self._sent : end]
+        self._sent = max(self._sent, end)
+        if piece and not missing:
+            self._advance()
+        elif len(self._ids) > 2 * _WINDOW:
+            self._cut_broken(text)
+        return piece
+
+    def close(self) -> str:
+        """What is left when the ids end."""
+        return self._decode(self._ids)[self._sent :]
+
+    def _advance(self) -> None:
+        if len(self._ids) > _WINDOW and self._cut:
+            self._ids = self._ids[self._cut :]
+            self._sent = len(self._decode(self._ids))
+        self._cut = len(self._ids)
+
+    def _cut_broken(self, text: str) -> None:
+        """Shorten a window of bytes that make no characters, between two of those."""
+        for at in range(len(self._ids) - _WINDOW, len(self._ids) - _WINDOW // 2):
+            gone = self._decode(self._ids[:at])
+            if len(gone) <= self._sent and gone + self._decode(self._ids[at:]) == text:
+                self._ids = self._ids[at:]
+                self._sent -= len(gone)
+                self._cut = 0
+                return
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text

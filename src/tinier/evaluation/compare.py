@@ -16,6 +16,7 @@ from tinier.engine import Decoder, load_decoder
 from tinier.engine.decoder import causal_windows
 from tinier.evaluation.quality import Quality, evaluate, reference_states
 from tinier.families import layer_name
+from tinier.kernels import joined
 from tinier.numerics import power_db
 from tinier.progress import bar
 
@@ -79,9 +80,9 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
             x, y = (F.embedding(tokens, model.embedding) for model in (one, other))
             attends = [causal_windows(model, len(batch), length) for model in (one, other)]
             for i in range(count):
-                exact = torch.add(*one.layer(i, x, None, attends[0]))
-                alone = torch.add(*other.layer(i, x, None, attends[1]))
-                y = torch.add(*other.layer(i, y, None, attends[1]))
+                exact = _sum(*one.layer(i, x, None, attends[0]))
+                alone = _sum(*other.layer(i, x, None, attends[1]))
+                y = _sum(*other.layer(i, y, None, attends[1]))
                 terms = (exact - x, alone - exact, exact, y - exact)
                 powers[i] += torch.stack([t.double().square().sum() for t in terms]).cpu()
                 x = exact
@@ -95,3 +96,7 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
         )
         for i, (added, error, stream, stream_error) in enumerate(powers.tolist())
     )
+
+
+def _sum(x: Tensor, delta: Tensor) -> Tensor:
+    return x + joined(delta, x.dtype)

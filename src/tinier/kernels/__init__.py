@@ -12,16 +12,28 @@ from tinier.kernels.linear import (
     round_activations,
     static_scale,
 )
-from tinier.kernels.operators import Rotation, add_rms_norm, cached_attention, silu_mul, uses_triton
-from tinier.kernels.reference import PagedBatch, rms_norm
+from tinier.kernels.operators import (
+    add_rms_norm,
+    cached_attention,
+    embed,
+    greedy,
+    silu_mul,
+    uses_triton,
+)
+from tinier.kernels.reference import LONG_CONTEXT, Cache, HeadInputs, PagedBatch, joined, rms_norm
 
 __all__ = [
+    "LONG_CONTEXT",
+    "Cache",
+    "HeadInputs",
     "Linear",
     "PagedBatch",
-    "Rotation",
     "StoredLinear",
     "add_rms_norm",
     "cached_attention",
+    "embed",
+    "greedy",
+    "joined",
     "make_linear",
     "rms_norm",
     "round_activations",

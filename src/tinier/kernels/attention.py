@@ -1,9 +1,10 @@
-"""Attention over the paged KV cache in Triton. Plain torch: reference.paged_attention.
+"""Attention over the paged KV cache in Triton. Plain torch: operators.py's way through reference.py.
 
 One new token of a sequence (decode) reads its whole context, so the context is split over programs
 whose partial results a second kernel joins (flash decoding); the query heads of one KV head are the
-rows of one matrix product. Many new tokens (a prompt or a chunk of one) are flash attention, arXiv
-2307.08691, with a program for each 128 queries of a head.
+rows of one matrix product. Norm and RoPE of the new token's q and k, and writing its k and v to the cache,
+are part of it. Many new tokens (a prompt or a chunk of one) are flash attention, arXiv 2307.08691, with a
+program for each 128 queries of a head.
 """
 
 import torch
@@ -11,10 +12,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinier.kernels.reference import PagedBatch
+from tinier.kernels.fused import (
+    CODES,
+    LARGEST,
+    TRITON_TYPES,
+    begin,
+    code,
+    early_start,
+    encode_rows,
+    interpreted,
+    parts_of,
+    rotate_and_store,
+    rounded,
+    summed_parts,
+)
+from tinier.kernels.reference import LONG_CONTEXT, Cache, HeadInputs, PagedBatch
+from tinier.numerics import Quantized
 
-_DECODE_KEYS = 64
 _LOG2_E = 1.4426950408889634
+
+
+def _byte_asm(odd: int, *, floats: bool) -> tl.constexpr:
+    """Two 16-bit pairs of codes to the first or second code of each, as a pair of float16."""
+    if floats:
+        body = f"prmt.b32 t, $1, $1, 0x00{'31' if odd else '20'};\ncvt.u16.u32 h, t;\n"
+        return tl.constexpr(
+            "{\n.reg .b32 t;\n.reg .b16 h;\n" + body + "cvt.rn.f16x2.e4m3x2 $0, h;\n}"
+        )
+    # the byte, its sign turned, is the mantissa of 1024 as float16; 1152 is taken away
+    return tl.constexpr(
+        "{\n.reg .b32 t, c, less;\nmov.b32 c, 0x64646464;\nmov.b32 less, 0x64806480;\n"
+        f"prmt.b32 t, $1, c, 0x{'4341' if odd else '4240'};\n"
+        "xor.b32 t, t, 0x00800080;\nsub.f16x2 $0, t, less;\n}"
+    )
+
+
+_FLOAT_EVEN, _FLOAT_ODD = (_byte_asm(odd, floats=True) for odd in (0, 1))
+_INT_EVEN, _INT_ODD = (_byte_asm(odd, floats=False) for odd in (0, 1))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _even(pairs, INTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first code of each 16-bit pair, as float16."""
+    ASM: tl.constexpr = _INT_EVEN if INTS else _FLOAT_EVEN
+    return tl.inline_asm_elementwise(ASM, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _odd(pairs, INTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    ASM: tl.constexpr = _INT_ODD if INTS else _FLOAT_ODD
+    return tl.inline_asm_elementwise(ASM, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _split_pairs(x):  # type: ignore[no-untyped-def]
+    """[n, D] to its even and its odd columns, each [n, D/2]."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -26,77 +79,163 @@ def _cached(cache, slot, head, d, inside, K: tl.constexpr, D: tl.constexpr, dtyp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _turned(  # type: ignore[no-untyped-def]
+    qkv, at, heads, inside, cos, sin, norm, eps, stride, D: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Heads [n, 1] of the token at `at`, normed and rotated [n, D] (reference.split_heads)."""
+    d = tl.arange(0, D)[None, :]
+    other = (d + D // 2) % D
+    x = summed_parts(qkv, at + heads * D + d, inside, stride, PARTS, dtype)
+    y = summed_parts(qkv, at + heads * D + other, inside, stride, PARTS, dtype)
+    if NORM:
+        turn = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        x = rounded(rounded(x * turn, dtype) * tl.load(norm + d).to(tl.float32), dtype)
+        y = rounded(rounded(y * turn, dtype) * tl.load(norm + other).to(tl.float32), dtype)
+    y = rounded(y * tl.load(sin + d).to(tl.float32), dtype)
+    x = rounded(x * tl.load(cos + d).to(tl.float32), dtype)
+    return (x + tl.where(d < D // 2, -y, y)).to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
-    q, k_cache, v_cache, tables, contexts, k_scale, v_scale, partial, sums, width, scale,
+    qkv, cos, sin, positions, slots, q_norm, k_norm, eps, k_cache, v_cache, k_pairs, v_pairs,
+    tables, contexts, k_scale, v_scale, out, sums, stride, width, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    CODED: tl.constexpr,
+    PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PAIRED: tl.constexpr,
+    dtype: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    context = tl.load(contexts + sequence)
+    before = tl.load(contexts + sequence) - 1  # tokens that are in the cache already
     oldest = 0
     if WINDOW > 0:
-        oldest = tl.maximum(0, context - WINDOW)
-    share = tl.cdiv(tl.cdiv(context - oldest, KEYS), SPLITS) * KEYS
-    begin = oldest + split * share
-    end = tl.minimum(context, begin + share)
-    row = tl.arange(0, ROWS)
+        oldest = tl.maximum(0, before + 1 - WINDOW)
+    share = tl.cdiv(tl.cdiv(before - oldest, KEYS), SPLITS) * KEYS
+    first = oldest + split * share
+    end = tl.minimum(before, first + share)
     d = tl.arange(0, D)
-    dtype = q.dtype.element_ty
-    queries = tl.load(
-        q + (sequence * H + head * GROUP + row[:, None]) * D + d[None, :],
-        mask=row[:, None] < GROUP, other=0.0,
+    row = tl.arange(0, ROWS)
+    inside = (row < GROUP)[:, None]
+    at = sequence * (H + 2 * K) * D
+    position = tl.load(positions + sequence)
+    cos += position * D
+    sin += position * D
+    queries = _turned(
+        qkv, at, (head * GROUP + row)[:, None], inside, cos, sin, q_norm, eps, stride, D, PARTS, NORM, dtype
     )  # fmt: skip
     if CODED:
         scale = scale * tl.load(k_scale)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, D], tl.float32)
-    for start in range(begin, end, KEYS):
-        position = start + tl.arange(0, KEYS)
-        inside = position < end
-        block = tl.load(tables + sequence * width + position // BLOCK_SIZE, mask=inside, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        keys = _cached(k_cache, slot, head, d, inside, K, D, dtype)
-        values = _cached(v_cache, slot, head, d, inside, K, D, dtype)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(inside[None, :], scores, -float("inf"))
+    result = tl.zeros([ROWS, D], tl.float32)
+    if split == 0:  # the new token itself
+        one = tl.arange(0, 1)[:, None]
+        always = one == 0
+        key = _turned(
+            qkv, at, one + H + head, always, cos, sin, k_norm, eps, stride, D, PARTS, NORM, dtype
+        )
+        value = summed_parts(
+            qkv, at + (H + K + head) * D + one + d[None, :], always, stride, PARTS, dtype
+        ).to(dtype)
+        if CODED:
+            stored: tl.constexpr = k_cache.dtype.element_ty
+            steps = tl.zeros([1, D], tl.float32)
+            key = code(tl.div_rn(key.to(tl.float32), steps + tl.load(k_scale)), stored)
+            value = code(tl.div_rn(value.to(tl.float32), steps + tl.load(v_scale)), stored)
+        slot = tl.load(slots + sequence).to(tl.int64)
+        tl.store(k_cache + (slot * K + head) * D + one + d[None, :], key)
+        tl.store(v_cache + (slot * K + head) * D + one + d[None, :], value)
+        top = tl.sum(queries.to(tl.float32) * key.to(tl.float32), axis=1) * scale
+        total += 1.0
+        result += value.to(tl.float32)
+    # 8-bit codes are read as 16-bit pairs, which the tensor core's operands are made of: even and odd
+    # columns are multiplied apart
+    if PAIRED:
+        INTS: tl.constexpr = k_cache.dtype.element_ty == tl.int8
+        half = tl.arange(0, D // 2)
+        q_even, q_odd = _split_pairs(queries.to(tl.float16))
+        even, odd = _split_pairs(result)
+    for start in range(first, end, KEYS):
+        place = start + tl.arange(0, KEYS)
+        seen = place < end
+        block = tl.load(tables + sequence * width + place // BLOCK_SIZE, mask=seen, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + place % BLOCK_SIZE
+        if PAIRED:
+            at_pairs = (slot[:, None] * K + head) * (D // 2) + half[None, :]
+            keys = tl.trans(tl.load(k_pairs + at_pairs, mask=seen[:, None], other=0))
+            values = tl.load(v_pairs + at_pairs, mask=seen[:, None], other=0)
+            scores = tl.dot(q_even, _even(keys, INTS))
+            scores = tl.dot(q_odd, _odd(keys, INTS), scores) * scale
+        else:
+            keys = _cached(k_cache, slot, head, d, seen, K, D, dtype)
+            values = _cached(v_cache, slot, head, d, seen, K, D, dtype)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, axis=1)
-        out = out * fade[:, None] + tl.dot(weights.to(dtype), values, input_precision="ieee")
+        if PAIRED:
+            shares = weights.to(tl.float16)
+            even = tl.dot(shares, _even(values, INTS), even * fade[:, None])
+            odd = tl.dot(shares, _odd(values, INTS), odd * fade[:, None])
+        else:
+            result = result * fade[:, None]
+            result += tl.dot(weights.to(dtype), values, input_precision="ieee")
         top = higher
+    if PAIRED:
+        result = tl.reshape(tl.join(even, odd), (ROWS, D))
     if CODED:
-        out = out * tl.load(v_scale)
+        result = result * tl.load(v_scale)
     total = tl.where(total == 0.0, 1.0, total)  # a part without keys; its `top` says so
-    out = out / total[:, None]
-    at = (sequence * H + head * GROUP + row) * SPLITS + split
-    tl.store(
-        partial + at[:, None] * D + d[None, :],
-        out.to(partial.dtype.element_ty),
-        mask=row[:, None] < GROUP,
-    )
+    result = result / total[:, None]
+    to = (sequence * SPLITS + split) * H + head * GROUP + row
+    tl.store(out + to[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
     if SPLITS > 1:
-        tl.store(sums + at, top + tl.log2(total), mask=row < GROUP)
+        tl.store(sums + to, top + tl.log2(total), mask=row < GROUP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _join(partial, sums, out, D: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A head's partial results, weighted by their shares of the softmax's sum."""
+def _join(  # type: ignore[no-untyped-def]
+    partial, sums, out, scales, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, dtype: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A token's partial results, weighted by their shares of the softmax's sum, for the next layer."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    d = tl.arange(0, D)
-    logs = tl.load(sums + row * SPLITS + split)
-    # a padded row of a captured batch has no context at all
-    top = tl.max(logs, axis=0)
-    weights = tl.exp2(logs - tl.where(top == -float("inf"), 0.0, top))
-    total = tl.sum(weights, axis=0)
-    parts = tl.load(partial + (row * SPLITS + split[:, None]) * D + d[None, :])
-    joined = tl.sum(parts * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + row * D + d, joined.to(out.dtype.element_ty))
+    head = tl.arange(0, HEADS)
+    inside = head < H
+    at = head[:, None] * D + tl.arange(0, D)[None, :]
+    partial += row * SPLITS * H * D
+    sums += row * SPLITS * H
+    # the first part has the new token, so its sum is never 0
+    top = tl.load(sums + head, mask=inside, other=0.0)
+    total = tl.full([HEADS], 1.0, tl.float32)
+    joined = tl.load(partial + at, mask=inside[:, None], other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        log = tl.load(sums + split * H + head, mask=inside, other=0.0)
+        part = tl.load(partial + split * H * D + at, mask=inside[:, None], other=0.0)
+        higher = tl.maximum(top, log)
+        fade, weight = tl.exp2(top - higher), tl.exp2(log - higher)
+        joined = joined * fade[:, None] + part * weight[:, None]
+        total = total * fade + weight
+        top = higher
+    y = (joined / total[:, None]).to(dtype)
+    if TAKES is None:
+        tl.store(out + row * H * D + at, y, mask=inside[:, None])
+    else:
+        y = y.to(tl.float32)
+        size = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        scale = tl.div_rn(size, LARGEST)
+        scale = tl.where(scale == 0.0, 1.0, scale)
+        y = code(y * tl.div_rn(1.0, scale), out.dtype.element_ty)
+        tl.store(out + row * H * D + at, y, mask=inside[:, None])
+        tl.store(scales + row, scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -104,7 +243,9 @@ def _prefill(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, tables, contexts, starts, k_scale, v_scale, out, width, scale, first,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CODED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     tile = tl.program_id(0)
     head = tl.program_id(1)
     sequence = (tl.program_id(2) + first).to(tl.int64)
@@ -119,6 +260,9 @@ def _prefill(  # type: ignore[no-untyped-def]
     dtype = q.dtype.element_ty
     at = ((start + row)[:, None] * H + head) * D + d[None, :]
     queries = tl.load(q + at, mask=row[:, None] < count, other=0.0)
+    # 8-bit codes become float16 at half the cost of bfloat16, and exactly
+    mult: tl.constexpr = tl.float16 if CODED and dtype == tl.bfloat16 else dtype
+    queries = queries.to(mult)
     if CODED:
         scale = scale * tl.load(k_scale)
     oldest = 0
@@ -128,13 +272,13 @@ def _prefill(  # type: ignore[no-untyped-def]
     top = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     result = tl.zeros([QUERIES, D], tl.float32)
-    for begin in range(oldest, end, KEYS):
-        position = begin + tl.arange(0, KEYS)
+    for first_key in range(oldest, end, KEYS):
+        position = first_key + tl.arange(0, KEYS)
         inside = position < end
         block = tl.load(tables + sequence * width + position // BLOCK_SIZE, mask=inside, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        keys = _cached(k_cache, slot, head // (H // K), d, inside, K, D, dtype)
-        values = _cached(v_cache, slot, head // (H // K), d, inside, K, D, dtype)
+        keys = _cached(k_cache, slot, head // (H // K), d, inside, K, D, mult)
+        values = _cached(v_cache, slot, head // (H // K), d, inside, K, D, mult)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         visible = position[None, :] <= asks[:, None]
         if WINDOW > 0:
@@ -146,7 +290,7 @@ def _prefill(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(weights, axis=1)
-        result = result * fade[:, None] + tl.dot(weights.to(dtype), values, input_precision="ieee")
+        result = result * fade[:, None] + tl.dot(weights.to(mult), values, input_precision="ieee")
         top = higher
     if CODED:
         result = result * tl.load(v_scale)
@@ -154,47 +298,92 @@ def _prefill(  # type: ignore[no-untyped-def]
     tl.store(out + at, result.to(dtype), mask=row[:, None] < count)
 
 
-def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, window: int | None,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """As reference.paged_attention; sequences with one new token stand first in the batch."""
-    _, heads, size = q.shape
-    kv_heads = keys.shape[1]
-    out = torch.empty_like(q)
-    k_scale, v_scale = scales or (q, q)
-    scale = size**-0.5 * _LOG2_E
+def cached_attention(
+    qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: PagedBatch, takes: str | None = None
+) -> Tensor | Quantized:
+    """As operators.cached_attention; sequences with one new token stand first in the batch."""
     decodes = next((i for i, n in enumerate(batch.counts) if n > 1), len(batch.counts))
+    if decodes == len(batch.counts):
+        return _decode_all(qkv, inputs, cache, batch, takes)
+    q = rotate_and_store(
+        qkv, inputs.rotation, batch.positions, batch.slots, inputs.norms, inputs.eps, inputs.heads,
+        cache.keys, cache.values, cache.scales,
+    )  # fmt: skip
+    out = torch.empty_like(q).flatten(1)
     if decodes:
-        splits = _splits(decodes * kv_heads)
-        partial, sums = out, out
-        if splits > 1:
-            shape = (decodes, heads, splits, size)
-            partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-            sums = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
-        group = heads // kv_heads
-        _decode[(decodes, kv_heads, splits)](
-            q, keys, values, batch.tables, batch.contexts, k_scale, v_scale, partial, sums,
-            batch.tables.stride(0), scale, H=heads, K=kv_heads, D=size, GROUP=group,
-            ROWS=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=batch.block_size,
-            KEYS=_DECODE_KEYS, SPLITS=splits, WINDOW=window or 0, CODED=scales is not None,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
-        if splits > 1:
-            _join[(decodes * heads,)](partial, sums, out, D=size, SPLITS=splits, num_warps=1)
-    if decodes < len(batch.counts):
-        queries = 128 if q.dtype != torch.float32 else 32
-        grid = (triton.cdiv(max(batch.counts), queries), heads, len(batch.counts) - decodes)
-        _prefill[grid](
-            q, keys, values, batch.tables, batch.contexts, batch.starts, k_scale, v_scale, out,
-            batch.tables.stride(0), scale, decodes, H=heads, K=kv_heads, D=size,
-            BLOCK_SIZE=batch.block_size, QUERIES=queries, KEYS=64 if queries == 128 else 32,
-            WINDOW=window or 0, CODED=scales is not None, num_warps=8, num_stages=2,
-        )  # fmt: skip
-    return out
+        # the same tokens once more: their k and v are written twice, and are the same
+        first = qkv[..., :decodes, :].contiguous()
+        made = _decode_all(first, inputs, cache, batch, None, decodes)
+        assert isinstance(made, Tensor)
+        out[:decodes] = made
+    prefill_attention(q, cache, batch, decodes, out)
+    return out if takes is None else encode_rows(out, takes)
 
 
-def _splits(programs: int) -> int:
-    """Parts of each context, so that two programs or more run on each of about 132 processors."""
-    wanted: int = triton.next_power_of_2(triton.cdiv(264, programs))
-    return min(32, wanted)
+def _decode_all(
+    qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: PagedBatch, takes: str | None,
+    count: int | None = None,
+) -> Tensor | Quantized:  # fmt: skip
+    """One new token of each of the first `count` sequences (default: all)."""
+    _, kv_heads, size = cache.keys.shape
+    tokens = qkv.shape[-2] if count is None else count
+    heads, dtype = inputs.heads, inputs.rotation[0].dtype
+    splits = _splits(tokens * kv_heads, batch.longest)
+    out = torch.empty(
+        tokens, splits, heads, size, dtype=torch.float32 if splits > 1 else dtype, device=qkv.device
+    )
+    sums = torch.empty(tokens, splits, heads, dtype=torch.float32, device=qkv.device)
+    q_norm, k_norm = inputs.norms or (out, out)
+    k_scale, v_scale = cache.scales or (out, out)
+    group = heads // kv_heads
+    paired = cache.scales is not None and dtype == torch.bfloat16 and not interpreted()
+    pairs = [t.view(torch.int16) if paired else t for t in (cache.keys, cache.values)]
+    _decode[(tokens, kv_heads, splits)](
+        qkv, *inputs.rotation, batch.positions, batch.slots, q_norm, k_norm, inputs.eps, cache.keys,
+        cache.values, *pairs, batch.tables, batch.contexts, k_scale, v_scale, out, sums,
+        tokens * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
+        D=size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        BLOCK_SIZE=batch.block_size, KEYS=KEYS, SPLITS=splits, WINDOW=cache.window or 0,
+        PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
+        PAIRED=paired, dtype=TRITON_TYPES[dtype], num_warps=WARPS, num_stages=STAGES, **early_start(),
+    )  # fmt: skip
+    if splits == 1:
+        whole = out.view(tokens, heads * size)
+        return whole if takes is None else encode_rows(whole, takes)
+    joined = torch.empty(
+        tokens, heads * size, dtype=CODES.get(takes or "", dtype), device=qkv.device
+    )
+    scales = torch.empty(tokens if takes else 0, 1, dtype=torch.float32, device=qkv.device)
+    _join[(tokens,)](
+        out, sums, joined, scales, H=heads, HEADS=triton.next_power_of_2(heads), D=size,
+        SPLITS=splits, dtype=TRITON_TYPES[dtype], TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0),
+        num_warps=16, **early_start(),
+    )  # fmt: skip
+    return joined if takes is None else Quantized(joined, scales)
+
+
+def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, skip: int, out: Tensor) -> None:
+    """Causal attention of q [T, H, D] over the cache, which has its keys, to out [T, H·D]; the first
+    `skip` sequences are left out."""
+    _, heads, size = q.shape
+    kv_heads = cache.keys.shape[1]
+    k_scale, v_scale = cache.scales or (q, q)
+    queries = 128 if q.dtype != torch.float32 else 32
+    grid = (triton.cdiv(max(batch.counts), queries), heads, len(batch.counts) - skip)
+    _prefill[grid](
+        q, cache.keys, cache.values, batch.tables, batch.contexts, batch.starts, k_scale, v_scale, out,
+        batch.tables.stride(0), size**-0.5 * _LOG2_E, skip, H=heads, K=kv_heads, D=size,
+        BLOCK_SIZE=batch.block_size, QUERIES=queries, KEYS=64 if queries == 128 else 32,
+        WINDOW=cache.window or 0, CODED=cache.scales is not None, num_warps=8, num_stages=2,
+        **early_start(),
+    )  # fmt: skip
+
+
+KEYS, WARPS, STAGES = 64, 4, 3
+
+
+def _splits(programs: int, longest: int) -> int:
+    """Parts of each context, so that about one program runs on each of 132 processors; a long context can
+    use more, a short one has not enough keys."""
+    wanted: int = triton.next_power_of_2(triton.cdiv(132, programs))
+    return min(8, wanted) if longest < LONG_CONTEXT else min(32, 2 * wanted)

@@ -3,21 +3,58 @@
 In eager torch each of them is several passes over memory and several launches. A program here owns a
 token: it reads the row once, computes in float32, rounds where the reference rounds, and writes the row
 in the type that the next matrix product takes, with its scale where that is quantized.
+
+Inputs [S, T, N] in float32 are the parts of a product whose inner dimension was split (skinny.py): they are
+summed here, and rounded as the product would have been. On Hopper each kernel starts while the one before
+it ends, and waits for its results (`begin`).
 """
+
+import os
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tinier.numerics import E4M3_MAX, Quantized
 
-_CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-_LARGEST = {"e4m3": E4M3_MAX, "int8": 127.5}
+CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST = {"e4m3": E4M3_MAX, "int8": 127.5}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, for tests without a GPU: it has no inline assembly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache
+def early_start() -> dict[str, bool]:
+    """Launch options of every kernel: whether it may start before the one in front of it ends."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _code(y, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next kernel come as soon as there is room, and wait for the one before."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def summed_parts(source, at, inside, stride, PARTS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What lies at `source + at`, or the sum of PARTS such, as float32 rounded to `dtype`."""
+    value = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(source + part * stride + at, mask=inside, other=0.0).to(tl.float32)
+    return value.to(dtype).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def code(y, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 to the nearest INT8 or E4M3, halves to even."""
     if dtype == tl.int8:
         # adding 1.5 · 2^23 leaves no bits for a fraction
@@ -28,7 +65,7 @@ def _code(y, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write a row as it is, or as codes with one scale (numerics.quantize_tokens_*)."""
     if TAKES is None:
         tl.store(out + at, y, mask=inside)
@@ -36,54 +73,122 @@ def _store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl
         size = tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0)
         scale = tl.div_rn(size, LARGEST)
         scale = tl.where(scale == 0.0, 1.0, scale)
-        y = tl.div_rn(y, tl.zeros_like(y) + scale)
-        tl.store(out + at, _code(y, out.dtype.element_ty), mask=inside)
+        y = y * tl.div_rn(1.0, scale)
+        tl.store(out + at, code(y, out.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _embed(  # type: ignore[no-untyped-def]
+    tokens, sampled, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    token = tl.load(tokens + row).to(tl.int64)
+    if token < 0:
+        token = tl.load(sampled - 1 - token)
+    tl.store(out + row * SIZE + at, tl.load(table + token * SIZE + at, mask=inside), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _largest(  # type: ignore[no-untyped-def]
+    logits, values, places, size, share, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """The largest of one row's share of the vocabulary, and where it is."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    first = part * share
+    last = tl.minimum(size, first + share)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    place = tl.full([BLOCK], 2**31 - 1, tl.int32)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * size + at, mask=at < last, other=-float("inf"))
+        better = value.to(tl.float32) > best
+        best = tl.where(better, value.to(tl.float32), best)
+        place = tl.where(better, at, place)
+    top = tl.max(best, axis=0)
+    # of equal ones the first
+    where = tl.min(tl.where(best == top, place, 2**31 - 1), axis=0)
+    tl.store(values + row * tl.num_programs(1) + part, top)
+    tl.store(places + row * tl.num_programs(1) + part, where)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _largest_of(  # type: ignore[no-untyped-def]
+    values, places, seats, tokens, sampled, PARTS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    value = tl.load(values + row * PARTS + part)
+    place = tl.load(places + row * PARTS + part)
+    token = tl.min(tl.where(value == tl.max(value, axis=0), place, 2**31 - 1), axis=0).to(tl.int64)
+    token = tl.where(token == 2**31 - 1, 0, token)  # nothing but NaN
+    tl.store(tokens + row, token)
+    tl.store(sampled + tl.load(seats + row), token)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, summed, out, scales, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_DELTA: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
+    x, delta, weight, summed, out, scales, eps, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     stored = x.dtype.element_ty
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    begin(PDL)
     value = tl.load(x + row * SIZE + at, mask=inside, other=0.0)
-    if HAS_DELTA:
-        other = tl.load(delta + row * SIZE + at, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + other.to(tl.float32)).to(stored)
+    if PARTS > 0:
+        other = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, stored)
+        value = (value.to(tl.float32) + other).to(stored)
         tl.store(summed + row * SIZE + at, value, mask=inside)
     y = value.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + eps)
-    w = tl.load(weight + at, mask=inside, other=0.0)
     y = (w.to(tl.float32) * y.to(stored).to(tl.float32)).to(stored)
     if TAKES is not None:
         y = y.to(tl.float32)
-    _store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
+    store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _silu_mul(  # type: ignore[no-untyped-def]
-    gate_up, out, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    TAKES: tl.constexpr, LARGEST: tl.constexpr,
+    gate_up, out, scales, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    stored: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
-    stored = gate_up.dtype.element_ty
-    gate = tl.load(gate_up + row * 2 * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * SIZE + SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    gate = summed_parts(gate_up, row * 2 * SIZE + at, inside, stride, PARTS, stored)
+    up = summed_parts(gate_up, row * 2 * SIZE + SIZE + at, inside, stride, PARTS, stored)
     y = gate / (1.0 + tl.exp(-gate))
     y = (y.to(stored).to(tl.float32) * up).to(stored)
     if TAKES is not None:
         y = y.to(tl.float32)
-    _store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
+    store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _encode_rows(  # type: ignore[no-untyped-def]
+    x, out, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, TAKES: tl.constexpr,
+    LARGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    y = tl.load(x + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 as it is after a stay in `dtype`."""
     return x.to(dtype).to(tl.float32)
 
@@ -92,26 +197,27 @@ def _rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 def _normed(x, turn, q_norm, k_norm, at, is_q, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Half of each head times `turn` and the weights of its norm."""
     w = tl.where(is_q, tl.load(q_norm + at), tl.load(k_norm + at)).to(tl.float32)
-    return _rounded(_rounded(x * turn[:, None], dtype) * w, dtype)
+    return rounded(rounded(x * turn[:, None], dtype) * w, dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_and_store(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, k_scale, v_scale, q_out, k_cache, v_cache, eps,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
-    CODED: tl.constexpr,
+    stride, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     half = tl.arange(0, D // 2)[None, :]
     is_q = head < H
     is_k = (head >= H) & (head < H + K)
     is_v = (head >= H + K) & (head < H + 2 * K)
     inside = head < H + 2 * K
-    source = qkv + row * (H + 2 * K) * D + head * D + half
-    stored = qkv.dtype.element_ty
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
+    at = row * (H + 2 * K) * D + head * D + half
+    stored = q_out.dtype.element_ty
+    first = summed_parts(qkv, at, inside, stride, PARTS, stored)
+    second = summed_parts(qkv, at + D // 2, inside, stride, PARTS, stored)
     if NORM:
         turn = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)
         first = tl.where(is_v, first, _normed(first, turn, q_norm, k_norm, half, is_q, stored))
@@ -121,9 +227,9 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     position = tl.load(positions + row)
     c = tl.load(cos + position * D + half).to(tl.float32)
     s = tl.load(sin + position * D + half).to(tl.float32)
-    turned = _rounded(first * c, stored) - _rounded(second * s, stored)
+    turned = rounded(first * c, stored) - rounded(second * s, stored)
     low = tl.where(is_v, first, turned).to(stored)
-    turned = _rounded(second * c, stored) + _rounded(first * s, stored)
+    turned = rounded(second * c, stored) + rounded(first * s, stored)
     high = tl.where(is_v, second, turned).to(stored)
     target = q_out + row * H * D + head * D + half
     tl.store(target, low, mask=is_q)
@@ -131,10 +237,10 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + row).to(tl.int64)
     if CODED:
         scale = tl.where(is_k, tl.load(k_scale), tl.load(v_scale))
-        low = _code(
+        low = code(
             tl.div_rn(low.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
         )
-        high = _code(
+        high = code(
             tl.div_rn(high.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
         )
     to_k = k_cache + slot * K * D + (head - H) * D + half
@@ -145,30 +251,76 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     tl.store(to_v + D // 2, high, mask=is_v)
 
 
+def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
+    """Rows of table [vocab, hidden] for tokens [T]; token -1 - i is sampled[i]."""
+    count, size = tokens.shape[0], table.shape[1]
+    out = torch.empty(count, size, dtype=table.dtype, device=table.device)
+    _embed[(count,)](
+        tokens, sampled, table, out, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=4,
+        **early_start(),
+    )  # fmt: skip
+    return out
+
+
+def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
+    """The likeliest token of each row of logits [B, vocab], [B] int64; written to sampled[seats] too."""
+    rows, size = logits.shape
+    parts = 32 if rows <= 16 else 8
+    values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _largest[(rows, parts)](
+        logits,
+        values,
+        places,
+        size,
+        triton.cdiv(size, parts),
+        BLOCK=2048,
+        num_warps=8,
+        **early_start(),
+    )
+    _largest_of[(rows,)](
+        values, places, seats, tokens, sampled, PARTS=parts, num_warps=1, **early_start()
+    )
+    return tokens
+
+
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """x + delta [T, hidden], and its norm as the next layer takes it."""
+    """x + delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts."""
     tokens, size = x.shape
     summed = x if delta is None else torch.empty_like(x)
-    out, scales = _row_buffers(x, size, takes)
+    out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _add_rms_norm[(tokens,)](
-        x, x if delta is None else delta, weight, summed, out, scales, eps, SIZE=size,
-        BLOCK=triton.next_power_of_2(size), HAS_DELTA=delta is not None, TAKES=takes,
-        LARGEST=_LARGEST.get(takes or "", 0.0), num_warps=_warps(size),
+        x, x if delta is None else delta, weight, summed, out, scales, eps, x.numel(), SIZE=size,
+        BLOCK=triton.next_power_of_2(size), PARTS=0 if delta is None else parts_of(delta),
+        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
 
 
-def silu_mul(gate_up: Tensor, takes: str | None) -> Tensor | Quantized:
-    """silu(gate) · up of a fused [T, 2·intermediate], as the next layer takes it."""
-    size = gate_up.shape[1] // 2
-    out, scales = _row_buffers(gate_up, size, takes)
-    _silu_mul[(gate_up.shape[0],)](
-        gate_up, out, scales, SIZE=size, BLOCK=triton.next_power_of_2(size), TAKES=takes,
-        LARGEST=_LARGEST.get(takes or "", 0.0), num_warps=_warps(size),
+def silu_mul(gate_up: Tensor, dtype: torch.dtype, takes: str | None) -> Tensor | Quantized:
+    """silu(gate) · up of a fused [T, 2·intermediate] or its parts, as the next layer takes it."""
+    tokens, size = gate_up.shape[-2], gate_up.shape[-1] // 2
+    out, scales = _row_buffers(tokens, size, dtype, gate_up.device, takes)
+    _silu_mul[(tokens,)](
+        gate_up, out, scales, 2 * tokens * size, SIZE=size, BLOCK=triton.next_power_of_2(size),
+        PARTS=parts_of(gate_up), stored=TRITON_TYPES[dtype], TAKES=takes,
+        LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size), **early_start(),
     )  # fmt: skip
     return out if takes is None else Quantized(out, scales)
+
+
+def encode_rows(x: Tensor, takes: str) -> Quantized:
+    """x [T, N] as codes with one scale a row (numerics.quantize_tokens_*)."""
+    tokens, size = x.shape
+    out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
+    _encode_rows[(tokens,)](
+        x, out, scales, SIZE=size, BLOCK=triton.next_power_of_2(size), TAKES=takes,
+        LARGEST=LARGEST[takes], num_warps=_warps(size), **early_start(),
+    )  # fmt: skip
+    return Quantized(out, scales)
 
 
 def rotate_and_store(
@@ -178,29 +330,41 @@ def rotate_and_store(
 ) -> Tensor:  # fmt: skip
     """q with its norm and RoPE; k, the same, and v written to their cache slots.
 
-    qkv: [T, (heads + 2·kv_heads)·D]. rotation: cos and sin of every position [P, D]. positions: [T],
-    slots: [T]. norms: of q and k [D], where the model has them. keys, values: [slots, kv_heads, D],
-    codes where the `scales` of keys and values are given. Returns [T, heads, D].
+    qkv: [T, (heads + 2·kv_heads)·D], or its parts. rotation: cos and sin of every position [P, D].
+    positions: [T], slots: [T]. norms: of q and k [D], where the model has them. keys, values:
+    [slots, kv_heads, D], codes where the `scales` of keys and values are given. Returns [T, heads, D].
     """
-    tokens = qkv.shape[0]
+    tokens = qkv.shape[-2]
     _, kv_heads, size = keys.shape
-    q = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
-    q_norm, k_norm = norms or (qkv, qkv)
-    k_scale, v_scale = scales or (qkv, qkv)
-    _rotate_and_store[(tokens,)](
+    q = torch.empty(tokens, heads, size, dtype=rotation[0].dtype, device=qkv.device)
+    q_norm, k_norm = norms or (q, q)
+    k_scale, v_scale = scales or (q, q)
+    every = heads + 2 * kv_heads
+    # few tokens: several programs for each
+    held = min(16 if tokens < 128 else 64, triton.next_power_of_2(every))
+    _rotate_and_store[(tokens, triton.cdiv(every, held))](
         qkv, *rotation, positions, slots, q_norm, k_norm, k_scale, v_scale, q, keys, values, eps,
-        H=heads, K=kv_heads, D=size, HEADS=triton.next_power_of_2(heads + 2 * kv_heads),
-        NORM=norms is not None, CODED=scales is not None, num_warps=4,
+        tokens * every * size, H=heads, K=kv_heads, D=size, HEADS=held, PARTS=parts_of(qkv),
+        NORM=norms is not None, CODED=scales is not None, num_warps=4, **early_start(),
     )  # fmt: skip
     return q
 
 
-def _row_buffers(like: Tensor, size: int, takes: str | None) -> tuple[Tensor, Tensor]:
-    tokens, device = like.shape[0], like.device
-    out = torch.empty(tokens, size, dtype=_CODES.get(takes or "", like.dtype), device=device)
+def parts_of(x: Tensor) -> int:
+    """How many parts there are to sum."""
+    return x.shape[0] if x.ndim == 3 else 1
+
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _row_buffers(
+    tokens: int, size: int, dtype: torch.dtype, device: torch.device, takes: str | None
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(tokens, size, dtype=CODES.get(takes or "", dtype), device=device)
     scales = torch.empty(tokens if takes else 0, 1, dtype=torch.float32, device=device)
     return out, scales
 
 
 def _warps(size: int) -> int:
-    return 4 if size <= 4096 else 16
+    return 8 if size <= 2048 else 16

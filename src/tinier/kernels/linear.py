@@ -10,12 +10,14 @@ checkpoint's, not the device's.
 """
 
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.kernels.reference import joined
 from tinier.numerics import (
     E2M1_MAX,
     E4M3_MAX,
@@ -32,7 +34,10 @@ from tinier.numerics import (
 )
 from tinier.schemes import Grid, Scheme
 
-# torch's packed INT4 kernels take these group sizes
+if find_spec("triton") is not None:
+    from tinier.kernels import skinny
+
+# what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
 
 
@@ -62,7 +67,11 @@ class Linear(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        """x: [T, in], or its codes if the layer takes them. Returns [T, out], 16-bit or as x."""
+        """x: [T, in], or its codes if the layer takes them.
+
+        Returns [T, out], 16-bit or as x; for few tokens on a GPU it may be parts [S, T, out] in float32,
+        which the operator that reads them sums (skinny.py).
+        """
 
     @property
     def num_bytes(self) -> int:
@@ -85,11 +94,17 @@ class DenseLinear(Linear):
         self.weight = weight  # [out, in]
         self.activations = activations
         self.input_scale = input_scale
+        self._few: skinny.Weight | None = None
+        if _has_skinny(weight.device.type) and weight.dtype == torch.bfloat16:
+            self._few = skinny.Weight(weight, None, bias, _sides(weight))
+            self.path = f"16-bit: Triton to {skinny.MOST_TOKENS} tokens, F.linear above"
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
         if self.activations is not None:
             x = round_activations(x, self.activations, self.input_scale)
+        if self._few is not None and x.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(x, None, self._few)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -106,11 +121,17 @@ class Int8Linear(Linear):
         self.dtype = dtype  # of the result
         self.codes = quantized.codes.t()  # [in, out], a view of the stored rows
         self.scale = quantized.scale.float().squeeze(-1)  # [out]
+        self._few: skinny.Weight | None = None
+        if _has_skinny(self.codes.device.type) and dtype == torch.bfloat16:
+            self._few = skinny.Weight(quantized.codes, self.scale, bias, _sides(quantized.codes))
+            self.path = f"INT8: Triton to {skinny.MOST_TOKENS} tokens, torch._int_mm above"
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         tokens = x if isinstance(x, Quantized) else quantize_tokens_int8(x)
         codes = tokens.codes
         rows = codes.shape[0]
+        if self._few is not None and rows <= skinny.MOST_TOKENS:
+            return skinny.matmul(codes, tokens.scale, self._few)
         if codes.is_cuda and rows < self._CUDA_ROWS:
             codes = F.pad(codes, (0, 0, 0, self._CUDA_ROWS - rows))
         product = torch._int_mm(codes, self.codes)[:rows]
@@ -131,6 +152,11 @@ class Fp8Linear(Linear):
         self.scale = quantized.scale.float().t().contiguous()  # [1, out]
         self.input_scale = None if input_scale is None else input_scale.float().reshape(1, 1)
         self.takes = "e4m3" if input_scale is None else None
+        self._few: skinny.Weight | None = None
+        if _has_skinny(self.codes.device.type):
+            rows = self.scale.squeeze(0)
+            self._few = skinny.Weight(quantized.codes, rows, bias, _sides(quantized.codes))
+            self.path = f"FP8: Triton to {skinny.MOST_TOKENS} tokens, torch._scaled_mm above"
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Quantized):
@@ -140,6 +166,8 @@ class Fp8Linear(Linear):
         else:
             scale = self.input_scale.expand(x.shape[0], 1).contiguous()
             tokens = Quantized(cast_e4m3(x.float() / self.input_scale), scale)
+        if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(tokens.codes, tokens.scale, self._few)
         return torch._scaled_mm(
             tokens.codes,
             self.codes,
@@ -170,25 +198,25 @@ class Int4CpuLinear(Linear):
         return out if self.bias is None else out + self.bias
 
 
-class Int4CudaLinear(Linear):
-    """INT4 weights unpacked inside torch's tensor-core matmul, bf16 activations."""
+class WeightOnlyLinear(Linear):
+    """8-bit float or INT4 weights expanded inside Triton's matmul for few tokens; for many they are
+    expanded to bf16 beforehand, which then costs little beside the product."""
 
-    path = "aten::_weight_int4pack_mm"
+    def __init__(self, weight: "skinny.Weight", label: str) -> None:
+        super().__init__(weight.bias)
+        self.weight = weight
+        self.path = f"{label}: Triton to {skinny.MOST_TOKENS} tokens, expanded for F.linear above"
 
-    def __init__(self, quantized: Quantized, group_size: int, bias: Tensor | None) -> None:
-        super().__init__(bias)
-        self.group_size = group_size
-        unsigned = quantized.codes + 8
-        pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8)  # [out, in/2]
-        self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-        self.scale_and_zero = _scale_and_zero(quantized)
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.weight.codes, self.weight.scale, self.bias]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm(
-            x, self.packed, self.group_size, self.scale_and_zero
-        )
-        return out if self.bias is None else out + self.bias
+        if x.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(x, None, self.weight)
+        return F.linear(x, skinny.expand(self.weight), self.bias)
 
 
 class StackedLinear(Linear):
@@ -206,7 +234,7 @@ class StackedLinear(Linear):
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        return torch.cat([joined(part(x), x.dtype) for part in self.parts], dim=-1)
 
 
 def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
@@ -236,14 +264,22 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     rowwise = per_row and activations is not None and activations.group_size is None
     if grid.kind == "float" and rowwise and _has_fp8(device) and dtype == torch.bfloat16:
         return Fp8Linear(quantized, bias, first.input_scale)
+    if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:  # noqa: SIM102
+        if _has_skinny(device) and _has_fp8(device) and dtype == torch.bfloat16:
+            codes, scale = quantized.codes, quantized.scale.float().reshape(-1)
+            return WeightOnlyLinear(skinny.Weight(codes, scale, bias, _sides(codes)), scheme.label)
     group_size = grid.group_size
     packable = grid.kind == "int" and grid.bits == 4 and group_size in _INT4_GROUPS
     if packable and activations is None and dtype == torch.bfloat16:
         rows, columns = quantized.codes.shape
         if device == "cpu" and rows % 16 == 0:
             return Int4CpuLinear(quantized, group_size or columns, bias)
-        if device == "cuda" and rows % 8 == 0 and columns % 128 == 0:
-            return Int4CudaLinear(quantized, group_size or columns, bias)
+        if _has_skinny(device) and grid.symmetric:
+            packed = skinny.pack_int4(quantized.codes)
+            scale = quantized.scale.to(dtype).t().contiguous()  # [groups, out]
+            sides = rows, columns
+            packed_weight = skinny.Weight(packed, scale, bias, sides, group_size or columns)
+            return WeightOnlyLinear(packed_weight, scheme.label)
     dense = DenseLinear(dequantize(quantized, dtype), bias, activations, first.input_scale)
     dense.fast = False
     dense.path = f"{scheme.label} expanded to {str(dtype).removeprefix('torch.')}"
@@ -316,6 +352,20 @@ def _scale_and_zero(quantized: Quantized) -> Tensor:
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor | None:
     return torch.cat(tensors).to(dtype) if tensors else None
+
+
+def _sides(weight: Tensor) -> tuple[int, int]:
+    rows, columns = weight.shape
+    return rows, columns
+
+
+def _has_skinny(device: str) -> bool:
+    """Whether the Triton kernels for few tokens run there."""
+    return (
+        device == "cuda"
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
 
 
 def _has_fp8(device: str) -> bool:

@@ -12,6 +12,11 @@ from torch import Tensor
 from tinier.numerics import cast_e4m3
 
 
+def joined(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A linear layer's result [T, N] from the parts [S, T, N] that it may come in (skinny.py)."""
+    return x.sum(dim=0).to(dtype) if x.ndim == 3 else x
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
 
@@ -50,6 +55,10 @@ def split_heads(
     return rotate(q, *rotation), rotate(k, *rotation), v
 
 
+# where a context counts as long: the GPU kernels then split it into more parts
+LONG_CONTEXT = 2048
+
+
 class PagedBatch(NamedTuple):
     """Which tokens of which sequences one forward pass computes, and where their cache is.
 
@@ -70,6 +79,32 @@ class PagedBatch(NamedTuple):
     """How many new tokens each sequence has: its last `count` positions"""
     block_size: int
     """Slots in one block"""
+    longest: int
+    """No context is longer"""
+
+
+class Cache(NamedTuple):
+    """One layer's keys and values."""
+
+    keys: Tensor
+    """[slots, K, D]"""
+    values: Tensor
+    """[slots, K, D]"""
+    scales: tuple[Tensor, Tensor] | None = None
+    """Of keys and of values, each [1], where they are codes"""
+    window: int | None = None
+    """Positions that a token sees, itself included; None: all"""
+
+
+class HeadInputs(NamedTuple):
+    """What q and k go through before attention."""
+
+    rotation: tuple[Tensor, Tensor]
+    """cos and sin of every position, each [positions, D]"""
+    heads: int
+    norms: tuple[Tensor, Tensor] | None = None
+    """Weights [D] of q's and k's norm"""
+    eps: float = 0.0
 
 
 def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,16 +128,27 @@ def _fetch(cache: Tensor, slots: Tensor, scale: Tensor | None, dtype: torch.dtyp
     return (codes.float() * scale.float()).to(dtype)
 
 
-def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, window: int | None,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+def cached_attention(qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: PagedBatch) -> Tensor:
+    """Norm and RoPE of q and k, k and v into the cache, attention over it. qkv: [T, (H + 2K)·D] or its
+    parts. Returns [T, H·D]."""
+    cos, sin = inputs.rotation
+    positions, slots = batch.positions.long(), batch.slots.long()
+    q, k, v = split_heads(
+        joined(qkv, cos.dtype), (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)),
+        inputs.norms, inputs.eps, inputs.heads, cache.keys.shape[1],
+    )  # fmt: skip
+    k_scale, v_scale = cache.scales or (None, None)
+    store(cache.keys, slots, k, k_scale)
+    store(cache.values, slots, v, v_scale)
+    return paged_attention(q, cache, batch).flatten(1)
+
+
+def paged_attention(q: Tensor, cache: Cache, batch: PagedBatch) -> Tensor:
     """Causal attention of new tokens over their sequences' cached keys and values.
 
-    q: [T, H, D]; keys, values: [slots, K, D], the new tokens' entries already written, as codes where
-    the `scales` of keys and values ([1]) are given. Returns [T, H, D]. Each token sees at most the last
-    `window` positions, itself included.
+    q: [T, H, D]; the new tokens' entries are in the cache already. Returns [T, H, D].
     """
+    keys, values, scales, window = cache
     k_scale, v_scale = scales or (None, None)
     offsets = torch.arange(batch.block_size, device=q.device)
     contexts = batch.contexts.tolist()

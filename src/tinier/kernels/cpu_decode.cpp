@@ -1,0 +1,648 @@
+// One decode step on the CPU: one new token for each of M sequences, through the whole decoder.
+//
+// Start at `decode_step`: one parallel region; in it every thread runs `Worker::run`, layer after layer.
+// A thread multiplies its share of a matrix's rows by all M inputs; barriers part the phases. What is small
+// (norms, residual sums, rounding of inputs) every thread does for itself, which is cheaper than a barrier.
+//
+// Rounds to bf16 wherever the torch reference does (reference.py, linear.py). The sums of a row have one
+// order, whatever M and the number of threads are, so a row's logits do not depend on the batch.
+//
+// M: rows. T: threads. D: head size. Vectors are GCC's own, which any machine has; only dot products have
+// instructions of their own (AVX-512 BF16, VNNI, AVX2). cpu_decode.py mirrors the structs below.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <omp.h>
+#include <sched.h>
+#include <type_traits>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+enum Format : int32_t { BF16, INT8, INT4 };
+
+struct Linear {
+  const void *weight;     // [out, in]: bf16 | int8 | int4 in pairs, the even column in the low half
+  const void *scale;      // int8: float [out]; int4: bf16 [out, in / group]
+  const bf16 *zero;       // int4: (zero point + 8) / 8 as scale, or null: 1 everywhere
+  const int32_t *sums;    // int8: of each row's codes [out]
+  const bf16 *bias;       // [out] or null
+  int32_t out, in, format, group;
+};
+
+struct Layer {
+  const bf16 *input_norm, *q_norm, *k_norm, *post_norm;  // norms of q and k [D], or null
+  Linear q, k, v, out, gate, up, down;
+  bf16 *keys, *values;    // [slots, kv_heads, D]
+  int32_t window;         // positions that a token sees, itself included; 0: all
+};
+
+struct Model {
+  const bf16 *embedding, *final_norm, *cos, *sin;  // cos, sin: [positions, D]
+  const Layer *layers;
+  Linear head;
+  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
+  float eps;
+};
+
+struct Batch {
+  const int32_t *tokens, *positions, *slots, *contexts;  // [M]
+  const int32_t *tables;  // [M, width] cache blocks
+  bf16 *logits;           // [M, vocab]
+  int32_t rows, width;
+};
+
+namespace {
+
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+typedef uint16_t H8 __attribute__((vector_size(16)));
+
+constexpr int TILE = 4;      // rows of a matrix that are multiplied together
+#define UNROLL _Pragma("GCC unroll 8")
+
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+#ifndef HINT
+#define HINT 3
+#endif
+// The weights are one stream, TILE rows of it a time: the hardware's prefetchers see short streams and stop
+inline void fetch(const void *stream, size_t at, int bytes) {
+  for (int i = 0; i < bytes; i += 64)
+    __builtin_prefetch((const char *)stream + at + AHEAD + i, 0, HINT);
+}
+
+template <class V> inline V load(const void *p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float *p, F8 v) { memcpy(p, &v, sizeof v); }
+inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
+inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
+inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
+inline float sum(F8 v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+inline float largest(F8 v) {
+  float most = v[0];
+  for (int i = 1; i < 8; ++i) most = std::max(most, v[i]);
+  return most;
+}
+
+inline U8 rounded(F8 x) {  // to bf16, ties to even; the result in the upper halves
+  U8 bits = (U8)x;
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+inline F8 round8(F8 x) { return (F8)(rounded(x) & 0xffff0000); }
+inline F8 read8(const bf16 *p) { return (F8)(__builtin_convertvector(load<H8>(p), U8) << 16); }
+inline void write8(bf16 *p, F8 x) {
+  H8 h = __builtin_convertvector(rounded(x) >> 16, H8);
+  memcpy(p, &h, sizeof h);
+}
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  return load<float>(&bits);
+}
+inline bf16 to_bf16(float x) {
+  uint32_t bits = load<uint32_t>(&x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline F8 exp8(F8 x) {  // Cephes' expf: 2^n times a polynomial; error below 2e-7
+  x = larger(smaller(x, all(88.0f)), all(-87.0f));
+  const F8 magic = all(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
+  F8 n = (x * all(1.44269504f) + magic) - magic;
+  F8 r = (x - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
+  F8 y = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = y * r + all(c);
+  y = y * r * r + r + all(1.0f);
+  return y * (F8)((__builtin_convertvector(n, I8) + 127) << 23);
+}
+
+// ---- Sums of the lanes of TILE vectors ----
+
+inline void lane_sums(const F8 *a, float *out) {
+#if defined(__AVX2__)
+  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[0], (__m256)a[1]),
+                                _mm256_hadd_ps((__m256)a[2], (__m256)a[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  for (int r = 0; r < TILE; ++r) out[r] = sum(a[r]);
+#endif
+}
+inline void lane_sums(const I8 *a, int32_t *out) {
+  for (int r = 0; r < TILE; ++r) {
+    out[r] = 0;
+    for (int i = 0; i < 8; ++i) out[r] += a[r][i];
+  }
+}
+
+// ---- Dot products of TILE rows of weights with N inputs: out[N][TILE] ----
+// Each format has its own order of the inputs, made once per matrix by `arrange`.
+
+struct Bf16Dot {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  typedef bf16 Value;
+  static void arrange(const bf16 *x, int n, Value *to) { memcpy(to, x, n * sizeof *x); }
+#else
+  typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
+  static void arrange(const bf16 *x, int n, Value *to) {
+    for (int c = 0; c < n; c += 16) {
+      U8 both = load<U8>(x + c);
+      store(to + c, (F8)(both << 16));
+      store(to + c + 8, (F8)(both & 0xffff0000));
+    }
+  }
+#endif
+#ifndef BB
+#define BB 3
+#endif
+  static constexpr int BLOCK = BB;
+  template <int N>
+  static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, float (*out)[TILE]) {
+    F8 acc[N][TILE] = {};
+    for (int c = 0; c < n; c += 16) {
+      fetch(w[0], size_t(c) * 2 * TILE, 32 * TILE);
+      UNROLL for (int r = 0; r < TILE; ++r) {
+        U8 both = load<U8>(w[r] + c);
+        UNROLL for (int m = 0; m < N; ++m) {
+          const Value *at = x + m * stride + c;
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+          acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], (__m256bh)both, load<__m256bh>(at));
+#else
+          acc[m][r] += (F8)(both << 16) * load<F8>(at);
+          acc[m][r] += (F8)(both & 0xffff0000) * load<F8>(at + 8);
+#endif
+        }
+      }
+    }
+    for (int m = 0; m < N; ++m) lane_sums(acc[m], out[m]);
+  }
+};
+
+struct Int8Dot {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define DPBUSD _mm256_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#endif
+#if defined(DPBUSD)  // takes unsigned times signed: inputs are moved up, 128 times the row's sum comes off
+  typedef uint8_t Value;
+  static constexpr int OFFSET = 128;
+#else
+  typedef int16_t Value;
+  static constexpr int OFFSET = 0;
+#endif
+  // quantize_tokens_int8 of numerics/activations.py; returns the scale
+  static float arrange(const bf16 *x, int n, Value *to) {
+    F8 most = all(0.0f);
+    for (int c = 0; c < n; c += 8) most = larger(most, (F8)((U8)read8(x + c) & 0x7fffffff));
+    float scale = largest(most) / 127.5f;
+    if (scale == 0.0f) scale = 1.0f;
+    const F8 magic = all(12582912.0f);
+    for (int c = 0; c < n; c += 8) {
+      F8 code = (read8(x + c) / all(scale) + magic) - magic;
+      code = larger(smaller(code, all(127.0f)), all(-128.0f));
+      I8 shifted = __builtin_convertvector(code, I8) + OFFSET;
+      for (int i = 0; i < 8; ++i) to[c + i] = Value(shifted[i]);
+    }
+    return scale;
+  }
+#ifndef B8
+#define B8 3
+#endif
+  static constexpr int BLOCK = B8;
+  template <int N>
+  static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, int32_t (*out)[TILE]) {
+    I8 acc[N][TILE] = {};
+    for (int c = 0; c < n; c += 32) {
+      fetch(w[0], size_t(c) * TILE, 32 * TILE);
+      UNROLL for (int r = 0; r < TILE; ++r) {
+        const int8_t *codes = w[r] + c;
+#if defined(DPBUSD)
+        __m256i wide = load<__m256i>(codes);
+        UNROLL for (int m = 0; m < N; ++m)
+          acc[m][r] = (I8)DPBUSD((__m256i)acc[m][r], load<__m256i>(x + m * stride + c), wide);
+#elif defined(__AVX2__)
+        UNROLL for (int half = 0; half < 32; half += 16) {
+          __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(codes + half));
+          UNROLL for (int m = 0; m < N; ++m)
+            acc[m][r] += (I8)_mm256_madd_epi16(wide, load<__m256i>(x + m * stride + c + half));
+        }
+#else
+        for (int m = 0; m < N; ++m)
+          for (int i = 0; i < 32; ++i) acc[m][r][i % 8] += codes[i] * x[m * stride + c + i];
+#endif
+      }
+    }
+    for (int m = 0; m < N; ++m) lane_sums(acc[m], out[m]);
+  }
+};
+
+// 64 codes are 8 lanes of 8 nibbles. Nibble j is masked where it stands, so it counts 16^j times too much,
+// which the input makes good: a power of two, nothing is lost. The top one would be a sign and is shifted.
+struct Int4Dot {
+  // [span][9][8] floats: inputs of nibble j by lane, then -8 times the sums of a scale's inputs
+  static constexpr int SPAN = 64, VALUES = 72;
+  typedef float Value;
+  static void arrange(const bf16 *x, int n, Value *to) {
+    for (int c = 0; c < n; c += SPAN, to += VALUES) {
+      F8 total = all(0.0f);
+      for (int j = 0; j < 8; ++j) {
+        float unit = j < 7 ? 1.0f / float(1u << 4 * j) : 1.0f;
+        F8 column;
+        for (int lane = 0; lane < 8; ++lane) column[lane] = to_float(x[c + 8 * lane + j]);
+        total += column;
+        store(to + 8 * j, column * all(unit));
+      }
+      store(to + 64, all(-8.0f) * total);
+    }
+  }
+  static F8 factors(const bf16 *row, int group, bool two) {
+    float a = to_float(row[group]);
+    if (!two) return all(a);
+    float b = to_float(row[group + 1]);  // groups of 32
+    return F8{a, a, a, a, b, b, b, b};
+  }
+#ifndef B4
+#define B4 8
+#endif
+  static constexpr int BLOCK = B4;
+  template <int N>
+  static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, float (*out)[TILE]) {
+    const size_t groups = l.in / l.group, width = l.in / 2;
+    const bool two = l.group < SPAN;
+    const uint8_t *w[TILE];
+    const bf16 *scale[TILE], *zero[TILE];
+    for (int r = 0; r < TILE; ++r) {
+      w[r] = (const uint8_t *)l.weight + rows[r] * width;
+      scale[r] = (const bf16 *)l.scale + rows[r] * groups;
+      zero[r] = l.zero + rows[r] * groups;
+    }
+    // rows at a time: enough sums at once to hide that each waits for the last, few enough for registers
+#ifndef RUNN
+#define RUNN 1
+#endif
+    constexpr int RUN = N == 1 ? TILE : RUNN;
+    F8 total[N][TILE] = {};
+    for (int c = 0; c < l.in; c += SPAN, x += VALUES) {
+      fetch(w[0], size_t(c) / 2 * TILE, 32 * TILE);
+      const int group = c / l.group;
+      UNROLL for (int first = 0; first < TILE; first += RUN) {
+        F8 acc[N][RUN];
+        UNROLL for (int r = 0; r < RUN; ++r) {
+          UNROLL for (int m = 0; m < N; ++m) acc[m][r] = load<F8>(x + m * stride + 64);
+          if (!l.zero) continue;
+          F8 offset = factors(zero[first + r], group, two);
+          UNROLL for (int m = 0; m < N; ++m) acc[m][r] *= offset;
+        }
+        UNROLL for (int j = 0; j < 8; ++j)
+          UNROLL for (int r = 0; r < RUN; ++r) {
+            U8 codes = load<U8>(w[first + r] + c / 2);
+            codes = j < 7 ? codes & (0xfu << 4 * j) : codes >> 28;
+            F8 code = __builtin_convertvector((I8)codes, F8);
+            UNROLL for (int m = 0; m < N; ++m) acc[m][r] += code * load<F8>(x + m * stride + 8 * j);
+          }
+        UNROLL for (int r = 0; r < RUN; ++r) {
+          F8 factor = factors(scale[first + r], group, two);
+          UNROLL for (int m = 0; m < N; ++m) total[m][first + r] += factor * acc[m][r];
+        }
+      }
+    }
+    for (int m = 0; m < N; ++m) lane_sums(total[m], out[m]);
+  }
+};
+
+// ---- A linear layer ----
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+// Memory that is kept from step to step
+template <class T> struct Buffer {
+  std::vector<Line> lines;
+  T *of(size_t count) {
+    size_t need = (count * sizeof(T) + 63) / 64;
+    if (lines.size() < need) lines.resize(need);
+    return (T *)lines.data();
+  }
+};
+
+// The inputs of a matrix [M, in] in the order of each format that reads them
+struct Input {
+  int rows = 0, columns = 0;
+  const bf16 *x = nullptr;
+  bool ready[3] = {};
+  Buffer<Bf16Dot::Value> bf16s;
+  Buffer<Int8Dot::Value> int8s;
+  Buffer<Int4Dot::Value> int4s;
+  Buffer<float> scales;
+
+  void set(const bf16 *values, int m, int n) {
+    x = values, rows = m, columns = n;
+    std::fill(ready, ready + 3, false);
+  }
+  size_t int4_stride() const { return size_t(columns) / Int4Dot::SPAN * Int4Dot::VALUES; }
+  void prepare(const Linear &l) {
+    if (ready[l.format]) return;
+    ready[l.format] = true;
+    size_t n = columns;
+    for (int m = 0; m < rows; ++m) {
+      const bf16 *row = x + m * n;
+      if (l.format == BF16) Bf16Dot::arrange(row, columns, bf16s.of(rows * n) + m * n);
+      if (l.format == INT8)
+        scales.of(rows)[m] = Int8Dot::arrange(row, columns, int8s.of(rows * n) + m * n);
+      if (l.format == INT4)
+        Int4Dot::arrange(row, columns, int4s.of(rows * int4_stride()) + m * int4_stride());
+    }
+  }
+};
+
+// Calls body(first, count) for blocks of N rows, then smaller ones
+template <int N, class Body> void in_blocks(int rows, Body body, int m = 0) {
+  for (; m + N <= rows; m += N) body(m, std::integral_constant<int, N>());
+  if constexpr (N > 1) in_blocks<(N + 1) / 2>(rows, body, m);
+}
+
+inline int tiles(const Linear &l) { return (l.out + TILE - 1) / TILE; }
+
+// Outputs [M, TILE] of one tile's rows, rounded to bf16. Rows past the last are the last again.
+void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
+  int rows[TILE];
+  for (int r = 0; r < TILE; ++r) rows[r] = std::min(tile * TILE + r, l.out - 1);
+  const size_t n = l.in;
+  in.prepare(l);
+  if (l.format == BF16) {
+    const bf16 *w[TILE];
+    for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
+    const auto *x = in.bf16s.of(0);
+    in_blocks<Bf16Dot::BLOCK>(in.rows, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m); });
+  } else if (l.format == INT8) {
+    const int8_t *w[TILE];
+    for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
+    const auto *x = in.int8s.of(0);
+    in_blocks<Int8Dot::BLOCK>(in.rows, [&](int m, auto N) {
+      int32_t product[N.value][TILE];
+      Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product);
+      for (int i = 0; i < N.value; ++i)
+        for (int r = 0; r < TILE; ++r) {
+          float exact = float(product[i][r] - Int8Dot::OFFSET * l.sums[rows[r]]);
+          y[m + i][r] = exact * in.scales.of(0)[m + i] * ((const float *)l.scale)[rows[r]];
+        }
+    });
+  } else {
+    const auto *x = in.int4s.of(0);
+    const size_t stride = in.int4_stride();
+    in_blocks<Int4Dot::BLOCK>(in.rows, [&](int m, auto N) {
+      Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m);
+    });
+  }
+  for (int m = 0; m < in.rows; ++m)
+    for (int r = 0; r < TILE; ++r) {
+      float added = l.bias ? to_float(l.bias[rows[r]]) : 0.0f;
+      // F.linear adds the bias before it rounds, the quantized layers after
+      float out = l.format == BF16 ? y[m][r] + added : to_float(to_bf16(y[m][r])) + added;
+      y[m][r] = to_float(to_bf16(out));
+    }
+}
+
+// ---- The step ----
+
+// Waits in the cache; gives the core away once it took too long, as when another program has a core
+struct Barrier {
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> round{0};
+  void wait(int threads) {
+    int now = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+      if (spins > 2000) sched_yield();
+    }
+  }
+};
+
+// What threads hand each other: [M, ...]
+struct Shared {
+  bf16 *qkv, *attended, *delta, *act;
+  Barrier barrier;
+};
+
+struct Scratch {
+  Buffer<bf16> x, y, q, k;
+  Buffer<Bf16Dot::Value> query;
+  Buffer<float> scores, tile;
+  Buffer<size_t> offsets;
+  Input in;
+};
+
+void rms_norm(const bf16 *x, const bf16 *weight, int n, float eps, bf16 *y) {
+  F8 squares = all(0.0f);
+  for (int c = 0; c < n; c += 8) squares += read8(x + c) * read8(x + c);
+  F8 factor = all(1.0f / std::sqrt(sum(squares) / float(n) + eps));
+  for (int c = 0; c < n; c += 8) write8(y + c, round8(read8(x + c) * factor) * read8(weight + c));
+}
+
+struct Worker {
+  const Model &model;
+  const Batch &batch;
+  Shared &shared;
+  Scratch &s;
+  const int thread, threads;
+
+  // Calls body(tile) for this thread's share
+  template <class Body> void share(int count, Body body) const {
+    int end = int64_t(count) * (thread + 1) / threads;
+    for (int i = int64_t(count) * thread / threads; i < end; ++i) body(i);
+  }
+
+  // y [M, all parts' outputs] of layers that share the input
+  void project(std::initializer_list<const Linear *> parts, bf16 *y) {
+    int count = 0;
+    size_t width = 0;
+    for (auto *part : parts) count += tiles(*part), width += part->out;
+    auto *out = (float(*)[TILE])s.tile.of(2 * batch.rows * TILE);
+    share(count, [&](int tile) {
+      size_t column = 0;
+      auto part = parts.begin();
+      for (; tile >= tiles(**part); ++part) tile -= tiles(**part), column += (*part)->out;
+      multiply(**part, tile, s.in, out);
+      int valid = std::min(TILE, (*part)->out - tile * TILE);
+      for (int m = 0; m < batch.rows; ++m)
+        for (int r = 0; r < valid; ++r) y[m * width + column + tile * TILE + r] = to_bf16(out[m][r]);
+    });
+  }
+
+  void gate_up(const Layer &layer) {
+    auto *gate = (float(*)[TILE])s.tile.of(2 * batch.rows * TILE);
+    auto *up = gate + batch.rows;
+    share(tiles(layer.gate), [&](int tile) {
+      multiply(layer.gate, tile, s.in, gate);
+      multiply(layer.up, tile, s.in, up);
+      for (int m = 0; m < batch.rows; ++m) {
+        F8 g{gate[m][0], gate[m][1], gate[m][2], gate[m][3]};
+        F8 silu = round8(g / (all(1.0f) + exp8(-g)));
+        bf16 *act = shared.act + size_t(m) * model.intermediate + tile * TILE;
+        for (int r = 0; r < TILE; ++r) act[r] = to_bf16(silu[r] * up[m][r]);
+      }
+    });
+  }
+
+  // Norm, if any, and RoPE of one head
+  void rotate(const bf16 *x, const bf16 *norm, int position, bf16 *y) const {
+    const int n = model.head_dim, half = n / 2;
+    if (norm) rms_norm(x, norm, n, model.eps, y), x = y;
+    const bf16 *cos = model.cos + size_t(position) * n, *sin = model.sin + size_t(position) * n;
+    for (int c = 0; c < half; c += 8) {
+      F8 a = read8(x + c), b = read8(x + half + c);
+      write8(y + c, round8(a * read8(cos + c)) - round8(b * read8(sin + c)));
+      write8(y + half + c, round8(b * read8(cos + half + c)) + round8(a * read8(sin + half + c)));
+    }
+  }
+
+  void attend(const Layer &layer) {
+    // shares of about as many cached tokens
+    int64_t total = 0, before = 0;
+    for (int m = 0; m < batch.rows; ++m) total += int64_t(model.heads) * (batch.contexts[m] + 32);
+    for (int m = 0; m < batch.rows; ++m)
+      for (int h = 0; h < model.heads; ++h) {
+        int64_t cost = batch.contexts[m] + 32;
+        if ((before + cost / 2) * threads / total == thread) attend(layer, m, h);
+        before += cost;
+      }
+  }
+
+  void attend(const Layer &layer, int m, int head) {
+    const int n = model.head_dim, kv = head / (model.heads / model.kv_heads);
+    const int context = batch.contexts[m], position = batch.positions[m];
+    const bf16 *qkv = shared.qkv + size_t(m) * (model.heads + 2 * model.kv_heads) * n;
+    bf16 *q = s.q.of(n), *k = s.k.of(n);
+    const bf16 *v = qkv + (model.heads + model.kv_heads + kv) * n;
+    rotate(qkv + head * n, layer.q_norm, position, q);
+    // each head of a group turns the key again, so that none waits for another to write the cache
+    rotate(qkv + (model.heads + kv) * n, layer.k_norm, position, k);
+    const size_t row = size_t(model.kv_heads) * n;
+    if (head % (model.heads / model.kv_heads) == 0) {
+      memcpy(layer.keys + batch.slots[m] * row + kv * n, k, n * sizeof *k);
+      memcpy(layer.values + batch.slots[m] * row + kv * n, v, n * sizeof *v);
+    }
+    const int first = layer.window ? std::max(0, context - layer.window) : 0, last = context - 1;
+    const size_t *offsets = s.offsets.of(0) + size_t(m) * longest();
+    auto cached = [&](const bf16 *cache, const bf16 *newest, int at) {
+      return at < last ? cache + offsets[at] + kv * n : newest;
+    };
+    auto *query = s.query.of(n);
+    Bf16Dot::arrange(q, n, query);
+    const int count = context - first, padded = (count + 7) / 8 * 8;
+    float *scores = s.scores.of(padded);
+    for (int i = 0; i < padded; i += TILE) {
+      const bf16 *w[TILE];
+      for (int r = 0; r < TILE; ++r) w[r] = cached(layer.keys, k, first + i + r);
+      Bf16Dot::dot<1>(w, n, query, 0, (float(*)[TILE])(scores + i));
+    }
+    for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
+    F8 most = load<F8>(scores);
+    for (int i = 8; i < padded; i += 8) most = larger(most, load<F8>(scores + i));
+    const F8 peak = all(largest(most)), scale = all(1.0f / std::sqrt(float(n)));
+    F8 sums = all(0.0f);
+    for (int i = 0; i < padded; i += 8) {
+      F8 weight = exp8((load<F8>(scores + i) - peak) * scale);
+      store(scores + i, weight);
+      for (int j = count - i; j < 8; ++j) weight[j] = 0.0f;
+      sums += weight;
+    }
+    bf16 *out = shared.attended + (size_t(m) * model.heads + head) * n;
+    const F8 share = all(1.0f / sum(sums));
+    auto average = [&](int c, auto width) {
+      F8 acc[width.value] = {};
+      for (int i = 0; i < count; ++i) {
+        const bf16 *value = cached(layer.values, v, first + i) + c;
+        UNROLL for (int j = 0; j < width.value; ++j) acc[j] += all(scores[i]) * read8(value + 8 * j);
+      }
+      for (int j = 0; j < width.value; ++j) write8(out + c + 8 * j, acc[j] * share);
+    };
+    int c = 0;
+    for (; c + 64 <= n; c += 64) average(c, std::integral_constant<int, 8>());
+    for (; c < n; c += 16) average(c, std::integral_constant<int, 2>());
+  }
+
+  int longest() const { return *std::max_element(batch.contexts, batch.contexts + batch.rows); }
+
+  // Where each cached token of each sequence is, in a layer's keys and values
+  void find_cached() {
+    size_t *offsets = s.offsets.of(size_t(batch.rows) * longest());
+    for (int m = 0; m < batch.rows; ++m)
+      for (int at = 0; at < batch.contexts[m]; ++at) {
+        size_t block = batch.tables[size_t(m) * batch.width + at / model.block_size];
+        size_t slot = block * model.block_size + at % model.block_size;
+        offsets[size_t(m) * longest() + at] = slot * model.kv_heads * model.head_dim;
+      }
+  }
+
+  // x += delta, then its norm is the next input
+  void add_norm(const bf16 *delta, const bf16 *weight) {
+    const int n = model.hidden;
+    bf16 *x = s.x.of(size_t(batch.rows) * n), *y = s.y.of(size_t(batch.rows) * n);
+    if (delta)
+      for (int i = 0; i < batch.rows * n; i += 8) write8(x + i, read8(x + i) + read8(delta + i));
+    for (int m = 0; m < batch.rows; ++m) rms_norm(x + m * n, weight, n, model.eps, y + m * n);
+    s.in.set(y, batch.rows, n);
+  }
+
+  void run() {
+    const size_t n = model.hidden;
+    find_cached();
+    bf16 *x = s.x.of(batch.rows * n);
+    for (int m = 0; m < batch.rows; ++m)
+      memcpy(x + m * n, model.embedding + batch.tokens[m] * n, n * sizeof *x);
+    for (int i = 0; i < model.num_layers; ++i) {
+      const Layer &layer = model.layers[i];
+      add_norm(i ? shared.delta : nullptr, layer.input_norm);
+      project({&layer.q, &layer.k, &layer.v}, shared.qkv);
+      shared.barrier.wait(threads);
+      attend(layer);
+      shared.barrier.wait(threads);
+      s.in.set(shared.attended, batch.rows, model.heads * model.head_dim);
+      project({&layer.out}, shared.delta);
+      shared.barrier.wait(threads);
+      add_norm(shared.delta, layer.post_norm);
+      gate_up(layer);
+      shared.barrier.wait(threads);
+      s.in.set(shared.act, batch.rows, model.intermediate);
+      project({&layer.down}, shared.delta);
+      shared.barrier.wait(threads);
+    }
+    add_norm(shared.delta, model.final_norm);
+    project({&model.head}, batch.logits);
+  }
+};
+
+}  // namespace
+
+extern "C" void decode_step(const Model *model, const Batch *batch) {
+  static thread_local Buffer<bf16> buffers[4];
+  const size_t m = batch->rows, d = model->head_dim;
+  Shared shared{
+      buffers[0].of(m * (model->heads + 2 * model->kv_heads) * d), buffers[1].of(m * model->heads * d),
+      buffers[2].of(m * model->hidden), buffers[3].of(m * model->intermediate), {}};
+#pragma omp parallel num_threads(model->threads)
+  {
+    static thread_local Scratch scratch;
+    Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads()}.run();
+  }
+}

@@ -1,0 +1,313 @@
+"""One decode step on the CPU in one native call: a new token for each of M sequences.
+
+Start at `CpuDecoder`: made once from `DecodeWeights`, its `step` runs the whole decoder, which
+cpu_decode.cpp has. `unsupported` says beforehand why a model cannot run so. The source is compiled on
+the machine that runs it, for that machine, and the result kept in ~/.cache/tinier/kernels.
+
+The weights are read where they are, none is copied: [out, in] in bf16 or INT8, and INT4 in pairs, the
+layout of `pack_int4`.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tinier.errors import TinierError
+from tinier.kernels.linear import DenseLinear, Int8Linear, Linear, StackedLinear
+from tinier.numerics import Quantized
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+_BF16, _INT8, _INT4 = range(3)
+
+
+class Int4Weight(NamedTuple):
+    """INT4 codes as the native step reads them."""
+
+    pairs: Tensor
+    """[out, in/2] uint8: codes + 8, the even column in the low half"""
+    scale: Tensor
+    """[out, in/group] bf16"""
+    zero: Tensor | None
+    """(zero point + 8) / 8, as the scale; None on a symmetric grid"""
+
+
+@runtime_checkable
+class Int4Source(Protocol):
+    """A linear layer of INT4 weights and 16-bit activations that keeps them for the native step."""
+
+    native: Int4Weight
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer, as tinier.engine.Layer."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+    """Positions that each token sees, itself included; None: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeWeights:
+    """What the step needs of a decoder."""
+
+    embedding: Tensor
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    head: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+
+
+class _Linear(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "zero", "sums", "bias")),
+        *((name, c_int32) for name in ("out", "in", "format", "group")),
+    )
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down")),
+        ("keys", c_void_p), ("values", c_void_p), ("window", c_int32),
+    )  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("embedding", "final_norm", "cos", "sin")),
+        ("layers", POINTER(_Layer)), ("head", _Linear),
+        *((name, c_int32) for name in (
+            "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
+            "threads",
+        )),
+        ("eps", c_float),
+    )  # fmt: skip
+
+
+class _Batch(Structure):
+    _fields_ = (
+        *((n, c_void_p) for n in ("tokens", "positions", "slots", "contexts", "tables", "logits")),
+        ("rows", c_int32), ("width", c_int32),
+    )  # fmt: skip
+
+
+class CpuDecoder:
+    """A decoder and its cache, ready for `step`. It reads the tensors that it was made from in place."""
+
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        rotation: tuple[Tensor, Tensor],
+        block_size: int,
+    ) -> None:
+        """keys, values: for each layer [slots, kv_heads, head_dim], bf16. rotation: cos and sin of
+        every position, each [positions, head_dim], bf16. block_size: slots in one cache block."""
+        reason = unsupported(weights)
+        library = load_library()
+        if reason is not None or isinstance(library, str):
+            raise TinierError(f"no native decode step: {reason or library}")
+        self._run = library.decode_step
+        self._kept: list[Tensor] = []  # whatever the structs point into
+        self._vocab = _rows(weights.head)
+        w = weights
+        layers = [
+            self._layer(w, layer, k, v) for layer, k, v in zip(w.layers, keys, values, strict=True)
+        ]
+        hidden = w.embedding.shape[1]
+        self._model = _Model(
+            self._at(w.embedding), self._at(w.final_norm), *map(self._at, rotation),
+            (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], hidden)[0],
+            len(layers), hidden, layers[0].gate.out, w.heads, w.kv_heads, w.head_dim, block_size,
+            torch.get_num_threads(), w.norm_eps,
+        )  # fmt: skip
+
+    def step(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, contexts: Tensor, tables: Tensor
+    ) -> Tensor:
+        """Logits [M, vocab] in bf16 after one new token of each of M sequences, whose keys and values
+        are written to the cache.
+
+        All int32 on the CPU. tokens, positions, slots: [M]. contexts: [M], tokens in the cache, the new
+        one counted. tables: [M, width] cache blocks. Row i is the same whatever the others are.
+        """
+        rows = tokens.shape[0]
+        inputs = [t.contiguous() for t in (tokens, positions, slots, contexts, tables)]
+        assert all(t.dtype == torch.int32 and t.shape[0] == rows for t in inputs)
+        logits = torch.empty(rows, self._vocab, dtype=torch.bfloat16)
+        if rows:
+            batch = _Batch(*(t.data_ptr() for t in (*inputs, logits)), rows, tables.shape[1])
+            self._run(ctypes.byref(self._model), ctypes.byref(batch))
+        return logits
+
+    def _layer(self, w: DecodeWeights, layer: LayerWeights, keys: Tensor, values: Tensor) -> _Layer:
+        q, kv, hidden = w.heads * w.head_dim, w.kv_heads * w.head_dim, w.embedding.shape[1]
+        inner = _rows(layer.gate_up) // 2
+        return _Layer(
+            *map(self._at, (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm)),
+            *self._linears(layer.qkv, [q, kv, kv], hidden), *self._linears(layer.out, [hidden], q),
+            *self._linears(layer.gate_up, [inner, inner], hidden),
+            *self._linears(layer.down, [hidden], inner),
+            self._at(keys), self._at(values), layer.window or 0,
+        )  # fmt: skip
+
+    def _at(self, tensor: Tensor | None) -> int | None:
+        """Address of a tensor that is kept from now on."""
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _linears(self, linear: Linear, sizes: list[int], columns: int) -> list[_Linear]:
+        """The rows of a fused layer as one layer for each of `sizes`."""
+        if isinstance(linear, StackedLinear):
+            parts = zip(linear.parts, sizes, strict=True)
+            return [self._linears(part, [rows], columns)[0] for part, rows in parts]
+        weight, scale, zero, sums, kind = _stored(linear)
+        group = columns // scale.shape[1] if scale is not None and kind == _INT4 else 0
+        split = [
+            [None] * len(sizes) if t is None else t.split(sizes)
+            for t in (weight, scale, zero, sums, linear.bias)
+        ]
+        return [
+            _Linear(*map(self._at, part), rows, columns, kind, group)
+            for *part, rows in zip(*split, sizes, strict=True)
+        ]
+
+
+def unsupported(weights: DecodeWeights) -> str | None:
+    """Why this model has no native step; None: it has one."""
+    if weights.embedding.device.type != "cpu" or weights.embedding.dtype != torch.bfloat16:
+        return "it computes in bf16 on a CPU"
+    if weights.embedding.shape[1] % 32 or weights.head_dim % 16:
+        return "the hidden size must be a multiple of 32, the head size of 16"
+    linears = [n for w in weights.layers for n in (w.qkv, w.out, w.gate_up, w.down)]
+    for linear in (*linears, weights.head):
+        reason = _unsupported_linear(linear)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _unsupported_linear(linear: Linear) -> str | None:
+    if isinstance(linear, StackedLinear):
+        return next(filter(None, map(_unsupported_linear, linear.parts)), None)
+    dense = isinstance(linear, DenseLinear) and linear.activations is None
+    if not (dense or isinstance(linear, Int8Linear | Int4Source)):
+        return f"{linear.path} is not among its formats"
+    weight, scale, *_, kind = _stored(linear)
+    if kind == _BF16 and weight.dtype != torch.bfloat16:
+        return f"a layer has weights in {weight.dtype}"
+    columns = weight.shape[1] * (2 if kind == _INT4 else 1)
+    if columns % (64 if kind == _INT4 else 32):
+        return f"a layer has {columns} inputs, no multiple of 32 (INT4: 64)"
+    if kind == _INT4:
+        assert scale is not None
+        group = columns // scale.shape[1]
+        if group != 32 and group % 64:
+            return f"INT4 groups of {group} columns are neither 32 nor a multiple of 64"
+    return None
+
+
+def _rows(linear: Linear) -> int:
+    """Outputs of a layer."""
+    if isinstance(linear, StackedLinear):
+        return sum(map(_rows, linear.parts))
+    return _stored(linear)[0].shape[0]
+
+
+def _stored(linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
+    """weight, scale, zero, sums and format, as the struct Linear of cpu_decode.cpp has them."""
+    if isinstance(linear, DenseLinear):
+        return linear.weight, None, None, None, _BF16
+    if isinstance(linear, Int8Linear):
+        codes = linear.codes.t()
+        return codes, linear.scale, None, codes.sum(dim=1, dtype=torch.int32), _INT8
+    assert isinstance(linear, Int4Source)
+    return *linear.native, None, _INT4
+
+
+def pack_int4(quantized: Quantized) -> Int4Weight:
+    """INT4 codes [out, in] for the native step: what a layer offers as `native`."""
+    unsigned = (quantized.codes + 8).to(torch.uint8)
+    pairs = unsigned[:, 1::2] << 4 | unsigned[:, ::2]
+    zero = quantized.zero_point
+    if zero is not None:
+        zero = ((zero.float() + 8) / 8).to(torch.bfloat16).contiguous()
+    return Int4Weight(pairs, quantized.scale.to(torch.bfloat16).contiguous(), zero)
+
+
+@cache
+def load_library() -> ctypes.CDLL | str:
+    """The compiled step, or why there is none."""
+    try:
+        path = build(os.environ.get("CXX", "c++"))
+        library = ctypes.CDLL(str(path))
+    except FileNotFoundError as error:
+        return f"there is no C++ compiler {error.filename!r}. Install g++, or name one in CXX."
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return f"cpu_decode.cpp does not compile here: {detail.strip().splitlines()[0]}"
+    library.decode_step.argtypes = (c_void_p, c_void_p)
+    library.decode_step.restype = None
+    return library
+
+
+def build(compiler: str, folder: Path | None = None) -> Path:
+    """Compile the source, unless that was done before. Returns the library's path.
+
+    Its name holds everything that it depends on, and it appears under it all at once, so any number of
+    processes may build and load it.
+    """
+    folder = folder or _cache_folder()
+    # says the compiler's version and what `native` is here
+    machine = _output(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
+    parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, machine)
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = folder / f"cpu_decode-{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            made = Path(workplace) / path.name
+            _output(compiler, *_FLAGS, str(_SOURCE), "-o", str(made))
+            made.replace(path)
+    return path
+
+
+def _output(*command: str) -> str:
+    """What a command says. LC_ALL, so that it says the same to everyone."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
+    )
+    return done.stdout + done.stderr
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "tinier" / "kernels"
