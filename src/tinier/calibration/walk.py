@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
+from tinier.device import bf16_products
 from tinier.errors import TextError
 from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name
 from tinier.progress import bar
@@ -100,7 +101,8 @@ class DecoderWalk:
 
     def forward(self, layer: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
         """One batch [windows, length, hidden] on the device through a layer."""
-        output: Tensor = layer(batch, position_embeddings=self.positions, past_key_values=cache)
+        with bf16_products(self.device):
+            output: Tensor = layer(batch, position_embeddings=self.positions, past_key_values=cache)
         return output
 
 

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.checkpoint.folder import TensorReader
+from tinier.device import bf16_products
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -126,8 +127,9 @@ class Decoder:
     def forward(self, x: Tensor, attend: Attention) -> Tensor:
         """Hidden states after the final norm. x: embeddings of the tokens. Both [T, hidden]."""
         delta: Tensor | None = None
-        for index in range(self.geometry.layers):
-            x, delta = self.layer(index, x, delta, attend)
+        with bf16_products(self.device):
+            for index in range(self.geometry.layers):
+                x, delta = self.layer(index, x, delta, attend)
         _, y = add_rms_norm(x, delta, self.final_norm, self.geometry.norm_eps)
         assert isinstance(y, Tensor)
         return y
@@ -159,7 +161,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]. Returns [..., vocab] in the computing type."""
-        flat = joined(self.head(hidden.reshape(-1, hidden.shape[-1])), self.dtype)
+        with bf16_products(self.device):
+            flat = joined(self.head(hidden.reshape(-1, hidden.shape[-1])), self.dtype)
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def hidden_states(self, windows: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ constexpr int TILE = 4;      // rows of a matrix that are multiplied together
 #define HINT 3
 #endif
 // The weights are one stream, TILE rows of it a time: the hardware's prefetchers see short streams and stop
-inline void fetch(const void *stream, size_t at, int bytes) {
-  for (int i = 0; i < bytes; i += 64)
-    __builtin_prefetch((const char *)stream + at + AHEAD + i, 0, HINT);
+inline void fetch(const void *now) {
+  UNROLL for (int i = 0; i < 32 * TILE; i += 64)
+    __builtin_prefetch((const char *)now + AHEAD + i, 0, HINT);
 }
 
 template <class V> inline V load(const void *p) {
@@ -168,10 +168,11 @@ struct Bf16Dot {
 #endif
   static constexpr int BLOCK = BB;
   template <int N>
-  static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, float (*out)[TILE]) {
+  static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, float (*out)[TILE],
+                  bool stream) {
     F8 acc[N][TILE] = {};
     for (int c = 0; c < n; c += 16) {
-      fetch(w[0], size_t(c) * 2 * TILE, 32 * TILE);
+      if (stream) fetch(w[0] + c * TILE);
       UNROLL for (int r = 0; r < TILE; ++r) {
         U8 both = load<U8>(w[r] + c);
         UNROLL for (int m = 0; m < N; ++m) {
@@ -222,10 +223,11 @@ struct Int8Dot {
 #endif
   static constexpr int BLOCK = B8;
   template <int N>
-  static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, int32_t (*out)[TILE]) {
+  static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, int32_t (*out)[TILE],
+                  bool stream) {
     I8 acc[N][TILE] = {};
     for (int c = 0; c < n; c += 32) {
-      fetch(w[0], size_t(c) * TILE, 32 * TILE);
+      if (stream) fetch(w[0] + c * TILE);
       UNROLL for (int r = 0; r < TILE; ++r) {
         const int8_t *codes = w[r] + c;
 #if defined(DPBUSD)
@@ -278,7 +280,8 @@ struct Int4Dot {
 #endif
   static constexpr int BLOCK = B4;
   template <int N>
-  static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, float (*out)[TILE]) {
+  static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, float (*out)[TILE],
+                  bool stream) {
     const size_t groups = l.in / l.group, width = l.in / 2;
     const bool two = l.group < SPAN;
     const uint8_t *w[TILE];
@@ -295,7 +298,7 @@ struct Int4Dot {
     constexpr int RUN = N == 1 ? TILE : RUNN;
     F8 total[N][TILE] = {};
     for (int c = 0; c < l.in; c += SPAN, x += VALUES) {
-      fetch(w[0], size_t(c) / 2 * TILE, 32 * TILE);
+      if (stream) fetch(w[0] + c / 2 * TILE);
       const int group = c / l.group;
       UNROLL for (int first = 0; first < TILE; first += RUN) {
         F8 acc[N][RUN];
@@ -385,14 +388,14 @@ void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
     const auto *x = in.bf16s.of(0);
-    in_blocks<Bf16Dot::BLOCK>(in.rows, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m); });
+    in_blocks<Bf16Dot::BLOCK>(in.rows, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m); });
   } else if (l.format == INT8) {
     const int8_t *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
     const auto *x = in.int8s.of(0);
     in_blocks<Int8Dot::BLOCK>(in.rows, [&](int m, auto N) {
       int32_t product[N.value][TILE];
-      Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product);
+      Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product, !m);
       for (int i = 0; i < N.value; ++i)
         for (int r = 0; r < TILE; ++r) {
           float exact = float(product[i][r] - Int8Dot::OFFSET * l.sums[rows[r]]);
@@ -403,7 +406,7 @@ void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
     const auto *x = in.int4s.of(0);
     const size_t stride = in.int4_stride();
     in_blocks<Int4Dot::BLOCK>(in.rows, [&](int m, auto N) {
-      Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m);
+      Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
     });
   }
   for (int m = 0; m < in.rows; ++m)
@@ -463,7 +466,7 @@ struct Worker {
   const Batch &batch;
   Shared &shared;
   Scratch &s;
-  const int thread, threads;
+  const int thread, threads, longest;  // the last: cached tokens of any sequence
 
   // Calls body(tile) for this thread's share
   template <class Body> void share(int count, Body body) const {
@@ -542,7 +545,7 @@ struct Worker {
       memcpy(layer.values + batch.slots[m] * row + kv * n, v, n * sizeof *v);
     }
     const int first = layer.window ? std::max(0, context - layer.window) : 0, last = context - 1;
-    const size_t *offsets = s.offsets.of(0) + size_t(m) * longest();
+    const size_t *offsets = s.offsets.of(0) + size_t(m) * longest;
     auto cached = [&](const bf16 *cache, const bf16 *newest, int at) {
       return at < last ? cache + offsets[at] + kv * n : newest;
     };
@@ -553,7 +556,7 @@ struct Worker {
     for (int i = 0; i < padded; i += TILE) {
       const bf16 *w[TILE];
       for (int r = 0; r < TILE; ++r) w[r] = cached(layer.keys, k, first + i + r);
-      Bf16Dot::dot<1>(w, n, query, 0, (float(*)[TILE])(scores + i));
+      Bf16Dot::dot<1>(w, n, query, 0, (float(*)[TILE])(scores + i), false);
     }
     for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
     F8 most = load<F8>(scores);
@@ -581,16 +584,14 @@ struct Worker {
     for (; c < n; c += 16) average(c, std::integral_constant<int, 2>());
   }
 
-  int longest() const { return *std::max_element(batch.contexts, batch.contexts + batch.rows); }
-
   // Where each cached token of each sequence is, in a layer's keys and values
   void find_cached() {
-    size_t *offsets = s.offsets.of(size_t(batch.rows) * longest());
+    size_t *offsets = s.offsets.of(size_t(batch.rows) * longest);
     for (int m = 0; m < batch.rows; ++m)
       for (int at = 0; at < batch.contexts[m]; ++at) {
         size_t block = batch.tables[size_t(m) * batch.width + at / model.block_size];
         size_t slot = block * model.block_size + at % model.block_size;
-        offsets[size_t(m) * longest() + at] = slot * model.kv_heads * model.head_dim;
+        offsets[size_t(m) * longest + at] = slot * model.kv_heads * model.head_dim;
       }
   }
 
@@ -643,6 +644,7 @@ extern "C" void decode_step(const Model *model, const Batch *batch) {
 #pragma omp parallel num_threads(model->threads)
   {
     static thread_local Scratch scratch;
-    Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads()}.run();
+    Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads(),
+           *std::max_element(batch->contexts, batch->contexts + batch->rows)}.run();
   }
 }

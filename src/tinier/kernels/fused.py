@@ -295,7 +295,7 @@ def add_rms_norm(
     _add_rms_norm[(tokens,)](
         x, x if delta is None else delta, weight, summed, out, scales, eps, x.numel(), SIZE=size,
         BLOCK=triton.next_power_of_2(size), PARTS=0 if delta is None else parts_of(delta),
-        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size), **early_start(),
+        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
 
@@ -307,7 +307,7 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype, takes: str | None) -> Tensor |
     _silu_mul[(tokens,)](
         gate_up, out, scales, 2 * tokens * size, SIZE=size, BLOCK=triton.next_power_of_2(size),
         PARTS=parts_of(gate_up), stored=TRITON_TYPES[dtype], TAKES=takes,
-        LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size), **early_start(),
+        LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return out if takes is None else Quantized(out, scales)
 
@@ -318,7 +318,7 @@ def encode_rows(x: Tensor, takes: str) -> Quantized:
     out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _encode_rows[(tokens,)](
         x, out, scales, SIZE=size, BLOCK=triton.next_power_of_2(size), TAKES=takes,
-        LARGEST=LARGEST[takes], num_warps=_warps(size), **early_start(),
+        LARGEST=LARGEST[takes], num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return Quantized(out, scales)
 
@@ -366,5 +366,8 @@ def _row_buffers(
     return out, scales
 
 
-def _warps(size: int) -> int:
-    return 8 if size <= 2048 else 16
+def _warps(size: int, tokens: int) -> int:
+    """Few rows should be done soon, many should use all of the GPU."""
+    if tokens <= 64:
+        return 32 if size > 2048 else 8
+    return 4 if size <= 4096 else 16

@@ -50,7 +50,7 @@ class Tiling(NamedTuple):
     splits: int
     stages: int
     warps: int = 4
-    ahead: int = 256
+    ahead: int = 512
     """Bytes of each row that are brought to the L2 cache before the input is there"""
 
 
@@ -309,7 +309,7 @@ def tiling_for(weight: Weight, tokens: int) -> Tiling:
     widest = 256 // weight.codes.element_size()
     width = next((w for w in (widest, widest // 2) if columns % w == 0), widest)
     most = max(1, columns // width // 2)
-    splits = min(most, max(1, round(2 * processors / triton.cdiv(rows, 64))), 8)
+    splits = min(most, max(1, round(1.2 * processors / triton.cdiv(rows, 64))), 8)
     return Tiling(64, width, splits, 4 if few else 3)
 
 
