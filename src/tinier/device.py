@@ -103,9 +103,7 @@ class _Float32Products(TorchFunctionMode):
         F.linear, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__,
     })  # fmt: skip
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in self._PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)

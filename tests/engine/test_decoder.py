@@ -113,7 +113,7 @@ def test_logits_agree_in_bfloat16(
 ) -> None:
     checkpoint = tiny(family, dtype=torch.bfloat16)
     if preset is None:
-        assert distance(*logits_of_both(checkpoint)) < 0.01
+        assert distance(*logits_of_both(checkpoint)) < 0.02
         return
     _, dense = logits_of_both(checkpoint)
     ours, theirs = logits_of_both(quantize_tiny(checkpoint, preset, tmp_path / "q"))

@@ -78,6 +78,7 @@ def engine_for(workload: Workload, device: str) -> EngineConfig:
         max_batch_size=workload.concurrency,
         max_seq_len=workload.input_length + workload.output_length,
         max_step_tokens=max(2048, workload.concurrency),
+        reuse_prefixes=False,  # the rounds send the same prompts
         device=device,
     )
 

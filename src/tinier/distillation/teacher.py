@@ -42,6 +42,8 @@ class LiveTeacher:
     def __init__(
         self, model: Any, plan: DistillPlan, dtype: torch.dtype, layers: tuple[int, ...]
     ) -> None:
+        if dtype == torch.float32:  # products are not cast then
+            model = model.float()
         self.model, self._plan, self._dtype, self._layers = model.eval(), plan, dtype, layers
         self._heldout: dict[int, Tensor] = {}
         """Final hidden states of the held-out windows, by the first window of the batch."""

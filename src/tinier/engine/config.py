@@ -17,6 +17,8 @@ class EngineConfig:
     """New tokens computed in one step; longer prompts are computed in chunks of it."""
     block_size: int = 16
     """Tokens in one block of the KV cache: what prompts share is shared in whole blocks."""
+    reuse_prefixes: bool = True
+    """Take the cached blocks of earlier requests for prompts that start like them."""
     kv_cache_bytes: int | None = None
     """Size of the KV cache; None: what `max_batch_size` full requests need, but at most what is free
     (on a CPU half of it)."""

@@ -71,8 +71,9 @@ class Engine:
             self.max_seq_len,
         )  # fmt: skip
         self._scheduler = Scheduler(
-            self._pool, self.config.max_batch_size, self.config.max_step_tokens
-        )
+            self._pool, self.config.max_batch_size, self.config.max_step_tokens,
+            reuse_prefixes=self.config.reuse_prefixes,
+        )  # fmt: skip
         self._sampler = Sampler(decoder.geometry.vocab, decoder.device)
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap

@@ -63,8 +63,9 @@ class Runner:
         self._num_blocks = num_blocks
         self.width = -(-max_seq_len // block_size)
         g, device = decoder.geometry, decoder.device
-        # one block past those that are handed out: where padded rows write
-        shape = ((num_blocks + 1) * block_size, g.kv_heads, g.head_dim)
+        self._captures = uses_triton(device)
+        # one block past those that are handed out: where a graph's padded rows write
+        shape = ((num_blocks + self._captures) * block_size, g.kv_heads, g.head_dim)
 
         def cache(index: int) -> Cache:
             keys, values = (
@@ -77,7 +78,6 @@ class Runner:
         self._head_inputs = [decoder.head_inputs(index, rotation) for index in range(g.layers)]
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
-        self._captures = uses_triton(device)
         self._sizes = _batch_sizes(max_batch_size)
         self._captured: dict[tuple[int, bool], Captured] = {}
         self._memory: Any = None  # shared by all graphs

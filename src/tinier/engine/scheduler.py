@@ -31,8 +31,11 @@ class Chunk:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, max_batch_size: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_batch_size: int, max_step_tokens: int, *, reuse_prefixes: bool
+    ) -> None:
         self._pool = pool
+        self._reuse_prefixes = reuse_prefixes
         self._max_step_tokens = max_step_tokens
         self._seats = list(range(max_batch_size - 1, -1, -1))
         self.waiting: deque[Request] = deque()
@@ -60,7 +63,8 @@ class Scheduler:
             request = self.waiting[0]
             if request.num_pending:
                 break  # preempted with a token in flight
-            start = self._pool.reuse(request) if request.may_reuse else 0
+            reuses = self._reuse_prefixes and request.may_reuse
+            start = self._pool.reuse(request) if reuses else 0
             count = min(budget, request.num_tokens - start)
             if not self._pool.extend(request, start + count):
                 self._pool.release(request)
@@ -69,15 +73,20 @@ class Scheduler:
             request.num_reused = start
             request.seat = self._seats.pop()
             self.running.append(self.waiting.popleft())
-            chunks.append(Chunk(request, start, count))
+            chunk = Chunk(request, start, count)
+            chunks.append(chunk)
             budget -= count
+            if count > 1:
+                # a step writes all keys and values of a layer before any is read, so the next prompt may
+                # use these already; single tokens are written while others read
+                self.computed(chunk)
         chunks.sort(key=lambda chunk: chunk.count > 1)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk's step is on its way to the device: whatever comes later will find it computed."""
         chunk.request.num_computed = chunk.start + chunk.count
-        self._pool.remember(chunk.request)
+        self._remember(chunk.request)
 
     def finish(self, request: Request) -> None:
         """Give back what the request holds, whether it runs or waits."""
@@ -85,8 +94,12 @@ class Scheduler:
         if request.seat is None:
             self.waiting.remove(request)
             return
-        self._pool.remember(request)
+        self._remember(request)
         self._leave(request)
+
+    def _remember(self, request: Request) -> None:
+        if self._reuse_prefixes:
+            self._pool.remember(request)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens`, taken from the latest arrivals if need be; False if `request`
