@@ -131,7 +131,7 @@ _SEEDS = itertools.count()
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """Other ones at each call, so that no prefix is found in the cache."""
+    """Random ones, others at each call."""
     generator = torch.Generator().manual_seed(next(_SEEDS))
     ids: list[list[int]] = torch.randint(128_000, (count, length), generator=generator).tolist()
     return ids
@@ -193,7 +193,9 @@ def requests(engine: Engine, in_flight: int, count: int) -> float:
 
 def measure(name: str, limits: dict[str, float], repeats: int) -> dict[str, Any]:
     decoder = random_decoder(name)
-    config = EngineConfig(max_batch_size=64, max_seq_len=2304, max_step_tokens=16_384)
+    config = EngineConfig(
+        max_batch_size=64, max_seq_len=2304, max_step_tokens=16_384, reuse_prefixes=False
+    )
     begun = time.perf_counter()
     engine = Engine(decoder, config)
     engine.generate(prompts(2, 20), SamplingParams(max_tokens=4))

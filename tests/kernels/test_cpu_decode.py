@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,46 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinier.kernels import StoredLinear, cpu_decode, make_linear
-from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, LayerWeights, pack_int4, unsupported
-from tinier.kernels.linear import DenseLinear, Int4CpuLinear, Linear, StackedLinear
-from tinier.kernels.reference import rms_norm, rotate, silu_mul
+from tinier.device import bf16_products
+from tinier.kernels import Cache, HeadInputs, PagedBatch, StoredLinear, make_linear, native
+from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, LayerWeights, unsupported
+from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
+from tinier.kernels.reference import cached_attention, rms_norm, silu_mul
 from tinier.numerics import Quantized, dequantize
 from tinier.quantization.scales import absmax_scales, round_nearest
 from tinier.schemes import preset_named
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, BLOCK = 128, 192, 6, 2, 48, 77, 4
+SLOTS = 99 * BLOCK
 
 pytestmark = pytest.mark.skipif(
-    isinstance(cpu_decode.load_library(), str), reason=str(cpu_decode.load_library())
+    isinstance(native.load_library(), str), reason=str(native.load_library())
 )
 
 
-class Int4Both(Int4CpuLinear):
-    """torch's packed weights, and the codes for the native step."""
-
-    def __init__(self, quantized: Quantized, group_size: int, bias: Tensor | None) -> None:
-        super().__init__(quantized, group_size, bias)
-        self.native = pack_int4(quantized)
+def quantized(weight: Tensor, kind: str) -> StoredLinear:
+    """kind: int8, int4-32, int4-64 or int4-64-asym."""
+    name, *options = kind.split("-")
+    preset = preset_named(
+        name, int(options[0]) if options else None, symmetric=False if "asym" in options else None
+    )
+    grid = preset.scheme.weights
+    codes = round_nearest(weight, absmax_scales(weight, grid, torch.bfloat16), grid)
+    return StoredLinear(codes, None, preset.scheme)
 
 
 def make(kind: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
-    """A random layer. kind: bf16, int8, int4-GROUP, or int4-GROUP-asymmetric."""
-    weight = torch.randn(rows, columns, dtype=torch.bfloat16) * columns**-0.5
-    added = torch.randn(rows, dtype=torch.bfloat16) * 0.3 if bias else None
-    if kind == "bf16":
-        return make_linear([StoredLinear(weight, added)], torch.bfloat16)
-    name, *rest = kind.split("-")
-    group = int(rest[0]) if rest else None
-    scheme = preset_named(name, group, symmetric="asymmetric" not in rest).scheme
-    quantized = round_nearest(weight, absmax_scales(weight, scheme.weights, torch.bfloat16), scheme.weights)
-    if name == "int8":
-        return make_linear([StoredLinear(quantized, added, scheme)], torch.bfloat16)
-    assert group is not None
-    layer = Int4Both(quantized, group, added)
-    if rows % 16:  # which torch cannot pack
-        layer.dense = DenseLinear(dequantize(quantized, torch.bfloat16), added, None)
-    return layer
+    weight = torch.randn(rows, columns) * columns**-0.5
+    stored = StoredLinear(weight.bfloat16(), None) if kind == "bf16" else quantized(weight, kind)
+    if bias:
+        stored = stored._replace(bias=torch.randn(rows, dtype=torch.bfloat16))
+    return make_linear([stored], torch.bfloat16)
 
 
 def random_weights(
@@ -62,12 +55,13 @@ def random_weights(
         return 1 + 0.1 * torch.randn(size, dtype=torch.bfloat16)
 
     def layer() -> LayerWeights:
+        out_kind = "bf16" if kind.startswith("int4") else kind  # 288 inputs
         return LayerWeights(
             input_norm=norm(HIDDEN),
             qkv=make(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, bias=bias),
             q_norm=norm(HEAD_DIM) if qk_norm else None,
             k_norm=norm(HEAD_DIM) if qk_norm else None,
-            out=make("bf16" if kind.startswith("int4") else kind, HIDDEN, HEADS * HEAD_DIM, bias=bias),
+            out=make(out_kind, HIDDEN, HEADS * HEAD_DIM, bias=bias),
             post_norm=norm(HIDDEN),
             gate_up=make(kind, 2 * INNER, HIDDEN, bias=bias),
             down=make(kind, HIDDEN, INNER, bias=bias),
@@ -84,3 +78,137 @@ def random_weights(
         head_dim=HEAD_DIM,
         norm_eps=1e-5,
     )
+
+
+class Step:
+    """Inputs of one step: sequences of some lengths in a cache that earlier steps have filled."""
+
+    def __init__(self, contexts: list[int]) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).bfloat16()
+
+        self.keys, self.values = (
+            [random(SLOTS, KV_HEADS, HEAD_DIM) for _ in range(2)] for _ in range(2)
+        )
+        angles = torch.rand(64, HEAD_DIM // 2, generator=generator).repeat(1, 2) * 6
+        self.rotation = (angles.cos().bfloat16(), angles.sin().bfloat16())
+        blocks = torch.randperm(99, generator=generator).int()
+        width = max(contexts) // BLOCK + 1
+        self.tables = blocks[: width * len(contexts)].view(len(contexts), width)
+        self.contexts = torch.tensor(contexts, dtype=torch.int32)
+        self.positions = self.contexts - 1
+        rows = torch.arange(len(contexts))
+        block = self.tables[rows, self.positions // BLOCK]
+        self.slots = block * BLOCK + self.positions % BLOCK
+        self.tokens = torch.randint(VOCAB, (len(contexts),), generator=generator).int()
+
+    def native(self, weights: DecodeWeights, rows: slice = slice(None)) -> Tensor:
+        decoder = CpuDecoder(weights, self.keys, self.values, self.rotation, BLOCK)
+        inputs = (self.tokens, self.positions, self.slots, self.contexts, self.tables)
+        return decoder.step(*(t[rows] for t in inputs))
+
+    def reference(self, weights: DecodeWeights) -> Tensor:
+        count = len(self.tokens)
+        batch = PagedBatch(
+            self.tables, self.contexts, torch.arange(count + 1), self.positions, self.slots, [1] * count,
+            BLOCK, int(self.contexts.max()),
+        )  # fmt: skip
+        x = F.embedding(self.tokens.long(), weights.embedding)
+        with bf16_products(torch.device("cpu")):
+            for layer, keys, values in zip(weights.layers, self.keys, self.values, strict=True):
+                norms = None
+                if layer.q_norm is not None and layer.k_norm is not None:
+                    norms = (layer.q_norm, layer.k_norm)
+                inputs = HeadInputs(self.rotation, HEADS, norms, weights.norm_eps)
+                cache = Cache(keys, values, window=layer.window)
+                qkv = layer.qkv(rms_norm(x, layer.input_norm, weights.norm_eps))
+                x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
+                y = rms_norm(x, layer.post_norm, weights.norm_eps)
+                x = x + layer.down(silu_mul(layer.gate_up(y)))
+            return weights.head(rms_norm(x, weights.final_norm, weights.norm_eps))
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+@pytest.mark.parametrize("head", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-32", "int4-64", "int4-64-asym"])
+def test_logits_and_cache_are_those_of_the_reference(kind: str, head: str) -> None:
+    weights = random_weights(kind, head)
+    ours, plain = Step([1, 9, 30]), Step([1, 9, 30])
+    assert apart(ours.native(weights), plain.reference(weights)) < (
+        0.03 if "int8" in kind else 0.015
+    )
+    for made, stored in zip(ours.keys + ours.values, plain.keys + plain.values, strict=True):
+        assert apart(made, stored) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"qk_norm": True}, {"window": 5}, {"bias": True, "window": 1}]
+)
+@pytest.mark.parametrize("kind", ["bf16", "int4-64"])
+def test_every_family_has_what_it_needs(kind: str, options: dict[str, int]) -> None:
+    weights = random_weights(kind, **options)  # type: ignore[arg-type]
+    assert apart(Step([3, 17]).native(weights), Step([3, 17]).reference(weights)) < 0.015
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64"])
+def test_a_row_does_not_depend_on_the_others_or_on_threads(kind: str) -> None:
+    weights = random_weights(kind)
+    contexts = [5, 12, 3, 40, 7, 21, 8]
+    together = Step(contexts).native(weights)
+    for row in range(len(contexts)):
+        alone = Step(contexts).native(weights, slice(row, row + 1))
+        assert torch.equal(alone[0], together[row])
+    torch.set_num_threads(1)
+    assert torch.equal(Step(contexts).native(weights), together)
+
+
+def test_parts_in_different_formats_make_one_layer() -> None:
+    weights = random_weights()
+    torch.manual_seed(3)
+    sizes = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
+    kinds = ("int4-64", "bf16", "int8")
+    parts = [make(kind, rows, HIDDEN) for kind, rows in zip(kinds, sizes, strict=True)]
+    for layer in weights.layers:
+        object.__setattr__(layer, "qkv", StackedLinear(parts))
+    assert apart(Step([4, 8]).native(weights), Step([4, 8]).reference(weights)) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["int4-32", "int4-64-asym"])
+def test_expanded_codes_are_codes_times_scale(kind: str) -> None:
+    stored = quantized(torch.randn(24, 128), kind)
+    assert isinstance(stored.weight, Quantized)
+    made = native.expand_int4(native.pack_int4(stored.weight))
+    assert torch.equal(made, dequantize(stored.weight, torch.bfloat16))
+    layer = make_linear([stored], torch.bfloat16)
+    assert isinstance(layer, Int4NativeLinear)
+    assert layer.num_bytes < 24 * 128
+
+
+def test_what_it_cannot_run_is_said() -> None:
+    weights = random_weights()
+    assert unsupported(weights, torch.bfloat16) is None
+    assert "cached in bf16" in str(unsupported(weights, torch.int8))
+    fp8 = make("fp8", VOCAB, HIDDEN)
+    object.__setattr__(weights, "head", fp8)
+    assert "expanded to bfloat16 is not among its formats" in str(
+        unsupported(weights, torch.bfloat16)
+    )
+
+
+def test_the_compiled_step_is_kept_and_a_missing_compiler_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = native.build("c++", tmp_path)
+    made = path.stat().st_mtime_ns
+    assert native.build("c++", tmp_path) == path
+    assert path.stat().st_mtime_ns == made
+    assert list(tmp_path.iterdir()) == [path]
+    code = "from tinier.kernels.native import load_library; print(load_library())"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no C++ compiler 'no-such-compiler'. Install g++, or name one in CXX" in done.stdout

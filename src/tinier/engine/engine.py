@@ -260,7 +260,7 @@ class Engine:
             # one that was preempted computes its prompt again
             first = max(chunk.start, request.num_scored)
             last = min(chunk.start + chunk.count, len(request.prompt))
-            if params.prompt_logprobs is not None or params.prompt_logits:
+            if output.hidden is not None and not request.may_reuse:
                 for at in range(first, last, _LOGIT_ROWS):
                     end = min(at + _LOGIT_ROWS, last)
                     offset = row - chunk.start

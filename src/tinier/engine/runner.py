@@ -5,6 +5,7 @@ as a CUDA graph for each of a few batch sizes; a batch is padded to the next of 
 sampled but are not known to the host yet are read on the device, from the seat of their request.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ from tinier.kernels import (
     greedy,
     uses_triton,
 )
+from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, LayerWeights, unsupported
+
+log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
@@ -33,8 +37,8 @@ class Output(NamedTuple):
     """[chunks, vocab] after each chunk's last token"""
     tokens: Tensor
     """[chunks] int64: the likeliest of each; the next step finds them at their request's seat"""
-    hidden: Tensor
-    """[T, hidden] after every token"""
+    hidden: Tensor | None
+    """[T, hidden] after every token; None: the step made logits alone"""
 
 
 class Captured:
@@ -82,6 +86,7 @@ class Runner:
         self._captured: dict[tuple[int, bool], Captured] = {}
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Tensor] = []
+        self._native = self._native_step(rotation) if device.type == "cpu" else None
 
     @property
     def kv_bytes(self) -> int:
@@ -104,8 +109,13 @@ class Runner:
             captured.inputs.copy_(self._inputs(chunks, size), non_blocking=True)
             captured.graph.replay()
             assert captured.output is not None
-            return Output(*(t[: len(chunks)] for t in captured.output))
+            logits, tokens, hidden = captured.output
+            assert hidden is not None
+            count = len(chunks)
+            return Output(logits[:count], tokens[:count], hidden[:count])
         inputs = self._inputs(chunks, sum(counts)).to(self.decoder.device, non_blocking=True)
+        if self._native and max(counts) == 1 and not any(map(_scores_prompt, chunks)):
+            return self._compute_natively(inputs, len(chunks))
         return self._compute(inputs, counts, sum(counts), longest)
 
     def rows(self, output: Output, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -184,15 +194,51 @@ class Runner:
         self._staging.append(packed)
         return packed[:size]
 
-    def _compute(self, inputs: Tensor, counts: list[int], rows: int, longest: int) -> Output:
-        sequences = len(counts)
-        tokens, positions, slots, contexts, seats, starts, tables = inputs.split(
+    def _native_step(self, rotation: tuple[Tensor, Tensor]) -> CpuDecoder | None:
+        """The whole step as one native call, where the model and the machine allow it."""
+        decoder, g = self.decoder, self.decoder.geometry
+        layers = [
+            LayerWeights(
+                input_norm=layer.input_norm, qkv=layer.qkv, q_norm=layer.q_norm, k_norm=layer.k_norm,
+                out=layer.out, post_norm=layer.post_norm, gate_up=layer.gate_up, down=layer.down,
+                window=g.windows[index],
+            )
+            for index, layer in enumerate(decoder.layers)
+        ]  # fmt: skip
+        weights = DecodeWeights(
+            embedding=decoder.embedding, layers=layers, final_norm=decoder.final_norm,
+            head=decoder.head, heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim,
+            norm_eps=g.norm_eps,
+        )  # fmt: skip
+        reason = unsupported(weights, decoder.cache_dtype)
+        if reason is not None:
+            log.info("decode steps run operator by operator: %s", reason)
+            return None
+        keys, values = ([getattr(c, n) for c in self._caches] for n in ("keys", "values"))
+        return CpuDecoder(weights, keys, values, rotation, self._block_size)
+
+    def _compute_natively(self, inputs: Tensor, count: int) -> Output:
+        assert self._native is not None
+        tokens, positions, slots, contexts, seats, _, tables = self._split(inputs, count, count)
+        tokens = torch.where(tokens < 0, self._sampled[(-1 - tokens).clamp(min=0)].int(), tokens)
+        logits = self._native.step(tokens, positions, slots, contexts, tables)
+        return Output(logits, greedy(logits, seats, self._sampled), None)
+
+    def _split(self, inputs: Tensor, rows: int, sequences: int) -> tuple[Tensor, ...]:
+        """What `_inputs` joined."""
+        *parts, tables = inputs.split(
             [rows, rows, rows, sequences, sequences, sequences + 1, sequences * self.width]
         )
+        return *parts, tables.view(sequences, self.width)
+
+    def _compute(self, inputs: Tensor, counts: list[int], rows: int, longest: int) -> Output:
+        sequences = len(counts)
+        tokens, positions, slots, contexts, seats, starts, tables = self._split(
+            inputs, rows, sequences
+        )
         batch = PagedBatch(
-            tables.view(sequences, self.width), contexts, starts, positions, slots, counts,
-            self._block_size, longest,
-        )  # fmt: skip
+            tables, contexts, starts, positions, slots, counts, self._block_size, longest
+        )
         decoder = self.decoder
 
         def attend(index: int, qkv: Tensor) -> Any:
@@ -220,6 +266,11 @@ class Runner:
         self._memory = captured.graph.pool()
         self._captured[size, is_long] = captured
         return captured
+
+
+def _scores_prompt(chunk: Chunk) -> bool:
+    """Whether logits inside the prompt are asked for."""
+    return chunk.start < len(chunk.request.prompt) and not chunk.request.may_reuse
 
 
 def _last_token(chunk: Chunk) -> int:

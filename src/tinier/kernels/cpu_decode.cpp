@@ -648,3 +648,23 @@ extern "C" void decode_step(const Model *model, const Batch *batch) {
            *std::max_element(batch->contexts, batch->contexts + batch->rows)}.run();
   }
 }
+
+// An INT4 weight [out, in] in bf16: code · scale, rounded once
+extern "C" void expand_int4(const uint8_t *pairs, const bf16 *scale, const bf16 *zero, int32_t rows,
+                            int32_t columns, int32_t group, bf16 *out, int32_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int32_t r = 0; r < rows; ++r) {
+    const size_t groups = columns / group;
+    for (size_t g = 0; g < groups; ++g) {
+      const float step = to_float(scale[r * groups + g]);
+      const float middle = zero ? 8.0f * to_float(zero[r * groups + g]) : 8.0f;
+      float values[16];
+      for (int code = 0; code < 16; ++code) values[code] = (float(code) - middle) * step;
+      for (int32_t c = 0; c < group; c += 2) {
+        const size_t at = (size_t(r) * columns + g * group + c) / 2;
+        out[2 * at] = to_bf16(values[pairs[at] & 15]);
+        out[2 * at + 1] = to_bf16(values[pairs[at] >> 4]);
+      }
+    }
+  }
+}

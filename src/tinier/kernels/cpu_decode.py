@@ -1,54 +1,25 @@
 """One decode step on the CPU in one native call: a new token for each of M sequences.
 
 Start at `CpuDecoder`: made once from `DecodeWeights`, its `step` runs the whole decoder, which
-cpu_decode.cpp has. `unsupported` says beforehand why a model cannot run so. The source is compiled on
-the machine that runs it, for that machine, and the result kept in ~/.cache/tinier/kernels.
+cpu_decode.cpp has. `unsupported` says beforehand why a model cannot run so. native.py compiles it.
 
 The weights are read where they are, none is copied: [out, in] in bf16 or INT8, and INT4 in pairs, the
-layout of `pack_int4`.
+layout of native.pack_int4.
 """
 
 import ctypes
-import hashlib
-import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tinier.errors import TinierError
-from tinier.kernels.linear import DenseLinear, Int8Linear, Linear, StackedLinear
-from tinier.numerics import Quantized
+from tinier.kernels.linear import DenseLinear, Int4NativeLinear, Int8Linear, Linear, StackedLinear
+from tinier.kernels.native import load_library
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 _BF16, _INT8, _INT4 = range(3)
-
-
-class Int4Weight(NamedTuple):
-    """INT4 codes as the native step reads them."""
-
-    pairs: Tensor
-    """[out, in/2] uint8: codes + 8, the even column in the low half"""
-    scale: Tensor
-    """[out, in/group] bf16"""
-    zero: Tensor | None
-    """(zero point + 8) / 8, as the scale; None on a symmetric grid"""
-
-
-@runtime_checkable
-class Int4Source(Protocol):
-    """A linear layer of INT4 weights and 16-bit activations that keeps them for the native step."""
-
-    native: Int4Weight
-    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +99,10 @@ class CpuDecoder:
     ) -> None:
         """keys, values: for each layer [slots, kv_heads, head_dim], bf16. rotation: cos and sin of
         every position, each [positions, head_dim], bf16. block_size: slots in one cache block."""
-        reason = unsupported(weights)
+        reason = unsupported(weights, keys[0].dtype)
         library = load_library()
         if reason is not None or isinstance(library, str):
-            raise TinierError(f"no native decode step: {reason or library}")
+            raise TinierError(f"no native decode step: {reason}")
         self._run = library.decode_step
         self._kept: list[Tensor] = []  # whatever the structs point into
         self._vocab = _rows(weights.head)
@@ -201,10 +172,15 @@ class CpuDecoder:
         ]
 
 
-def unsupported(weights: DecodeWeights) -> str | None:
-    """Why this model has no native step; None: it has one."""
+def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
+    """Why this model has no native step here; None: it has one."""
     if weights.embedding.device.type != "cpu" or weights.embedding.dtype != torch.bfloat16:
         return "it computes in bf16 on a CPU"
+    if cache_dtype != torch.bfloat16:
+        return "keys and values must be cached in bf16"
+    library = load_library()
+    if isinstance(library, str):
+        return library
     if weights.embedding.shape[1] % 32 or weights.head_dim % 16:
         return "the hidden size must be a multiple of 32, the head size of 16"
     linears = [n for w in weights.layers for n in (w.qkv, w.out, w.gate_up, w.down)]
@@ -219,7 +195,7 @@ def _unsupported_linear(linear: Linear) -> str | None:
     if isinstance(linear, StackedLinear):
         return next(filter(None, map(_unsupported_linear, linear.parts)), None)
     dense = isinstance(linear, DenseLinear) and linear.activations is None
-    if not (dense or isinstance(linear, Int8Linear | Int4Source)):
+    if not (dense or isinstance(linear, Int8Linear | Int4NativeLinear)):
         return f"{linear.path} is not among its formats"
     weight, scale, *_, kind = _stored(linear)
     if kind == _BF16 and weight.dtype != torch.bfloat16:
@@ -249,65 +225,5 @@ def _stored(linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None, Tenso
     if isinstance(linear, Int8Linear):
         codes = linear.codes.t()
         return codes, linear.scale, None, codes.sum(dim=1, dtype=torch.int32), _INT8
-    assert isinstance(linear, Int4Source)
-    return *linear.native, None, _INT4
-
-
-def pack_int4(quantized: Quantized) -> Int4Weight:
-    """INT4 codes [out, in] for the native step: what a layer offers as `native`."""
-    unsigned = (quantized.codes + 8).to(torch.uint8)
-    pairs = unsigned[:, 1::2] << 4 | unsigned[:, ::2]
-    zero = quantized.zero_point
-    if zero is not None:
-        zero = ((zero.float() + 8) / 8).to(torch.bfloat16).contiguous()
-    return Int4Weight(pairs, quantized.scale.to(torch.bfloat16).contiguous(), zero)
-
-
-@cache
-def load_library() -> ctypes.CDLL | str:
-    """The compiled step, or why there is none."""
-    try:
-        path = build(os.environ.get("CXX", "c++"))
-        library = ctypes.CDLL(str(path))
-    except FileNotFoundError as error:
-        return f"there is no C++ compiler {error.filename!r}. Install g++, or name one in CXX."
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return f"cpu_decode.cpp does not compile here: {detail.strip().splitlines()[0]}"
-    library.decode_step.argtypes = (c_void_p, c_void_p)
-    library.decode_step.restype = None
-    return library
-
-
-def build(compiler: str, folder: Path | None = None) -> Path:
-    """Compile the source, unless that was done before. Returns the library's path.
-
-    Its name holds everything that it depends on, and it appears under it all at once, so any number of
-    processes may build and load it.
-    """
-    folder = folder or _cache_folder()
-    # says the compiler's version and what `native` is here
-    machine = _output(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
-    parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, machine)
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = folder / f"cpu_decode-{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            made = Path(workplace) / path.name
-            _output(compiler, *_FLAGS, str(_SOURCE), "-o", str(made))
-            made.replace(path)
-    return path
-
-
-def _output(*command: str) -> str:
-    """What a command says. LC_ALL, so that it says the same to everyone."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
-    )
-    return done.stdout + done.stderr
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tinier" / "kernels"
+    assert isinstance(linear, Int4NativeLinear)
+    return *linear.weight, None, _INT4

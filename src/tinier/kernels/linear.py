@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.kernels import native
+from tinier.kernels.native import Int4Weight, expand_int4, load_library
 from tinier.kernels.reference import joined
 from tinier.numerics import (
     E2M1_MAX,
@@ -134,7 +136,10 @@ class Int8Linear(Linear):
             return skinny.matmul(codes, tokens.scale, self._few)
         if codes.is_cuda and rows < self._CUDA_ROWS:
             codes = F.pad(codes, (0, 0, 0, self._CUDA_ROWS - rows))
-        product = torch._int_mm(codes, self.codes)[:rows]
+        if codes.is_cuda or torch.cpu._is_vnni_supported():
+            product = torch._int_mm(codes, self.codes)[:rows]
+        else:  # four times as fast there; sums past 2^24 lose their last bit
+            product = codes.float() @ self.codes.float()
         out = (product.float() * tokens.scale * self.scale).to(self.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -198,6 +203,27 @@ class Int4CpuLinear(Linear):
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.packed, self.group_size, self.scale_and_zero
         )
+        return out if self.bias is None else out + self.bias
+
+
+class Int4NativeLinear(Linear):
+    """INT4 weights for the native decode step (cpu_decode.py), 16-bit activations; here, for prompts, they
+    are expanded to 16 bit for each product, which costs little beside it."""
+
+    path = "INT4: native decode step, expanded for F.linear in prompts"
+
+    def __init__(self, weight: Int4Weight, bias: Tensor | None) -> None:
+        super().__init__(bias)
+        self.weight = weight
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.weight, self.bias]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
+        out = F.linear(x, expand_int4(self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -275,6 +301,10 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     packable = grid.kind == "int" and grid.bits == 4 and group_size in _INT4_GROUPS
     if packable and activations is None and dtype == torch.bfloat16:
         rows, columns = quantized.codes.shape
+        # the native step takes pairs of 32 columns, and groups that they fill
+        fits = columns % 64 == 0 and (group_size == 32 or (group_size or columns) % 64 == 0)
+        if device == "cpu" and fits and not isinstance(load_library(), str):
+            return Int4NativeLinear(native.pack_int4(quantized), bias)
         if device == "cpu" and rows % 16 == 0:
             return Int4CpuLinear(quantized, group_size or columns, bias)
         if _has_skinny(device) and grid.symmetric:
