@@ -23,6 +23,22 @@ def generate(
     top_p: Annotated[
         float, typer.Option("--top-p", help="Among the likeliest of this probability.")
     ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option("--min-p", help="Among those at least this share as likely as the best."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: seen tokens become less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option("--presence-penalty", help="Off the logit of each token in the output.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option("--frequency-penalty", help="The same, for each time that it is there.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
+    ] = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -37,6 +53,7 @@ def generate(
     Examples:
       tinier generate smollm2-135m --prompt "The capital of France is"
       tinier generate smollm2-int4 --chat --prompt "Why is the sky blue?" --temperature 0.7
+      tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
     """
     import sys
 
@@ -53,13 +70,18 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
         stop_token_ids=stop_token_ids(checkpoint, tokenizer),
     )
     ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat)
     config = EngineConfig(max_batch_size=1, max_seq_len=len(ids) + max_tokens, device=device)
-    engine = Engine(checkpoint, config)
-    stream = TextStream(tokenizer)
+    engine = Engine(checkpoint, config, tokenizer=tokenizer)
+    stream = TextStream(tokenizer, params.stop)
     text = ""
     for token in engine.stream(ids, params):
         piece = stream.push(token)

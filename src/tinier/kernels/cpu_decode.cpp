@@ -9,16 +9,25 @@
 //
 // M: rows. T: threads. D: head size. Vectors are GCC's own, which any machine has; only dot products have
 // instructions of their own (AVX-512 BF16, VNNI, AVX2). cpu_decode.py mirrors the structs below.
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <omp.h>
-#include <sched.h>
 #include <type_traits>
 #include <vector>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -64,19 +73,22 @@ typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
 
-constexpr int TILE = 4;      // rows of a matrix that are multiplied together
+constexpr int TILE = 4;   // rows of a matrix that are multiplied together
+#if defined(__AVX512VL__) // inputs that are multiplied together: as many as there are registers for
+constexpr int BLOCK = 4;
+#else
+constexpr int BLOCK = 3;
+#endif
+constexpr int SPINS = 500; // about 10 us: a thread is later than that only if it lost its core
 #define UNROLL _Pragma("GCC unroll 8")
 
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
-#ifndef HINT
-#define HINT 3
-#endif
-// The weights are one stream, TILE rows of it a time: the hardware's prefetchers see short streams and stop
+// The next bytes of the weights, 32 of each row of the tile, which read in order are one stream. The
+// hardware sees TILE short ones, and stops at the end of each: without this, bf16 takes 1.5 times as long.
+// Asking for a whole tile at once is slower, too, and so is keeping what is read once in the outer caches.
 inline void fetch(const void *now) {
+  constexpr int AHEAD = 4096;
   UNROLL for (int i = 0; i < 32 * TILE; i += 64)
-    __builtin_prefetch((const char *)now + AHEAD + i, 0, HINT);
+    __builtin_prefetch((const char *)now + AHEAD + i, 0, 0);
 }
 
 template <class V> inline V load(const void *p) {
@@ -163,10 +175,6 @@ struct Bf16Dot {
     }
   }
 #endif
-#ifndef BB
-#define BB 3
-#endif
-  static constexpr int BLOCK = BB;
   template <int N>
   static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, float (*out)[TILE],
                   bool stream) {
@@ -218,10 +226,6 @@ struct Int8Dot {
     }
     return scale;
   }
-#ifndef B8
-#define B8 3
-#endif
-  static constexpr int BLOCK = B8;
   template <int N>
   static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, int32_t (*out)[TILE],
                   bool stream) {
@@ -275,10 +279,6 @@ struct Int4Dot {
     float b = to_float(row[group + 1]);  // groups of 32
     return F8{a, a, a, a, b, b, b, b};
   }
-#ifndef B4
-#define B4 8
-#endif
-  static constexpr int BLOCK = B4;
   template <int N>
   static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, float (*out)[TILE],
                   bool stream) {
@@ -292,10 +292,7 @@ struct Int4Dot {
       zero[r] = l.zero + rows[r] * groups;
     }
     // rows at a time: enough sums at once to hide that each waits for the last, few enough for registers
-#ifndef RUNN
-#define RUNN 1
-#endif
-    constexpr int RUN = N == 1 ? TILE : RUNN;
+    constexpr int RUN = N == 1 ? TILE : 1;
     F8 total[N][TILE] = {};
     for (int c = 0; c < l.in; c += SPAN, x += VALUES) {
       if (stream) fetch(w[0] + c / 2 * TILE);
@@ -388,12 +385,14 @@ void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
     const auto *x = in.bf16s.of(0);
-    in_blocks<Bf16Dot::BLOCK>(in.rows, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m); });
+    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
+      Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m);
+    });
   } else if (l.format == INT8) {
     const int8_t *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
     const auto *x = in.int8s.of(0);
-    in_blocks<Int8Dot::BLOCK>(in.rows, [&](int m, auto N) {
+    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
       int32_t product[N.value][TILE];
       Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product, !m);
       for (int i = 0; i < N.value; ++i)
@@ -405,7 +404,7 @@ void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
   } else {
     const auto *x = in.int4s.of(0);
     const size_t stride = in.int4_stride();
-    in_blocks<Int4Dot::BLOCK>(in.rows, [&](int m, auto N) {
+    in_blocks<4>(in.rows, [&](int m, auto N) {
       Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
     });
   }
@@ -420,24 +419,38 @@ void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
 
 // ---- The step ----
 
-// Waits in the cache; gives the core away once it took too long, as when another program has a core
+// Spins, and sleeps once that took too long: another program then has a core, and takes the sleeper's
+// in place of the one that the last thread needs
 struct Barrier {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
+  std::atomic<int> asleep{0};
   void wait(int threads) {
     int now = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(now + 1, std::memory_order_release);
+    if (arrived.fetch_add(1) + 1 == threads) {
+      arrived.store(0);
+      round.store(now + 1);
+      if (asleep.load()) wake();
       return;
     }
     for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins) {
 #if defined(__x86_64__)
       _mm_pause();
 #endif
-      if (spins > 2000) sched_yield();
+      if (spins > SPINS) sleep(now);
     }
   }
+#if defined(__linux__)
+  void wake() { syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+  void sleep(int now) {
+    asleep.fetch_add(1);
+    syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+    asleep.fetch_sub(1);
+  }
+#else
+  void wake() {}
+  void sleep(int) { sched_yield(); }
+#endif
 };
 
 // What threads hand each other: [M, ...]
@@ -647,6 +660,16 @@ extern "C" void decode_step(const Model *model, const Batch *batch) {
     Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads(),
            *std::max_element(batch->contexts, batch->contexts + batch->rows)}.run();
   }
+}
+
+// Maps memory in pages of 2 MB where the system can; reading all weights misses a small page's entry 65
+// thousand times a step. What cannot be moved stays as it is.
+extern "C" void use_huge_pages(const void *begin, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20, COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
+  for (uintptr_t at = uintptr_t(begin) / PAGE * PAGE; at < uintptr_t(begin) + bytes; at += PAGE)
+    madvise((void *)at, PAGE, COLLAPSE);
+#endif
 }
 
 // An INT4 weight [out, in] in bf16: code · scale, rounded once
