@@ -39,6 +39,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option("--tensor-parallel", help="Processes that share the model, under torchrun."),
+    ] = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -54,6 +58,7 @@ def generate(
       tinier generate smollm2-135m --prompt "The capital of France is"
       tinier generate smollm2-int4 --chat --prompt "Why is the sky blue?" --temperature 0.7
       tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
+      torchrun --nproc-per-node 2 -m tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
     """
     import sys
 
@@ -79,16 +84,21 @@ def generate(
         stop_token_ids=stop_token_ids(checkpoint, tokenizer),
     )
     ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat)
-    config = EngineConfig(max_batch_size=1, max_seq_len=len(ids) + max_tokens, device=device)
+    config = EngineConfig(
+        max_batch_size=1, max_seq_len=len(ids) + max_tokens, tensor_parallel=tensor_parallel,
+        device=device,
+    )  # fmt: skip
     engine = Engine(checkpoint, config, tokenizer=tokenizer)
     stream = TextStream(tokenizer, params.stop)
+    first = engine.decoder.share.rank == 0  # the others have the same text
     text = ""
     for token in engine.stream(ids, params):
         piece = stream.push(token)
         text += piece
-        if not json:
+        if first and not json:
             print(piece, end="", flush=True)
     tail = stream.close()
     data = {"model": model, "prompt_tokens": len(ids), "output_tokens": stream.num_tokens,
             "text": text + tail}  # fmt: skip
-    output.result(tail, data, as_json=json)
+    if first:
+        output.result(tail, data, as_json=json)

@@ -24,11 +24,19 @@ class EngineConfig:
     (on a CPU half of it)."""
     overlap: bool | None = None
     """Launch a step before the tokens of the one before are read; None: on a GPU."""
+    tensor_parallel: int = 1
+    """Processes that share the model, as many as torchrun started. Each must be sent the same requests."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_seq_len", "max_step_tokens", "block_size"):
+        for name in (
+            "max_batch_size",
+            "max_seq_len",
+            "max_step_tokens",
+            "block_size",
+            "tensor_parallel",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
         if self.max_input_len is not None and not 1 <= self.max_input_len < self.max_seq_len:

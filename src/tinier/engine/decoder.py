@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.checkpoint.folder import TensorReader
 from tinier.device import bf16_products
+from tinier.engine.parallel import ALONE, Share
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -85,8 +86,11 @@ class Decoder:
         head: Linear,
         rope: LlamaRotaryEmbedding,
         layout: Layout | None,
+        share: Share = ALONE,
     ) -> None:
+        """geometry: of this process's share."""
         self.geometry = geometry
+        self.share = share
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
@@ -101,6 +105,10 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
+
+    @property
+    def _head_is_shared(self) -> bool:
+        return _shares_head(self.geometry, self.share)
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -144,9 +152,14 @@ class Decoder:
         """
         layer, eps = self.layers[index], self.geometry.norm_eps
         x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
-        delta = layer.out(attend(index, layer.qkv(y)))
+        delta = self._summed(layer.out(attend(index, layer.qkv(y))))
         x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
-        return x, layer.down(silu_mul(layer.gate_up(y), self.dtype, layer.down.takes))
+        act = silu_mul(layer.gate_up(y), self.dtype, layer.down.takes)
+        return x, self._summed(layer.down(act))
+
+    def _summed(self, delta: Tensor) -> Tensor:
+        """A layer's result over all processes."""
+        return delta if self.share.size == 1 else self.share.sum(joined(delta, self.dtype))
 
     def head_inputs(self, index: int, rotation: tuple[Tensor, Tensor]) -> HeadInputs:
         """What q and k of a layer go through."""
@@ -163,6 +176,8 @@ class Decoder:
         """hidden: [..., hidden]. Returns [..., vocab] in the computing type."""
         with bf16_products(self.device):
             flat = joined(self.head(hidden.reshape(-1, hidden.shape[-1])), self.dtype)
+        if self._head_is_shared:
+            flat = self.share.side_by_side(flat)
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def hidden_states(self, windows: Tensor) -> Tensor:
@@ -206,19 +221,22 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
 
 
 def load_decoder(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None
-) -> Decoder:
-    """Read a verified checkpoint onto `device`. dtype: what to compute in; None: the checkpoint's.
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None,
+    share: Share = ALONE,
+) -> Decoder:  # fmt: skip
+    """Read a verified checkpoint onto `device`, or this process's share of it.
 
-    Raises CheckpointError for a quantization that the engine cannot run.
+    dtype: what to compute in; None: the checkpoint's. Raises CheckpointError for a quantization that the
+    engine cannot run, InputError where the model cannot be shared so.
     """
-    geometry = geometry_of(checkpoint)
+    geometry = share.geometry(geometry_of(checkpoint))
     layout = checkpoint_layout(checkpoint)
     dtype = dtype or checkpoint.dtype
     with checkpoint.reader(device) as read:
 
-        def linear(*names: str) -> Linear:
-            return make_linear([_stored(checkpoint, read, n, layout, dtype) for n in names], dtype)
+        def linear(*names: str, cut: Callable[[StoredLinear], StoredLinear]) -> Linear:
+            stored = (_stored(checkpoint, read, n, layout, dtype) for n in names)
+            return make_linear([cut(part) for part in stored], dtype)
 
         def norm(name: str) -> Tensor:
             return read(f"{name}.weight").to(dtype)
@@ -232,25 +250,31 @@ def load_decoder(
             attention = f"{name}.self_attn"
             return Layer(
                 input_norm=norm(f"{name}.input_layernorm"),
-                qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv")),
+                qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv"), cut=share.rows),
                 q_norm=norm(f"{attention}.q_norm") if geometry.qk_norm else None,
                 k_norm=norm(f"{attention}.k_norm") if geometry.qk_norm else None,
-                out=linear(f"{attention}.o_proj"),
+                out=linear(f"{attention}.o_proj", cut=share.columns),
                 post_norm=norm(f"{name}.post_attention_layernorm"),
-                gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
-                down=linear(f"{name}.mlp.down_proj"),
+                gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", cut=share.rows),
+                down=linear(f"{name}.mlp.down_proj", cut=share.columns),
                 kv_scales=kv_scales(attention),
             )
 
         layers = [layer(layer_name(i)) for i in range(geometry.layers)]
         embedding = read(EMBEDDING).to(dtype)
         final_norm = read(FINAL_NORM).to(dtype)
+        cut = share.rows if _shares_head(geometry, share) else ALONE.rows
         if geometry.tied_head:
-            head = make_linear([StoredLinear(embedding, None)], dtype)
+            head = make_linear([cut(StoredLinear(embedding, None))], dtype)
         else:
-            head = linear(HEAD_LINEAR)
+            head = linear(HEAD_LINEAR, cut=cut)
     rope = LlamaRotaryEmbedding(config=hf_config(checkpoint)).to(device)
-    return Decoder(geometry, embedding, layers, final_norm, head, rope, layout)
+    return Decoder(geometry, embedding, layers, final_norm, head, rope, layout, share)
+
+
+def _shares_head(geometry: Geometry, share: Share) -> bool:
+    """Whether the head is cut by rows: where the vocabulary divides."""
+    return share.size > 1 and geometry.vocab % share.size == 0
 
 
 def _stored(

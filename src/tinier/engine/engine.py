@@ -21,6 +21,7 @@ from tinier.device import free_memory_bytes, pick_device
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder, load_decoder
+from tinier.engine.parallel import join
 from tinier.engine.request import Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampled, Sampler, scores
@@ -59,7 +60,9 @@ class Engine:
         if isinstance(model, Decoder):
             decoder = model
         else:
-            decoder = load_decoder(model, device=pick_device(self.config.device), dtype=dtype)
+            device = pick_device(self.config.device)
+            share = join(self.config.tensor_parallel, device)
+            decoder = load_decoder(model, device=device, dtype=dtype, share=share)
             _log_paths(model.folder.name, decoder)
         self.decoder = decoder
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
@@ -288,6 +291,8 @@ class Engine:
             free = free_memory_bytes(self.decoder.device)
             room = free // 2 if self.decoder.device.type == "cpu" else free - self._working_bytes()
             blocks = min(per_request * self.config.max_batch_size, room // block_bytes)
+            if self.decoder.share.size > 1:  # all processes must plan alike
+                blocks = self.decoder.share.least(blocks)
         if blocks < 1:
             raise InputError(
                 f"the KV cache has no room for one block of {block_bytes} bytes. "

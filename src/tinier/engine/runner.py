@@ -211,6 +211,8 @@ class Runner:
             norm_eps=g.norm_eps,
         )  # fmt: skip
         reason = unsupported(weights, decoder.cache_dtype)
+        if decoder.share.size > 1:
+            reason = "the model is shared by several processes"
         if reason is not None:
             log.info("decode steps run operator by operator: %s", reason)
             return None

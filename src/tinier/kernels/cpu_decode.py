@@ -9,7 +9,7 @@ layout of native.pack_int4.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +103,7 @@ class CpuDecoder:
         library = load_library()
         if reason is not None or isinstance(library, str):
             raise TinierError(f"no native decode step: {reason}")
-        self._run = library.decode_step
+        self._library = library
         self._kept: list[Tensor] = []  # whatever the structs point into
         self._vocab = _rows(weights.head)
         w = weights
@@ -133,7 +133,7 @@ class CpuDecoder:
         logits = torch.empty(rows, self._vocab, dtype=torch.bfloat16)
         if rows:
             batch = _Batch(*(t.data_ptr() for t in (*inputs, logits)), rows, tables.shape[1])
-            self._run(ctypes.byref(self._model), ctypes.byref(batch))
+            self._library.decode_step(ctypes.byref(self._model), ctypes.byref(batch))
         return logits
 
     def _layer(self, w: DecodeWeights, layer: LayerWeights, keys: Tensor, values: Tensor) -> _Layer:
@@ -161,6 +161,7 @@ class CpuDecoder:
             parts = zip(linear.parts, sizes, strict=True)
             return [self._linears(part, [rows], columns)[0] for part, rows in parts]
         weight, scale, zero, sums, kind = _stored(linear)
+        self._library.use_huge_pages(c_void_p(weight.data_ptr()), c_int64(weight.nbytes))
         group = columns // scale.shape[1] if scale is not None and kind == _INT4 else 0
         split = [
             [None] * len(sizes) if t is None else t.split(sizes)
