@@ -7,6 +7,9 @@ import typer
 
 from tinier.cli import options, output
 
+# room for MMLU's longest questions with five examples
+_MMLU_TOKENS = 4096
+
 
 def eval_(
     model: options.Model,
@@ -27,6 +30,9 @@ def eval_(
     sample: Annotated[
         int | None, typer.Option("--sample", help="So many MMLU questions, drawn by --seed.")
     ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Send requests to the serving engine instead.")
+    ] = False,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -42,27 +48,35 @@ def eval_(
       tinier eval smollm2-135m
       tinier eval smollm2-int4 --against smollm2-135m --text wiki.txt
       tinier eval smollm2-135m --mmlu mmlu --shots 5 --sample 500
+      tinier eval smollm2-int4 --engine --mmlu mmlu
     """
     from dataclasses import asdict
 
     from tinier.device import pick_device
-    from tinier.engine import load_decoder
+    from tinier.engine import Engine, EngineConfig, load_decoder
+    from tinier.errors import InputError
     from tinier.evaluation import (
         MmluPlan,
         evaluate,
         evaluate_mmlu,
+        evaluate_mmlu_served,
+        evaluate_served,
         load_mmlu,
         reference_states,
     )
-    from tinier.families import check_length, check_same_vocabulary, open_model
+    from tinier.families import check_length, check_same_vocabulary, geometry_of, open_model
     from tinier.report.terminal import quality_text, size_of
     from tinier.text import load_part, load_tokenizer, token_windows
 
     output.start(quiet=quiet, log_level=log_level)
+    if engine and against:
+        raise InputError(
+            "--engine has no --against: divergence needs whole windows. Leave one out."
+        )
     place = pick_device(device)
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
-    check_length(checkpoint, length)
+    check_length(checkpoint, length + engine)  # the engine adds a token
     if original:
         check_same_vocabulary(checkpoint, original)
     tokenizer = load_tokenizer(checkpoint)
@@ -74,7 +88,15 @@ def eval_(
         )
         questions = load_mmlu(plan)
     reference = reference_states(load_decoder(original, device=place), held) if original else None
-    decoder = load_decoder(checkpoint, device=place)
+    if engine:
+        room = max(
+            length + 1, min(_MMLU_TOKENS, geometry_of(checkpoint).max_positions) if mmlu else 0
+        )
+        served = Engine(checkpoint, EngineConfig(max_seq_len=room, device=device))
+        quality = evaluate_served(served, held)
+    else:
+        decoder = load_decoder(checkpoint, device=place)
+        quality = evaluate(decoder, held, reference)
     data = {
         "model": model,
         "against": against,
@@ -82,9 +104,12 @@ def eval_(
         "windows": len(held),
         "length": length,
         "size": size_of(checkpoint),
-        "quality": asdict(evaluate(decoder, held, reference)),
+        "engine": engine,
+        "quality": asdict(quality),
         "mmlu": None,
     }
-    if questions:
+    if questions and engine:
+        data["mmlu"] = asdict(evaluate_mmlu_served(served, tokenizer, questions, shots))
+    elif questions:
         data["mmlu"] = asdict(evaluate_mmlu(decoder, tokenizer, questions, shots))
     output.result(quality_text(data), data, as_json=json)

@@ -121,8 +121,7 @@ def load_mmlu(plan: MmluPlan) -> Mmlu:
 def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
     """Ask every question. Batches are padded on the right, behind the token that is read."""
     letters = torch.tensor(letter_tokens(tokenizer))
-    prompts = [tokenizer(_prompt(q, mmlu.examples.get(q.subject, [])))["input_ids"]
-               for q in mmlu.questions]  # fmt: skip
+    prompts = question_prompts(tokenizer, mmlu)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     right = [False] * len(prompts)
     with bar("MMLU", len(prompts)) as advance:
@@ -131,7 +130,14 @@ def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> M
             for i, answer in zip(batch, answers, strict=True):
                 right[i] = answer == mmlu.questions[i].answer
             advance(len(batch))
-    return _score(mmlu.questions, right, shots)
+    return score(mmlu.questions, right, shots)
+
+
+def question_prompts(tokenizer: Any, mmlu: Mmlu) -> list[list[int]]:
+    """Token ids of each question behind its subject's solved examples."""
+    return [
+        tokenizer(_prompt(q, mmlu.examples.get(q.subject, [])))["input_ids"] for q in mmlu.questions
+    ]
 
 
 def _read(path: Path, subject: str) -> list[Question]:
@@ -206,7 +212,8 @@ def _answers(decoder: Decoder, prompts: list[list[int]], letters: Tensor) -> lis
     return answers
 
 
-def _score(questions: list[Question], right: list[bool], shots: int) -> MmluResult:
+def score(questions: list[Question], right: list[bool], shots: int) -> MmluResult:
+    """The result of questions that were answered rightly or not."""
     by_subject: dict[str, list[bool]] = {}
     by_category: dict[str, list[bool]] = {}
     for question, good in zip(questions, right, strict=True):

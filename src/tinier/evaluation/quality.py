@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinier.engine import Decoder
-from tinier.kernels import Linear
+from tinier.kernels import Linear, joined
 from tinier.progress import bar
 
 _BATCH_TOKENS = 2048
@@ -67,9 +67,9 @@ def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = No
     tokens = per_window * len(sums)
     return Quality(
         perplexity=_finite(torch.exp(nll.mean())),
-        nll_stderr=_stderr(nll),
+        nll_stderr=stderr(nll),
         kl=_finite(kl.mean()) if reference else None,
-        kl_stderr=_stderr(kl) if reference else None,
+        kl_stderr=stderr(kl) if reference else None,
         top1_agreement=sum(s[2] for s in sums) / tokens if reference else None,
         tokens=tokens,
     )
@@ -94,7 +94,7 @@ def _window_sums(
         if reference is None:
             continue
         states = reference.hidden[index][rows].to(reference.device)
-        base = torch.log_softmax(reference.head(states).float(), dim=-1)
+        base = torch.log_softmax(joined(reference.head(states), torch.float32).float(), dim=-1)
         agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
         kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
     return nll, kl, agreements
@@ -111,7 +111,8 @@ def _batches(decoder: Decoder, windows: Tensor, label: str) -> list[Tensor]:
     return states
 
 
-def _stderr(means: Tensor) -> float | None:
+def stderr(means: Tensor) -> float | None:
+    """Standard error of the mean of [n]; None for one, or without numbers."""
     if len(means) < 2:
         return None
     return _finite(means.std(unbiased=True) / math.sqrt(len(means)))

@@ -1,0 +1,66 @@
+"""The same measures through the serving engine: its cache, its batches, its kernels for single tokens.
+
+`evaluate` and `evaluate_mmlu` run whole windows through the engine's decoder; these send requests, so that
+what is measured is all of what serves. Divergence from an original needs whole windows.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinier.engine import Engine, Request, SamplingParams
+from tinier.errors import TextError
+from tinier.evaluation.mmlu import Mmlu, MmluResult, letter_tokens, question_prompts, score
+from tinier.evaluation.quality import Quality, stderr
+from tinier.progress import bar
+
+# more than any two logits are apart
+_ONLY_THESE = 100.0
+
+
+def evaluate_served(engine: Engine, windows: Tensor) -> Quality:
+    """Perplexity on windows [n, length] of token ids, from the log-probabilities of prompts."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    requests = [engine.add(window, params) for window in windows.tolist()]
+    _serve(engine, requests, "evaluate")
+    sums = [-sum(entry.logprob for entry in request.prompt_logprobs) for request in requests]
+    per_window = windows.shape[1] - 1
+    nll = torch.tensor(sums, dtype=torch.float64) / per_window
+    mean = nll.mean().item()
+    return Quality(
+        perplexity=math.exp(mean) if math.isfinite(mean) else None,
+        nll_stderr=stderr(nll),
+        kl=None,
+        kl_stderr=None,
+        top1_agreement=None,
+        tokens=per_window * len(requests),
+    )
+
+
+def evaluate_mmlu_served(engine: Engine, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
+    """Ask every question: one token, with all but the four letters out of reach. Raises TextError for
+    questions that are longer than the engine takes."""
+    letters = letter_tokens(tokenizer)
+    params = SamplingParams(max_tokens=1, logit_bias=dict.fromkeys(letters, _ONLY_THESE))
+    prompts = question_prompts(tokenizer, mmlu)
+    longest = max(map(len, prompts))
+    if longest > engine.max_input_len:
+        raise TextError(
+            f"a question with its examples has {longest} tokens; this engine takes "
+            f"{engine.max_input_len}. Use fewer shots."
+        )
+    requests = [engine.add(prompt, params) for prompt in prompts]
+    _serve(engine, requests, "MMLU")
+    right = [
+        request.output[0] == letters[question.answer]
+        for request, question in zip(requests, mmlu.questions, strict=True)
+    ]
+    return score(mmlu.questions, right, shots)
+
+
+def _serve(engine: Engine, requests: list[Request], label: str) -> None:
+    with bar(label, len(requests)) as advance:
+        while engine.has_work:
+            advance(sum(request.finished is not None for request in engine.step()))
