@@ -41,14 +41,15 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json. names: every linear layer of the model, head included.
 
     One scheme targets every Linear but those it leaves alone; several are listed by layer name, as
-    TensorRT-LLM wants it.
+    TensorRT-LLM wants it, and so is a quantized head, which is no Linear to vLLM.
     """
     schemes = list(dict.fromkeys(layout.schemes.values()))
+    by_class = len(schemes) == 1 and "lm_head" not in layout.schemes
     groups = {}
     for i, scheme in enumerate(schemes):
         members = [name for name, own in layout.schemes.items() if own == scheme]
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=["Linear"] if len(schemes) == 1 else members,
+            targets=["Linear"] if by_class else members,
             weights=_to_args(scheme.weights, dynamic=False),
             input_activations=_to_args(scheme.activations, dynamic=_dynamic(scheme.activations))
             if scheme.activations
