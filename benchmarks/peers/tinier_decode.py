@@ -12,7 +12,7 @@ from tinier.families import open_model
 
 def load(folder: str) -> Generate:
     torch.set_num_threads(THREADS)
-    config = EngineConfig(max_batch_size=1, max_seq_len=512, device="cpu")
+    config = EngineConfig(reuse_prefixes=False, max_batch_size=1, max_seq_len=512, device="cpu")
     engine = Engine(open_model(folder), config)
 
     def generate(prompt: list[int], tokens: int) -> Output:
