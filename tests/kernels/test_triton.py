@@ -185,7 +185,7 @@ def test_parts_are_summed(takes: str | None) -> None:
     parts = random(3, 5, 100, seed=2)
     summed, y = fused.add_rms_norm(x, parts, weight, 1e-5, takes)
     expected = x + parts.sum(dim=0).bfloat16()
-    assert apart(summed, expected) < 1e-3
+    assert apart(summed, expected) < (1e-2 if INTERPRETED else 1e-3)
     check_row(y, reference.rms_norm(expected, weight, 1e-5), takes)
     gate_up = random(3, 5, 200, seed=3)
     plain = reference.silu_mul(gate_up.sum(dim=0).bfloat16())

@@ -73,8 +73,9 @@ typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
 
-constexpr int TILE = 4;   // rows of a matrix that are multiplied together
-#if defined(__AVX512VL__) // inputs that are multiplied together: as many as there are registers for
+constexpr int TILE = 8;    // rows of a matrix whose results make one vector
+constexpr int STREAMS = 4; // of them that are read together
+#if defined(__AVX512VL__)  // inputs that are multiplied together: as many as there are registers for
 constexpr int BLOCK = 4;
 #else
 constexpr int BLOCK = 3;
@@ -82,12 +83,12 @@ constexpr int BLOCK = 3;
 constexpr int SPINS = 500; // about 10 us: a thread is later than that only if it lost its core
 #define UNROLL _Pragma("GCC unroll 8")
 
-// The next bytes of the weights, 32 of each row of the tile, which read in order are one stream. The
-// hardware sees TILE short ones, and stops at the end of each: without this, bf16 takes 1.5 times as long.
-// Asking for a whole tile at once is slower, too, and so is keeping what is read once in the outer caches.
-inline void fetch(const void *now) {
+// Asks for the weights in the order they are stored, though rows are read together. The hardware sees
+// those as short streams and stops at the end of each: without this, bf16 takes 1.5 times as long. Slower,
+// too: asking along each row, for a whole tile at once, or to keep in the outer caches what is read once.
+template <int ROWS> inline void fetch(const void *now) {
   constexpr int AHEAD = 4096;
-  UNROLL for (int i = 0; i < 32 * TILE; i += 64)
+  UNROLL for (int i = 0; i < 32 * ROWS; i += 64)
     __builtin_prefetch((const char *)now + AHEAD + i, 0, 0);
 }
 
@@ -142,23 +143,39 @@ inline F8 exp8(F8 x) {  // Cephes' expf: 2^n times a polynomial; error below 2e-
 
 // ---- Sums of the lanes of TILE vectors ----
 
-inline void lane_sums(const F8 *a, float *out) {
+inline F8 lane_sums(const F8 *a) {
 #if defined(__AVX2__)
-  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[0], (__m256)a[1]),
-                                _mm256_hadd_ps((__m256)a[2], (__m256)a[3]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  auto four = [](const F8 *v) {
+    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
+                          _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+  };
+  __m256 low = four(a), high = four(a + 4);
+  return (F8)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                           _mm256_permute2f128_ps(low, high, 0x31));
 #else
-  for (int r = 0; r < TILE; ++r) out[r] = sum(a[r]);
+  F8 sums;
+  for (int r = 0; r < TILE; ++r) sums[r] = sum(a[r]);
+  return sums;
 #endif
 }
-inline void lane_sums(const I8 *a, int32_t *out) {
-  for (int r = 0; r < TILE; ++r) {
-    out[r] = 0;
-    for (int i = 0; i < 8; ++i) out[r] += a[r][i];
-  }
+inline I8 lane_sums(const I8 *a) {
+#if defined(__AVX2__)
+  auto four = [](const I8 *v) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)v[0], (__m256i)v[1]),
+                             _mm256_hadd_epi32((__m256i)v[2], (__m256i)v[3]));
+  };
+  __m256i low = four(a), high = four(a + 4);
+  return (I8)_mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                              _mm256_permute2x128_si256(low, high, 0x31));
+#else
+  I8 sums = {};
+  for (int r = 0; r < TILE; ++r)
+    for (int i = 0; i < 8; ++i) sums[r] += a[r][i];
+  return sums;
+#endif
 }
 
-// ---- Dot products of TILE rows of weights with N inputs: out[N][TILE] ----
+// ---- Dot products of TILE rows of weights with N inputs: out[N], a lane for each row ----
 // Each format has its own order of the inputs, made once per matrix by `arrange`.
 
 struct Bf16Dot {
@@ -176,25 +193,25 @@ struct Bf16Dot {
   }
 #endif
   template <int N>
-  static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, float (*out)[TILE],
-                  bool stream) {
-    F8 acc[N][TILE] = {};
-    for (int c = 0; c < n; c += 16) {
-      if (stream) fetch(w[0] + c * TILE);
-      UNROLL for (int r = 0; r < TILE; ++r) {
-        U8 both = load<U8>(w[r] + c);
-        UNROLL for (int m = 0; m < N; ++m) {
-          const Value *at = x + m * stride + c;
+  static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
+        F8 acc[N][TILE] = {};
+    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+      for (int c = 0; c < n; c += 16) {
+        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
+        UNROLL for (int r = first; r < first + STREAMS; ++r) {
+          U8 both = load<U8>(w[r] + c);
+          UNROLL for (int m = 0; m < N; ++m) {
+            const Value *at = x + m * stride + c;
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-          acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], (__m256bh)both, load<__m256bh>(at));
+            acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], (__m256bh)both, load<__m256bh>(at));
 #else
-          acc[m][r] += (F8)(both << 16) * load<F8>(at);
-          acc[m][r] += (F8)(both & 0xffff0000) * load<F8>(at + 8);
+            acc[m][r] += (F8)(both << 16) * load<F8>(at);
+            acc[m][r] += (F8)(both & 0xffff0000) * load<F8>(at + 8);
 #endif
+          }
         }
       }
-    }
-    for (int m = 0; m < N; ++m) lane_sums(acc[m], out[m]);
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
   }
 };
 
@@ -227,30 +244,30 @@ struct Int8Dot {
     return scale;
   }
   template <int N>
-  static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, int32_t (*out)[TILE],
-                  bool stream) {
+  static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, I8 *out, bool stream) {
     I8 acc[N][TILE] = {};
-    for (int c = 0; c < n; c += 32) {
-      if (stream) fetch(w[0] + c * TILE);
-      UNROLL for (int r = 0; r < TILE; ++r) {
-        const int8_t *codes = w[r] + c;
+    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+      for (int c = 0; c < n; c += 32) {
+        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
+        UNROLL for (int r = first; r < first + STREAMS; ++r) {
+          const int8_t *codes = w[r] + c;
 #if defined(DPBUSD)
-        __m256i wide = load<__m256i>(codes);
-        UNROLL for (int m = 0; m < N; ++m)
-          acc[m][r] = (I8)DPBUSD((__m256i)acc[m][r], load<__m256i>(x + m * stride + c), wide);
-#elif defined(__AVX2__)
-        UNROLL for (int half = 0; half < 32; half += 16) {
-          __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(codes + half));
+          __m256i wide = load<__m256i>(codes);
           UNROLL for (int m = 0; m < N; ++m)
-            acc[m][r] += (I8)_mm256_madd_epi16(wide, load<__m256i>(x + m * stride + c + half));
-        }
+            acc[m][r] = (I8)DPBUSD((__m256i)acc[m][r], load<__m256i>(x + m * stride + c), wide);
+#elif defined(__AVX2__)
+          UNROLL for (int half = 0; half < 32; half += 16) {
+            __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(codes + half));
+            UNROLL for (int m = 0; m < N; ++m)
+              acc[m][r] += (I8)_mm256_madd_epi16(wide, load<__m256i>(x + m * stride + c + half));
+          }
 #else
-        for (int m = 0; m < N; ++m)
-          for (int i = 0; i < 32; ++i) acc[m][r][i % 8] += codes[i] * x[m * stride + c + i];
+          for (int m = 0; m < N; ++m)
+            for (int i = 0; i < 32; ++i) acc[m][r][i % 8] += codes[i] * x[m * stride + c + i];
 #endif
+        }
       }
-    }
-    for (int m = 0; m < N; ++m) lane_sums(acc[m], out[m]);
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
   }
 };
 
@@ -280,7 +297,7 @@ struct Int4Dot {
     return F8{a, a, a, a, b, b, b, b};
   }
   template <int N>
-  static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, float (*out)[TILE],
+  static void dot(const Linear &l, const int *rows, const Value *x, size_t stride, F8 *out,
                   bool stream) {
     const size_t groups = l.in / l.group, width = l.in / 2;
     const bool two = l.group < SPAN;
@@ -292,10 +309,10 @@ struct Int4Dot {
       zero[r] = l.zero + rows[r] * groups;
     }
     // rows at a time: enough sums at once to hide that each waits for the last, few enough for registers
-    constexpr int RUN = N == 1 ? TILE : 1;
+    constexpr int RUN = N == 1 ? STREAMS : 1;
     F8 total[N][TILE] = {};
     for (int c = 0; c < l.in; c += SPAN, x += VALUES) {
-      if (stream) fetch(w[0] + c / 2 * TILE);
+      if (stream) fetch<TILE>(w[0] + c / 2 * TILE);
       const int group = c / l.group;
       UNROLL for (int first = 0; first < TILE; first += RUN) {
         F8 acc[N][RUN];
@@ -318,7 +335,7 @@ struct Int4Dot {
         }
       }
     }
-    for (int m = 0; m < N; ++m) lane_sums(total[m], out[m]);
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(total[m]);
   }
 };
 
@@ -335,6 +352,7 @@ template <class T> struct Buffer {
     if (lines.size() < need) lines.resize(need);
     return (T *)lines.data();
   }
+  const T *data() const { return (const T *)lines.data(); }
 };
 
 // The inputs of a matrix [M, in] in the order of each format that reads them
@@ -375,46 +393,47 @@ template <int N, class Body> void in_blocks(int rows, Body body, int m = 0) {
 
 inline int tiles(const Linear &l) { return (l.out + TILE - 1) / TILE; }
 
-// Outputs [M, TILE] of one tile's rows, rounded to bf16. Rows past the last are the last again.
-void multiply(const Linear &l, int tile, Input &in, float (*y)[TILE]) {
+// Outputs of one tile's rows for each input, rounded to bf16. Rows past the last are the last again.
+void multiply(const Linear &l, int tile, const Input &in, F8 *y) {
   int rows[TILE];
   for (int r = 0; r < TILE; ++r) rows[r] = std::min(tile * TILE + r, l.out - 1);
   const size_t n = l.in;
-  in.prepare(l);
+  auto each = [&](auto value) {
+    F8 values;
+    for (int r = 0; r < TILE; ++r) values[r] = value(rows[r]);
+    return values;
+  };
   if (l.format == BF16) {
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
-    const auto *x = in.bf16s.of(0);
     in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
-      Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m);
+      Bf16Dot::dot<N.value>(w, l.in, in.bf16s.data() + m * n, n, y + m, !m);
     });
   } else if (l.format == INT8) {
     const int8_t *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
-    const auto *x = in.int8s.of(0);
+    const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
     in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
-      int32_t product[N.value][TILE];
-      Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product, !m);
-      for (int i = 0; i < N.value; ++i)
-        for (int r = 0; r < TILE; ++r) {
-          float exact = float(product[i][r] - Int8Dot::OFFSET * l.sums[rows[r]]);
-          y[m + i][r] = exact * in.scales.of(0)[m + i] * ((const float *)l.scale)[rows[r]];
-        }
+      I8 product[N.value];
+      Int8Dot::dot<N.value>(w, l.in, in.int8s.data() + m * n, n, product, !m);
+      for (int i = 0; i < N.value; ++i) {
+        if (Int8Dot::OFFSET)
+          for (int r = 0; r < TILE; ++r) product[i][r] -= Int8Dot::OFFSET * l.sums[rows[r]];
+        y[m + i] = __builtin_convertvector(product[i], F8) * all(in.scales.data()[m + i]) * scale;
+      }
     });
   } else {
-    const auto *x = in.int4s.of(0);
-    const size_t stride = in.int4_stride();
     in_blocks<4>(in.rows, [&](int m, auto N) {
-      Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
+      const size_t stride = in.int4_stride();
+      Int4Dot::dot<N.value>(l, rows, in.int4s.data() + m * stride, stride, y + m, !m);
     });
   }
-  for (int m = 0; m < in.rows; ++m)
-    for (int r = 0; r < TILE; ++r) {
-      float added = l.bias ? to_float(l.bias[rows[r]]) : 0.0f;
-      // F.linear adds the bias before it rounds, the quantized layers after
-      float out = l.format == BF16 ? y[m][r] + added : to_float(to_bf16(y[m][r])) + added;
-      y[m][r] = to_float(to_bf16(out));
-    }
+  if (l.bias) {
+    const F8 bias = each([&](int row) { return to_float(l.bias[row]); });
+    // F.linear adds the bias before it rounds, the quantized layers after
+    for (int m = 0; m < in.rows; ++m) y[m] = (l.format == BF16 ? y[m] : round8(y[m])) + bias;
+  }
+  for (int m = 0; m < in.rows; ++m) y[m] = round8(y[m]);
 }
 
 // ---- The step ----
@@ -462,7 +481,8 @@ struct Shared {
 struct Scratch {
   Buffer<bf16> x, y, q, k;
   Buffer<Bf16Dot::Value> query;
-  Buffer<float> scores, tile;
+  Buffer<float> scores;
+  Buffer<F8> tile;
   Buffer<size_t> offsets;
   Input in;
 };
@@ -491,30 +511,31 @@ struct Worker {
   void project(std::initializer_list<const Linear *> parts, bf16 *y) {
     int count = 0;
     size_t width = 0;
-    for (auto *part : parts) count += tiles(*part), width += part->out;
-    auto *out = (float(*)[TILE])s.tile.of(2 * batch.rows * TILE);
+    for (auto *part : parts) s.in.prepare(*part), count += tiles(*part), width += part->out;
+    F8 *out = s.tile.of(2 * batch.rows);
     share(count, [&](int tile) {
-      size_t column = 0;
+      bf16 *to = y;
       auto part = parts.begin();
-      for (; tile >= tiles(**part); ++part) tile -= tiles(**part), column += (*part)->out;
+      for (; tile >= tiles(**part); ++part) tile -= tiles(**part), to += (*part)->out;
       multiply(**part, tile, s.in, out);
-      int valid = std::min(TILE, (*part)->out - tile * TILE);
-      for (int m = 0; m < batch.rows; ++m)
-        for (int r = 0; r < valid; ++r) y[m * width + column + tile * TILE + r] = to_bf16(out[m][r]);
+      const int valid = std::min(TILE, (*part)->out - tile * TILE);
+      to += tile * TILE;
+      for (int m = 0; m < batch.rows; ++m, to += width)
+        if (valid == TILE) write8(to, out[m]);
+        else
+          for (int r = 0; r < valid; ++r) to[r] = to_bf16(out[m][r]);
     });
   }
 
   void gate_up(const Layer &layer) {
-    auto *gate = (float(*)[TILE])s.tile.of(2 * batch.rows * TILE);
-    auto *up = gate + batch.rows;
+    s.in.prepare(layer.gate), s.in.prepare(layer.up);
+    F8 *gate = s.tile.of(2 * batch.rows), *up = gate + batch.rows;
     share(tiles(layer.gate), [&](int tile) {
       multiply(layer.gate, tile, s.in, gate);
       multiply(layer.up, tile, s.in, up);
       for (int m = 0; m < batch.rows; ++m) {
-        F8 g{gate[m][0], gate[m][1], gate[m][2], gate[m][3]};
-        F8 silu = round8(g / (all(1.0f) + exp8(-g)));
-        bf16 *act = shared.act + size_t(m) * model.intermediate + tile * TILE;
-        for (int r = 0; r < TILE; ++r) act[r] = to_bf16(silu[r] * up[m][r]);
+        F8 silu = round8(gate[m] / (all(1.0f) + exp8(-gate[m])));
+        write8(shared.act + size_t(m) * model.intermediate + tile * TILE, silu * up[m]);
       }
     });
   }
@@ -569,7 +590,9 @@ struct Worker {
     for (int i = 0; i < padded; i += TILE) {
       const bf16 *w[TILE];
       for (int r = 0; r < TILE; ++r) w[r] = cached(layer.keys, k, first + i + r);
-      Bf16Dot::dot<1>(w, n, query, 0, (float(*)[TILE])(scores + i), false);
+      F8 eight;
+      Bf16Dot::dot<1>(w, n, query, 0, &eight, false);
+      store(scores + i, eight);
     }
     for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
     F8 most = load<F8>(scores);
