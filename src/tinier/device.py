@@ -37,6 +37,12 @@ def free_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on `device`, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most bytes in use so far: torch's allocations on a GPU, resident memory of the process on CPU."""
     if device.type == "cuda":

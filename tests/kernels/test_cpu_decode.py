@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.device import bf16_products
-from tinier.kernels import Cache, HeadInputs, PagedBatch, StoredLinear, make_linear, native
-from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, LayerWeights, unsupported
+from tinier.families import Geometry
+from tinier.kernels import Cache, HeadInputs, Layer, PagedBatch, StoredLinear, make_linear, native
+from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
 from tinier.kernels.reference import cached_attention, rms_norm, silu_mul
 from tinier.numerics import Quantized, dequantize
@@ -54,9 +55,9 @@ def random_weights(
     def norm(size: int) -> Tensor:
         return 1 + 0.1 * torch.randn(size, dtype=torch.bfloat16)
 
-    def layer() -> LayerWeights:
+    def layer() -> Layer:
         out_kind = "bf16" if kind.startswith("int4") else kind  # 288 inputs
-        return LayerWeights(
+        return Layer(
             input_norm=norm(HIDDEN),
             qkv=make(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, bias=bias),
             q_norm=norm(HEAD_DIM) if qk_norm else None,
@@ -65,18 +66,19 @@ def random_weights(
             post_norm=norm(HIDDEN),
             gate_up=make(kind, 2 * INNER, HIDDEN, bias=bias),
             down=make(kind, HIDDEN, INNER, bias=bias),
-            window=window,
         )
 
+    geometry = Geometry(
+        layers=2, hidden=HIDDEN, intermediate=INNER, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+        vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias, out_bias=bias,
+        mlp_bias=bias, qk_norm=qk_norm, hidden_in_heads=False, windows=(window, window),
+    )  # fmt: skip
     return DecodeWeights(
+        geometry=geometry,
         embedding=torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16),
         layers=[layer(), layer()],
         final_norm=norm(HIDDEN),
         head=make(head, VOCAB, HIDDEN),
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        norm_eps=1e-5,
     )
 
 
@@ -105,29 +107,29 @@ class Step:
         self.tokens = torch.randint(VOCAB, (len(contexts),), generator=generator).int()
 
     def native(self, weights: DecodeWeights, rows: slice = slice(None)) -> Tensor:
-        decoder = CpuDecoder(weights, self.keys, self.values, self.rotation, BLOCK)
+        decoder = CpuDecoder(weights, self.caches(weights), self.rotation, BLOCK)
         inputs = (self.tokens, self.positions, self.slots, self.contexts, self.tables)
         return decoder.step(*(t[rows] for t in inputs))
 
+    def caches(self, weights: DecodeWeights) -> list[Cache]:
+        parts = zip(self.keys, self.values, weights.geometry.windows, strict=True)
+        return [Cache(keys, values, window=window) for keys, values, window in parts]
+
     def reference(self, weights: DecodeWeights) -> Tensor:
-        count = len(self.tokens)
+        count, eps = len(self.tokens), weights.geometry.norm_eps
         batch = PagedBatch(
             self.tables, self.contexts, torch.arange(count + 1), self.positions, self.slots, [1] * count,
             BLOCK, int(self.contexts.max()),
         )  # fmt: skip
         x = F.embedding(self.tokens.long(), weights.embedding)
         with bf16_products(torch.device("cpu")):
-            for layer, keys, values in zip(weights.layers, self.keys, self.values, strict=True):
-                norms = None
-                if layer.q_norm is not None and layer.k_norm is not None:
-                    norms = (layer.q_norm, layer.k_norm)
-                inputs = HeadInputs(self.rotation, HEADS, norms, weights.norm_eps)
-                cache = Cache(keys, values, window=layer.window)
-                qkv = layer.qkv(rms_norm(x, layer.input_norm, weights.norm_eps))
+            for layer, cache in zip(weights.layers, self.caches(weights), strict=True):
+                inputs = HeadInputs(self.rotation, HEADS, layer.head_norms, eps)
+                qkv = layer.qkv(rms_norm(x, layer.input_norm, eps))
                 x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
-                y = rms_norm(x, layer.post_norm, weights.norm_eps)
+                y = rms_norm(x, layer.post_norm, eps)
                 x = x + layer.down(silu_mul(layer.gate_up(y)))
-            return weights.head(rms_norm(x, weights.final_norm, weights.norm_eps))
+            return weights.head(rms_norm(x, weights.final_norm, eps))
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -174,7 +176,7 @@ def test_parts_in_different_formats_make_one_layer() -> None:
     kinds = ("int4-64", "bf16", "int8")
     parts = [make(kind, rows, HIDDEN) for kind, rows in zip(kinds, sizes, strict=True)]
     for layer in weights.layers:
-        object.__setattr__(layer, "qkv", StackedLinear(parts))
+        layer.qkv = StackedLinear(parts)
     assert apart(Step([4, 8]).native(weights), Step([4, 8]).reference(weights)) < 0.02
 
 

@@ -8,7 +8,6 @@ T: tokens of all sequences, packed one after the other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from tinier.families import (
 )
 from tinier.kernels import (
     HeadInputs,
+    Layer,
     Linear,
     StoredLinear,
     add_rms_norm,
@@ -45,33 +45,6 @@ from tinier.schemes import Layout
 Attention = Callable[[int, Tensor], Tensor | Quantized]
 """(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim] or their parts) -> [T, heads·head_dim], codes if
 the layer's `out` takes them"""
-
-
-@dataclass(slots=True, kw_only=True)
-class Layer:
-    """Weights of one decoder layer."""
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    kv_scales: tuple[Tensor, Tensor] | None = None
-    """Of keys and of values, each [1], where the cache is quantized."""
-
-    @property
-    def head_norms(self) -> tuple[Tensor, Tensor] | None:
-        """Norms of q and of k, where the model has them."""
-        if self.q_norm is None or self.k_norm is None:
-            return None
-        return self.q_norm, self.k_norm
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.out, self.gate_up, self.down)
 
 
 class Decoder:
@@ -135,9 +108,8 @@ class Decoder:
     def forward(self, x: Tensor, attend: Attention) -> Tensor:
         """Hidden states after the final norm. x: embeddings of the tokens. Both [T, hidden]."""
         delta: Tensor | None = None
-        with bf16_products(self.device):
-            for index in range(self.geometry.layers):
-                x, delta = self.layer(index, x, delta, attend)
+        for index in range(self.geometry.layers):
+            x, delta = self.layer(index, x, delta, attend)
         _, y = add_rms_norm(x, delta, self.final_norm, self.geometry.norm_eps)
         assert isinstance(y, Tensor)
         return y
@@ -151,11 +123,12 @@ class Decoder:
         What a block adds is left apart, so that adding it is part of the norm that reads the sum.
         """
         layer, eps = self.layers[index], self.geometry.norm_eps
-        x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
-        delta = self._summed(layer.out(attend(index, layer.qkv(y))))
-        x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
-        act = silu_mul(layer.gate_up(y), self.dtype, layer.down.takes)
-        return x, self._summed(layer.down(act))
+        with bf16_products(self.device):
+            x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
+            delta = self._summed(layer.out(attend(index, layer.qkv(y))))
+            x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
+            act = silu_mul(layer.gate_up(y), self.dtype, layer.down.takes)
+            return x, self._summed(layer.down(act))
 
     def _summed(self, delta: Tensor) -> Tensor:
         """A layer's result over all processes."""

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinier.device import upload
 from tinier.engine.decoder import Decoder
 from tinier.engine.request import Request
 from tinier.engine.scheduler import Chunk
@@ -23,9 +24,10 @@ from tinier.kernels import (
     cached_attention,
     embed,
     greedy,
+    known_tokens,
     uses_triton,
 )
-from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, LayerWeights, unsupported
+from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,8 @@ class Output(NamedTuple):
 class Captured:
     """One batch size's graph with the buffers that it reads and writes."""
 
-    def __init__(self, inputs: Tensor, size: int) -> None:
+    def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
-        self.size = size
         self.graph = torch.cuda.CUDAGraph()
         self.output: Output | None = None
 
@@ -122,18 +123,13 @@ class Runner:
         """Logits and likeliest tokens of some of the chunks."""
         if len(rows) == len(output.tokens):
             return output.logits, output.tokens
-        index = self._upload(rows)
+        index = upload(rows, torch.int64, self.decoder.device)
         return output.logits.index_select(0, index), output.tokens.index_select(0, index)
 
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
         """Note tokens [len(requests)] that were sampled instead of the likeliest."""
         seats = [_seat(request) for request in requests]
-        self._sampled.index_copy_(0, self._upload(seats), tokens)
-
-    def _upload(self, values: list[int]) -> Tensor:
-        """Numbers on the device, without waiting for it."""
-        host = torch.tensor(values, pin_memory=self._captures)
-        return host.to(self.decoder.device, non_blocking=True)
+        self._sampled.index_copy_(0, upload(seats, torch.int64, self.decoder.device), tokens)
 
     def _inputs(self, chunks: list[Chunk], rows: int) -> Tensor:
         """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
@@ -166,7 +162,8 @@ class Runner:
         for i in range(ones, count):
             chunk, end = chunks[i], row + chunks[i].count
             new = np.arange(chunk.start, chunk.start + chunk.count, dtype=np.int32)
-            tokens[row:end] = _tokens(chunk)
+            # only a request that computes one token a step has one in flight
+            tokens[row:end] = chunk.request.tokens(chunk.start, chunk.count)
             positions[row:end] = new
             slots[row:end] = tables[i, new // size] * size + new % size
             row = starts[i + 1] = end
@@ -196,19 +193,10 @@ class Runner:
 
     def _native_step(self, rotation: tuple[Tensor, Tensor]) -> CpuDecoder | None:
         """The whole step as one native call, where the model and the machine allow it."""
-        decoder, g = self.decoder, self.decoder.geometry
-        layers = [
-            LayerWeights(
-                input_norm=layer.input_norm, qkv=layer.qkv, q_norm=layer.q_norm, k_norm=layer.k_norm,
-                out=layer.out, post_norm=layer.post_norm, gate_up=layer.gate_up, down=layer.down,
-                window=g.windows[index],
-            )
-            for index, layer in enumerate(decoder.layers)
-        ]  # fmt: skip
+        decoder = self.decoder
         weights = DecodeWeights(
-            embedding=decoder.embedding, layers=layers, final_norm=decoder.final_norm,
-            head=decoder.head, heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim,
-            norm_eps=g.norm_eps,
+            geometry=decoder.geometry, embedding=decoder.embedding, layers=decoder.layers,
+            final_norm=decoder.final_norm, head=decoder.head,
         )  # fmt: skip
         reason = unsupported(weights, decoder.cache_dtype)
         if decoder.share.size > 1:
@@ -216,14 +204,13 @@ class Runner:
         if reason is not None:
             log.info("decode steps run operator by operator: %s", reason)
             return None
-        keys, values = ([getattr(c, n) for c in self._caches] for n in ("keys", "values"))
-        return CpuDecoder(weights, keys, values, rotation, self._block_size)
+        return CpuDecoder(weights, self._caches, rotation, self._block_size)
 
     def _compute_natively(self, inputs: Tensor, count: int) -> Output:
         assert self._native is not None
         tokens, positions, slots, contexts, seats, _, tables = self._split(inputs, count, count)
-        tokens = torch.where(tokens < 0, self._sampled[(-1 - tokens).clamp(min=0)].int(), tokens)
-        logits = self._native.step(tokens, positions, slots, contexts, tables)
+        known = known_tokens(tokens, self._sampled).int()
+        logits = self._native.step(known, positions, slots, contexts, tables)
         return Output(logits, greedy(logits, seats, self._sampled), None)
 
     def _split(self, inputs: Tensor, rows: int, sequences: int) -> tuple[Tensor, ...]:
@@ -256,7 +243,7 @@ class Runner:
 
     def _capture(self, size: int, is_long: bool) -> Captured:
         """The graph of one token for each of `size` sequences."""
-        captured = Captured(self._inputs([], size).to(self.decoder.device), size)
+        captured = Captured(self._inputs([], size).to(self.decoder.device))
         work = ([1] * size, size, LONG_CONTEXT if is_long else LONG_CONTEXT - 1)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -277,22 +264,14 @@ def _scores_prompt(chunk: Chunk) -> bool:
 
 def _last_token(chunk: Chunk) -> int:
     """Of a chunk of one token; -1 - seat if its value is in flight."""
-    request = chunk.request
-    if chunk.start < len(request.prompt):
-        return request.prompt[chunk.start]
-    if chunk.start == request.num_known:
-        return -1 - _seat(request)
-    return request.output[chunk.start - len(request.prompt)]
+    if chunk.start == chunk.request.num_known:
+        return -1 - _seat(chunk.request)
+    return chunk.request.tokens(chunk.start, 1)[0]
 
 
 def _seat(request: Request) -> int:
     assert request.seat is not None
     return request.seat
-
-
-def _tokens(chunk: Chunk) -> list[int]:
-    # only a request that computes one token a step has one in flight
-    return chunk.request.tokens(chunk.start, chunk.count)
 
 
 def _batch_sizes(largest: int) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinier.device import upload
 from tinier.engine.drawing import Limits, draw, uniforms
 from tinier.engine.penalties import Penalties, Strengths
 from tinier.engine.request import Request
@@ -279,8 +280,7 @@ class Sampler:
         )
 
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
-        return host.to(self._device, non_blocking=True)
+        return upload(values, dtype, self._device)
 
 
 def scores(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

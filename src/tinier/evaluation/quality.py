@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinier.device import bf16_products
 from tinier.engine import Decoder
 from tinier.kernels import Linear, joined
 from tinier.progress import bar
@@ -94,7 +95,9 @@ def _window_sums(
         if reference is None:
             continue
         states = reference.hidden[index][rows].to(reference.device)
-        base = torch.log_softmax(joined(reference.head(states), torch.float32).float(), dim=-1)
+        with bf16_products(reference.device):
+            logits = joined(reference.head(states), torch.float32)
+        base = torch.log_softmax(logits.float(), dim=-1)
         agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
         kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
     return nll, kl, agreements

@@ -5,6 +5,7 @@ device at hand, and the layer says which way it took. `operators.py` has norms, 
 the paged KV cache: Triton's on a GPU (fused.py, attention.py), reference.py's elsewhere.
 """
 
+from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
     Linear,
     StoredLinear,
@@ -20,12 +21,21 @@ from tinier.kernels.operators import (
     silu_mul,
     uses_triton,
 )
-from tinier.kernels.reference import LONG_CONTEXT, Cache, HeadInputs, PagedBatch, joined, rms_norm
+from tinier.kernels.reference import (
+    LONG_CONTEXT,
+    Cache,
+    HeadInputs,
+    PagedBatch,
+    joined,
+    known_tokens,
+    rms_norm,
+)
 
 __all__ = [
     "LONG_CONTEXT",
     "Cache",
     "HeadInputs",
+    "Layer",
     "Linear",
     "PagedBatch",
     "StoredLinear",
@@ -34,6 +44,7 @@ __all__ = [
     "embed",
     "greedy",
     "joined",
+    "known_tokens",
     "make_linear",
     "rms_norm",
     "round_activations",

@@ -16,40 +16,24 @@ import torch
 from torch import Tensor
 
 from tinier.errors import TinierError
+from tinier.families import Geometry
+from tinier.kernels.layer import Layer
 from tinier.kernels.linear import DenseLinear, Int4NativeLinear, Int8Linear, Linear, StackedLinear
 from tinier.kernels.native import load_library
+from tinier.kernels.reference import Cache
 
 _BF16, _INT8, _INT4 = range(3)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWeights:
-    """One decoder layer, as tinier.engine.Layer."""
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
-    """Positions that each token sees, itself included; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeWeights:
     """What the step needs of a decoder."""
 
+    geometry: Geometry
     embedding: Tensor
-    layers: Sequence[LayerWeights]
+    layers: Sequence[Layer]
     final_norm: Tensor
     head: Linear
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
 
 
 class _Linear(Structure):
@@ -92,30 +76,28 @@ class CpuDecoder:
     def __init__(
         self,
         weights: DecodeWeights,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        caches: Sequence[Cache],
         rotation: tuple[Tensor, Tensor],
         block_size: int,
     ) -> None:
-        """keys, values: for each layer [slots, kv_heads, head_dim], bf16. rotation: cos and sin of
-        every position, each [positions, head_dim], bf16. block_size: slots in one cache block."""
-        reason = unsupported(weights, keys[0].dtype)
+        """caches: each layer's, in bf16. rotation: cos and sin of every position, each
+        [positions, head_dim], bf16. block_size: slots in one cache block."""
+        reason = unsupported(weights, caches[0].keys.dtype)
         library = load_library()
         if reason is not None or isinstance(library, str):
             raise TinierError(f"no native decode step: {reason}")
         self._library = library
         self._kept: list[Tensor] = []  # whatever the structs point into
         self._vocab = _rows(weights.head)
-        w = weights
+        w, g = weights, weights.geometry
         layers = [
-            self._layer(w, layer, k, v) for layer, k, v in zip(w.layers, keys, values, strict=True)
+            self._layer(g, layer, cache) for layer, cache in zip(w.layers, caches, strict=True)
         ]
-        hidden = w.embedding.shape[1]
         self._model = _Model(
             self._at(w.embedding), self._at(w.final_norm), *map(self._at, rotation),
-            (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], hidden)[0],
-            len(layers), hidden, layers[0].gate.out, w.heads, w.kv_heads, w.head_dim, block_size,
-            torch.get_num_threads(), w.norm_eps,
+            (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
+            len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
+            torch.get_num_threads(), g.norm_eps,
         )  # fmt: skip
 
     def step(
@@ -136,15 +118,19 @@ class CpuDecoder:
             self._library.decode_step(ctypes.byref(self._model), ctypes.byref(batch))
         return logits
 
-    def _layer(self, w: DecodeWeights, layer: LayerWeights, keys: Tensor, values: Tensor) -> _Layer:
-        q, kv, hidden = w.heads * w.head_dim, w.kv_heads * w.head_dim, w.embedding.shape[1]
-        inner = _rows(layer.gate_up) // 2
+    def _layer(self, g: Geometry, layer: Layer, cache: Cache) -> _Layer:
+        q, kv, hidden, inner = (
+            g.heads * g.head_dim,
+            g.kv_heads * g.head_dim,
+            g.hidden,
+            g.intermediate,
+        )
         return _Layer(
             *map(self._at, (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm)),
             *self._linears(layer.qkv, [q, kv, kv], hidden), *self._linears(layer.out, [hidden], q),
             *self._linears(layer.gate_up, [inner, inner], hidden),
             *self._linears(layer.down, [hidden], inner),
-            self._at(keys), self._at(values), layer.window or 0,
+            self._at(cache.keys), self._at(cache.values), cache.window or 0,
         )  # fmt: skip
 
     def _at(self, tensor: Tensor | None) -> int | None:
@@ -182,9 +168,9 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     library = load_library()
     if isinstance(library, str):
         return library
-    if weights.embedding.shape[1] % 32 or weights.head_dim % 16:
+    if weights.geometry.hidden % 32 or weights.geometry.head_dim % 16:
         return "the hidden size must be a multiple of 32, the head size of 16"
-    linears = [n for w in weights.layers for n in (w.qkv, w.out, w.gate_up, w.down)]
+    linears = [linear for layer in weights.layers for linear in layer.linears]
     for linear in (*linears, weights.head):
         reason = _unsupported_linear(linear)
         if reason is not None:

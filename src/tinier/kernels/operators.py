@@ -29,9 +29,7 @@ def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
     """Rows of table [vocab, hidden] for tokens [T]; token -1 - i stands for sampled[i]."""
     if uses_triton(table.device):
         return fused.embed(tokens, sampled, table)
-    tokens = tokens.long()
-    known = torch.where(tokens < 0, sampled[(-1 - tokens).clamp(min=0)], tokens)
-    return F.embedding(known, table)
+    return F.embedding(reference.known_tokens(tokens, sampled), table)
 
 
 def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:

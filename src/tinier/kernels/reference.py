@@ -17,6 +17,12 @@ def joined(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(dim=0).to(dtype) if x.ndim == 3 else x
 
 
+def known_tokens(tokens: Tensor, sampled: Tensor) -> Tensor:
+    """tokens [T] as int64, -1 - i being sampled[i]."""
+    tokens = tokens.long()
+    return torch.where(tokens < 0, sampled[(-1 - tokens).clamp(min=0)], tokens)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
 

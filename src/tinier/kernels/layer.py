@@ -1,0 +1,34 @@
+"""The weights of one decoder layer, as every way to run it takes them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tinier.kernels.linear import Linear
+
+
+@dataclass(slots=True, kw_only=True)
+class Layer:
+    """Weights of one decoder layer."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    kv_scales: tuple[Tensor, Tensor] | None = None
+    """Of keys and of values, each [1], where the cache is quantized."""
+
+    @property
+    def head_norms(self) -> tuple[Tensor, Tensor] | None:
+        """Norms of q and of k, where the model has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm, self.k_norm
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.qkv, self.out, self.gate_up, self.down)
