@@ -31,9 +31,9 @@ def test_rotate_is_transformers_own() -> None:
 
 
 def test_silu_mul() -> None:
-    gate, up = torch.randn(3, 8), torch.randn(3, 8)
-    # vectorized and scalar code may differ in the last bit
-    assert torch.allclose(silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up, rtol=1e-6)
+    # rows of whole vectors: torch's scalar code for what is left over differs in the last bit
+    gate, up = torch.randn(3, 64), torch.randn(3, 64)
+    assert torch.equal(silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up)
 
 
 def naive_attention(

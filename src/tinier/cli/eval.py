@@ -7,9 +7,6 @@ import typer
 
 from tinier.cli import options, output
 
-# room for MMLU's longest questions with five examples
-_MMLU_TOKENS = 4096
-
 
 def eval_(
     model: options.Model,
@@ -53,18 +50,17 @@ def eval_(
     from dataclasses import asdict
 
     from tinier.device import pick_device
-    from tinier.engine import Engine, EngineConfig, load_decoder
+    from tinier.engine import load_decoder
     from tinier.errors import InputError
     from tinier.evaluation import (
         MmluPlan,
         evaluate,
         evaluate_mmlu,
-        evaluate_mmlu_served,
-        evaluate_served,
         load_mmlu,
+        measure_served,
         reference_states,
     )
-    from tinier.families import check_length, check_same_vocabulary, geometry_of, open_model
+    from tinier.families import check_length, check_same_vocabulary, open_model
     from tinier.report.terminal import quality_text, size_of
     from tinier.text import load_part, load_tokenizer, token_windows
 
@@ -89,14 +85,11 @@ def eval_(
         questions = load_mmlu(plan)
     reference = reference_states(load_decoder(original, device=place), held) if original else None
     if engine:
-        room = max(
-            length + 1, min(_MMLU_TOKENS, geometry_of(checkpoint).max_positions) if mmlu else 0
-        )
-        served = Engine(checkpoint, EngineConfig(max_seq_len=room, device=device))
-        quality = evaluate_served(served, held)
+        quality, answers = measure_served(checkpoint, tokenizer, held, questions, shots, device)
     else:
         decoder = load_decoder(checkpoint, device=place)
         quality = evaluate(decoder, held, reference)
+        answers = evaluate_mmlu(decoder, tokenizer, questions, shots) if questions else None
     data = {
         "model": model,
         "against": against,
@@ -106,10 +99,6 @@ def eval_(
         "size": size_of(checkpoint),
         "engine": engine,
         "quality": asdict(quality),
-        "mmlu": None,
+        "mmlu": asdict(answers) if answers else None,
     }
-    if questions and engine:
-        data["mmlu"] = asdict(evaluate_mmlu_served(served, tokenizer, questions, shots))
-    elif questions:
-        data["mmlu"] = asdict(evaluate_mmlu(decoder, tokenizer, questions, shots))
     output.result(quality_text(data), data, as_json=json)

@@ -7,7 +7,7 @@ engine's decoder, the one that serves the model; served.py sends requests to the
 from tinier.evaluation.compare import Comparison, LayerDifference, compare
 from tinier.evaluation.mmlu import MmluPlan, MmluResult, evaluate_mmlu, load_mmlu
 from tinier.evaluation.quality import Quality, Reference, evaluate, reference_states
-from tinier.evaluation.served import evaluate_mmlu_served, evaluate_served
+from tinier.evaluation.served import evaluate_mmlu_served, evaluate_served, measure_served
 
 __all__ = [
     "Comparison",
@@ -22,5 +22,6 @@ __all__ = [
     "evaluate_mmlu_served",
     "evaluate_served",
     "load_mmlu",
+    "measure_served",
     "reference_states",
 ]

@@ -10,14 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinier.engine import Engine, Request, SamplingParams
+from tinier.checkpoint import Checkpoint
+from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import TextError
 from tinier.evaluation.mmlu import Mmlu, MmluResult, letter_tokens, question_prompts, score
 from tinier.evaluation.quality import Quality, stderr
 from tinier.progress import bar
 
-# more than any two logits are apart
+# the largest bias that a request may ask for
 _ONLY_THESE = 100.0
+
+
+def measure_served(
+    checkpoint: Checkpoint, tokenizer: Any, windows: Tensor, mmlu: Mmlu | None, shots: int,
+    device: str,
+) -> tuple[Quality, MmluResult | None]:  # fmt: skip
+    """Both measures on an engine with room for the longest window or question."""
+    lengths = [windows.shape[1]]
+    if mmlu:
+        lengths += map(len, question_prompts(tokenizer, mmlu))
+    engine = Engine(checkpoint, EngineConfig(max_seq_len=max(lengths) + 1, device=device))
+    quality = evaluate_served(engine, windows)
+    return quality, evaluate_mmlu_served(engine, tokenizer, mmlu, shots) if mmlu else None
 
 
 def evaluate_served(engine: Engine, windows: Tensor) -> Quality:
@@ -40,7 +54,7 @@ def evaluate_served(engine: Engine, windows: Tensor) -> Quality:
 
 
 def evaluate_mmlu_served(engine: Engine, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
-    """Ask every question: one token, with all but the four letters out of reach. Raises TextError for
+    """Ask every question: one token, the four letters raised above all others. Raises TextError for
     questions that are longer than the engine takes."""
     letters = letter_tokens(tokenizer)
     params = SamplingParams(max_tokens=1, logit_bias=dict.fromkeys(letters, _ONLY_THESE))

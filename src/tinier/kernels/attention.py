@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache in Triton. Plain torch: operators.py's way through reference.py.
+"""Attention over the paged KV cache in Triton. Plain torch: reference.cached_attention.
 
 One new token of a sequence (decode) reads its whole context, so the context is split over programs
 whose partial results a second kernel joins (flash decoding); the query heads of one KV head are the
@@ -25,6 +25,7 @@ from tinier.kernels.fused import (
     rotate_and_store,
     rounded,
     summed_parts,
+    token_scale,
 )
 from tinier.kernels.reference import LONG_CONTEXT, Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
@@ -230,9 +231,7 @@ def _join(  # type: ignore[no-untyped-def]
         tl.store(out + row * H * D + at, y, mask=inside[:, None])
     else:
         y = y.to(tl.float32)
-        size = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
-        scale = tl.div_rn(size, LARGEST)
-        scale = tl.where(scale == 0.0, 1.0, scale)
+        scale = token_scale(tl.max(tl.max(tl.abs(y), axis=1), axis=0), LARGEST)
         y = code(y * tl.div_rn(1.0, scale), out.dtype.element_ty)
         tl.store(out + row * H * D + at, y, mask=inside[:, None])
         tl.store(scales + row, scale)
@@ -343,9 +342,9 @@ def _decode_all(
         cache.values, *pairs, batch.tables, batch.contexts, k_scale, v_scale, out, sums,
         tokens * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
         D=size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        BLOCK_SIZE=batch.block_size, KEYS=KEYS, SPLITS=splits, WINDOW=cache.window or 0,
+        BLOCK_SIZE=batch.block_size, KEYS=_KEYS, SPLITS=splits, WINDOW=cache.window or 0,
         PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
-        PAIRED=paired, dtype=TRITON_TYPES[dtype], num_warps=WARPS, num_stages=STAGES, **early_start(),
+        PAIRED=paired, dtype=TRITON_TYPES[dtype], num_warps=_WARPS, num_stages=_STAGES, **early_start(),
     )  # fmt: skip
     if splits == 1:
         whole = out.view(tokens, heads * size)
@@ -379,7 +378,8 @@ def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, skip: int, out
     )  # fmt: skip
 
 
-KEYS, WARPS, STAGES = 64, 4, 3
+# of a decode program; the fastest of five for FP8 and bf16 caches (docs/log.md)
+_KEYS, _WARPS, _STAGES = 64, 4, 3
 
 
 def _splits(programs: int, longest: int) -> int:

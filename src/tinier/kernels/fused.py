@@ -45,12 +45,18 @@ def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 as it is after a stay in `dtype`."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def summed_parts(source, at, inside, stride, PARTS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """What lies at `source + at`, or the sum of PARTS such, as float32 rounded to `dtype`."""
     value = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         value += tl.load(source + part * stride + at, mask=inside, other=0.0).to(tl.float32)
-    return value.to(dtype).to(tl.float32)
+    return rounded(value, dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,14 +71,19 @@ def code(y, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def token_scale(size, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scale of a token whose largest number is `size` (numerics.quantize_tokens_*)."""
+    scale = tl.div_rn(size, LARGEST)
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write a row as it is, or as codes with one scale (numerics.quantize_tokens_*)."""
+    """Write a row as it is, or as codes with one scale."""
     if TAKES is None:
         tl.store(out + at, y, mask=inside)
     else:
-        size = tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0)
-        scale = tl.div_rn(size, LARGEST)
-        scale = tl.where(scale == 0.0, 1.0, scale)
+        scale = token_scale(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), LARGEST)
         y = y * tl.div_rn(1.0, scale)
         tl.store(out + at, code(y, out.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
@@ -185,12 +196,6 @@ def _encode_rows(  # type: ignore[no-untyped-def]
     inside = at < SIZE
     y = tl.load(x + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
     store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 as it is after a stay in `dtype`."""
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -33,7 +33,7 @@ class Int4Weight(NamedTuple):
 
 
 def pack_int4(quantized: Quantized) -> Int4Weight:
-    """INT4 codes [out, in] for the native step: what a layer offers as `native`."""
+    """INT4 codes [out, in] for the native step."""
     unsigned = (quantized.codes + 8).to(torch.uint8)
     pairs = unsigned[:, 1::2] << 4 | unsigned[:, ::2]
     zero = quantized.zero_point

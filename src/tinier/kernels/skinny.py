@@ -85,9 +85,8 @@ def _bring(starts, size, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _nibble_asm(nibble: int) -> tl.constexpr:
     """Two words to one nibble of each, as a pair of bf16: put into the mantissa of 128, less 136."""
     byte = nibble // 2
-    select = (
-        byte | (4 + byte) << 8
-    )  # that byte of the first word, of the second word into the high half
+    # that byte of the first word, and of the second into the high half
+    select = byte | (4 + byte) << 8
     shift = "shr.b32 t, t, 4;\n" if nibble % 2 else ""
     return tl.constexpr(
         "{\n.reg .b32 t, one, less;\nmov.b32 one, 0x3F803F80;\nmov.b32 less, 0xC308C308;\n"
@@ -296,7 +295,8 @@ def expand(weight: Weight) -> Tensor:
 
 
 def tiling_for(weight: Weight, tokens: int) -> Tiling:
-    """What was fastest on an H100 for Llama-3.2-3B's layers (benchmarks/skinny_matmul.py)."""
+    """What was fastest on an H100 for Llama-3.2-3B's layers, by sweeps of single layers and of whole
+    decode steps (docs/log.md)."""
     rows, columns = weight.shape
     processors = _processors(weight.codes.device)
     few = tokens <= 16
