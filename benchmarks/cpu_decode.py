@@ -13,7 +13,7 @@ error in its row, as is an engine that does not start. Rows of earlier runs stay
 each with the index of its run.
 
 The GGUF files are made from the bf16 checkpoint; Q8_0 and Q4_0 both have a Q8_0 head, which goes with
-tinier's int8 and int4 with an int8 head. vLLM 0.32.0 does not load our INT8 checkpoint with an int8
+tinier's int8 and int4 with an int8 head. vLLM 0.32.0 did not load our INT8 checkpoint with an int8
 head, so its rows go with tinier's of the 16-bit head; its W4A16 needs a CPU with AVX-512.
 
 Peers' environments are made once (vLLM needs Debian's libtcmalloc-minimal4 too):
@@ -27,8 +27,8 @@ Peers' environments are made once (vLLM needs Debian's libtcmalloc-minimal4 too)
         [--engines tinier llamacpp "vllm bf16"]
 
 The first run fills DIR with checkpoints and GGUF files, which takes minutes; delete it to make them
-anew. `--rounds 0` does no more than this and the check of the text. vLLM compiles at each start, about
-a minute a row.
+anew. `--rounds 0` does no more than this and the check of the text. vLLM compiles at each start, one to
+two minutes a row.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from tinier.engine.drawing import Limits, draw, uniforms
 from tinier.engine.penalties import Penalties, Strengths
 from tinier.engine.request import Request
 
-# logits that are drawn from at once: about 45 bytes of working memory each
+# logits that are drawn from at once: 55 bytes of working memory each with all limits
 _DRAWN_AT_ONCE = 2**23
 
 Kind = tuple[bool, bool, bool] | None
