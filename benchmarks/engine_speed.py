@@ -229,6 +229,7 @@ def measure(name: str, limits: dict[str, float], repeats: int) -> dict[str, Any]
         "spread": (max(times) - min(times)) / took,
     }  # fmt: skip
     for in_flight, count in ((64, 256), (4, 32)):
+        requests(engine, in_flight, count)  # captures its graphs
         rates = [requests(engine, in_flight, count) for _ in range(repeats)]
         rate = statistics.median(rates)
         result[f"requests-{in_flight}"] = {

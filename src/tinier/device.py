@@ -39,7 +39,9 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host on `device`, without waiting for it."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 

@@ -90,6 +90,28 @@ def test_requests_may_arrive_at_any_time(tiny: Tiny) -> None:
     assert shared.num_free_blocks == shared.num_blocks
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("chunk", [16, 60, 4096])
+def test_graphs_of_mixed_steps_give_the_text_of_single_requests(tiny: Tiny, chunk: int) -> None:
+    checkpoint = tiny("qwen3")
+    params = SamplingParams(max_tokens=15)
+    asked = prompts(20, seed=4, longest=100)
+    alone = engine(checkpoint).generate(asked, params)
+    config = EngineConfig(
+        device="cuda", max_batch_size=8, max_seq_len=128, block_size=4, max_step_tokens=chunk
+    )
+    on_gpu = Engine(checkpoint, config)
+    requests = []
+    for prompt in asked:
+        requests.append(on_gpu.add(prompt, params))
+        on_gpu.step()
+    while on_gpu.has_work:
+        on_gpu.step()
+    assert [request.output for request in requests] == alone
+    assert any(shape.rows > shape.sequences for shape in on_gpu.runner._captured)
+
+
 def test_sampling_depends_on_the_seed_alone(tiny: Tiny) -> None:
     checkpoint = tiny()
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=7)

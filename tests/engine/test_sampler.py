@@ -294,6 +294,7 @@ def test_the_host_never_asks_for_a_value() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_sampling_on_a_gpu_does_not_wait() -> None:
     device = torch.device("cuda")
     requests, logits = every_kind(), random_logits(90).to(device)

@@ -118,8 +118,8 @@ class Step:
     def reference(self, weights: DecodeWeights) -> Tensor:
         count, eps = len(self.tokens), weights.geometry.norm_eps
         batch = PagedBatch(
-            self.tables, self.contexts, torch.arange(count + 1), self.positions, self.slots, [1] * count,
-            BLOCK, int(self.contexts.max()),
+            self.tables, self.contexts, torch.arange(count + 1), self.positions, self.slots,
+            torch.tensor([count]), [1] * count, BLOCK, int(self.contexts.max()),
         )  # fmt: skip
         x = F.embedding(self.tokens.long(), weights.embedding)
         with bf16_products(torch.device("cpu")):

@@ -71,7 +71,7 @@ def paged_batch(
     batch = PagedBatch(
         blocks, torch.tensor(contexts, dtype=torch.int32),
         torch.tensor([0, *counts]).cumsum(0).int(), torch.cat(positions).int(), torch.cat(new).int(),
-        counts, block_size, max(contexts),
+        torch.tensor([counts.count(1)], dtype=torch.int32), counts, block_size, max(contexts),
     )  # fmt: skip
     return batch, slots
 

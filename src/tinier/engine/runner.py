@@ -1,7 +1,8 @@
 """Computes the chunks of one step: token ids to logits, through the paged KV cache.
 
-A step of one token per sequence is the same few hundred kernels every time, so on a GPU it is captured
-as a CUDA graph for each of a few batch sizes; a batch is padded to the next of them. Tokens that were
+A step is the same few hundred kernels every time, so on a GPU it is captured as a CUDA graph for each of a
+few sizes, and what it computes is padded to the next of them: steps of one token per sequence, and steps
+with prompts up to 2,048 tokens, past which launching takes less time than computing. Tokens that were
 sampled but are not known to the host yet are read on the device, from the seat of their request.
 """
 
@@ -43,8 +44,19 @@ class Output(NamedTuple):
     """[T, hidden] after every token; None: the step made logits alone"""
 
 
+class Shape(NamedTuple):
+    """What a graph is captured for."""
+
+    rows: int
+    """Tokens"""
+    sequences: int
+    """As many as rows: each has one token. More rows: any mix, of any number up to this"""
+    is_long: bool
+    """Whether a context is"""
+
+
 class Captured:
-    """One batch size's graph with the buffers that it reads and writes."""
+    """The graph of one shape with the buffers that it reads and writes."""
 
     def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
@@ -83,8 +95,8 @@ class Runner:
         self._head_inputs = [decoder.head_inputs(index, rotation) for index in range(g.layers)]
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
-        self._sizes = _batch_sizes(max_batch_size)
-        self._captured: dict[tuple[int, bool], Captured] = {}
+        self._max_batch_size = max_batch_size
+        self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Tensor] = []
         self._native = self._native_step(rotation) if device.type == "cpu" else None
@@ -103,21 +115,21 @@ class Runner:
         """Compute the chunks and write their keys and values. On a GPU it returns before that is done."""
         counts = [chunk.count for chunk in chunks]
         longest = max(chunk.start + chunk.count for chunk in chunks)
-        if self._captures and max(counts) == 1:
-            size = next(size for size in self._sizes if size >= len(chunks))
-            key = size, longest >= LONG_CONTEXT
-            captured = self._captured.get(key) or self._capture(*key)
-            captured.inputs.copy_(self._inputs(chunks, size), non_blocking=True)
+        rows, count = sum(counts), len(chunks)
+        shape = self._shape(rows, count, longest) if self._captures else None
+        if shape is not None:
+            captured = self._captured.get(shape) or self._capture(shape)
+            packed = self._inputs(chunks, shape.rows, shape.sequences)
+            captured.inputs.copy_(packed, non_blocking=True)
             captured.graph.replay()
             assert captured.output is not None
             logits, tokens, hidden = captured.output
             assert hidden is not None
-            count = len(chunks)
-            return Output(logits[:count], tokens[:count], hidden[:count])
-        inputs = self._inputs(chunks, sum(counts)).to(self.decoder.device, non_blocking=True)
-        if self._native and max(counts) == 1 and not any(map(_scores_prompt, chunks)):
-            return self._compute_natively(inputs, len(chunks))
-        return self._compute(inputs, counts, sum(counts), longest)
+            return Output(logits[:count], tokens[:count], hidden[:rows])
+        inputs = self._inputs(chunks, rows, count).to(self.decoder.device, non_blocking=True)
+        if self._native and rows == count and not any(map(_scores_prompt, chunks)):
+            return self._compute_natively(inputs, count)
+        return self._compute(inputs, counts, longest)
 
     def rows(self, output: Output, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Logits and likeliest tokens of some of the chunks."""
@@ -131,22 +143,33 @@ class Runner:
         seats = [_seat(request) for request in requests]
         self._sampled.index_copy_(0, upload(seats, torch.int64, self.decoder.device), tokens)
 
-    def _inputs(self, chunks: list[Chunk], rows: int) -> Tensor:
+    def _shape(self, rows: int, count: int, longest: int) -> Shape | None:
+        """The smallest shape that is captured and holds a step; None: it runs without a graph."""
+        most = self._max_batch_size
+        is_long = longest >= LONG_CONTEXT
+        if rows == count:
+            size = next(size for size in _batch_sizes(most) if size >= count)
+            return Shape(size, size, is_long)
+        fitting = (size for size in _row_counts(most) if size >= rows)
+        size = next(fitting, 0)
+        return Shape(size, most, is_long) if size else None
+
+    def _inputs(self, chunks: list[Chunk], rows: int, sequences: int) -> Tensor:
         """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
-        contexts and seats [B], starts [B + 1], block tables [B, width]. Rows past the chunks' are padding.
+        contexts and seats [sequences], starts [sequences + 1], decodes [1], block tables
+        [sequences, width]. What is past the chunks is padding.
 
         A token that is not known yet is -1 - its request's seat.
         """
         count = len(chunks)
-        single = chunks[-1].count == 1 if chunks else True
-        sequences = rows if single else count
-        packed = self._stage(3 * rows + 3 * sequences + 1 + sequences * self.width)
+        packed = self._stage(sum(self._parts(rows, sequences)))
         values: NDArray[np.int32] = packed.numpy()
-        tokens, positions, slots = (values[i * rows : (i + 1) * rows] for i in range(3))
-        contexts, seats = values[3 * rows : 3 * rows + 2 * sequences].reshape(2, sequences)
-        starts = values[3 * rows + 2 * sequences : 3 * rows + 3 * sequences + 1]
-        tables = values[3 * rows + 3 * sequences + 1 :].reshape(sequences, self.width)
-        ones = count if single else next(i for i, chunk in enumerate(chunks) if chunk.count > 1)
+        tokens, positions, slots, contexts, seats, starts, decodes, flat = np.split(
+            values, np.cumsum(self._parts(rows, sequences)[:-1])
+        )
+        tables = flat.reshape(sequences, self.width)
+        ones = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), count)
+        decodes[0] = ones
         if chunks:
             np.stack([chunk.request.table for chunk in chunks], out=tables[:count])
         at = [chunk.start for chunk in chunks[:ones]]
@@ -169,14 +192,11 @@ class Runner:
             row = starts[i + 1] = end
         contexts[:count] = [chunk.start + chunk.count for chunk in chunks]
         seats[:count] = [_seat(chunk.request) for chunk in chunks]
-        if rows > row:  # padding
-            for part in (tokens, positions):
-                part[row:] = 0
-            slots[row:] = self._num_blocks * size
-            contexts[count:] = 0
-            seats[count:] = len(self._sampled) - 1
-            tables[count:] = 0
-            starts[count + 1 :] = range(row + 1, row + 1 + sequences - count)
+        for part in (tokens[row:], positions[row:], contexts[count:], tables[count:]):
+            part[:] = 0
+        slots[row:] = self._num_blocks * size
+        seats[count:] = len(self._sampled) - 1
+        starts[count + 1 :] = row
         return packed
 
     def _stage(self, size: int) -> Tensor:
@@ -208,25 +228,28 @@ class Runner:
 
     def _compute_natively(self, inputs: Tensor, count: int) -> Output:
         assert self._native is not None
-        tokens, positions, slots, contexts, seats, _, tables = self._split(inputs, count, count)
+        tokens, positions, slots, contexts, seats, _, _, tables = self._split(inputs, count, count)
         known = known_tokens(tokens, self._sampled).int()
         logits = self._native.step(known, positions, slots, contexts, tables)
         return Output(logits, greedy(logits, seats, self._sampled), None)
 
+    def _parts(self, rows: int, sequences: int) -> list[int]:
+        """Sizes of what `_inputs` joins."""
+        each = [rows] * 3 + [sequences] * 2
+        return [*each, sequences + 1, 1, sequences * self.width]
+
     def _split(self, inputs: Tensor, rows: int, sequences: int) -> tuple[Tensor, ...]:
         """What `_inputs` joined."""
-        *parts, tables = inputs.split(
-            [rows, rows, rows, sequences, sequences, sequences + 1, sequences * self.width]
-        )
+        *parts, tables = inputs.split(self._parts(rows, sequences))
         return *parts, tables.view(sequences, self.width)
 
-    def _compute(self, inputs: Tensor, counts: list[int], rows: int, longest: int) -> Output:
-        sequences = len(counts)
-        tokens, positions, slots, contexts, seats, starts, tables = self._split(
+    def _compute(self, inputs: Tensor, counts: list[int], longest: int) -> Output:
+        rows, sequences = sum(counts), len(counts)
+        tokens, positions, slots, contexts, seats, starts, decodes, tables = self._split(
             inputs, rows, sequences
         )
         batch = PagedBatch(
-            tables, contexts, starts, positions, slots, counts, self._block_size, longest
+            tables, contexts, starts, positions, slots, decodes, counts, self._block_size, longest
         )
         decoder = self.decoder
 
@@ -241,10 +264,12 @@ class Runner:
         logits = decoder.logits(last)
         return Output(logits, greedy(logits, seats, self._sampled), hidden)
 
-    def _capture(self, size: int, is_long: bool) -> Captured:
-        """The graph of one token for each of `size` sequences."""
-        captured = Captured(self._inputs([], size).to(self.decoder.device))
-        work = ([1] * size, size, LONG_CONTEXT if is_long else LONG_CONTEXT - 1)
+    def _capture(self, shape: Shape) -> Captured:
+        rows, sequences, is_long = shape
+        captured = Captured(self._inputs([], rows, sequences).to(self.decoder.device))
+        counts = [1] * sequences
+        counts[-1] += rows - sequences
+        work = (counts, LONG_CONTEXT if is_long else LONG_CONTEXT - 1)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels compile and libraries start outside the capture
@@ -253,7 +278,7 @@ class Runner:
         with torch.cuda.graph(captured.graph, pool=self._memory):
             captured.output = self._compute(captured.inputs, *work)
         self._memory = captured.graph.pool()
-        self._captured[size, is_long] = captured
+        self._captured[shape] = captured
         return captured
 
 
@@ -278,3 +303,9 @@ def _batch_sizes(largest: int) -> list[int]:
     """Batch sizes that are captured: a padded row costs little, a graph some memory."""
     sizes = [size for size in (1, 2, 4) if size < largest]
     return [*sizes, *range(8, largest, 8), largest]
+
+
+def _row_counts(sequences: int) -> list[int]:
+    """Numbers of tokens with prompts among them that are captured."""
+    sizes = [16, 32, 64, *range(128, 1024, 64), *range(1024, 2049, 128)]
+    return [size for size in sizes if size > sequences]

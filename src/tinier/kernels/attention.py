@@ -101,14 +101,17 @@ def _turned(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, eps, k_cache, v_cache, k_pairs, v_pairs,
-    tables, contexts, k_scale, v_scale, out, sums, stride, width, scale,
+    tables, contexts, decodes, k_scale, v_scale, out, sums, stride, width, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PAIRED: tl.constexpr,
-    dtype: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
+    if MIXED:  # noqa: SIM102: one is known when it is compiled
+        if sequence >= tl.load(decodes):
+            return
     head = tl.program_id(1)
     split = tl.program_id(2)
     before = tl.load(contexts + sequence) - 1  # tokens that are in the cache already
@@ -202,13 +205,16 @@ def _decode(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
-    partial, sums, out, scales, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, dtype: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
-    PDL: tl.constexpr,
+    partial, sums, decodes, out, scales, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, TAKES: tl.constexpr,
+    LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's partial results, weighted by their shares of the softmax's sum, for the next layer."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
+    if MIXED:  # noqa: SIM102
+        if row >= tl.load(decodes):
+            return
     head = tl.arange(0, HEADS)
     inside = head < H
     at = head[:, None] * D + tl.arange(0, D)[None, :]
@@ -239,19 +245,28 @@ def _join(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _prefill(  # type: ignore[no-untyped-def]
-    q, k_cache, v_cache, tables, contexts, starts, k_scale, v_scale, out, width, scale, first,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CODED: tl.constexpr,
-    PDL: tl.constexpr,
+    q, k_cache, v_cache, tables, contexts, starts, decodes, k_scale, v_scale, out, width, scale,
+    sequences, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr,
+    CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    tile = tl.program_id(0)
+    # the launch knows how many tiles there can be, not whose: the same graph serves every batch
+    each = tl.arange(0, SEQUENCES)
+    begins = tl.load(starts + each, mask=each < sequences, other=0)
+    counts = tl.load(starts + each + 1, mask=each < sequences, other=0) - begins
+    tiles = tl.where(each < tl.load(decodes), 0, tl.cdiv(counts, QUERIES))
+    until = tl.cumsum(tiles, axis=0)
+    # last tiles first: they see the most keys
+    place = tl.sum(tiles, axis=0) - 1 - tl.program_id(0)
+    if place < 0:
+        return
+    sequence = tl.sum((until <= place).to(tl.int32), axis=0)
+    tile = place - tl.sum(tl.where(each == sequence, until - tiles, 0), axis=0)
+    sequence = sequence.to(tl.int64)
     head = tl.program_id(1)
-    sequence = (tl.program_id(2) + first).to(tl.int64)
     start = tl.load(starts + sequence).to(tl.int64)
     count = (tl.load(starts + sequence + 1) - start).to(tl.int32)
-    if tile * QUERIES >= count:
-        return
     context = tl.load(contexts + sequence)
     row = tile * QUERIES + tl.arange(0, QUERIES)
     asks = context - count + row
@@ -301,80 +316,86 @@ def cached_attention(
     qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: PagedBatch, takes: str | None = None
 ) -> Tensor | Quantized:
     """As operators.cached_attention; sequences with one new token stand first in the batch."""
-    decodes = next((i for i, n in enumerate(batch.counts) if n > 1), len(batch.counts))
-    if decodes == len(batch.counts):
+    if max(batch.counts) == 1:
         return _decode_all(qkv, inputs, cache, batch, takes)
     q = rotate_and_store(
         qkv, inputs.rotation, batch.positions, batch.slots, inputs.norms, inputs.eps, inputs.heads,
         cache.keys, cache.values, cache.scales,
     )  # fmt: skip
     out = torch.empty_like(q).flatten(1)
-    if decodes:
-        # the same tokens once more: their k and v are written twice, and are the same
-        first = qkv[..., :decodes, :].contiguous()
-        made = _decode_all(first, inputs, cache, batch, None, decodes)
-        assert isinstance(made, Tensor)
-        out[:decodes] = made
-    prefill_attention(q, cache, batch, decodes, out)
+    # sequences of one new token once more: their k and v are written twice, and are the same
+    _decode_all(qkv, inputs, cache, batch, None, out)
+    prefill_attention(q, cache, batch, out)
     return out if takes is None else encode_rows(out, takes)
 
 
 def _decode_all(
     qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: PagedBatch, takes: str | None,
-    count: int | None = None,
+    mixed: Tensor | None = None,
 ) -> Tensor | Quantized:  # fmt: skip
-    """One new token of each of the first `count` sequences (default: all)."""
+    """One new token of each sequence; or of the first `batch.decodes`, to the first rows of `mixed`."""
     _, kv_heads, size = cache.keys.shape
-    tokens = qkv.shape[-2] if count is None else count
+    tokens = len(batch.counts)
     heads, dtype = inputs.heads, inputs.rotation[0].dtype
-    splits = _splits(tokens * kv_heads, batch.longest)
-    out = torch.empty(
-        tokens, splits, heads, size, dtype=torch.float32 if splits > 1 else dtype, device=qkv.device
-    )
+    # of a mixed batch's sequences any number may be such
+    splits = _splits((tokens if mixed is None else min(tokens, 16)) * kv_heads, batch.longest)
+    if splits == 1 and mixed is not None:
+        out = mixed
+    else:
+        out = torch.empty(
+            tokens, splits, heads, size, dtype=torch.float32 if splits > 1 else dtype,
+            device=qkv.device,
+        )  # fmt: skip
     sums = torch.empty(tokens, splits, heads, dtype=torch.float32, device=qkv.device)
     q_norm, k_norm = inputs.norms or (out, out)
     k_scale, v_scale = cache.scales or (out, out)
     group = heads // kv_heads
-    paired = cache.scales is not None and dtype == torch.bfloat16 and not interpreted()
+    # half a head is the inner side of a product, which tensor cores take from 16 on
+    can_pair = dtype == torch.bfloat16 and size >= 32 and not interpreted()
+    paired = cache.scales is not None and can_pair
     pairs = [t.view(torch.int16) if paired else t for t in (cache.keys, cache.values)]
     _decode[(tokens, kv_heads, splits)](
         qkv, *inputs.rotation, batch.positions, batch.slots, q_norm, k_norm, inputs.eps, cache.keys,
-        cache.values, *pairs, batch.tables, batch.contexts, k_scale, v_scale, out, sums,
-        tokens * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
+        cache.values, *pairs, batch.tables, batch.contexts, batch.decodes, k_scale, v_scale, out, sums,
+        qkv.shape[-2] * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
         D=size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK_SIZE=batch.block_size, KEYS=_KEYS, SPLITS=splits, WINDOW=cache.window or 0,
         PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
-        PAIRED=paired, dtype=TRITON_TYPES[dtype], num_warps=_WARPS, num_stages=_STAGES, **early_start(),
+        PAIRED=paired, MIXED=mixed is not None, dtype=TRITON_TYPES[dtype], num_warps=_WARPS,
+        num_stages=_STAGES, **early_start(),
     )  # fmt: skip
     if splits == 1:
-        whole = out.view(tokens, heads * size)
+        whole = out.view(-1, heads * size)
         return whole if takes is None else encode_rows(whole, takes)
-    joined = torch.empty(
-        tokens, heads * size, dtype=CODES.get(takes or "", dtype), device=qkv.device
-    )
+    joined = mixed
+    if joined is None:
+        coded = CODES.get(takes or "", dtype)
+        joined = torch.empty(tokens, heads * size, dtype=coded, device=qkv.device)
     scales = torch.empty(tokens if takes else 0, 1, dtype=torch.float32, device=qkv.device)
     _join[(tokens,)](
-        out, sums, joined, scales, H=heads, HEADS=triton.next_power_of_2(heads), D=size,
-        SPLITS=splits, dtype=TRITON_TYPES[dtype], TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0),
-        num_warps=16, **early_start(),
+        out, sums, batch.decodes, joined, scales, H=heads, HEADS=triton.next_power_of_2(heads), D=size,
+        SPLITS=splits, MIXED=mixed is not None, dtype=TRITON_TYPES[dtype], TAKES=takes,
+        LARGEST=LARGEST.get(takes or "", 0.0), num_warps=16, **early_start(),
     )  # fmt: skip
     return joined if takes is None else Quantized(joined, scales)
 
 
-def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, skip: int, out: Tensor) -> None:
+def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, out: Tensor) -> None:
     """Causal attention of q [T, H, D] over the cache, which has its keys, to out [T, H·D]; the first
-    `skip` sequences are left out."""
-    _, heads, size = q.shape
+    `batch.decodes` sequences are left out."""
+    tokens, heads, size = q.shape
+    sequences = len(batch.counts)
     kv_heads = cache.keys.shape[1]
     k_scale, v_scale = cache.scales or (q, q)
     queries = 128 if q.dtype != torch.float32 else 32
-    grid = (triton.cdiv(max(batch.counts), queries), heads, len(batch.counts) - skip)
-    _prefill[grid](
-        q, cache.keys, cache.values, batch.tables, batch.contexts, batch.starts, k_scale, v_scale, out,
-        batch.tables.stride(0), size**-0.5 * _LOG2_E, skip, H=heads, K=kv_heads, D=size,
-        BLOCK_SIZE=batch.block_size, QUERIES=queries, KEYS=64 if queries == 128 else 32,
-        WINDOW=cache.window or 0, CODED=cache.scales is not None, num_warps=8, num_stages=2,
-        **early_start(),
+    # a sequence fills all its tiles but the last
+    most = tokens // queries + min(sequences, tokens // 2)
+    _prefill[(most, heads)](
+        q, cache.keys, cache.values, batch.tables, batch.contexts, batch.starts, batch.decodes, k_scale,
+        v_scale, out, batch.tables.stride(0), size**-0.5 * _LOG2_E, sequences, H=heads, K=kv_heads,
+        D=size, BLOCK_SIZE=batch.block_size, QUERIES=queries, KEYS=64 if queries == 128 else 32,
+        SEQUENCES=triton.next_power_of_2(sequences), WINDOW=cache.window or 0,
+        CODED=cache.scales is not None, num_warps=8, num_stages=2, **early_start(),
     )  # fmt: skip
 
 

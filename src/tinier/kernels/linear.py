@@ -38,6 +38,7 @@ from tinier.schemes import Grid, Scheme
 
 if find_spec("triton") is not None:
     from tinier.kernels import skinny
+    from tinier.kernels.fused import encode_rows
 
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -129,7 +130,7 @@ class Int8Linear(Linear):
             self.path = f"INT8: Triton to {skinny.MOST_TOKENS} tokens, torch._int_mm above"
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        tokens = x if isinstance(x, Quantized) else quantize_tokens_int8(x)
+        tokens = x if isinstance(x, Quantized) else encode_tokens(x, "int8")
         codes = tokens.codes
         rows = codes.shape[0]
         if self._few is not None and rows <= skinny.MOST_TOKENS:
@@ -167,7 +168,7 @@ class Fp8Linear(Linear):
         if isinstance(x, Quantized):
             tokens = x
         elif self.input_scale is None:
-            tokens = quantize_tokens_e4m3(x)
+            tokens = encode_tokens(x, "e4m3")
         else:
             scale = self.input_scale.expand(x.shape[0], 1).contiguous()
             tokens = Quantized(cast_e4m3(x.float() / self.input_scale), scale)
@@ -317,6 +318,13 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     dense.fast = False
     dense.path = f"{scheme.label} expanded to {str(dtype).removeprefix('torch.')}"
     return dense
+
+
+def encode_tokens(x: Tensor, takes: str) -> Quantized:
+    """x [T, in] as the codes that `takes` names, one scale a token."""
+    if x.is_cuda and find_spec("triton") is not None:
+        return encode_rows(x, takes)
+    return quantize_tokens_int8(x) if takes == "int8" else quantize_tokens_e4m3(x)
 
 
 def round_activations(x: Tensor, grid: Grid, input_scale: Tensor | None = None) -> Tensor:

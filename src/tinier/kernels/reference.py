@@ -81,6 +81,8 @@ class PagedBatch(NamedTuple):
     """[T] int32: of each token in its sequence"""
     slots: Tensor
     """[T] int32: where each token's key and value go"""
+    decodes: Tensor
+    """[1] int32: how many sequences have one new token"""
     counts: list[int]
     """How many new tokens each sequence has: its last `count` positions"""
     block_size: int
