@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from benchmarks.guide_shape import SHAPE
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tinier.benchmark import environment
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.engine.decoder import Decoder, Layer
+from tinier.engine.rope import Rope
 from tinier.families import Geometry
 from tinier.kernels import Linear, StoredLinear, make_linear
 from tinier.numerics import Quantized, cast_e4m3
@@ -91,7 +91,7 @@ def random_decoder(name: str) -> Decoder:
         head = make_linear([StoredLinear(embedding, None)], torch.bfloat16)
     else:
         head = random_linear(g.vocab, g.hidden, head_scheme)
-    rope = LlamaRotaryEmbedding(config=SHAPE).to("cuda")
+    rope = Rope(SHAPE, torch.device("cuda"))
     layout = Layout(schemes={}, kv_cache=KV8) if cached else None
     return Decoder(g, embedding, [layer() for _ in range(g.layers)], ones, head, rope, layout)
 

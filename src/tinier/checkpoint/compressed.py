@@ -2,26 +2,22 @@
 
 `quantization_config` writes the block of config.json, `layout_of` reads it back, `pack_linear` lays
 out the tensors of one linear layer and `unpack_linear` reads them. Schema and packing of integers are
-the package's own.
+the package's own; it is imported where it is used, because that takes seconds.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
 from torch import Tensor
 
 from tinier.errors import CheckpointError, SchemeError
 from tinier.numerics import Quantized, e2m1_codes, e2m1_values
 from tinier.schemes import Grid, Layout, Scheme
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
 
 _E8M0_BIAS = 127
 _SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
@@ -43,6 +39,12 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     One scheme targets every Linear but those it leaves alone; several are listed by layer name, as
     TensorRT-LLM wants it, and so is a quantized head, which is no Linear to vLLM.
     """
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
     schemes = list(dict.fromkeys(layout.schemes.values()))
     by_class = len(schemes) == 1 and "lm_head" not in layout.schemes
     groups = {}
@@ -119,14 +121,14 @@ def pack_linear(
     elif grid.bits == 8:
         packed["weight"] = codes
     else:
-        packed["weight_packed"] = pack_to_int32(codes, grid.bits)
+        packed["weight_packed"] = _pack(codes, grid.bits)
         packed["weight_shape"] = torch.tensor(codes.shape)
     if grid.scale_format == "e8m0":
         exponent = torch.frexp(scale.float()).exponent - 1  # a power of two is 0.5 · 2^(e + 1)
         scale = (exponent + _E8M0_BIAS).to(torch.uint8)
     packed["weight_scale"] = scale.reshape(1) if grid.granularity == "tensor" else scale
     if zero_point is not None:
-        packed["weight_zero_point"] = pack_to_int32(zero_point, grid.bits, packed_dim=0)
+        packed["weight_zero_point"] = _pack(zero_point, grid.bits, packed_dim=0)
     if global_scale is not None:
         packed["weight_global_scale"] = global_scale
     if scheme.input_scale_name and input_scale is not None:
@@ -154,10 +156,10 @@ def unpack_linear(
     else:
         assert packed is not None
         columns = scale.shape[1] * (grid.group_size or 1)
-        codes = unpack_from_int32(packed, grid.bits, torch.Size((packed.shape[0], columns)))
+        codes = _unpack(packed, grid.bits, torch.Size((packed.shape[0], columns)))
         zeros = read("weight_zero_point")
         if zeros is not None:
-            zero_point = unpack_from_int32(zeros, grid.bits, scale.shape, packed_dim=0)
+            zero_point = _unpack(zeros, grid.bits, scale.shape, packed_dim=0)
     if grid.scale_format == "e8m0":
         ones = torch.ones(scale.shape, device=scale.device)
         scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
@@ -188,13 +190,29 @@ def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int
     return shapes
 
 
+def _pack(codes: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    packed: Tensor = pack_to_int32(codes, bits, packed_dim=packed_dim)
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int, shape: torch.Size, packed_dim: int = 1) -> Tensor:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    codes: Tensor = unpack_from_int32(packed, bits, shape, packed_dim=packed_dim)
+    return codes
+
+
 def _dynamic(grid: Grid) -> bool | str:
     if grid.scale_format == "e4m3":
         return "local"  # the scale over the scales is calibrated, those of the groups are not
     return grid.granularity != "tensor"
 
 
-def _to_args(grid: Grid, *, dynamic: bool | str) -> QuantizationArgs:
+def _to_args(grid: Grid, *, dynamic: bool | str) -> "QuantizationArgs":
+    from compressed_tensors.quantization import QuantizationArgs
+
     return QuantizationArgs(
         num_bits=grid.bits,
         type="int" if grid.kind == "int" else "float",

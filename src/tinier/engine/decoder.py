@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.checkpoint.folder import TensorReader
 from tinier.device import bf16_products
 from tinier.engine.parallel import ALONE, Share
+from tinier.engine.rope import Rope
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -57,7 +57,7 @@ class Decoder:
         layers: list[Layer],
         final_norm: Tensor,
         head: Linear,
-        rope: LlamaRotaryEmbedding,
+        rope: Rope,
         layout: Layout | None,
         share: Share = ALONE,
     ) -> None:
@@ -141,8 +141,7 @@ class Decoder:
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE for positions [T], each [T, head_dim], in the computing type."""
-        cos, sin = self._rope(self.final_norm, positions.unsqueeze(0))
-        return cos.squeeze(0), sin.squeeze(0)
+        return self._rope(positions, self.dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -241,7 +240,7 @@ def load_decoder(
             head = make_linear([cut(StoredLinear(embedding, None))], dtype)
         else:
             head = linear(HEAD_LINEAR, cut=cut)
-    rope = LlamaRotaryEmbedding(config=hf_config(checkpoint)).to(device)
+    rope = Rope(hf_config(checkpoint), device)
     return Decoder(geometry, embedding, layers, final_norm, head, rope, layout, share)
 
 

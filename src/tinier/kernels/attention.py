@@ -109,7 +109,7 @@ def _decode(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
-    if MIXED:  # noqa: SIM102: one is known when it is compiled
+    if MIXED:  # noqa: SIM102
         if sequence >= tl.load(decodes):
             return
     head = tl.program_id(1)
