@@ -13,7 +13,7 @@ ROOT = Path(tinier.__file__).parent
 ORDER = [
     "errors", "numerics", "progress", "device", "schemes", "checkpoint", "families", "kernels",
     "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
-    "benchmark", "search", "recipe", "report", "cli",
+    "benchmark", "search", "recipe", "report", "serving", "cli",
 ]  # fmt: skip
 
 

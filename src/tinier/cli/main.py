@@ -15,6 +15,7 @@ from tinier.cli.prune import prune
 from tinier.cli.quantize import quantize
 from tinier.cli.report import report
 from tinier.cli.run import run
+from tinier.cli.serve import serve
 from tinier.errors import TinierError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "generate": generate,
     "bench": bench,
+    "serve": serve,
     "report": report,
 }
 for name, verb in VERBS.items():

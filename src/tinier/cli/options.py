@@ -47,3 +47,17 @@ LogLevel = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def num_bytes(text: str) -> int:
+    """`20GB`, `512MiB` or a number. Raises InputError."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from tinier.errors import InputError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise InputError(
+            f"{text!r} is no size. Use a number with a unit: 512MB or 20GiB."
+        ) from None

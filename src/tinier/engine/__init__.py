@@ -8,6 +8,15 @@ hands out cache blocks, `request.py` is one user's request.
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder, load_decoder
 from tinier.engine.engine import Engine
-from tinier.engine.request import Request, SamplingParams
+from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 
-__all__ = ["Decoder", "Engine", "EngineConfig", "Request", "SamplingParams", "load_decoder"]
+__all__ = [
+    "Decoder",
+    "Engine",
+    "EngineConfig",
+    "Limits",
+    "Request",
+    "SamplingParams",
+    "TokenLogprobs",
+    "load_decoder",
+]

@@ -22,7 +22,7 @@ from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder, load_decoder
 from tinier.engine.parallel import join
-from tinier.engine.request import Request, SamplingParams, TokenLogprobs
+from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampled, Sampler, scores
 from tinier.engine.scheduler import Chunk, Scheduler
@@ -73,13 +73,18 @@ class Engine:
             decoder, self._pool.num_blocks, self.config.block_size, self.config.max_batch_size,
             self.max_seq_len,
         )  # fmt: skip
+        on_gpu = decoder.device.type == "cuda"
+        self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every request and every cached prefix, as after an error in a step."""
+        self._pool = BlockPool(self._pool.num_blocks, self.config.block_size)
         self._scheduler = Scheduler(
             self._pool, self.config.max_batch_size, self.config.max_step_tokens,
             reuse_prefixes=self.config.reuse_prefixes,
         )  # fmt: skip
-        self._sampler = Sampler(decoder.geometry.vocab, decoder.device)
-        on_gpu = decoder.device.type == "cuda"
-        self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self._sampler = Sampler(self.decoder.geometry.vocab, self.decoder.device)
         self._in_flight: InFlight | None = None
 
     @property
@@ -128,24 +133,13 @@ class Engine:
         if request.finished is None:
             self._end(request, "cancelled")
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise InputError("the prompt is empty. Give at least one token.")
-        if min(prompt) < 0 or max(prompt) >= self.decoder.geometry.vocab:
-            raise InputError(f"the prompt has ids outside 0..{self.decoder.geometry.vocab - 1}.")
-        if len(prompt) > self.max_input_len:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens; this engine takes {self.max_input_len}. "
-                "Shorten it, or raise max_input_len."
-            )
-        total = len(prompt) + params.max_tokens
+    @property
+    def limits(self) -> Limits:
         room = min(self.max_seq_len, self._pool.num_blocks * self._pool.block_size)
-        if total > room:
-            raise InputError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) need {total} "
-                f"positions; this engine has {room}. Shorten one of them."
-            )
-        params.check_vocab(self.decoder.geometry.vocab)
+        return Limits(self.decoder.geometry.vocab, self.max_input_len, room)
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        self.limits.check(prompt, params)
         if params.stop and self._tokenizer is None:
             raise InputError("stop strings need the tokenizer. Use Engine(…, tokenizer=…).")
 

@@ -119,6 +119,36 @@ class SamplingParams:
         yield "stop_token_ids", fits, "a tuple of token ids, 0 or more each"
 
 
+class Limits(NamedTuple):
+    """What an engine can take."""
+
+    vocab: int
+    """Tokens that the model knows"""
+    max_input_len: int
+    """Tokens of one prompt"""
+    room: int
+    """Tokens of one prompt and its output"""
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises InputError for a request that the engine could never compute."""
+        if not prompt:
+            raise InputError("the prompt is empty. Give at least one token.")
+        if min(prompt) < 0 or max(prompt) >= self.vocab:
+            raise InputError(f"the prompt has ids outside 0..{self.vocab - 1}.")
+        if len(prompt) > self.max_input_len:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens; this engine takes {self.max_input_len}. "
+                "Shorten it, or raise max_input_len."
+            )
+        total = len(prompt) + params.max_tokens
+        if total > self.room:
+            raise InputError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) need {total} "
+                f"positions; this engine has {self.room}. Shorten one of them."
+            )
+        params.check_vocab(self.vocab)
+
+
 class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position, of the model's own distribution."""
 

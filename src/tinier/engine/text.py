@@ -65,10 +65,10 @@ class TextStream:
         """All pieces so far."""
         return "".join(self._pieces)
 
-    def push(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
-        self.num_tokens += 1
-        return self._take(self._detokenizer.push(token)) if self.stopped is None else ""
+    def push(self, *tokens: int) -> str:
+        """The text that these tokens complete; may be empty."""
+        self.num_tokens += len(tokens)
+        return self._take(self._detokenizer.push(*tokens)) if self.stopped is None else ""
 
     def close(self) -> str:
         """What is left when the stream ends."""
@@ -128,11 +128,12 @@ class Detokenizer:
         self._cut = 0
         """Where the ids of the latest piece end, if it ended with a complete character."""
 
-    def push(self, token: int) -> str:
+    def push(self, *tokens: int) -> str:
         """The text that is certain now."""
-        if token in self._special or token >= self._size:
-            return ""  # it makes no text
-        self._ids.append(token)
+        made = [token for token in tokens if token not in self._special and token < self._size]
+        if not made:
+            return ""
+        self._ids += made
         text = self._decode(self._ids)
         missing = len(text) - len(text.rstrip("\ufffd"))
         # all but the last of a long run are bytes that are no characters

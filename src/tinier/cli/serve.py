@@ -1,0 +1,110 @@
+"""`tinier serve`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL…",
+            help="MODEL, NAME=MODEL or NAME@VERSION=MODEL; several share the memory.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; 0.0.0.0 is every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8000,
+    max_batch_size: Annotated[
+        int, typer.Option("--max-batch-size", help="Requests computed at once; more wait.")
+    ] = 64,
+    max_input_len: Annotated[
+        int | None, typer.Option("--max-input-len", help="Prompt tokens at most.")
+    ] = None,
+    max_seq_len: Annotated[
+        int, typer.Option("--max-seq-len", help="Prompt and output tokens at most.")
+    ] = 4096,
+    max_step_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-step-tokens", help="New tokens in one step; longer prompts go in parts."
+        ),
+    ] = 2048,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help="For weights and caches of all models, such as 20GB.",
+            show_default="most of what is free",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", help="Requests of a model that may wait; more get 429.")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds until a request is given up.")
+    ] = 600.0,
+    drain: Annotated[
+        float, typer.Option("--drain", help="Seconds for requests in flight after SIGTERM.")
+    ] = 60.0,
+    max_body: Annotated[
+        str, typer.Option("--max-body", help="Size of a request's body at most.")
+    ] = "4MB",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="TINIER_API_KEY",
+            help="Requests must carry one of these; repeatable.",
+        ),
+    ] = None,
+    allow_load: Annotated[
+        Path | None,
+        typer.Option(
+            "--allow-load", help="Models in this folder may be loaded and unloaded over HTTP."
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Serve models over OpenAI's HTTP API until SIGTERM or Ctrl-C.
+
+    /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics, and a page at / that runs a prompt
+    on two models side by side.
+
+    \b
+    Examples:
+      tinier serve smollm2-135m
+      tinier serve base=smollm2-135m small=./smollm2-int4 --port 9000 --api-key SECRET
+      tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
+    """
+    import logging
+
+    from tinier.engine import EngineConfig
+    from tinier.families import open_model
+    from tinier.serving import ServeConfig, Source
+    from tinier.serving import serve as run_server
+
+    output.start(quiet=quiet, log_level=log_level)
+    sources = [Source.parse(model) for model in models]
+    for source in sources:
+        open_model(source.model)
+    engine = EngineConfig(
+        max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
+        max_step_tokens=max(max_step_tokens, max_batch_size), device=device,
+    )  # fmt: skip
+    config = ServeConfig(
+        host=host, port=port, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
+        drain_seconds=drain, max_body_bytes=options.num_bytes(max_body),
+        memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load,
+        log_level=getattr(logging, log_level.upper()),
+    )  # fmt: skip
+    run_server(sources, engine, config)

@@ -1,0 +1,381 @@
+"""The HTTP server: OpenAI's completions, chat completions and models; health, metrics, a page to try.
+
+Start at `make_app`. Every answer to bad input is OpenAI's error body; none has a path or a traceback.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tinier.errors import InputError, TinierError
+from tinier.serving.generation import Generation, start_chat, start_completion
+from tinier.serving.metrics import Metrics
+from tinier.serving.model import EngineFailure, Model, Overloaded, Unavailable
+from tinier.serving.protocol import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    LoadBody,
+    UnloadBody,
+    event,
+)
+from tinier.serving.store import ModelStore, Source
+
+log = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=BaseModel)
+Start = Callable[[Model, Any], Awaitable[Generation]]
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/")
+_RETRY_AFTER = 1
+
+
+@dataclass
+class Server:
+    """What the endpoints share."""
+
+    store: ModelStore
+    metrics: Metrics
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 4 << 20
+    timeout: float = 600.0
+    """Seconds until a request is given up, unless it says less."""
+    load_folder: Path | None = None
+    """Models in it may be loaded over HTTP."""
+    draining: bool = False
+    """No new work is taken."""
+    num_active: int = field(default=0, init=False)
+    """Requests that are being answered."""
+
+
+def make_app(server: Server) -> ASGIApp:
+    async def completions(request: Request) -> Response:
+        return await _generate(server, request, CompletionBody, start_completion)
+
+    async def chat(request: Request) -> Response:
+        return await _generate(server, request, ChatBody, start_chat)
+
+    async def models(request: Request) -> Response:
+        data = [_model_entry(server.store, model) for model in server.store.models]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def one_model(request: Request) -> Response:
+        model = _find(server, request.path_params["name"])
+        return JSONResponse(_model_entry(server.store, model))
+
+    async def load(request: Request) -> Response:
+        body = await _body(server, request, LoadBody)
+        source = _allowed_source(server, body.model)
+        model = await server.store.load(source)
+        return JSONResponse(_model_entry(server.store, model))
+
+    async def unload(request: Request) -> Response:
+        body = await _body(server, request, UnloadBody)
+        if server.load_folder is None:
+            raise _no_loading()
+        if not await server.store.unload(body.model):
+            raise _not_found(body.model)
+        return JSONResponse({"id": body.model, "object": "model", "deleted": True})
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        states = {model.label: _state(model) for model in server.store.models}
+        is_ready = not server.draining and bool(states) and set(states.values()) == {"ready"}
+        status = "draining" if server.draining else "ready" if is_ready else "not ready"
+        return JSONResponse({"status": status, "models": states}, 200 if is_ready else 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(server.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def page(request: Request) -> Response:
+        return HTMLResponse(files("tinier.serving").joinpath("page.html").read_text("utf-8"))
+
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/load", load, methods=["POST"]),
+            Route("/v1/models/unload", unload, methods=["POST"]),
+            Route("/v1/models/{name:path}", one_model),
+            Route("/health", ready),
+            Route("/health/ready", ready),
+            Route("/health/live", live),
+            Route("/metrics", metrics),
+            Route("/", page),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            TinierError: _known_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_gone,
+            Exception: _unknown_error,
+        },
+    )
+    return _Guard(app, server)
+
+
+class _Guard:
+    """API keys, before anything else is looked at."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in server.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closed = scope["type"] == "http" and scope["path"] not in _OPEN_PATHS
+        if closed and self._keys and not self._knows(scope):
+            error = ApiError(
+                401,
+                "Incorrect API key provided.",
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+            await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(
+                scope, receive, send
+            )
+            return
+        await self._app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        token = given[7:] if given[:7].lower() == b"bearer " else b""
+        # all are compared, so that the time tells nothing
+        return any([hmac.compare_digest(token, key) for key in self._keys])
+
+
+class _Stream(Response):
+    """Server-sent events of a generation; the client's leaving ends it at once."""
+
+    def __init__(self, server: Server, generation: Generation, timeout: float) -> None:
+        self._server = server
+        self._generation = generation
+        self._timeout = timeout
+        self.status_code = 200
+        self.background = None
+        self.init_headers(
+            {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientDisconnect):
+                await _unless_gone(receive, self._write(send))
+        finally:
+            self._generation.close()
+            self._server.num_active -= 1
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for part in self._generation.events():
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except (TinierError, TimeoutError) as error:
+            body = event(_as_api_error(error, self._timeout).body)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _generate(server: Server, request: Request, kind: type[Body], start: Start) -> Response:
+    if server.draining:
+        raise ApiError(
+            503, "The server is shutting down.", kind="server_error", code="shutting_down",
+            retry_after=_RETRY_AFTER,
+        )  # fmt: skip
+    body: Any = await _body(server, request, kind)
+    model = _find(server, body.model)
+    timeout = min(body.timeout or server.timeout, server.timeout)
+    server.num_active += 1
+    try:
+        generation = await start(model, body)
+    except BaseException as error:
+        server.num_active -= 1
+        if isinstance(error, Overloaded):
+            server.metrics.refused(model.label)
+        raise
+    if body.stream:
+        return _Stream(server, generation, timeout)
+    try:
+        async with asyncio.timeout(timeout):
+            return JSONResponse(await _unless_gone(request.receive, generation.whole()))
+    except TimeoutError as error:
+        raise _as_api_error(error, timeout) from None
+    finally:
+        generation.close()
+        server.num_active -= 1
+
+
+Result = TypeVar("Result")
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The work's result. Raises ClientDisconnect, with the work cancelled, when the client leaves."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+async def _body(server: Server, request: Request, kind: type[Body]) -> Body:
+    """The request's body, checked. Raises ApiError."""
+    length = request.headers.get("content-length", "")
+    too_large = ApiError(413, f"The body may have {server.max_body_bytes} bytes.", code="too_large")
+    if length.isdecimal() and int(length) > server.max_body_bytes:
+        raise too_large
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > server.max_body_bytes:
+            raise too_large
+    try:
+        return kind.model_validate_json(bytes(raw))
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    # where several types are allowed, what follows the field is the name of the one that was tried
+    parts = [str(part) for part in first["loc"] if not isinstance(part, str) or part.isidentifier()]
+    where = ".".join(parts)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is no JSON: {first['msg']}.")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where)
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: '{where}'.", param=where)
+    return ApiError(400, f"Invalid value for '{where}': {first['msg']}.", param=where or None)
+
+
+def _find(server: Server, label: str) -> Model:
+    model = server.store.find(label)
+    if model is None:
+        raise _not_found(label)
+    return model
+
+
+def _not_found(label: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model '{label}' does not exist. See /v1/models.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _no_loading() -> ApiError:
+    return ApiError(403, "This server does not load models. Start it with --allow-load FOLDER.")
+
+
+def _allowed_source(server: Server, text: str) -> Source:
+    """A model in the folder that models may be loaded from, and nowhere else."""
+    if server.load_folder is None:
+        raise _no_loading()
+    source = Source.parse(text)
+    folder = server.load_folder.resolve()
+    path = (folder / source.model).resolve()
+    if folder not in path.parents or not path.is_dir():
+        raise ApiError(404, f"There is no model '{source.model}' to load.", param="model")
+    return Source(source.name, source.version, str(path))
+
+
+def _state(model: Model) -> str:
+    if model.failure:
+        return "failed"
+    return "ready" if model.ready else "starting"
+
+
+def _model_entry(store: ModelStore, model: Model) -> dict[str, Any]:
+    newest = store.find(model.name) is model
+    entry: dict[str, Any] = {
+        "id": model.name if newest else model.label, "object": "model", "created": model.created,
+        "owned_by": "tinier", "version": model.version, "status": _state(model),
+    }  # fmt: skip
+    if model.ready:
+        entry |= {
+            "max_model_len": model.ready.limits.room,
+            "weight_bytes": model.ready.weight_bytes,
+        }
+    return entry
+
+
+def _as_api_error(error: BaseException, timeout: float = 0) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TimeoutError):
+        return ApiError(
+            504, f"The request took more than {timeout:g} s.", kind="timeout", code="timeout"
+        )
+    if isinstance(error, Overloaded):
+        return ApiError(
+            429, "The server has too many requests. Try again later.", kind="rate_limit_error",
+            code="overloaded", retry_after=_RETRY_AFTER,
+        )  # fmt: skip
+    if isinstance(error, Unavailable):
+        return ApiError(
+            503, str(error), kind="server_error", code="unavailable", retry_after=_RETRY_AFTER
+        )
+    if isinstance(error, EngineFailure):
+        return ApiError(500, str(error), kind="server_error", code="engine_failure")
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    return ApiError(500, "The server failed on this request.", kind="server_error")
+
+
+def _respond(error: ApiError) -> Response:
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _respond(error)
+
+
+async def _known_error(request: Request, error: Exception) -> Response:
+    return _respond(_as_api_error(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    url = f"{request.method} {request.url.path}"
+    text = {404: f"Unknown request URL: {url}.", 405: f"Not allowed to {url}."}
+    made = ApiError(
+        error.status_code, text.get(error.status_code, error.detail), code="unknown_url"
+    )
+    return JSONResponse(made.body, error.status_code, error.headers)
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _unknown_error(request: Request, error: Exception) -> Response:
+    return _respond(_as_api_error(error))

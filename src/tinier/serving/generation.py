@@ -1,0 +1,318 @@
+"""From a request body to text: what the completion endpoints share and where they differ.
+
+Start at `start_completion` and `start_chat`, which raise before anything is computed; `Generation.whole`
+and `Generation.events` then give the answer.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from tinier.engine import TokenLogprobs
+from tinier.engine.text import TextStream
+from tinier.errors import InputError
+from tinier.serving.model import Delta, Job, Model
+from tinier.serving.protocol import (
+    DONE,
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    CompletionLogprobs,
+    chat_logprobs,
+    event,
+    usage,
+)
+
+# texts above this are tokenized beside the event loop
+_LONG_TEXT = 4096
+
+
+class Choice:
+    """One output on its way to text."""
+
+    def __init__(
+        self, index: int, job: Job, model: Model, stop: tuple[str, ...], prefix: str
+    ) -> None:
+        self.index = index
+        self.job = job
+        self.prefix = prefix
+        """What goes before the text: the prompt, where it is echoed"""
+        self._stop = stop
+        self._tokenizer = model.tokenizer
+        self._stream = TextStream(model.tokenizer, stop)
+
+    def push(self, delta: Delta) -> str:
+        piece = self._stream.push(*delta.tokens)
+        if self.job.finished is not None and not self.job.has_more:
+            piece += self._stream.close()
+        prefix, self.prefix = self.prefix, ""
+        return prefix + piece
+
+    async def whole(self) -> tuple[str, list[TokenLogprobs]]:
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        async for delta in self.job.deltas():
+            tokens += delta.tokens
+            logprobs += delta.logprobs
+        if self._stop:
+            text = self._stream.push(*tokens) + self._stream.close()
+        else:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.prefix + text, logprobs
+
+
+class Generation:
+    """The outputs of one HTTP request. `close` must be called: it ends what is still computed."""
+
+    object_name = ""
+    chunk_name = ""
+
+    def __init__(
+        self, model: Model, label: str, choices: list[Choice], *, wants_usage: bool
+    ) -> None:
+        self.model = model
+        self.choices = choices
+        self._wants_usage = wants_usage
+        self.head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()),
+            "model": label,
+        }  # fmt: skip
+
+    id_prefix = ""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        made = await asyncio.gather(*(choice.whole() for choice in self.choices))
+        choices = [
+            self._choice(choice, text, logprobs)
+            for choice, (text, logprobs) in zip(self.choices, made, strict=True)
+        ]
+        return {**self.head, "object": self.object_name, "choices": choices, "usage": self._usage()}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        async for choice, delta in _merged(self.choices):
+            piece = choice.push(delta)
+            finished = choice.job.finished if not choice.job.has_more else None
+            if piece or delta.logprobs or finished:
+                yield self._chunk(choice, piece, delta.logprobs, finished)
+        if self._wants_usage:
+            yield event(
+                {**self.head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
+            )
+        yield DONE
+
+    def close(self) -> None:
+        for choice in self.choices:
+            self.model.cancel(choice.job)
+
+    def _usage(self) -> dict[str, Any]:
+        jobs = {id(choice.job.prompt): choice.job for choice in self.choices}
+        prompt = sum(len(job.prompt) for job in jobs.values())
+        cached = sum(job.num_reused for job in jobs.values())
+        return usage(prompt, cached, sum(choice.job.num_tokens for choice in self.choices))
+
+    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(
+        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
+    ) -> bytes:
+        raise NotImplementedError
+
+
+class Completion(Generation):
+    object_name = chunk_name = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(
+        self, model: Model, label: str, choices: list[Choice], body: CompletionBody
+    ) -> None:
+        super().__init__(model, label, choices, wants_usage=body.wants_usage)
+        self._echo = bool(body.echo)
+        self._scores = body.logprobs is not None
+        self._logprobs = [CompletionLogprobs(model.tokenizer) for _ in choices]
+        head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
+        self._chunk_head = head[:-1] + ', "choices": [{"index": '
+
+    def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._scores:
+            return None
+        at = self.choices.index(choice)
+        prompt, choice.job.prompt_logprobs = choice.job.prompt_logprobs, None
+        if prompt is None:
+            return self._logprobs[at].take(logprobs)
+        first = TokenLogprobs(choice.job.prompt[0], 0.0, {})
+        return self._logprobs[at].take([first, *prompt, *logprobs], first_is_bare=True)
+
+    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+        return {
+            "index": choice.index, "text": text, "logprobs": self._score(choice, logprobs),
+            "finish_reason": choice.job.finished,
+        }  # fmt: skip
+
+    def _chunk(
+        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
+    ) -> bytes:
+        scores = json.dumps(self._score(choice, logprobs)) if self._scores else "null"
+        reason = f'"{finished}"' if finished else "null"
+        text = json.dumps(piece, ensure_ascii=False)
+        return (
+            f'data: {self._chunk_head}{choice.index}, "text": {text}, "logprobs": {scores}, '
+            f'"finish_reason": {reason}}}]}}\n\n'
+        ).encode()
+
+
+class Chat(Generation):
+    object_name, chunk_name = "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def __init__(self, model: Model, label: str, choices: list[Choice], body: ChatBody) -> None:
+        super().__init__(model, label, choices, wants_usage=body.wants_usage)
+        self._scores = bool(body.logprobs)
+        head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
+        self._chunk_head = head[:-1] + ', "choices": [{"index": '
+        self._begun: set[int] = set()
+
+    def _score(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        return chat_logprobs(self.model.tokenizer, logprobs) if self._scores else None
+
+    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+        return {
+            "index": choice.index, "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._score(logprobs), "finish_reason": choice.job.finished,
+        }  # fmt: skip
+
+    def _chunk(
+        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
+    ) -> bytes:
+        scores = json.dumps(self._score(logprobs)) if self._scores else "null"
+        reason = f'"{finished}"' if finished else "null"
+        role = "" if choice.index in self._begun else '"role": "assistant", '
+        self._begun.add(choice.index)
+        text = json.dumps(piece, ensure_ascii=False)
+        return (
+            f'data: {self._chunk_head}{choice.index}, "delta": {{{role}"content": {text}}}, '
+            f'"logprobs": {scores}, "finish_reason": {reason}}}]}}\n\n'
+        ).encode()
+
+
+async def start_completion(model: Model, body: CompletionBody) -> Generation:
+    """Raises InputError, ApiError, Overloaded or Unavailable."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(400, "best_of other than n is not supported.", param="best_of")
+    if len(body.prompts) * (body.n or 1) > 128:
+        raise ApiError(400, "prompts times n may be 128 at most.", param="n")
+    prompts = [
+        await _encode(model, p, add_special_tokens=True) if isinstance(p, str) else p
+        for p in body.prompts
+    ]
+    params = body.sampling(
+        16 if body.max_tokens is None else body.max_tokens, model.stop_token_ids, body.logprobs,
+        body.logprobs if body.echo else None,
+    )  # fmt: skip
+    for prompt in prompts:
+        _check_length(model, prompt, params.max_tokens)
+    choices: list[Choice] = []
+    try:
+        for given, prompt in zip(body.prompts, prompts, strict=True):
+            prefix = ""
+            if body.echo:
+                prefix = given if isinstance(given, str) else model.tokenizer.decode(prompt)
+            for job in model.submit(prompt, params):
+                choices.append(Choice(len(choices), job, model, params.stop, prefix))
+    except BaseException:  # all or none
+        for choice in choices:
+            model.cancel(choice.job)
+        raise
+    return Completion(model, body.model, choices, body)
+
+
+async def start_chat(model: Model, body: ChatBody) -> Generation:
+    """Raises InputError, ApiError, Overloaded or Unavailable."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+    prompt = await _chat_prompt(model, body)
+    asked = body.max_completion_tokens or body.max_tokens
+    assert model.ready is not None
+    left = model.ready.limits.room - len(prompt)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    _check_length(model, prompt, asked or 1)
+    params = body.sampling(asked or left, model.stop_token_ids, logprobs)
+    choices = [
+        Choice(i, job, model, params.stop, "") for i, job in enumerate(model.submit(prompt, params))
+    ]
+    return Chat(model, body.model, choices, body)
+
+
+async def _chat_prompt(model: Model, body: ChatBody) -> list[int]:
+    if model.tokenizer.chat_template is None:
+        raise ApiError(400, f"{model.label} has no chat template. Use /v1/completions.")
+    messages = [message.as_template_wants() for message in body.messages]
+    try:
+        text = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # whatever the model's template raises
+        raise ApiError(400, f"the chat template refuses these messages: {error}") from None
+    # the template writes the BOS token itself
+    return await _encode(model, text, add_special_tokens=False)
+
+
+async def _encode(model: Model, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode() -> list[int]:
+        ids: list[int] = model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    return await asyncio.to_thread(encode) if len(text) > _LONG_TEXT else encode()
+
+
+def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:
+    if model.ready is None:
+        return  # submit says why
+    limits = model.ready.limits
+    if not prompt:
+        raise InputError("the prompt is empty.")
+    if len(prompt) > limits.max_input_len or len(prompt) + max_tokens > limits.room:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {limits.room} tokens. However, you requested "
+            f"{len(prompt) + max_tokens} tokens ({len(prompt)} in the prompt, {max_tokens} in the "
+            "completion).",
+            code="context_length_exceeded",
+        )
+
+
+async def _merged(choices: list[Choice]) -> AsyncIterator[tuple[Choice, Delta]]:
+    """What comes for any of them, in the order that it comes."""
+    if len(choices) == 1:
+        async for delta in choices[0].job.deltas():
+            yield choices[0], delta
+        return
+    news: asyncio.Queue[tuple[Choice, Delta | BaseException | None]] = asyncio.Queue()
+
+    async def watch(choice: Choice) -> None:
+        try:
+            async for delta in choice.job.deltas():
+                news.put_nowait((choice, delta))
+            news.put_nowait((choice, None))
+        except Exception as error:
+            news.put_nowait((choice, error))
+
+    tasks = [asyncio.create_task(watch(choice)) for choice in choices]
+    try:
+        left = len(tasks)
+        while left:
+            choice, what = await news.get()
+            if isinstance(what, BaseException):
+                raise what
+            if what is None:
+                left -= 1
+            else:
+                yield choice, what
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,215 @@
+"""Runs the HTTP server until it is told to stop. Start at `serve`; from Python, `Service` is the same in a
+thread: start, query, stop."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from tinier.engine import EngineConfig
+from tinier.errors import InputError
+from tinier.serving.app import Server, make_app
+from tinier.serving.metrics import Metrics
+from tinier.serving.store import ModelStore, Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    api_keys: tuple[str, ...] = ()
+    """Requests must carry one of them; none: open to all who can connect."""
+    max_queue: int = 256
+    """Requests of a model that may wait; more get 429."""
+    timeout: float = 600.0
+    """Seconds until a request is given up."""
+    drain_seconds: float = 60.0
+    """How long requests in flight may go on after SIGTERM."""
+    max_body_bytes: int = 4 << 20
+    memory_bytes: int | None = None
+    """For weights and caches of all models; None: most of what is free."""
+    load_folder: Path | None = None
+    """Models in it may be loaded over HTTP; None: none may."""
+    log_level: int = logging.WARNING
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("port", 0), ("max_queue", 0), ("timeout", 0.001), ("drain_seconds", 0),
+            ("max_body_bytes", 1000),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
+        if self.port > 65_535:
+            raise InputError(f"port={self.port}. Use 0 to 65535.")
+        if any(not key.isascii() or not key or " " in key for key in self.api_keys):
+            raise InputError("an API key is empty or has a space in it. Use ASCII without spaces.")
+        if self.load_folder is not None and not self.load_folder.is_dir():
+            raise InputError(f"{self.load_folder} is no folder to load models from.")
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, but SIGTERM lets requests in flight finish while new ones are told to go elsewhere."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._server = server
+        self._drain_seconds = drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._server.draining:  # asked a second time
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.drain)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def drain(self) -> None:
+        """Stop when the requests in flight are answered."""
+        if not self._server.draining:
+            self._server.draining = True
+            self._draining = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        log.warning("shutting down: %d requests in flight", self._server.num_active)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                while self._server.num_active:
+                    await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+async def run(
+    sources: list[Source], engine: EngineConfig, config: ServeConfig, started: "Started"
+) -> None:
+    """Load the models and serve them. Raises InputError before anything is loaded, Unavailable."""
+    listener = _listen(config.host, config.port)
+    with contextlib.closing(listener):
+        metrics = Metrics()
+        store = ModelStore(
+            engine, max_queue=config.max_queue, memory_bytes=config.memory_bytes, metrics=metrics,
+            log_level=config.log_level,
+        )  # fmt: skip
+        server = Server(
+            store,
+            metrics,
+            config.api_keys,
+            config.max_body_bytes,
+            config.timeout,
+            config.load_folder,
+        )
+        try:
+            await store.load_all(sources)
+            settings = uvicorn.Config(
+                make_app(server), log_config=None, access_log=False, lifespan="off",
+                server_header=False, timeout_graceful_shutdown=5, backlog=4096,
+            )  # fmt: skip
+            http = HttpServer(settings, server, config.drain_seconds)
+            started(listener.getsockname()[1], http)
+            await http.serve(sockets=[listener])
+        finally:
+            await store.close()
+
+
+class Started:
+    """Hears of the port and the server once requests are taken."""
+
+    def __call__(self, port: int, http: HttpServer) -> None:
+        raise NotImplementedError
+
+
+class _Announce(Started):
+    def __init__(self, config: ServeConfig, names: list[str]) -> None:
+        self._config = config
+        self._names = names
+
+    def __call__(self, port: int, http: HttpServer) -> None:
+        host = self._config.host
+        local = host in ("127.0.0.1", "localhost", "::1")
+        if not local and not self._config.api_keys:
+            log.warning("listening on %s without an API key: whoever can connect can use it", host)
+        print(f"serving {', '.join(self._names)} on http://{host}:{port}", flush=True)
+
+
+def serve(sources: list[Source], engine: EngineConfig, config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    asyncio.run(run(sources, engine, config, _Announce(config, [s.name for s in sources])))
+
+
+class Service(Started):
+    """A server in a thread of this process, for tests and notebooks.
+
+    with Service(["smollm2-135m"]) as service:
+        service.url   # http://127.0.0.1:PORT
+    """
+
+    def __init__(
+        self, models: list[str], engine: EngineConfig | None = None,
+        config: ServeConfig | None = None,
+    ) -> None:  # fmt: skip
+        self._sources = [Source.parse(model) for model in models]
+        self._engine = engine or EngineConfig()
+        self._config = config or ServeConfig(port=0)
+        self._up = threading.Event()
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Service":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, port: int, http: HttpServer) -> None:
+        self.url = f"http://{self._config.host}:{port}"
+        self._http = http
+        self._loop = asyncio.get_running_loop()
+        self._up.set()
+
+    def start(self) -> None:
+        """Load the models and listen. Raises what loading raises."""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._up.wait()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Let requests in flight finish, then end."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._http.drain)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(run(self._sources, self._engine, self._config, self))
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._up.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the models are loaded: a port that is taken is an error at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Use another --host or --port."
+        ) from None
+    return listener

@@ -1,0 +1,176 @@
+"""The served models: names and versions, one memory budget, loading and unloading.
+
+`llama@2` is version 2 of `llama`; `llama` is its newest. Start at `ModelStore.load` and `ModelStore.find`.
+"""
+
+import asyncio
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinier.checkpoint import Checkpoint
+from tinier.device import free_memory_bytes, pick_device
+from tinier.engine import EngineConfig
+from tinier.engine.text import stop_token_ids
+from tinier.errors import InputError
+from tinier.families import checkpoint_layout, geometry_of, open_model
+from tinier.serving.metrics import Metrics
+from tinier.serving.model import Model
+from tinier.serving.worker import WorkerSpec
+from tinier.text import load_tokenizer
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+# what a worker needs beside weights and cache: activations, graphs, the CUDA context
+_WORKING_BYTES = {"cpu": 200 << 20, "cuda": 3 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model as it is asked for: `NAME=MODEL`, `NAME@VERSION=MODEL` or MODEL alone."""
+
+    name: str
+    version: int | None
+    """None: one more than the newest"""
+    model: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Raises InputError for a name or version that is none."""
+        label, separator, model = text.partition("=")
+        if not separator:
+            model, label = text, Path(text).name
+        if not model:
+            raise InputError(f"{text!r} names no model. Use NAME=MODEL or MODEL.")
+        name, at, version = label.partition("@") if separator else (label, "", "")
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{name!r} is no name. Use letters, digits and . _ / -")
+        if at and not (version.isdecimal() and 1 <= int(version) < 2**31):
+            raise InputError(f"{version!r} is no version. Use a number from 1: {name}@2={model}")
+        return cls(name, int(version) if at else None, model)
+
+
+class ModelStore:
+    def __init__(
+        self, config: EngineConfig, *, max_queue: int, memory_bytes: int | None, metrics: Metrics,
+        log_level: int,
+    ) -> None:  # fmt: skip
+        """memory_bytes: for weights and caches of all models; None: what is free now, nine tenths of it on
+        a GPU and half on a CPU."""
+        self._config = config
+        self._max_queue = max_queue
+        self._metrics = metrics
+        self._log_level = log_level
+        device = pick_device(config.device)
+        self._device = device
+        if memory_bytes is None:
+            free = free_memory_bytes(device)
+            memory_bytes = free * 9 // 10 if device.type == "cuda" else free // 2
+        self.memory_bytes = memory_bytes
+        self._models: dict[tuple[str, int], Model] = {}
+        self._reserved: dict[tuple[str, int], int] = {}
+        self._loading = asyncio.Lock()
+
+    @property
+    def models(self) -> list[Model]:
+        """Those that are loaded, or were and failed."""
+        return list(self._models.values())
+
+    @property
+    def free_bytes(self) -> int:
+        return self.memory_bytes - sum(self._reserved.values())
+
+    def find(self, label: str) -> Model | None:
+        """`NAME@VERSION`, or `NAME` for its newest version."""
+        name, at, version = label.rpartition("@")
+        if at and version.isdecimal():
+            return self._models.get((name, int(version)))
+        versions = [v for n, v in self._models if n == label]
+        return self._models[label, max(versions)] if versions else None
+
+    async def load_all(self, sources: list[Source]) -> None:
+        """Load several models, whose caches share what the weights leave. Raises InputError."""
+        checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
+        needs = [self._need(checkpoint) for checkpoint in checkpoints]
+        room = self.free_bytes - sum(fixed for fixed, _, _ in needs)
+        for source, checkpoint, (fixed, least, most) in zip(
+            sources, checkpoints, needs, strict=True
+        ):
+            cache = min(most, room // len(sources))
+            self._check_room(source, fixed, least, cache)
+            await self._load(source, checkpoint, fixed, cache)
+
+    async def load(self, source: Source) -> Model:
+        """Load one more model. Raises InputError: no such model, no room, a version that is there."""
+        async with self._loading:
+            checkpoint = await asyncio.to_thread(open_model, source.model)
+            fixed, least, most = self._need(checkpoint)
+            cache = min(most, self.free_bytes - fixed)
+            self._check_room(source, fixed, least, cache)
+            return await self._load(source, checkpoint, fixed, cache)
+
+    async def unload(self, label: str) -> bool:
+        """End a model; what it computes fails. False: there is none of this name."""
+        async with self._loading:
+            model = self.find(label)
+            if model is None:
+                return False
+            key = model.name, model.version
+            del self._models[key]
+            await model.close()
+            del self._reserved[key]
+            return True
+
+    async def close(self) -> None:
+        await asyncio.gather(*(model.close() for model in self.models))
+        self._models.clear()
+        self._reserved.clear()
+
+    def _need(self, checkpoint: Checkpoint) -> tuple[int, int, int]:
+        """Bytes of weights and work; of the smallest useful cache; and of the largest."""
+        geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
+        item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
+        token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * item
+        positions = min(self._config.max_seq_len, geometry.max_positions)
+        positions = -(-positions // self._config.block_size) * self._config.block_size
+        most = token * positions * self._config.max_batch_size
+        fixed = checkpoint.weight_bytes + _WORKING_BYTES[self._device.type]
+        return fixed, token * positions, most
+
+    def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
+        if cache < least:
+            raise InputError(
+                f"{source.model} needs {_gib(fixed)} and at least {_gib(least)} of cache; "
+                f"{_gib(self.free_bytes)} of {_gib(self.memory_bytes)} are free. Unload a model, lower "
+                "--max-seq-len, or raise --memory."
+            )
+
+    async def _load(self, source: Source, checkpoint: Checkpoint, fixed: int, cache: int) -> Model:
+        newest = max((v for n, v in self._models if n == source.name), default=0)
+        version = source.version or newest + 1
+        key = source.name, version
+        if key in self._models:
+            raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
+        if cache < self._need(checkpoint)[2]:
+            config = dataclasses.replace(self._config, kv_cache_bytes=cache)
+        else:
+            config = self._config
+        tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
+        spec = WorkerSpec(folder=checkpoint.folder, config=config, log_level=self._log_level)
+        ends = stop_token_ids(checkpoint, tokenizer)
+        model = Model(
+            source.name, version, spec, tokenizer, ends, self._max_queue, self._metrics
+        )  # fmt: skip
+        self._reserved[key] = fixed + cache
+        try:
+            await model.start()
+        except BaseException:
+            del self._reserved[key]
+            await model.close()
+            raise
+        self._models[key] = model
+        return model
+
+
+def _gib(count: int) -> str:
+    return f"{max(0, count) / 2**30:.2f} GiB"

@@ -1,0 +1,232 @@
+"""The HTTP API as the `openai` package sees it; its text is the engine's."""
+
+import concurrent.futures
+import json
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from tests.serving.conftest import ENGINE
+
+from tinier.engine import Engine, SamplingParams
+from tinier.families import open_model
+from tinier.serving import Service
+from tinier.text import load_tokenizer
+
+PROMPT = "Ten green bottles hanging"
+
+
+@pytest.fixture
+def client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+
+
+def engine_text(folder: Path, ids: list[int], count: int) -> tuple[str, list[int]]:
+    torch.set_num_threads(2)
+    checkpoint = open_model(str(folder))
+    (output,) = Engine(checkpoint, ENGINE).generate([ids], SamplingParams(max_tokens=count))
+    return load_tokenizer(checkpoint).decode(output, skip_special_tokens=True), output
+
+
+def test_a_greedy_completion_is_the_engine_s(
+    client: openai.OpenAI, model_folders: dict[str, Path]
+) -> None:
+    ids = list(PROMPT.encode())
+    for name, folder in model_folders.items():
+        text, output = engine_text(folder, ids, 24)
+        made = client.completions.create(
+            model=name, prompt=ids, max_tokens=24, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert made.choices[0].text == text
+        assert made.choices[0].finish_reason == "length"
+        assert made.usage is not None
+        assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (len(ids), len(output))
+
+
+def test_a_stream_is_the_same_text_in_pieces_and_ends_with_the_usage(client: openai.OpenAI) -> None:
+    asked = {"model": "one", "prompt": PROMPT, "max_tokens": 30, "temperature": 0.8, "seed": 5}
+    whole = client.completions.create(**asked)
+    pieces = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].text for p in pieces[:-1]) == whole.choices[0].text
+    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert pieces[-1].choices == []
+    assert pieces[-1].usage is not None
+    assert whole.usage is not None
+    assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len({p.id for p in pieces}) == 1
+
+
+def test_chat_goes_through_the_template(client: openai.OpenAI) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    made = client.chat.completions.create(
+        model="one",
+        messages=messages,
+        max_completion_tokens=12,
+        temperature=0,  # type: ignore[arg-type]
+    )
+    text = "<system>Be brief.<user>Hello<assistant>"
+    plain = client.completions.create(model="one", prompt=text, max_tokens=12, temperature=0)
+    assert made.choices[0].message.content == plain.choices[0].text
+    assert made.choices[0].message.role == "assistant"
+    stream = client.chat.completions.create(
+        model="one",
+        messages=messages,
+        max_tokens=12,
+        temperature=0,
+        stream=True,  # type: ignore[arg-type]
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == plain.choices[0].text
+
+
+def test_several_prompts_and_outputs(client: openai.OpenAI) -> None:
+    prompts = ["One", "Two", "Three"]
+    made = client.completions.create(
+        model="one", prompt=prompts, n=2, max_tokens=6, temperature=1, seed=3
+    )
+    assert [c.index for c in made.choices] == list(range(6))
+    alone = [
+        client.completions.create(model="one", prompt=p, max_tokens=6, temperature=1, seed=3 + i)
+        for p in prompts
+        for i in range(2)
+    ]
+    assert [c.text for c in made.choices] == [a.choices[0].text for a in alone]
+    streamed = ["" for _ in range(6)]
+    for chunk in client.completions.create(
+        model="one", prompt=prompts, n=2, max_tokens=6, temperature=1, seed=3, stream=True
+    ):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [c.text for c in made.choices]
+
+
+def test_stop_strings_end_the_text_in_streams_too(client: openai.OpenAI) -> None:
+    asked = {"model": "one", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[6:9]
+    for stream in (False, True):
+        made = client.completions.create(**asked, stop=[stop, "never"], stream=stream)
+        parts = list(made) if stream else [made]
+        assert "".join(p.choices[0].text for p in parts) == text[: text.index(stop)]
+        assert parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    made = client.completions.create(
+        model="one", prompt=PROMPT, max_tokens=5, temperature=0, logprobs=3, echo=True
+    )
+    assert made.choices[0].text.startswith(PROMPT)
+    scores = made.choices[0].logprobs
+    assert scores is not None
+    assert scores.tokens is not None
+    assert scores.token_logprobs is not None
+    assert scores.token_logprobs[0] is None
+    assert len(scores.tokens) == len(scores.token_logprobs) == len(PROMPT) + 5
+    assert all(value <= 0 for value in scores.token_logprobs[1:])
+    chat = client.chat.completions.create(
+        model="one", messages=[{"role": "user", "content": "x"}], max_tokens=4, temperature=0,
+        logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    content = chat.choices[0].logprobs
+    assert content is not None
+    assert content.content is not None
+    assert len(content.content) == 4
+    for entry in content.content:
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)
+        assert len(entry.top_logprobs) == 2
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["one", "two"]
+    assert client.models.retrieve("two@1").id == "two"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"model": "none", "prompt": "x"}, 404, "does not exist"),
+        ({"model": "one"}, 400, "Missing required parameter: 'prompt'"),
+        ({"model": "one", "prompt": "x", "colour": 1}, 400, "Unrecognized request argument"),
+        ({"model": "one", "prompt": "x", "temperature": 3}, 400, "'temperature'"),
+        ({"model": "one", "prompt": "x", "max_tokens": 10_000}, 400, "maximum context length"),
+        ({"model": "one", "prompt": [9999]}, 400, "outside"),
+        ({"model": "one", "prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+        ({"model": "one", "prompt": "x", "min_tokens": 20}, 400, "min_tokens"),
+        ({"model": "one", "prompt": []}, 400, "'prompt'"),
+        ({"model": "one", "prompt": ""}, 400, "empty"),
+        ({"model": "one", "prompt": ["x"] * 128, "n": 2}, 400, "128"),
+    ],
+)
+def test_bad_requests_get_openai_s_error(
+    service: Service, body: dict[str, object], status: int, words: str
+) -> None:
+    answer = httpx.post(f"{service.url}/v1/completions", json=body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"), [(b"", 400), (b"{", 400), (b"[" * 100_000, 400), (b"x" * (5 << 20), 413)]
+)
+def test_bodies_that_are_no_json_or_too_large(service: Service, raw: bytes, status: int) -> None:
+    answer = httpx.post(f"{service.url}/v1/completions", content=raw)
+    assert answer.status_code == status
+    assert "error" in answer.json()
+
+
+def test_unknown_urls_and_methods(service: Service) -> None:
+    assert httpx.get(f"{service.url}/v1/nothing").status_code == 404
+    answer = httpx.get(f"{service.url}/v1/completions")
+    assert answer.status_code == 405
+    assert answer.json()["error"]["message"] == "Not allowed to GET /v1/completions."
+
+
+def test_the_queue_has_an_end(service: Service) -> None:
+    body = {"model": "one", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "n": 4}
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(
+            pool.map(
+                lambda _: httpx.post(f"{service.url}/v1/completions", json=body, timeout=60),
+                range(12),
+            )
+        )
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_deadlines(service: Service) -> None:
+    body = {"model": "one", "prompt": "x", "max_tokens": 250, "timeout": 0.02, "ignore_eos": True}
+    answer = httpx.post(f"{service.url}/v1/completions", json=body)
+    assert answer.status_code == 504
+    answer = httpx.post(f"{service.url}/v1/completions", json=body | {"stream": True})
+    assert '"code": "timeout"' in answer.text
+    assert "[DONE]" not in answer.text
+
+
+def test_health_metrics_and_page(service: Service) -> None:
+    assert httpx.get(f"{service.url}/health/live").json() == {"status": "live"}
+    ready = httpx.get(f"{service.url}/health").json()
+    assert ready == {"status": "ready", "models": {"one@1": "ready", "two@1": "ready"}}
+    metrics = httpx.get(f"{service.url}/metrics").text
+    assert 'tinier_time_to_first_token_seconds_count{model="one@1"}' in metrics
+    assert 'tinier_requests_total{model="one@1",result="length"}' in metrics
+    assert "side by side" in httpx.get(service.url).text
+
+
+def test_events_are_json_objects(service: Service) -> None:
+    body = {"model": "one", "prompt": PROMPT, "max_tokens": 5, "stream": True, "logprobs": 1}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        assert json.loads(line.removeprefix("data: "))["object"] == "text_completion"
