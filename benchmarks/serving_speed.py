@@ -1,11 +1,11 @@
 """What HTTP costs: requests/s and time to first token of `tinier serve` beside the engine in process.
 
-Closed loop: so many requests in flight, streaming, prompts of random tokens, no end token. In process: the
-same engine configuration, driven by a loop that takes every token. The two take turns; the client is a process
-of its own that reads raw sockets.
+Closed loop: so many requests in flight, streaming, prompts of random tokens, no end token. In process:
+the same engine configuration, driven by a loop that takes every token. The two take turns; the client
+is a process of its own that reads raw sockets.
 
-    python -m benchmarks.serving_speed MODEL --out RESULT.json [--concurrency 64] [--input 512] [--output 128]
-    python -m benchmarks.serving_speed random-llama-3b-fp8 --out RESULT.json     # makes the checkpoint first
+    python -m benchmarks.serving_speed MODEL --out RESULT.json [--concurrency 64] [--input 512]
+    python -m benchmarks.serving_speed random-llama-3b-fp8 --out RESULT.json     # makes it first
 """
 
 import argparse
@@ -128,8 +128,9 @@ def measure(model: str, loads: dict[str, Load], engine_bytes: str, rounds: int) 
     config = EngineConfig(**limits, max_step_tokens=steps, reuse_prefixes=False)
     engine = Engine(checkpoint, config)
     vocab = engine.decoder.geometry.vocab
-    command = [sys.executable, "-m", "tinier", "serve", f"m={model}", "--port", "0", "--memory", engine_bytes,
-               "--max-batch-size", str(most), "--max-seq-len", str(length)]  # fmt: skip
+    options = {"port": 0, "memory": engine_bytes, "max-batch-size": most, "max-seq-len": length}
+    command = [sys.executable, "-m", "tinier", "serve", f"m={model}"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     results: dict[str, Any] = {name: {"http": [], "in_process": []} for name in loads}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

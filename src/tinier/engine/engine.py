@@ -111,6 +111,10 @@ class Engine:
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
 
+    def warm_up(self) -> None:
+        """Capture the graphs of all steps now, so that no request waits for one; a CPU has none."""
+        self.runner.capture_all()
+
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this
         vocabulary, and for `params.n` above 1 (see `add_all`)."""

@@ -96,6 +96,7 @@ class Runner:
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
         self._max_batch_size = max_batch_size
+        self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Tensor] = []
@@ -130,6 +131,20 @@ class Runner:
         if self._native and rows == count and not any(map(_scores_prompt, chunks)):
             return self._compute_natively(inputs, count)
         return self._compute(inputs, counts, longest)
+
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Capture every shape that a step may have, where there are graphs."""
+        if not self._captures:
+            return
+        most = self._max_batch_size
+        lengths = [False, True] if self._max_seq_len > LONG_CONTEXT else [False]
+        for is_long in lengths:
+            shapes = [Shape(size, size, is_long) for size in _batch_sizes(most)]
+            shapes += [Shape(size, most, is_long) for size in _row_counts(most)]
+            for shape in shapes:
+                if shape not in self._captured:
+                    self._capture(shape)
 
     def rows(self, output: Output, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Logits and likeliest tokens of some of the chunks."""

@@ -97,8 +97,8 @@ class Generation:
         async for choice, delta in _merged(self.choices):
             piece = choice.push(delta)
             finished = choice.job.finished if not choice.job.has_more else None
-            if piece or delta.logprobs or finished:
-                yield self._chunk(choice, piece, delta.logprobs, finished)
+            # also where the text is empty, as of half a character: the client sees when tokens come
+            yield self._chunk(choice, piece, delta.logprobs, finished)
         if self._wants_usage:
             yield event(
                 {**self.head, "object": self.chunk_name, "choices": [], "usage": self._usage()}

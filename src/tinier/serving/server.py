@@ -116,6 +116,7 @@ async def run(
                 server_header=False, timeout_graceful_shutdown=5, backlog=4096,
             )  # fmt: skip
             http = HttpServer(settings, server, config.drain_seconds)
+            listener.listen(settings.backlog)  # who connects now waits, and is not refused
             started(listener.getsockname()[1], http)
             await http.serve(sockets=[listener])
         finally:

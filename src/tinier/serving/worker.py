@@ -99,6 +99,7 @@ def run(connection: Connection, spec: WorkerSpec) -> None:
     except TinierError as error:
         connection.send(Failed(None, str(error)))
         return
+    engine.warm_up()
     serve(connection, engine)
 
 
