@@ -70,6 +70,13 @@ def serve(
             "--allow-load", help="Models in this folder may be loaded and unloaded over HTTP."
         ),
     ] = None,
+    triton: Annotated[
+        bool,
+        typer.Option(
+            "--triton",
+            help="Triton Inference Server on PORT (HTTP), +1 (gRPC), +2 (metrics); OpenAI's API on +3.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
@@ -85,6 +92,7 @@ def serve(
       tinier serve smollm2-135m
       tinier serve base=smollm2-135m small=./smollm2-int4 --port 9000 --api-key SECRET
       tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
+      tinier serve smollm2-135m --triton
     """
     import logging
 
@@ -104,7 +112,7 @@ def serve(
     config = ServeConfig(
         host=host, port=port, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
         drain_seconds=drain, max_body_bytes=options.num_bytes(max_body),
-        memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load,
+        memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load, triton=triton,
         log_level=getattr(logging, log_level.upper()),
     )  # fmt: skip
     run_server(sources, engine, config)

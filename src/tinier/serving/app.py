@@ -6,8 +6,8 @@ Start at `make_app`. Every answer to bad input is OpenAI's error body; none has 
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -55,13 +55,17 @@ class Server:
     """Seconds until a request is given up, unless it says less."""
     load_folder: Path | None = None
     """Models in it may be loaded over HTTP."""
+    internal_key: str | None = None
+    """What Triton's models carry; opens everything."""
     draining: bool = False
     """No new work is taken."""
     num_active: int = field(default=0, init=False)
     """Requests that are being answered."""
 
 
-def make_app(server: Server) -> ASGIApp:
+def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
+    """more: routes under /internal."""
+
     async def completions(request: Request) -> Response:
         return await _generate(server, request, CompletionBody, start_completion)
 
@@ -118,6 +122,7 @@ def make_app(server: Server) -> ASGIApp:
             Route("/health/live", live),
             Route("/metrics", metrics),
             Route("/", page),
+            *more,
         ],
         exception_handlers={
             ApiError: _api_error,
@@ -136,10 +141,17 @@ class _Guard:
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self._app = app
         self._keys = [key.encode() for key in server.api_keys]
+        self._internal = [server.internal_key.encode()] if server.internal_key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        closed = scope["type"] == "http" and scope["path"] not in _OPEN_PATHS
-        if closed and self._keys and not self._knows(scope):
+        is_http = scope["type"] == "http"
+        if is_http and scope["path"].startswith("/internal/"):
+            allowed = self._knows(scope, self._internal)
+        elif is_http and scope["path"] not in _OPEN_PATHS and self._keys:
+            allowed = self._knows(scope, [*self._keys, *self._internal])
+        else:
+            allowed = True
+        if not allowed:
             error = ApiError(
                 401,
                 "Incorrect API key provided.",
@@ -152,11 +164,12 @@ class _Guard:
             return
         await self._app(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
+    @staticmethod
+    def _knows(scope: Scope, keys: list[bytes]) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         token = given[7:] if given[:7].lower() == b"bearer " else b""
         # all are compared, so that the time tells nothing
-        return any([hmac.compare_digest(token, key) for key in self._keys])
+        return any([hmac.compare_digest(token, key) for key in keys])
 
 
 class _Stream(Response):
@@ -184,8 +197,9 @@ class _Stream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with asyncio.timeout(self._timeout):
-                async for part in self._generation.events():
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                async with aclosing(self._generation.events()) as events:
+                    async for part in events:
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
         except (TinierError, TimeoutError) as error:
             body = event(_as_api_error(error, self._timeout).body)
             await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -8,7 +8,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from tinier.engine import TokenLogprobs
@@ -46,7 +47,7 @@ class Choice:
 
     def push(self, delta: Delta) -> str:
         piece = self._stream.push(*delta.tokens)
-        if self.job.finished is not None and not self.job.has_more:
+        if delta.finished is not None:
             piece += self._stream.close()
         prefix, self.prefix = self.prefix, ""
         return prefix + piece
@@ -92,13 +93,13 @@ class Generation:
         ]
         return {**self.head, "object": self.object_name, "choices": choices, "usage": self._usage()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
-        async for choice, delta in _merged(self.choices):
-            piece = choice.push(delta)
-            finished = choice.job.finished if not choice.job.has_more else None
-            # also where the text is empty, as of half a character: the client sees when tokens come
-            yield self._chunk(choice, piece, delta.logprobs, finished)
+        async with aclosing(_merged(self.choices)) as news:
+            async for choice, delta in news:
+                piece = choice.push(delta)
+                # also where the text is empty, as of half a character: it says that a token came
+                yield self._chunk(choice, piece, delta.logprobs, delta.finished)
         if self._wants_usage:
             yield event(
                 {**self.head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
@@ -286,7 +287,7 @@ def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:
         )
 
 
-async def _merged(choices: list[Choice]) -> AsyncIterator[tuple[Choice, Delta]]:
+async def _merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
     """What comes for any of them, in the order that it comes."""
     if len(choices) == 1:
         async for delta in choices[0].job.deltas():

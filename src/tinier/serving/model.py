@@ -44,6 +44,8 @@ class Delta(NamedTuple):
 
     tokens: list[int]
     logprobs: list[TokenLogprobs]
+    finished: str | None
+    """`stop` or `length` with the last one"""
 
 
 @dataclass(eq=False)
@@ -66,11 +68,6 @@ class Job:
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def has_more(self) -> bool:
-        """Whether there are tokens that no one has taken yet."""
-        return bool(self._tokens)
-
     async def deltas(self) -> AsyncIterator[Delta]:
         """Tokens as they come; several at once where the reader is slower than the engine. The last one
         may be empty. Raises EngineFailure or Unavailable."""
@@ -79,10 +76,10 @@ class Job:
             self._news.clear()
             if self.error is not None:
                 raise self.error
-            delta = Delta(self._tokens, self._logprobs)
+            delta = Delta(self._tokens, self._logprobs, self.finished)
             self._tokens, self._logprobs = [], []
             yield delta
-            if self.finished is not None and not self._tokens:
+            if delta.finished is not None:
                 return
 
 

@@ -17,6 +17,7 @@ from tinier.errors import InputError
 from tinier.serving.app import Server, make_app
 from tinier.serving.metrics import Metrics
 from tinier.serving.store import ModelStore, Source
+from tinier.serving.triton import Attached, Triton, check_installed
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class ServeConfig:
     """For weights and caches of all models; None: most of what is free."""
     load_folder: Path | None = None
     """Models in it may be loaded over HTTP; None: none may."""
+    triton: bool = False
+    """Triton takes `port` (HTTP) and the next two (gRPC, metrics), and the OpenAI API the one after."""
     log_level: int = logging.WARNING
 
     def __post_init__(self) -> None:
@@ -48,8 +51,9 @@ class ServeConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
-        if self.port > 65_535:
-            raise InputError(f"port={self.port}. Use 0 to 65535.")
+        last = 65_532 if self.triton else 65_535
+        if self.port > last or (self.triton and self.port == 0):
+            raise InputError(f"port={self.port}. Use {int(self.triton)} to {last}.")
         if any(not key.isascii() or not key or " " in key for key in self.api_keys):
             raise InputError("an API key is empty or has a space in it. Use ASCII without spaces.")
         if self.load_folder is not None and not self.load_folder.is_dir():
@@ -64,6 +68,7 @@ class HttpServer(uvicorn.Server):
         self._server = server
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
+        self.triton: Triton | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._server.draining:  # asked a second time
@@ -85,6 +90,8 @@ class HttpServer(uvicorn.Server):
         log.warning("shutting down: %d requests in flight", self._server.num_active)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
+                if self.triton is not None:  # its requests come through this server
+                    await asyncio.to_thread(self.triton.stop)
                 while self._server.num_active:
                     await asyncio.sleep(0.05)
         self.should_exit = True
@@ -94,7 +101,9 @@ async def run(
     sources: list[Source], engine: EngineConfig, config: ServeConfig, started: "Started"
 ) -> None:
     """Load the models and serve them. Raises InputError before anything is loaded, Unavailable."""
-    listener = _listen(config.host, config.port)
+    if config.triton:
+        check_installed()
+    listener = _listen(config.host, config.port + 3 if config.triton else config.port)
     with contextlib.closing(listener):
         metrics = Metrics()
         store = ModelStore(
@@ -111,16 +120,48 @@ async def run(
         )
         try:
             await store.load_all(sources)
-            settings = uvicorn.Config(
-                make_app(server), log_config=None, access_log=False, lifespan="off",
-                server_header=False, timeout_graceful_shutdown=5, backlog=4096,
-            )  # fmt: skip
-            http = HttpServer(settings, server, config.drain_seconds)
-            listener.listen(settings.backlog)  # who connects now waits, and is not refused
-            started(listener.getsockname()[1], http)
-            await http.serve(sockets=[listener])
+            await _serve(listener, server, sources, engine, config, started)
         finally:
             await store.close()
+
+
+async def _serve(
+    listener: socket.socket, server: Server, sources: list[Source], engine: EngineConfig,
+    config: ServeConfig, started: "Started",
+) -> None:  # fmt: skip
+    """Take requests until told to stop. The models are loaded."""
+    sockets, routes, triton = [listener], [], None
+    if config.triton:
+        labels = [model.label for model in server.store.models]
+        triton = Triton(
+            labels, host=config.host, port=config.port, max_batch_size=engine.max_batch_size,
+            verbose=config.log_level <= logging.INFO,
+        )  # fmt: skip
+        attached = Attached(server.store, dict(zip(labels, sources, strict=True)))
+        routes = attached.routes()
+        server.internal_key = triton.key
+        inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        inner.bind(triton.socket_path)
+        sockets.append(inner)
+    settings = uvicorn.Config(
+        make_app(server, routes), log_config=None, access_log=False, lifespan="off",
+        server_header=False, timeout_graceful_shutdown=5, backlog=4096,
+    )  # fmt: skip
+    http = HttpServer(settings, server, config.drain_seconds)
+    for one in sockets:
+        one.listen(settings.backlog)  # who connects now waits, and is not refused
+    serving = asyncio.create_task(http.serve(sockets))
+    try:
+        if triton is not None:
+            await asyncio.to_thread(triton.start)
+            http.triton = triton
+        started(listener.getsockname()[1], http)
+        await serving
+    finally:
+        http.should_exit = True
+        await asyncio.wait({serving})
+        if triton is not None:
+            await asyncio.to_thread(triton.stop)
 
 
 class Started:
@@ -141,6 +182,9 @@ class _Announce(Started):
         if not local and not self._config.api_keys:
             log.warning("listening on %s without an API key: whoever can connect can use it", host)
         print(f"serving {', '.join(self._names)} on http://{host}:{port}", flush=True)
+        if self._config.triton:
+            first = self._config.port
+            print(f"Triton: HTTP {first}, gRPC {first + 1}, metrics {first + 2}", flush=True)
 
 
 def serve(sources: list[Source], engine: EngineConfig, config: ServeConfig) -> None:

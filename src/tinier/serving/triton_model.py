@@ -1,0 +1,217 @@
+"""The model that Triton's Python backend runs: it hands requests to the tinier server over a Unix socket.
+
+It is copied into the model repository and runs in Triton's own Python, so it imports nothing of tinier.
+Names of inputs and outputs are those of the TensorRT-LLM backend. One file serves both kinds: `NAME`
+answers once, `NAME_stream` (decoupled) piece by piece.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import threading
+
+# where its numpy is
+sys.path.append(os.environ["TINIER_PACKAGES"])
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+# input -> field of the completion body, and its type
+FIELDS = {
+    "max_tokens": ("max_tokens", int),
+    "min_length": ("min_tokens", int),
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "presence_penalty": ("presence_penalty", float),
+    "frequency_penalty": ("frequency_penalty", float),
+    "random_seed": ("seed", int),
+    "ignore_eos": ("ignore_eos", bool),
+}
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self._decoupled = config["model_transaction_policy"]["decoupled"]
+        name = config["parameters"]["tinier_model"]["string_value"]
+        self._label = f"{name}@{args['model_version']}"
+        self._answers = set()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._tell("attach")
+
+    def finalize(self):
+        self._tell("detach")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def execute(self, requests):
+        """Start the requests and return: they join what the engine computes already, and answer
+        through their senders."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:  # the inputs are gone when this returns
+                bodies = self._bodies(request)
+            except Exception as error:
+                failed = pb_utils.TritonError(f"{error}", pb_utils.TritonError.INVALID_ARG)
+                sender.send(pb_utils.InferenceResponse(error=failed), flags=FINAL)
+            else:
+                answer = self._answer(bodies, request, sender)
+                self._loop.call_soon_threadsafe(self._begin, answer)
+
+    def _begin(self, answer):
+        # a task that nothing holds may be collected while it waits
+        task = self._loop.create_task(answer)
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    def _tell(self, what):
+        work = self._post(f"/internal/{what}", {"model": self._label})
+        status, text = asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        if status != 200:
+            raise pb_utils.TritonModelException(f"tinier cannot {what} {self._label}: {text}")
+
+    async def _answer(self, bodies, request, sender):
+        try:
+            if self._decoupled:
+                await self._stream(bodies, sender, request)
+            else:
+                sender.send(await self._whole(bodies, request), flags=FINAL)
+        except _Refused as error:
+            sender.send(pb_utils.InferenceResponse(error=error.as_triton()), flags=FINAL)
+        except Exception as error:
+            failed = pb_utils.TritonError(f"tinier: {type(error).__name__}")
+            sender.send(pb_utils.InferenceResponse(error=failed), flags=FINAL)
+
+    def _bodies(self, request):
+        """A completion body for each row of text_input [rows, 1]."""
+        texts = _rows(request, "text_input")
+        body = {"model": self._label, "stream": True, "max_tokens": 16}
+        for name, (field, kind) in FIELDS.items():
+            value = _rows(request, name)
+            if value is not None:
+                body[field] = kind(value[0][0])
+        # as the TensorRT-LLM backend: greedy unless sampling is asked for
+        if (
+            not any(body.get(name) for name in ("temperature", "top_p", "seed"))
+            and body.get("top_k", 0) < 2
+        ):
+            body["temperature"] = 0.0
+        stops = _rows(request, "stop_words")
+        if stops is not None:
+            body["stop"] = [stop.decode() for stop in stops.reshape(-1) if stop]
+        scores = _rows(request, "return_log_probs")
+        if scores is not None and scores[0][0]:
+            body["logprobs"] = 0
+        return [{**body, "prompt": text[0].decode()} for text in texts]
+
+    async def _whole(self, bodies, request):
+        async def one(body):
+            text, scores, reason = "", [], ""
+            async with contextlib.aclosing(self._choices(body, request)) as choices:
+                async for choice in choices:
+                    text += choice["text"]
+                    scores += (choice["logprobs"] or {}).get("token_logprobs", [])
+                    reason = choice["finish_reason"] or reason
+            return text, scores, reason
+
+        return _response(await asyncio.gather(*(one(body) for body in bodies)))
+
+    async def _stream(self, bodies, sender, request):
+        if len(bodies) > 1:
+            raise _Refused(400, "a stream takes one text_input")
+        async with contextlib.aclosing(self._choices(bodies[0], request)) as choices:
+            async for choice in choices:
+                scores = (choice["logprobs"] or {}).get("token_logprobs", [])
+                sender.send(_response([(choice["text"], scores, choice["finish_reason"] or "")]))
+        sender.send(flags=FINAL)
+
+    async def _choices(self, body, request):
+        """Of a streamed completion, until it ends or Triton's client is gone."""
+        reader, writer = await self._open("/v1/completions", body)
+        try:
+            status = int((await reader.readline()).split()[1])
+            if status != 200:
+                raise _Refused(status, await _rest(reader))
+            while line := await reader.readline():
+                if request.is_cancelled():
+                    raise _Refused(499, "cancelled")
+                if line.startswith(b"data: {"):
+                    data = json.loads(line[6:])
+                    if "error" in data:
+                        raise _Refused(500, data["error"]["message"])
+                    yield data["choices"][0]
+        finally:
+            writer.close()  # if it is not at its end, the engine drops it
+
+    async def _post(self, path, body):
+        reader, writer = await self._open(path, body)
+        status = int((await reader.readline()).split()[1])
+        text = await _rest(reader)
+        writer.close()
+        return status, text
+
+    async def _open(self, path, body):
+        reader, writer = await asyncio.open_unix_connection(
+            os.environ["TINIER_SOCKET"], limit=1 << 24
+        )
+        raw = json.dumps(body).encode()
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nHost: tinier\r\nConnection: close\r\n"
+            f"Authorization: Bearer {os.environ['TINIER_SOCKET_KEY']}\r\n"
+            f"Content-Length: {len(raw)}\r\n\r\n".encode()
+            + raw
+        )
+        return reader, writer
+
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class _Refused(Exception):
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+    def as_triton(self):
+        codes = {
+            400: pb_utils.TritonError.INVALID_ARG, 404: pb_utils.TritonError.NOT_FOUND,
+            429: pb_utils.TritonError.UNAVAILABLE, 503: pb_utils.TritonError.UNAVAILABLE,
+            499: pb_utils.TritonError.CANCELLED,
+        }  # fmt: skip
+        return pb_utils.TritonError(
+            str(self), codes.get(self.status, pb_utils.TritonError.INTERNAL)
+        )
+
+
+async def _rest(reader):
+    """The message of an error's body, after its headers."""
+    raw = await reader.read()
+    text = raw.partition(b"\r\n\r\n")[2].decode()
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError):
+        return text
+
+
+def _rows(request, name):
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def _response(rows):
+    """text_output, finish_reason and cum_log_probs [rows, 1], output_log_probs [rows, tokens]."""
+    longest = max(len(scores) for _, scores, _ in rows)
+    log_probs = np.zeros((len(rows), longest), dtype=np.float32)
+    for i, (_, scores, _) in enumerate(rows):
+        log_probs[i, : len(scores)] = scores
+    texts = np.array([[text.encode()] for text, _, _ in rows], dtype=np.object_)
+    reasons = np.array([[reason.encode()] for _, _, reason in rows], dtype=np.object_)
+    return pb_utils.InferenceResponse([
+        pb_utils.Tensor("text_output", texts),
+        pb_utils.Tensor("finish_reason", reasons),
+        pb_utils.Tensor("cum_log_probs", log_probs.sum(axis=1, keepdims=True)),
+        pb_utils.Tensor("output_log_probs", log_probs),
+    ])  # fmt: skip

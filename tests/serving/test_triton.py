@@ -1,0 +1,178 @@
+"""The real Triton server, as `tritonclient` sees it over both protocols."""
+
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from tests.serving.conftest import ENGINE
+
+from tinier.errors import InputError
+from tinier.serving import ServeConfig, Service
+from tinier.serving.triton import check_installed, packages_folder
+
+http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+grpc = pytest.importorskip("tritonclient.grpc")
+
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.filterwarnings("default")]
+PORT = 18_500
+TEXT = "Ten green bottles"
+
+
+@pytest.fixture(scope="module")
+def triton(model_folders: dict[str, Path]) -> Iterator[Service]:
+    try:
+        check_installed()
+    except InputError as error:
+        if "pip install" not in str(error):
+            pytest.skip(str(error))
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target",
+                   str(packages_folder()), "nvidia-pytriton==0.7.0", "numpy<2"]  # fmt: skip
+        if subprocess.run(command, check=False).returncode:
+            pytest.skip("needs a package index")
+        try:
+            check_installed()
+        except InputError as still:
+            pytest.skip(str(still))
+    one, two = model_folders.values()
+    config = ServeConfig(port=PORT, triton=True)
+    with Service([f"m@1={one}", f"m@2={two}", f"other={two}"], ENGINE, config) as running:
+        yield running
+
+
+def inputs(module: Any, texts: list[str], max_tokens: int, **more: object) -> list[Any]:
+    kinds = {np.dtype("int32"): "INT32", np.dtype("float32"): "FP32", np.dtype("bool"): "BOOL",
+             np.dtype("uint64"): "UINT64", np.dtype("O"): "BYTES"}  # fmt: skip
+    arrays = {
+        "text_input": np.array([[text.encode()] for text in texts], dtype=np.object_),
+        "max_tokens": np.full((len(texts), 1), max_tokens, dtype=np.int32),
+    }
+    for name, value in more.items():
+        dtype = np.object_ if isinstance(value, bytes) else None
+        arrays[name] = np.array([[value]] * len(texts), dtype=dtype)
+    made = []
+    for name, array in arrays.items():
+        one = module.InferInput(name, list(array.shape), kinds[array.dtype])
+        one.set_data_from_numpy(array)
+        made.append(one)
+    return made
+
+
+def openai_text(service: Service, model: str, max_tokens: int, text: str = TEXT) -> str:
+    body = {"model": model, "prompt": text, "max_tokens": max_tokens, "temperature": 0}
+    answer = httpx.post(f"{service.url}/v1/completions", json=body)
+    return str(answer.json()["choices"][0]["text"])
+
+
+def text_of(result: Any, row: int = 0) -> str:
+    return str(result.as_numpy("text_output")[row][0].decode())
+
+
+def test_both_protocols_give_the_engine_s_text(triton: Service) -> None:
+    expected = openai_text(triton, "m@2", 12)
+    over_http = http.InferenceServerClient(f"127.0.0.1:{PORT}")
+    over_grpc = grpc.InferenceServerClient(f"127.0.0.1:{PORT + 1}")
+    for client, module in ((over_http, http), (over_grpc, grpc)):
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        result = client.infer("m", inputs(module, [TEXT], 12))
+        assert text_of(result) == expected
+        assert text_of(
+            client.infer("m", inputs(module, [TEXT], 12), model_version="1")
+        ) == openai_text(triton, "m@1", 12)
+        assert text_of(client.infer("other", inputs(module, [TEXT], 12))) == expected
+
+
+def test_batches_and_many_clients(triton: Service) -> None:
+    client = grpc.InferenceServerClient(f"127.0.0.1:{PORT + 1}")
+    texts = [f"number {i}" for i in range(4)]
+    result = client.infer("m", inputs(grpc, texts, 10))
+    expected = [openai_text(triton, "m", 10, text) for text in texts]
+    assert [text_of(result, i) for i in range(4)] == expected
+    made: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        made[i] = text_of(client.infer("m", inputs(grpc, [texts[i % 4]], 10)))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [made[i] for i in range(16)] == expected * 4
+
+
+def test_streaming_over_grpc(triton: Service) -> None:
+    client = grpc.InferenceServerClient(f"127.0.0.1:{PORT + 1}")
+    pieces: list[str] = []
+    done = threading.Event()
+
+    def take(result: Any, error: Exception | None) -> None:
+        assert error is None
+        if result.get_response().parameters["triton_final_response"].bool_param:
+            done.set()
+        else:
+            pieces.append(text_of(result))
+
+    client.start_stream(take)
+    client.async_stream_infer(
+        "m_stream", inputs(grpc, [TEXT], 12), enable_empty_final_response=True
+    )
+    assert done.wait(30)
+    client.stop_stream()
+    assert len(pieces) > 1
+    assert "".join(pieces) == openai_text(triton, "m", 12)
+
+
+def test_sampling_stops_and_scores(triton: Service) -> None:
+    client = http.InferenceServerClient(f"127.0.0.1:{PORT}")
+    sampled = {"temperature": np.float32(1), "random_seed": np.uint64(7)}
+    one, again = (text_of(client.infer("m", inputs(http, [TEXT], 12, **sampled))) for _ in range(2))
+    assert one == again
+    text = openai_text(triton, "m", 12)
+    stopped = client.infer("m", inputs(http, [TEXT], 12, stop_words=text[3:5].encode()))
+    assert text_of(stopped) == text[: text.index(text[3:5])]
+    assert stopped.as_numpy("finish_reason")[0][0] == b"stop"
+    scored = client.infer("m", inputs(http, [TEXT], 5, return_log_probs=np.bool_(1)))
+    scores = scored.as_numpy("output_log_probs")[0]
+    assert len(scores) == 5
+    assert scored.as_numpy("cum_log_probs")[0][0] == pytest.approx(scores.sum(), rel=1e-5)
+
+
+def test_errors_are_the_server_s(triton: Service) -> None:
+    client = http.InferenceServerClient(f"127.0.0.1:{PORT}")
+    with pytest.raises(Exception, match="maximum context length"):
+        client.infer("m", inputs(http, [TEXT], 100_000))
+    with pytest.raises(Exception, match="temperature"):
+        client.infer("m", inputs(http, [TEXT], 5, temperature=np.float32(9)))
+    with pytest.raises(Exception, match="unknown model|not found"):
+        client.infer("nothing", inputs(http, [TEXT], 5))
+    assert text_of(client.infer("m", inputs(http, [TEXT], 5))) == openai_text(triton, "m", 5)
+
+
+def test_load_unload_metrics_and_statistics(triton: Service) -> None:
+    client = http.InferenceServerClient(f"127.0.0.1:{PORT}")
+    names = {(m["name"], m["version"]) for m in client.get_model_repository_index()}
+    assert {("m", "1"), ("m", "2"), ("m_stream", "2"), ("other", "1")} <= names
+    expected = text_of(client.infer("other", inputs(http, [TEXT], 5)))
+    for name in ("other", "other_stream"):
+        client.unload_model(name)
+    for _ in range(100):
+        models = httpx.get(f"{triton.url}/v1/models").json()["data"]
+        if "other" not in [m["id"] for m in models]:
+            break
+        threading.Event().wait(0.1)
+    assert not client.is_model_ready("other")
+    assert "other" not in [m["id"] for m in models]
+    client.load_model("other")
+    assert text_of(client.infer("other", inputs(http, [TEXT], 5))) == expected
+    stats = client.get_inference_statistics("other")["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] >= 1
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/metrics") as answer:
+        assert "nv_inference_request_success" in answer.read().decode()
