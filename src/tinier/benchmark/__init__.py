@@ -1,13 +1,17 @@
-"""Speed and memory of an engine, and the record of what it ran on.
+"""Speed and memory of an engine, load on a server, and the record of what they ran on.
 
-Start at `bench` (speed.py) and `measure_memory` (memory.py).
+Start at `bench` (speed.py), `measure_memory` (memory.py) and `load` (load.py).
 """
 
 from tinier.benchmark.environment import environment
+from tinier.benchmark.load import Endpoint, Load, LoadResult, load, served_models
 from tinier.benchmark.memory import ServingMemory, measure_memory
 from tinier.benchmark.speed import SpeedResult, Statistic, Workload, bench, compare_speed
 
 __all__ = [
+    "Endpoint",
+    "Load",
+    "LoadResult",
     "ServingMemory",
     "SpeedResult",
     "Statistic",
@@ -15,5 +19,7 @@ __all__ = [
     "bench",
     "compare_speed",
     "environment",
+    "load",
     "measure_memory",
+    "served_models",
 ]

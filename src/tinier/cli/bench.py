@@ -8,16 +8,39 @@ from tinier.cli import options, output
 
 
 def bench(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|URL",
+            help="A model, or the http:// address of a server.",
+            show_default=False,
+        ),
+    ],
     against: Annotated[
         str | None, typer.Option("--against", help="Base model, measured by turns in the same run.")
     ] = None,
     concurrency: Annotated[
         str, typer.Option("--concurrency", help="Requests in flight; several: 1,4,8.")
     ] = "1,4",
+    request_rate: Annotated[
+        str | None,
+        typer.Option("--request-rate", help="URL: arrivals a second instead; several: 1,2.5."),
+    ] = None,
     input_length: Annotated[int, typer.Option("--input-length", help="Prompt tokens.")] = 128,
     output_length: Annotated[int, typer.Option("--output-length", help="Output tokens.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", help="Measured rounds.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="MODEL: measured rounds.")] = 3,
+    requests: Annotated[int, typer.Option("--requests", help="URL: requests of each load.")] = 64,
+    name: Annotated[
+        str | None, typer.Option("--name", help="URL: model to ask for.", show_default="the first")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="URL: MODEL whose tokenizer makes the prompts."),
+    ] = None,
+    endpoint: Annotated[str, typer.Option("--endpoint", help="URL: openai or triton.")] = "openai",
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="TINIER_API_KEY", help="URL: of the server.")
+    ] = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -26,31 +49,87 @@ def bench(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Measure the engine's speed and memory.
+    """Measure speed and memory of a model, or the speed of a server.
 
-    In process: latency, time to first token (TTFT), inter-token latency (ITL), output tokens/s and
-    requests/s of requests that arrive together; memory in a fresh process.
+    MODEL, in process: latency, time to first token (TTFT), inter-token latency (ITL), output tokens/s and
+    requests/s of requests that arrive together; memory in a fresh process. URL: the same with AIPerf as the
+    client (pip install 'tinier[bench]'), with percentiles.
 
     \b
     Examples:
       tinier bench smollm2-135m
       tinier bench smollm2-int8 --against smollm2-135m --concurrency 1,8 --output-length 128
+      tinier bench http://127.0.0.1:8000 --tokenizer smollm2-135m --concurrency 4 --input-length 512
     """
+    output.start(quiet=quiet, log_level=log_level)
+    if model.startswith(("http://", "https://")):
+        shape = {"input_length": input_length, "output_length": output_length}
+        _bench_server(
+            model.rstrip("/"), name, tokenizer, endpoint, api_key, concurrency, request_rate,
+            shape | {"requests": requests, "seed": seed}, as_json=json,
+        )  # fmt: skip
+        return
+    _bench_model(
+        model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
+        seed, revision, device, as_json=json,
+    )  # fmt: skip
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    from tinier.errors import InputError
+
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise InputError(f"{name} {text!r} is no list of numbers. Use 4 or 1,4,8.")
+    return [int(part) for part in text.split(",")]
+
+
+def _bench_server(
+    url: str, name: str | None, tokenizer: str | None, endpoint: str, api_key: str | None,
+    concurrency: str, request_rate: str | None, shape: dict[str, int], *, as_json: bool,
+) -> None:  # fmt: skip
+    from dataclasses import asdict
+
+    from tinier.benchmark import Endpoint, Load, load, served_models
+    from tinier.errors import InputError
+    from tinier.families import open_model
+    from tinier.report.terminal import load_text
+
+    if tokenizer is None:
+        raise InputError("a server's prompts need a tokenizer. Type: --tokenizer MODEL")
+    if endpoint not in ("openai", "triton"):
+        raise InputError(f"endpoint {endpoint!r} is not known. Use openai or triton.")
+    if name is None and endpoint == "triton":
+        raise InputError("Triton needs the model's name. Type: --name NAME")
+    rates = [part.strip() for part in request_rate.split(",")] if request_rate else []
+    if not all(part.replace(".", "", 1).isdigit() for part in rates):
+        raise InputError(f"request rate {request_rate!r} is no list of numbers. Use 2 or 1,2.5.")
+    loads = [Load(request_rate=float(rate), **shape) for rate in rates]
+    if not loads:
+        loads = [Load(concurrency=n, **shape) for n in _numbers(concurrency, "concurrency")]
+    asked = Endpoint(
+        url=url, model=name or served_models(url, api_key)[0], kind=endpoint,  # type: ignore[arg-type]
+        tokenizer=open_model(tokenizer).folder, api_key=api_key,
+    )  # fmt: skip
+    results = [asdict(result) for result in load(asked, loads)]
+    data = {"url": url, "model": asked.model, "endpoint": endpoint, "load": results}
+    output.result(load_text(data), data, as_json=as_json)
+
+
+def _bench_model(
+    model: str, against: str | None, concurrency: list[int], input_length: int, output_length: int,
+    repeats: int, seed: int, revision: str | None, device: str, *, as_json: bool,
+) -> None:  # fmt: skip
     from dataclasses import asdict
 
     from tinier.benchmark import Workload, environment, measure_memory
     from tinier.benchmark import bench as run_bench
     from tinier.device import pick_device
-    from tinier.errors import InputError
     from tinier.families import open_model
     from tinier.report.terminal import bench_text
 
-    output.start(quiet=quiet, log_level=log_level)
-    if not all(part.strip().isdigit() for part in concurrency.split(",")):
-        raise InputError(f"concurrency {concurrency!r} is no list of numbers. Use 4 or 1,4,8.")
     workloads = [
-        Workload(concurrency=int(part), input_length=input_length, output_length=output_length)
-        for part in concurrency.split(",")
+        Workload(concurrency=n, input_length=input_length, output_length=output_length)
+        for n in concurrency
     ]
     checkpoints = {model: open_model(model, revision)}
     if against:
@@ -70,4 +149,4 @@ def bench(
     memory = {n: asdict(measure_memory(c, largest, device)) for n, c in checkpoints.items()}
     data = {"model": model, "against": against, "environment": environment(pick_device(device)),
             "speed": speed, "memory": memory}  # fmt: skip
-    output.result(bench_text(data), data, as_json=json)
+    output.result(bench_text(data), data, as_json=as_json)

@@ -77,6 +77,21 @@ def serve(
             help="Triton Inference Server on PORT (HTTP), +1 (gRPC), +2 (metrics); OpenAI's API on +3.",
         ),
     ] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", help="tinier, or vllm: start vLLM on the same model.")
+    ] = "tinier",
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", help="vllm: GPUs that share each layer.")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel", help="vllm: groups of GPUs, or hosts, that share the layers."
+        ),
+    ] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="vllm: over the hosts of a running Ray cluster.")
+    ] = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
@@ -93,15 +108,24 @@ def serve(
       tinier serve base=smollm2-135m small=./smollm2-int4 --port 9000 --api-key SECRET
       tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
       tinier serve smollm2-135m --triton
+      tinier serve ./llama-fp8 --backend vllm --tensor-parallel 4 --pipeline-parallel 2 --ray
     """
     import logging
 
     from tinier.engine import EngineConfig
+    from tinier.errors import InputError
     from tinier.families import open_model
     from tinier.serving import ServeConfig, Source
     from tinier.serving import serve as run_server
+    from tinier.serving.vllm import VllmPlan, serve_vllm
 
     output.start(quiet=quiet, log_level=log_level)
+    if backend not in ("tinier", "vllm"):
+        raise InputError(f"backend {backend!r} is not known. Use tinier or vllm.")
+    if backend == "tinier" and (ray or tensor_parallel > 1 or pipeline_parallel > 1):
+        raise InputError("several GPUs are served by vLLM. Type: --backend vllm")
+    if backend == "vllm" and (triton or len(models) > 1):
+        raise InputError("--backend vllm serves one model, and not through Triton.")
     sources = [Source.parse(model) for model in models]
     for source in sources:
         open_model(source.model)
@@ -115,4 +139,11 @@ def serve(
         memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load, triton=triton,
         log_level=getattr(logging, log_level.upper()),
     )  # fmt: skip
+    if backend == "vllm":
+        plan = VllmPlan(
+            source=sources[0], folder=open_model(sources[0].model).folder, engine=engine, serve=config,
+            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, ray=ray,
+        )  # fmt: skip
+        serve_vllm(plan)
+        return
     run_server(sources, engine, config)

@@ -4,7 +4,8 @@ Start at `serve` (server.py). A request goes through app.py (HTTP), generation.p
 process's handle) to worker.py (the engine). `Service` is the same from Python.
 """
 
-from tinier.serving.server import ServeConfig, Service, serve
+from tinier.serving.config import ServeConfig
+from tinier.serving.server import Service, serve
 from tinier.serving.store import Source
 
 __all__ = ["ServeConfig", "Service", "Source", "serve"]

@@ -1,0 +1,45 @@
+"""Limits and addresses of a server."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinier.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    api_keys: tuple[str, ...] = ()
+    """Requests must carry one of them; none: open to all who can connect."""
+    max_queue: int = 256
+    """Requests of a model that may wait; more get 429."""
+    timeout: float = 600.0
+    """Seconds until a request is given up."""
+    drain_seconds: float = 60.0
+    """How long requests in flight may go on after SIGTERM."""
+    max_body_bytes: int = 4 << 20
+    memory_bytes: int | None = None
+    """For weights and caches of all models; None: most of what is free."""
+    load_folder: Path | None = None
+    """Models in it may be loaded over HTTP; None: none may."""
+    triton: bool = False
+    """Triton takes `port` (HTTP) and the next two (gRPC, metrics), and the OpenAI API the one after."""
+    log_level: int = logging.WARNING
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("port", 0), ("max_queue", 0), ("timeout", 0.001), ("drain_seconds", 0),
+            ("max_body_bytes", 1000),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
+        last = 65_532 if self.triton else 65_535
+        if self.port > last or (self.triton and self.port == 0):
+            raise InputError(f"port={self.port}. Use {int(self.triton)} to {last}.")
+        if any(not key.isascii() or not key or " " in key for key in self.api_keys):
+            raise InputError("an API key is empty or has a space in it. Use ASCII without spaces.")
+        if self.load_folder is not None and not self.load_folder.is_dir():
+            raise InputError(f"{self.load_folder} is no folder to load models from.")
