@@ -53,6 +53,7 @@ def test_a_client_that_leaves_ends_its_request(service: Service, stream: bool) -
     wait_for(lambda: running(service) == 0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_fails_its_requests_and_comes_back(
     model_folders: dict[str, Path],
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_poisoned_request_fails_alone(model_folders: dict[str, Path]) -> None:
     assert outputs[1] == alone[1][: len(outputs[1])]
 
 
+@pytest.mark.slow
 def test_keys(model_folders: dict[str, Path]) -> None:
     config = ServeConfig(port=0, api_keys=("first", "second"))
     with Service([f"one={model_folders['one']}"], ENGINE, config) as service:
@@ -135,6 +137,7 @@ def test_keys(model_folders: dict[str, Path]) -> None:
             assert httpx.post(f"{service.url}/v1/completions", json=body).status_code == 401
 
 
+@pytest.mark.slow
 def test_versions_are_loaded_and_unloaded_while_running(tmp_path: Path) -> None:
     first, second = write_model(tmp_path / "a", 0), write_model(tmp_path / "b", 1)
     config = ServeConfig(port=0, load_folder=tmp_path, memory_bytes=2 << 30)
@@ -180,6 +183,7 @@ def test_sources_that_are_none(text: str, message: str) -> None:
         Source.parse(text)
 
 
+@pytest.mark.slow
 def test_sigterm_lets_requests_finish(model_folders: dict[str, Path]) -> None:
     command = [sys.executable, "-m", "tinier", "serve", f"one={model_folders['one']}", "--port", "0",
                "--max-seq-len", "2000", "--device", "cpu"]  # fmt: skip
@@ -219,7 +223,7 @@ _FIELDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from(["completions", "chat/completions"]),
     body=st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6),

@@ -83,7 +83,13 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
     async def load(request: Request) -> Response:
         body = await _body(server, request, LoadBody)
         source = _allowed_source(server, body.model)
-        model = await server.store.load(source)
+        try:
+            model = await server.store.load(source)
+        except TinierError as error:
+            log.warning("%s was not loaded: %s", body.model, error)
+            # where models lie is nobody's business
+            text = str(error).replace(str(Path(source.model).parent), "…")
+            raise ApiError(400, f"The model was not loaded: {text}", param="model") from None
         return JSONResponse(_model_entry(server.store, model))
 
     async def unload(request: Request) -> Response:
