@@ -174,6 +174,12 @@ def test_a_budget_that_is_too_small(model_folders: dict[str, Path]) -> None:
         Service([f"one={model_folders['one']}"], ENGINE, config).start()
 
 
+def test_the_same_version_twice(model_folders: dict[str, Path]) -> None:
+    one = model_folders["one"]
+    with pytest.raises(InputError, match="m@2 is there twice"):
+        Service([f"m@2={one}", f"m@2={one}"], ENGINE, ServeConfig(port=0)).start()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a@x=m", "'x' is no version"), ("=m", "'' is no name"), ("a=", "names no model")],

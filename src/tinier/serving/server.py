@@ -93,13 +93,16 @@ async def _serve(
     """Take requests until told to stop. The models are loaded."""
     sockets, routes, triton = [listener], [], None
     if config.triton:
-        labels = [model.label for model in server.store.models]
+        models = server.store.models
         triton = Triton(
-            labels, host=config.host, port=config.port, max_batch_size=engine.max_batch_size,
-            verbose=config.log_level <= logging.INFO,
+            [m.label for m in models], host=config.host, port=config.port,
+            max_batch_size=engine.max_batch_size, verbose=config.log_level <= logging.INFO,
         )  # fmt: skip
-        attached = Attached(server.store, dict(zip(labels, sources, strict=True)))
-        routes = attached.routes()
+        known = {
+            m.label: Source(m.name, m.version, source.model)
+            for m, source in zip(models, sources, strict=True)
+        }
+        routes = Attached(server.store, known).routes()
         server.internal_key = triton.key
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         inner.bind(triton.socket_path)

@@ -93,11 +93,18 @@ class ModelStore:
         checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
         needs = [self._need(checkpoint) for checkpoint in checkpoints]
         room = self.free_bytes - sum(fixed for fixed, _, _ in needs)
-        for source, checkpoint, (fixed, least, most) in zip(
-            sources, checkpoints, needs, strict=True
-        ):
-            cache = min(most, room // len(sources))
+        caches = [min(most, room // len(sources)) for _, _, most in needs]
+        given: set[tuple[str, int]] = set()
+        for source, cache, (fixed, least, _) in zip(sources, caches, needs, strict=True):
             self._check_room(source, fixed, least, cache)
+            if source.version and (source.name, source.version) in given:
+                raise InputError(
+                    f"{source.name}@{source.version} is there twice. Use two versions."
+                )
+            given |= {(source.name, source.version)} if source.version else set()
+        for source, checkpoint, cache, (fixed, _, _) in zip(
+            sources, checkpoints, caches, needs, strict=True
+        ):
             await self._load(source, checkpoint, fixed, cache)
 
     async def load(self, source: Source) -> Model:
