@@ -20,7 +20,8 @@ def test_public_names_are_pinned_and_there() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "run", "quantize", "prune", "distill", "eval", "compare", "generate", "bench", "report",
+        "run", "quantize", "prune", "distill", "eval", "compare", "generate", "bench", "serve",
+        "report",
     ]  # fmt: skip
 
 
