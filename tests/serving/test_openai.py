@@ -127,6 +127,14 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert scores.token_logprobs[0] is None
     assert len(scores.tokens) == len(scores.token_logprobs) == len(PROMPT) + 5
     assert all(value <= 0 for value in scores.token_logprobs[1:])
+    streamed = client.completions.create(
+        model="one", prompt=PROMPT, max_tokens=5, temperature=0, logprobs=3, echo=True, stream=True
+    )
+    parts = [chunk.choices[0] for chunk in streamed]
+    assert "".join(part.text for part in parts) == made.choices[0].text
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for part in parts for value in getattr(part.logprobs, name)]
+        assert joined == getattr(scores, name)
     chat = client.chat.completions.create(
         model="one", messages=[{"role": "user", "content": "x"}], max_tokens=4, temperature=0,
         logprobs=True, top_logprobs=2,

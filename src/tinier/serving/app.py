@@ -218,19 +218,28 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
             503, "The server is shutting down.", kind="server_error", code="shutting_down",
             retry_after=_RETRY_AFTER,
         )  # fmt: skip
-    body: Any = await _body(server, request, kind)
-    model = _find(server, body.model)
-    timeout = min(body.timeout or server.timeout, server.timeout)
+    # from here on a shutdown waits for this request
     server.num_active += 1
+    streams = False
     try:
-        generation = await start(model, body)
-    except BaseException as error:
-        server.num_active -= 1
-        if isinstance(error, Overloaded):
+        body: Any = await _body(server, request, kind)
+        model = _find(server, body.model)
+        try:
+            generation = await start(model, body)
+        except Overloaded:
             server.metrics.refused(model.label)
-        raise
-    if body.stream:
-        return _Stream(server, generation, timeout)
+            raise
+        timeout = min(body.timeout or server.timeout, server.timeout)
+        if body.stream:
+            streams = True
+            return _Stream(server, generation, timeout)
+        return await _whole(request, generation, timeout)
+    finally:
+        if not streams:
+            server.num_active -= 1
+
+
+async def _whole(request: Request, generation: Generation, timeout: float) -> Response:
     try:
         async with asyncio.timeout(timeout):
             return JSONResponse(await _unless_gone(request.receive, generation.whole()))
@@ -238,7 +247,6 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
         raise _as_api_error(error, timeout) from None
     finally:
         generation.close()
-        server.num_active -= 1
 
 
 Result = TypeVar("Result")

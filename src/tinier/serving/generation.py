@@ -70,6 +70,7 @@ class Generation:
 
     object_name = ""
     chunk_name = ""
+    id_prefix = ""
 
     def __init__(
         self, model: Model, label: str, choices: list[Choice], *, wants_usage: bool
@@ -81,8 +82,6 @@ class Generation:
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()),
             "model": label,
         }  # fmt: skip
-
-    id_prefix = ""
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""

@@ -147,6 +147,9 @@ class Model:
         """End a job at once. One that is done stays as it is."""
         if self._jobs.pop(job.id, None) is not None:
             self._outbox.put(Cancel(job.id))
+            self._metrics.cancelled(self.label)
+            job.error = Unavailable("the request was cancelled")  # for whoever still waits for it
+            job._news.set()
 
     async def close(self) -> None:
         """End the process; jobs that are left fail."""
@@ -219,7 +222,7 @@ class Model:
                 self._metrics.first_token(self.label, now - job.arrived)
             job.num_tokens += len(update.tokens)
             job.num_reused = update.num_reused
-            job.prompt_logprobs = update.prompt_logprobs
+            job.prompt_logprobs = update.prompt_logprobs or job.prompt_logprobs
             job.finished = update.finished
             job._tokens += update.tokens
             job._logprobs += update.logprobs

@@ -52,6 +52,7 @@ class Update(NamedTuple):
     finished: str | None
     num_reused: int
     prompt_logprobs: list[TokenLogprobs] | None
+    """With its first tokens, where asked for"""
 
 
 class Progress(NamedTuple):
@@ -182,12 +183,11 @@ class _Worker:
         id_ = self._ids[request]
         sent = self._sent[id_]
         self._sent[id_] = max(sent, len(request.output))
-        done = request.finished is not None
         update = Update(
             id_, request.output[sent:], request.logprobs[sent:], request.finished, request.num_reused,
-            request.prompt_logprobs if done and request.prompt_logprobs else None,
+            request.prompt_logprobs if sent == 0 and request.prompt_logprobs else None,
         )  # fmt: skip
-        if done:
+        if request.finished is not None:
             self._forget(request)
         return update
 
