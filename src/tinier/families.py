@@ -85,6 +85,11 @@ class Geometry:
     """For each layer how many tokens back attention sees; None: all."""
 
     @property
+    def cached_numbers(self) -> int:
+        """Numbers that the cache holds for a token: keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [out, in] of a layer's linear layers, by their name inside the layer."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

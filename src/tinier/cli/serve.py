@@ -127,8 +127,6 @@ def serve(
     if backend == "vllm" and (triton or len(models) > 1):
         raise InputError("--backend vllm serves one model, and not through Triton.")
     sources = [Source.parse(model) for model in models]
-    for source in sources:
-        open_model(source.model)
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
         max_step_tokens=max(max_step_tokens, max_batch_size), device=device,

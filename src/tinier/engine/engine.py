@@ -68,9 +68,9 @@ class Engine:
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         self._tokenizer = tokenizer
-        self._pool = BlockPool(self._num_blocks(), self.config.block_size)
+        self.num_blocks = self._num_blocks()
         self.runner = Runner(
-            decoder, self._pool.num_blocks, self.config.block_size, self.config.max_batch_size,
+            decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
             self.max_seq_len,
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
@@ -79,7 +79,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget every request and every cached prefix, as after an error in a step."""
-        self._pool = BlockPool(self._pool.num_blocks, self.config.block_size)
+        self._pool = BlockPool(self.num_blocks, self.config.block_size)
         self._scheduler = Scheduler(
             self._pool, self.config.max_batch_size, self.config.max_step_tokens,
             reuse_prefixes=self.config.reuse_prefixes,
@@ -102,10 +102,6 @@ class Engine:
     @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
-
-    @property
-    def num_blocks(self) -> int:
-        return self._pool.num_blocks
 
     @property
     def num_preemptions(self) -> int:
@@ -139,7 +135,7 @@ class Engine:
 
     @property
     def limits(self) -> Limits:
-        room = min(self.max_seq_len, self._pool.num_blocks * self._pool.block_size)
+        room = min(self.max_seq_len, self.num_blocks * self.config.block_size)
         return Limits(self.decoder.geometry.vocab, self.max_input_len, room)
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
@@ -278,10 +274,7 @@ class Engine:
 
     def _num_blocks(self) -> int:
         g = self.decoder.geometry
-        block_bytes = (
-            2 * g.layers * g.kv_heads * g.head_dim
-            * self.decoder.cache_dtype.itemsize * self.config.block_size
-        )  # fmt: skip
+        block_bytes = g.cached_numbers * self.decoder.cache_dtype.itemsize * self.config.block_size
         per_request = -(-self.max_seq_len // self.config.block_size)
         if self.config.kv_cache_bytes is not None:
             blocks = self.config.kv_cache_bytes // block_bytes

@@ -2,7 +2,7 @@
 
 A step is the same few hundred kernels every time, so on a GPU it is captured as a CUDA graph for each of a
 few sizes, and what it computes is padded to the next of them: steps of one token per sequence, and steps
-with prompts up to 2,048 tokens, past which launching takes less time than computing. Tokens that were
+with prompts up to 2,048 tokens. Larger ones are launched operator by operator. Tokens that were
 sampled but are not known to the host yet are read on the device, from the seat of their request.
 """
 
@@ -96,6 +96,10 @@ class Runner:
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
         self._max_batch_size = max_batch_size
+        self._batch_sizes, self._row_counts = (
+            _batch_sizes(max_batch_size),
+            _row_counts(max_batch_size),
+        )
         self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
@@ -140,8 +144,8 @@ class Runner:
         most = self._max_batch_size
         lengths = [False, True] if self._max_seq_len > LONG_CONTEXT else [False]
         for is_long in lengths:
-            shapes = [Shape(size, size, is_long) for size in _batch_sizes(most)]
-            shapes += [Shape(size, most, is_long) for size in _row_counts(most)]
+            shapes = [Shape(size, size, is_long) for size in self._batch_sizes]
+            shapes += [Shape(size, most, is_long) for size in self._row_counts]
             for shape in shapes:
                 if shape not in self._captured:
                     self._capture(shape)
@@ -160,14 +164,12 @@ class Runner:
 
     def _shape(self, rows: int, count: int, longest: int) -> Shape | None:
         """The smallest shape that is captured and holds a step; None: it runs without a graph."""
-        most = self._max_batch_size
         is_long = longest >= LONG_CONTEXT
         if rows == count:
-            size = next(size for size in _batch_sizes(most) if size >= count)
+            size = next(size for size in self._batch_sizes if size >= count)
             return Shape(size, size, is_long)
-        fitting = (size for size in _row_counts(most) if size >= rows)
-        size = next(fitting, 0)
-        return Shape(size, most, is_long) if size else None
+        size = next((size for size in self._row_counts if size >= rows), 0)
+        return Shape(size, self._max_batch_size, is_long) if size else None
 
     def _inputs(self, chunks: list[Chunk], rows: int, sequences: int) -> Tensor:
         """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
@@ -177,10 +179,11 @@ class Runner:
         A token that is not known yet is -1 - its request's seat.
         """
         count = len(chunks)
-        packed = self._stage(sum(self._parts(rows, sequences)))
+        parts = self._parts(rows, sequences)
+        packed = self._stage(sum(parts))
         values: NDArray[np.int32] = packed.numpy()
         tokens, positions, slots, contexts, seats, starts, decodes, flat = np.split(
-            values, np.cumsum(self._parts(rows, sequences)[:-1])
+            values, np.cumsum(parts[:-1])
         )
         tables = flat.reshape(sequences, self.width)
         ones = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), count)

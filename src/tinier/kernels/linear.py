@@ -10,7 +10,6 @@ checkpoint's, not the device's.
 """
 
 from abc import ABC, abstractmethod
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tinier.kernels import native
 from tinier.kernels.native import Int4Weight, expand_int4, load_library
+from tinier.kernels.operators import HAS_TRITON, uses_triton
 from tinier.kernels.reference import joined
 from tinier.numerics import (
     E2M1_MAX,
@@ -36,7 +36,7 @@ from tinier.numerics import (
 )
 from tinier.schemes import Grid, Scheme
 
-if find_spec("triton") is not None:
+if HAS_TRITON:
     from tinier.kernels import skinny
     from tinier.kernels.fused import encode_rows
 
@@ -322,7 +322,7 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
 
 def encode_tokens(x: Tensor, takes: str) -> Quantized:
     """x [T, in] as the codes that `takes` names, one scale a token."""
-    if x.is_cuda and find_spec("triton") is not None:
+    if uses_triton(x.device):
         return encode_rows(x, takes)
     return quantize_tokens_int8(x) if takes == "int8" else quantize_tokens_e4m3(x)
 
@@ -402,11 +402,7 @@ def _sides(weight: Tensor) -> tuple[int, int]:
 
 def _has_skinny(device: str) -> bool:
     """Whether the Triton kernels for few tokens run there."""
-    return (
-        device == "cuda"
-        and find_spec("triton") is not None
-        and torch.cuda.get_device_capability() >= (8, 0)
-    )
+    return uses_triton(torch.device(device)) and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _has_fp8(device: str) -> bool:

@@ -15,14 +15,14 @@ from tinier.kernels import reference
 from tinier.kernels.reference import Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
 
-_HAS_TRITON = find_spec("triton") is not None
-if _HAS_TRITON:
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
     from tinier.kernels import attention, fused
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether the operators on this device are the Triton ones."""
-    return _HAS_TRITON and device.type == "cuda"
+    return HAS_TRITON and device.type == "cuda"
 
 
 def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:

@@ -131,11 +131,11 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
             *more,
         ],
         exception_handlers={
-            ApiError: _api_error,
-            TinierError: _known_error,
+            ApiError: _answer_error,
+            TinierError: _answer_error,
             HTTPException: _http_error,
             ClientDisconnect: _client_gone,
-            Exception: _unknown_error,
+            Exception: _answer_error,
         },
     )
     return _Guard(app, server)
@@ -377,18 +377,10 @@ def _as_api_error(error: BaseException, timeout: float = 0) -> ApiError:
     return ApiError(500, "The server failed on this request.", kind="server_error")
 
 
-def _respond(error: ApiError) -> Response:
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-    return JSONResponse(error.body, error.status, headers)
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _respond(error)
-
-
-async def _known_error(request: Request, error: Exception) -> Response:
-    return _respond(_as_api_error(error))
+async def _answer_error(request: Request, error: Exception) -> Response:
+    made = _as_api_error(error)
+    headers = {"Retry-After": str(made.retry_after)} if made.retry_after else {}
+    return JSONResponse(made.body, made.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -403,7 +395,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
-
-
-async def _unknown_error(request: Request, error: Exception) -> Response:
-    return _respond(_as_api_error(error))

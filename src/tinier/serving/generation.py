@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -65,7 +66,7 @@ class Choice:
         return self.prefix + text, logprobs
 
 
-class Generation:
+class Generation(ABC):
     """The outputs of one HTTP request. `close` must be called: it ends what is still computed."""
 
     object_name = ""
@@ -82,6 +83,8 @@ class Generation:
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()),
             "model": label,
         }  # fmt: skip
+        head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
+        self._chunk_head = head[:-1] + ', "choices": [{"index": '
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -116,12 +119,33 @@ class Generation:
         return usage(prompt, cached, sum(choice.job.num_tokens for choice in self.choices))
 
     def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        raise NotImplementedError
+        return {
+            "index": choice.index, **self._content(text), "logprobs": self._score(choice, logprobs),
+            "finish_reason": choice.job.finished,
+        }  # fmt: skip
 
     def _chunk(
         self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
     ) -> bytes:
-        raise NotImplementedError
+        # the head is the same for all of a stream, and made once
+        rest = {
+            **self._piece(choice, piece), "logprobs": self._score(choice, logprobs),
+            "finish_reason": finished,
+        }  # fmt: skip
+        tail = json.dumps(rest, ensure_ascii=False)[1:]
+        return f"data: {self._chunk_head}{choice.index}, {tail}]}}\n\n".encode()
+
+    @abstractmethod
+    def _content(self, text: str) -> dict[str, Any]:
+        """The field of a whole choice that has its text."""
+
+    @abstractmethod
+    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
+        """The field of a chunk that has its text."""
+
+    @abstractmethod
+    def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        """The log-probabilities, where asked for."""
 
 
 class Completion(Generation):
@@ -132,38 +156,23 @@ class Completion(Generation):
         self, model: Model, label: str, choices: list[Choice], body: CompletionBody
     ) -> None:
         super().__init__(model, label, choices, wants_usage=body.wants_usage)
-        self._echo = bool(body.echo)
         self._scores = body.logprobs is not None
-        self._logprobs = [CompletionLogprobs(model.tokenizer) for _ in choices]
-        head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
-        self._chunk_head = head[:-1] + ', "choices": [{"index": '
+        self._logprobs = {choice: CompletionLogprobs(model.tokenizer) for choice in choices}
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
+        return {"text": piece}
 
     def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._scores:
             return None
-        at = self.choices.index(choice)
         prompt, choice.job.prompt_logprobs = choice.job.prompt_logprobs, None
         if prompt is None:
-            return self._logprobs[at].take(logprobs)
+            return self._logprobs[choice].take(logprobs)
         first = TokenLogprobs(choice.job.prompt[0], 0.0, {})
-        return self._logprobs[at].take([first, *prompt, *logprobs], first_is_bare=True)
-
-    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        return {
-            "index": choice.index, "text": text, "logprobs": self._score(choice, logprobs),
-            "finish_reason": choice.job.finished,
-        }  # fmt: skip
-
-    def _chunk(
-        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
-    ) -> bytes:
-        scores = json.dumps(self._score(choice, logprobs)) if self._scores else "null"
-        reason = f'"{finished}"' if finished else "null"
-        text = json.dumps(piece, ensure_ascii=False)
-        return (
-            f'data: {self._chunk_head}{choice.index}, "text": {text}, "logprobs": {scores}, '
-            f'"finish_reason": {reason}}}]}}\n\n'
-        ).encode()
+        return self._logprobs[choice].take([first, *prompt, *logprobs], first_is_bare=True)
 
 
 class Chat(Generation):
@@ -173,31 +182,18 @@ class Chat(Generation):
     def __init__(self, model: Model, label: str, choices: list[Choice], body: ChatBody) -> None:
         super().__init__(model, label, choices, wants_usage=body.wants_usage)
         self._scores = bool(body.logprobs)
-        head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
-        self._chunk_head = head[:-1] + ', "choices": [{"index": '
-        self._begun: set[int] = set()
+        self._begun: set[Choice] = set()
 
-    def _score(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
+        role = {} if choice in self._begun else {"role": "assistant"}
+        self._begun.add(choice)
+        return {"delta": {**role, "content": piece}}
+
+    def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(self.model.tokenizer, logprobs) if self._scores else None
-
-    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        return {
-            "index": choice.index, "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._score(logprobs), "finish_reason": choice.job.finished,
-        }  # fmt: skip
-
-    def _chunk(
-        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
-    ) -> bytes:
-        scores = json.dumps(self._score(logprobs)) if self._scores else "null"
-        reason = f'"{finished}"' if finished else "null"
-        role = "" if choice.index in self._begun else '"role": "assistant", '
-        self._begun.add(choice.index)
-        text = json.dumps(piece, ensure_ascii=False)
-        return (
-            f'data: {self._chunk_head}{choice.index}, "delta": {{{role}"content": {text}}}, '
-            f'"logprobs": {scores}, "finish_reason": {reason}}}]}}\n\n'
-        ).encode()
 
 
 async def start_completion(model: Model, body: CompletionBody) -> Generation:

@@ -75,8 +75,3 @@ class Metrics:
         self._waiting.labels(model).set(progress.waiting)
         self._preemptions.labels(model).set(progress.preemptions)
         self._cache.labels(model).set(1 - progress.free_blocks / num_blocks)
-
-    def forget(self, model: str) -> None:
-        """A model that is no longer there has no queue."""
-        for one in (self._running, self._waiting, self._cache, self._preemptions):
-            one.remove(model)

@@ -99,16 +99,13 @@ class Model:
         self.ready: Ready | None = None
         self.failure: str | None = None
         """Why it will not come back"""
-        self.num_restarts = 0
         self._max_jobs = spec.config.max_batch_size + max_queue
         self._metrics = metrics
         self._jobs: dict[int, Job] = {}
         self._ids = itertools.count()
         self._closing = False
-        self._has_computed = False
         self._crashes = 0
-        self._changed = asyncio.Condition()
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._settled = asyncio.Event()  # it is ready, or will never be
 
     @property
     def label(self) -> str:
@@ -122,8 +119,7 @@ class Model:
         """Start the process and wait until it is ready. Raises Unavailable if it cannot be."""
         self._loop = asyncio.get_running_loop()
         self._spawn()
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.ready or self.failure)
+        await self._settled.wait()
         if self.failure:
             raise Unavailable(self.failure)
 
@@ -168,7 +164,7 @@ class Model:
         self._process.start()
         theirs.close()
         # messages to a process that is gone are not for the next one
-        self._outbox = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for target in (self._read, self._write):
             threading.Thread(target=target, args=(ours, self._outbox), daemon=True).start()
 
@@ -199,10 +195,10 @@ class Model:
         elif isinstance(message, Ready):
             self.ready = message
             log.info("%s is ready: %s", self.label, "; ".join(message.notes))
-            self._notify()
+            self._settled.set()
         elif message.id is None:
             self.failure = message.message
-            self._notify()
+            self._settled.set()
         else:
             job = self._jobs.pop(message.id, None)
             if job is not None:
@@ -210,7 +206,6 @@ class Model:
 
     def _take_progress(self, progress: Progress) -> None:
         assert self.ready is not None
-        self._has_computed = True
         self._crashes = 0
         now = time.perf_counter()
         for update in progress.updates:
@@ -237,26 +232,17 @@ class Model:
         self.ready = None
         if self._closing or self.failure:
             self._fail_all(Unavailable(self.failure or f"{self.label} was unloaded"))
-            self._notify()
             return
         self._crashes += 1
         self._fail_all(EngineFailure(f"the engine of {self.label} ended; it starts again"))
         if self._crashes >= _MOST_CRASHES:
             self.failure = f"the engine of {self.label} ended {self._crashes} times in a row"
             log.error(self.failure)
-            self._notify()
+            self._settled.set()
             return
         log.error("the engine of %s ended; it starts again", self.label)
-        self.num_restarts += 1
         self._metrics.restarted(self.label)
         self._spawn()
-
-    def _notify(self) -> None:
-        async def wake() -> None:
-            async with self._changed:
-                self._changed.notify_all()
-
-        self._waking = self._loop.create_task(wake())
 
     def _fail(self, job: Job, error: TinierError) -> None:
         job.error = error

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -58,8 +59,12 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
+Started = Callable[[int, HttpServer], None]
+"""Hears of the port and the server once requests are taken."""
+
+
 async def run(
-    sources: list[Source], engine: EngineConfig, config: ServeConfig, started: "Started"
+    sources: list[Source], engine: EngineConfig, config: ServeConfig, started: Started
 ) -> None:
     """Load the models and serve them. Raises InputError before anything is loaded, Unavailable."""
     if config.triton:
@@ -88,7 +93,7 @@ async def run(
 
 async def _serve(
     listener: socket.socket, server: Server, sources: list[Source], engine: EngineConfig,
-    config: ServeConfig, started: "Started",
+    config: ServeConfig, started: Started,
 ) -> None:  # fmt: skip
     """Take requests until told to stop. The models are loaded."""
     sockets, routes, triton = [listener], [], None
@@ -128,35 +133,24 @@ async def _serve(
             await asyncio.to_thread(triton.stop)
 
 
-class Started:
-    """Hears of the port and the server once requests are taken."""
-
-    def __call__(self, port: int, http: HttpServer) -> None:
-        raise NotImplementedError
-
-
-class _Announce(Started):
-    def __init__(self, config: ServeConfig, names: list[str]) -> None:
-        self._config = config
-        self._names = names
-
-    def __call__(self, port: int, http: HttpServer) -> None:
-        host = self._config.host
-        local = host in ("127.0.0.1", "localhost", "::1")
-        if not local and not self._config.api_keys:
-            log.warning("listening on %s without an API key: whoever can connect can use it", host)
-        print(f"serving {', '.join(self._names)} on http://{host}:{port}", flush=True)
-        if self._config.triton:
-            first = self._config.port
-            print(f"Triton: HTTP {first}, gRPC {first + 1}, metrics {first + 2}", flush=True)
+def _announce(config: ServeConfig, names: list[str], port: int) -> None:
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
+        log.warning(
+            "listening on %s without an API key: whoever can connect can use it", config.host
+        )
+    print(f"serving {', '.join(names)} on http://{config.host}:{port}", flush=True)
+    if config.triton:
+        first = config.port
+        print(f"Triton: HTTP {first}, gRPC {first + 1}, metrics {first + 2}", flush=True)
 
 
 def serve(sources: list[Source], engine: EngineConfig, config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    asyncio.run(run(sources, engine, config, _Announce(config, [s.name for s in sources])))
+    names = [source.name for source in sources]
+    asyncio.run(run(sources, engine, config, lambda port, _: _announce(config, names, port)))
 
 
-class Service(Started):
+class Service:
     """A server in a thread of this process, for tests and notebooks.
 
     with Service(["smollm2-135m"]) as service:
@@ -180,7 +174,7 @@ class Service(Started):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def __call__(self, port: int, http: HttpServer) -> None:
+    def _started(self, port: int, http: HttpServer) -> None:
         self.url = f"http://{self._config.host}:{port}"
         self._http = http
         self._loop = asyncio.get_running_loop()
@@ -202,7 +196,7 @@ class Service(Started):
 
     def _run(self) -> None:
         try:
-            asyncio.run(run(self._sources, self._engine, self._config, self))
+            asyncio.run(run(self._sources, self._engine, self._config, self._started))
         except BaseException as error:
             self._error = error
         finally:

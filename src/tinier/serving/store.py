@@ -6,6 +6,7 @@
 import asyncio
 import dataclasses
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,18 +91,16 @@ class ModelStore:
 
     async def load_all(self, sources: list[Source]) -> None:
         """Load several models, whose caches share what the weights leave. Raises InputError."""
+        versions = Counter(f"{s.name}@{s.version}" for s in sources if s.version)
+        for label, count in versions.items():
+            if count > 1:
+                raise InputError(f"{label} is there twice. Use two versions.")
         checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
         needs = [self._need(checkpoint) for checkpoint in checkpoints]
         room = self.free_bytes - sum(fixed for fixed, _, _ in needs)
         caches = [min(most, room // len(sources)) for _, _, most in needs]
-        given: set[tuple[str, int]] = set()
         for source, cache, (fixed, least, _) in zip(sources, caches, needs, strict=True):
             self._check_room(source, fixed, least, cache)
-            if source.version and (source.name, source.version) in given:
-                raise InputError(
-                    f"{source.name}@{source.version} is there twice. Use two versions."
-                )
-            given |= {(source.name, source.version)} if source.version else set()
         for source, checkpoint, cache, (fixed, _, _) in zip(
             sources, checkpoints, caches, needs, strict=True
         ):
@@ -137,7 +136,7 @@ class ModelStore:
         """Bytes of weights and work; of the smallest useful cache; and of the largest."""
         geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
-        token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * item
+        token = geometry.cached_numbers * item
         positions = min(self._config.max_seq_len, geometry.max_positions)
         positions = -(-positions // self._config.block_size) * self._config.block_size
         most = token * positions * self._config.max_batch_size
