@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# a file's tests share a process; threads that wait must not keep the other process from a core
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test check help-docs readme
 
@@ -10,13 +12,13 @@ demo: $(READY)  ## the main job on the built-in model
 	$(BIN)/tinier run recipes/demo.yaml
 
 test: $(READY)  ## every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY)  ## lint, types and the fast tests; what pre-commit and reviewers run
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not network"
+	$(PYTEST) -m "not slow and not network"
 
 help-docs: $(READY)  ## write docs/cli.md from the program's help
 	$(BIN)/python -m scripts.write_cli_docs

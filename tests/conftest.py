@@ -46,7 +46,7 @@ TinyMaker = Callable[..., Checkpoint]
 @pytest.fixture(autouse=True)
 def few_threads() -> None:
     """Results on CPU depend on the number of threads; tests fix it."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -60,6 +60,13 @@ def check_row(made: torch.Tensor | Quantized, plain: torch.Tensor, takes: str | 
     check_codes(made.codes, expected.codes)
 
 
+@pytest.mark.parametrize("takes", ["e4m3", "int8"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_encode_rows(dtype: torch.dtype, takes: str) -> None:
+    x = random(5, 100, dtype=dtype)
+    check_row(fused.encode_rows(x, takes), x, takes)
+
+
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("with_delta", [False, True])

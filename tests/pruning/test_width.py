@@ -14,6 +14,8 @@ from tinier.errors import MeasuredFailure
 from tinier.families import geometry_of, open_model
 from tinier.pruning import Cut, PrunePlan, Sizes, divergences, measure_importance, prune
 from tinier.pruning.importance import cut_to
+from tinier.pruning.latency import StepTime
+from tinier.pruning.plan import resized
 
 Tiny = Callable[..., Checkpoint]
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 40]
@@ -177,14 +179,28 @@ def test_a_target_is_met_from_below(tiny: Tiny, tmp_path: Path, unit: str) -> No
     assert {name: trials[0][name] for name in sizes} == sizes
 
 
-def test_a_target_in_milliseconds_is_measured_on_the_engine(tiny: Tiny) -> None:
-    from tinier.pruning.latency import StepTime
+def test_a_step_s_time_is_measured_on_the_engine(tiny: Tiny) -> None:
+    source = tiny()
+    sizes = Sizes.of(geometry_of(source))
+    assert StepTime(source, CPU).measure(dataclasses.replace(sizes, layers=2)) > 0
 
+
+def test_a_step_s_time_is_linear_between_what_was_measured(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=6)
+    geometry = geometry_of(source)
+
+    def milliseconds(sizes: Sizes) -> float:
+        after = resized(geometry, sizes)
+        layers = sizes.layers * (0.3 + 1e-6 * after.layer_parameters)
+        return layers + 0.7 + 2e-6 * after.vocab * after.hidden
+
     time = StepTime(source, CPU)
-    whole = Sizes.of(geometry_of(source))
-    shallow = dataclasses.replace(whole, layers=3)
-    assert 0 < time(shallow) < time(whole)
+    monkeypatch.setattr(time, "measure", milliseconds)
+    whole = Sizes.of(geometry)
+    for sizes in (whole, dataclasses.replace(whole, layers=3, hidden=96, intermediate=192)):
+        assert time(sizes) == pytest.approx(milliseconds(sizes))
 
 
 def test_a_target_that_cannot_be_met_says_how_far_it_goes(tiny: Tiny, tmp_path: Path) -> None:

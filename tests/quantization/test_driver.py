@@ -121,6 +121,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     assert one.layers == other.layers
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_costs_one_layer(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(num_hidden_layers=12, hidden_size=128, intermediate_size=512)
     text = tmp_path / "text.txt"
@@ -156,6 +157,7 @@ def test_another_plan_does_not_go_on_from_what_was_left(tiny: Tiny, tmp_path: Pa
     assert made.hash == quantize_tiny(source, "int4-gptq", tmp_path / "other").hash
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny()
     text = tmp_path / "text.txt"
