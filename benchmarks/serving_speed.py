@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -22,45 +23,44 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+HAS_USAGE = re.compile(rb'"usage": ?\{')
+
 Load = tuple[int, int, int, int]
 """Requests, in flight, input tokens, output tokens"""
 
 
-async def one(url: str, model: str, prompt: list[int], output: int) -> tuple[float, int]:
+async def one(url: str, body: dict[str, Any]) -> tuple[float, int]:
     """Seconds to the first token, and output tokens, of one streamed completion."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
-    body = json.dumps({
-        "model": model, "prompt": prompt, "max_tokens": output, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
-    }).encode()  # fmt: skip
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    content = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
     begun = time.perf_counter()
-    writer.write(head.encode() + body)
+    writer.write(head.encode() + content)
     first, tokens = 0.0, 0
     while line := await reader.readline():
         if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
-            raise RuntimeError(line.decode())
+            raise RuntimeError((line + await reader.read()).decode())
         if line.startswith(b"data: {"):
             first = first or time.perf_counter() - begun
-            if b'"usage": {' in line:
+            if HAS_USAGE.search(line):
                 tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-        elif line.startswith(b"data: [DONE]"):
-            break
     writer.close()
     return first, tokens
 
 
-async def closed_loop(url: str, model: str, load: Load, vocab: int, seed: int) -> dict[str, float]:
-    count, in_flight, length, output = load
-    draw = random.Random(seed)
-    prompts = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
+async def closed_loop(url: str, bodies: list[dict[str, Any]], in_flight: int) -> dict[str, float]:
+    count = len(bodies)
     firsts: list[float] = []
 
     async def worker() -> None:
-        while prompts:
-            first, tokens = await one(url, model, prompts.pop(), output)
-            assert tokens == output, f"{tokens} of {output} tokens came"
+        while bodies:
+            body = bodies.pop()
+            first, tokens = await one(url, body)
+            assert tokens == body["max_tokens"], f"{tokens} of {body['max_tokens']} tokens came"
             firsts.append(first)
 
     begun = time.perf_counter()
@@ -69,20 +69,34 @@ async def closed_loop(url: str, model: str, load: Load, vocab: int, seed: int) -
     return {"requests_per_second": count / took, "ttft_ms": 1e3 * statistics.median(firsts)}
 
 
-def over_http(url: str, model: str, load: Load, vocab: int, seed: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.serving_speed", "--client", url, model, str(vocab),
-               str(seed), *map(str, load)]  # fmt: skip
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(printed.splitlines()[-1])
+def over_http(url: str, bodies: list[dict[str, Any]], in_flight: int) -> dict[str, float]:
+    """Requests/s and median time to first token of a client in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.serving_speed", "--client"]
+    asked = json.dumps({"url": url, "bodies": bodies, "in_flight": in_flight})
+    done = subprocess.run(command, input=asked, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def completion(model: str, prompt: list[int] | str, output: int) -> dict[str, Any]:
+    """A streamed, greedy completion of exactly `output` tokens, for OpenAI servers that can."""
+    return {
+        "model": model, "prompt": prompt, "max_tokens": output, "temperature": 0,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+
+
+def random_prompts(load: Load, vocab: int, seed: int) -> list[list[int]]:
+    count, _, length, _ = load
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
 
 
 def in_process(engine: Any, load: Load, vocab: int, seed: int) -> dict[str, float]:
     from tinier.engine import SamplingParams
 
-    count, in_flight, length, output = load
-    draw = random.Random(seed)
-    prompts = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
+    count, in_flight, _, output = load
+    prompts = random_prompts(load, vocab, seed)
     params = SamplingParams(max_tokens=output)
     firsts: list[float] = []
     taken, running = 0, 0
@@ -138,9 +152,11 @@ def measure(model: str, loads: dict[str, Load], engine_bytes: str, rounds: int) 
         for round_ in range(rounds + 1):
             for i, (name, load) in enumerate(loads.items()):
                 seed = 100 * round_ + i
+                prompts = random_prompts(load, vocab, seed)
+                bodies = [completion("m", prompt, load[3]) for prompt in prompts]
                 pair = {
                     "in_process": in_process(engine, load, vocab, seed),
-                    "http": over_http(url, "m", load, vocab, seed),
+                    "http": over_http(url, bodies, load[1]),
                 }
                 print(name, pair, flush=True)
                 if round_:  # the first compiles and captures
@@ -168,10 +184,7 @@ def measure(model: str, loads: dict[str, Load], engine_bytes: str, rounds: int) 
 
 def main() -> None:
     if sys.argv[1:2] == ["--client"]:
-        url, model, vocab, seed, *load = sys.argv[2:]
-        count, in_flight, length, output = map(int, load)
-        asked = closed_loop(url, model, (count, in_flight, length, output), int(vocab), int(seed))
-        print(json.dumps(asyncio.run(asked)))
+        print(json.dumps(asyncio.run(closed_loop(**json.load(sys.stdin)))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")

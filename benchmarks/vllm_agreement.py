@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tinier.families import open_model
-    from tinier.report import load_results
+    from tinier.recipe import load_results
     from tinier.text import load_part, load_tokenizer, token_windows
 
     results = load_results(arguments.run)

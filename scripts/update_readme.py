@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinier.report import load_results, markdown_table
+from tinier.recipe import load_results
+from tinier.report import markdown_table
 from tinier.report.page import choices_text, footnotes
 
 ROOT = Path(__file__).parent.parent

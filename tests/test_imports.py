@@ -13,7 +13,7 @@ ROOT = Path(tinier.__file__).parent
 ORDER = [
     "errors", "numerics", "progress", "device", "schemes", "checkpoint", "families", "kernels",
     "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
-    "benchmark", "search", "recipe", "report", "serving", "cli",
+    "benchmark", "serving", "search", "recipe", "report", "cli",
 ]  # fmt: skip
 
 

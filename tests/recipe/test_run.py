@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import yaml
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import InputError, OutputError, SchemeError, TextError
-from tinier.recipe import Recipe, describe, load_recipe, plan_recipe, run_recipe
-from tinier.report import load_results, markdown_table, table_rows, write_report
+from tinier.recipe import Recipe, describe, load_recipe, load_results, plan_recipe, run_recipe
+from tinier.report import markdown_table, table_rows, write_report
 
 Tiny = Callable[..., Checkpoint]
 
@@ -96,6 +97,48 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     assert len(lines) == 6
     assert all(len(line) == len(head) for line in lines)
     assert "MMLU %" in head
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aiperf") is None, reason="aiperf is not on PATH")
+def test_every_variant_is_served_under_load(values: dict[str, Any], tmp_path: Path) -> None:
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    values["measure"]["serving"] = {
+        "concurrency": [2], "request_rate": [20.0], "input_length": 20, "output_length": 8,
+        "requests": 8,
+    }  # fmt: skip
+    recipe = recipe_of(values, tmp_path)
+    out = tmp_path / "run"
+    results = run_recipe(recipe, out, command="tinier run recipe.yaml")
+    for row in results["variants"]:
+        for served in row["serving"]:
+            assert (served["requests"], served["errors"]) == (8, 0)
+            assert served["latency_ms"]["p95"] >= served["ttft_ms"]["p95"] > 0
+    before = times(out)
+    assert run_recipe(recipe, out, command="again")["variants"] == results["variants"]
+    assert times(out) == before
+    page = write_report(results, out).read_text()
+    assert "| base | 2 in flight |" in page
+    assert "| fp8 | 2 in flight |" in page
+    assert "fp8, 20 requests/s: 95 % within the target" in page
+
+
+@pytest.mark.parametrize(
+    ("serving", "message"),
+    [
+        ({"concurrency": []}, "give a concurrency or a request_rate"),
+        ({"concurrency": [0]}, "concurrency=0"),
+        ({"input_length": 2000}, "2128"),
+    ],
+)
+def test_an_impossible_load_is_found_before_any_work(
+    values: dict[str, Any], tmp_path: Path, serving: dict[str, Any], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tinier.recipe.plan.find_aiperf", lambda: "aiperf")
+    values["measure"]["serving"] = serving
+    with pytest.raises(InputError, match=message):
+        plan_recipe(recipe_of(values, tmp_path))
 
 
 def times(out: Path) -> dict[str, int]:

@@ -1,10 +1,16 @@
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tinier.errors import InputError
-from tinier.report import load_results
+from tinier.checkpoint import hold
+from tinier.errors import InputError, OutputError
+from tinier.recipe import add_endpoint, load_results
+from tinier.report import write_report
+
+DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-25.json"
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:
@@ -23,3 +29,45 @@ def test_results_of_another_schema(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"schema": 99}))
     with pytest.raises(InputError, match="has schema 99"):
         load_results(tmp_path)
+
+
+def measured(url: str, p95: float) -> dict[str, Any]:
+    spread = {"mean": 1.0, "p50": 2.0, "p90": 3.0, "p95": p95, "p99": 70.25}
+    return {
+        "url": url, "model": "small", "endpoint": "openai",
+        "load": [
+            {
+                "load": {"concurrency": None, "request_rate": 2.5}, "requests": 8, "errors": 1,
+                "requests_per_s": 2.4567, "output_tokens_per_s": 300.0,
+                "ttft_ms": spread, "itl_ms": spread, "latency_ms": spread,
+                "targets_met": {"real-time": p95 < 100, "conversation": True, "batch": True},
+            }
+        ],
+    }  # fmt: skip
+
+
+def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:
+    shutil.copy(DEMO, tmp_path / "results.json")
+    assert "Load on a server" not in write_report(load_results(tmp_path), tmp_path).read_text()
+    for url, p95 in (("http://a:1", 50.5), ("http://b:1", 5.0), ("http://a:1", 150.5)):
+        results = add_endpoint(tmp_path, measured(url, p95))
+    assert load_results(tmp_path) == results
+    assert [entry["url"] for entry in results["endpoints"]] == ["http://b:1", "http://a:1"]
+    page = write_report(results, tmp_path).read_text()
+    assert (
+        "| small at http://a:1 | 2.5 requests/s | 2.457 | 300 | TTFT ms | 1 | 2 | 3 | 150.5 | 70.25 |"
+        in page
+    )
+    assert (
+        "small at http://a:1, 2.5 requests/s: 95 % within the target of real-time missed, "
+        "conversation met, batch met; 1 requests failed" in page
+    )
+    assert "50.5 |" not in page.replace("150.5 |", "")
+
+
+def test_a_run_in_use_keeps_its_results(tmp_path: Path) -> None:
+    shutil.copy(DEMO, tmp_path / "results.json")
+    before = load_results(tmp_path)
+    with hold(tmp_path, tmp_path / ".lock"), pytest.raises(OutputError, match="another tinier"):
+        add_endpoint(tmp_path, measured("http://a:1", 1.0))
+    assert load_results(tmp_path) == before

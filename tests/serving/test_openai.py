@@ -11,8 +11,9 @@ import torch
 from tests.serving.conftest import ENGINE
 
 from tinier.engine import Engine, SamplingParams
+from tinier.errors import InputError
 from tinier.families import open_model
-from tinier.serving import Service
+from tinier.serving import Service, query
 from tinier.text import load_tokenizer
 
 PROMPT = "Ten green bottles hanging"
@@ -238,3 +239,14 @@ def test_events_are_json_objects(service: Service) -> None:
     assert lines[-1] == "data: [DONE]"
     for line in lines[:-1]:
         assert json.loads(line.removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_query_from_python(service: Service, client: openai.OpenAI) -> None:
+    prompts = [PROMPT, "Then there were"]
+    made = client.completions.create(model="two", prompt=prompts, max_tokens=9, temperature=0)
+    assert query(service.url, prompts, model="two", max_tokens=9) == [c.text for c in made.choices]
+    assert len(query(service.url, PROMPT, temperature=0.5, seed=1)) == 1
+    with pytest.raises(InputError, match=r"answered 404.*nothing"):
+        query(service.url, PROMPT, model="nothing")
+    with pytest.raises(InputError, match="does not answer"):
+        query("http://127.0.0.1:1", PROMPT)

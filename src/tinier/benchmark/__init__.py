@@ -4,11 +4,20 @@ Start at `bench` (speed.py), `measure_memory` (memory.py) and `load` (load.py).
 """
 
 from tinier.benchmark.environment import environment
-from tinier.benchmark.load import Endpoint, Load, LoadResult, load, served_models
+from tinier.benchmark.load import (
+    TARGETS,
+    Endpoint,
+    Load,
+    LoadResult,
+    find_aiperf,
+    load,
+    served_models,
+)
 from tinier.benchmark.memory import ServingMemory, measure_memory
 from tinier.benchmark.speed import SpeedResult, Statistic, Workload, bench, compare_speed
 
 __all__ = [
+    "TARGETS",
     "Endpoint",
     "Load",
     "LoadResult",
@@ -19,6 +28,7 @@ __all__ = [
     "bench",
     "compare_speed",
     "environment",
+    "find_aiperf",
     "load",
     "measure_memory",
     "served_models",

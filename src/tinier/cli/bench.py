@@ -1,10 +1,14 @@
 """`tinier bench`"""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tinier.cli import options, output
+
+if TYPE_CHECKING:
+    from tinier.benchmark import Endpoint, Load
 
 
 def bench(
@@ -41,6 +45,10 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="TINIER_API_KEY", help="URL: of the server.")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="URL: run folder whose report gets the figures too."),
+    ] = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -60,14 +68,14 @@ def bench(
       tinier bench smollm2-135m
       tinier bench smollm2-int8 --against smollm2-135m --concurrency 1,8 --output-length 128
       tinier bench http://127.0.0.1:8000 --tokenizer smollm2-135m --concurrency 4 --input-length 512
+      tinier bench http://127.0.0.1:8001 --tokenizer smollm2-135m --request-rate 1,2,4 --run runs/demo
     """
     output.start(quiet=quiet, log_level=log_level)
     if model.startswith(("http://", "https://")):
         shape = {"input_length": input_length, "output_length": output_length}
-        _bench_server(
-            model.rstrip("/"), name, tokenizer, endpoint, api_key, concurrency, request_rate,
-            shape | {"requests": requests, "seed": seed}, as_json=json,
-        )  # fmt: skip
+        loads = _loads(concurrency, request_rate, shape | {"requests": requests, "seed": seed})
+        asked = _endpoint(model.rstrip("/"), name, tokenizer, endpoint, api_key)
+        _bench_server(asked, loads, run, as_json=json)
         return
     _bench_model(
         model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
@@ -83,36 +91,57 @@ def _numbers(text: str, name: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _bench_server(
-    url: str, name: str | None, tokenizer: str | None, endpoint: str, api_key: str | None,
-    concurrency: str, request_rate: str | None, shape: dict[str, int], *, as_json: bool,
-) -> None:  # fmt: skip
-    from dataclasses import asdict
-
-    from tinier.benchmark import Endpoint, Load, load, served_models
+def _endpoint(
+    url: str, name: str | None, tokenizer: str | None, kind: str, api_key: str | None
+) -> "Endpoint":
+    from tinier.benchmark import Endpoint, served_models
     from tinier.errors import InputError
     from tinier.families import open_model
-    from tinier.report.terminal import load_text
 
     if tokenizer is None:
         raise InputError("a server's prompts need a tokenizer. Type: --tokenizer MODEL")
-    if endpoint not in ("openai", "triton"):
-        raise InputError(f"endpoint {endpoint!r} is not known. Use openai or triton.")
-    if name is None and endpoint == "triton":
+    if kind not in ("openai", "triton"):
+        raise InputError(f"endpoint {kind!r} is not known. Use openai or triton.")
+    if name is None and kind == "triton":
         raise InputError("Triton needs the model's name. Type: --name NAME")
-    rates = [part.strip() for part in request_rate.split(",")] if request_rate else []
-    if not all(part.replace(".", "", 1).isdigit() for part in rates):
-        raise InputError(f"request rate {request_rate!r} is no list of numbers. Use 2 or 1,2.5.")
-    loads = [Load(request_rate=float(rate), **shape) for rate in rates]
-    if not loads:
-        loads = [Load(concurrency=n, **shape) for n in _numbers(concurrency, "concurrency")]
-    asked = Endpoint(
-        url=url, model=name or served_models(url, api_key)[0], kind=endpoint,  # type: ignore[arg-type]
+    return Endpoint(
+        url=url, model=name or served_models(url, api_key)[0], kind=kind,  # type: ignore[arg-type]
         tokenizer=open_model(tokenizer).folder, api_key=api_key,
     )  # fmt: skip
-    results = [asdict(result) for result in load(asked, loads)]
-    data = {"url": url, "model": asked.model, "endpoint": endpoint, "load": results}
-    output.result(load_text(data), data, as_json=as_json)
+
+
+def _loads(concurrency: str, request_rate: str | None, shape: dict[str, int]) -> "list[Load]":
+    from tinier.benchmark import Load
+    from tinier.errors import InputError
+
+    if not request_rate:
+        return [Load(concurrency=n, **shape) for n in _numbers(concurrency, "concurrency")]
+    rates = [part.strip() for part in request_rate.split(",")]
+    if not all(part.replace(".", "", 1).isdigit() for part in rates):
+        raise InputError(f"request rate {request_rate!r} is no list of numbers. Use 2 or 1,2.5.")
+    return [Load(request_rate=float(rate), **shape) for rate in rates]
+
+
+def _bench_server(
+    endpoint: "Endpoint", loads: "list[Load]", run: Path | None, *, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from tinier.benchmark import load
+    from tinier.recipe import add_endpoint, load_results
+    from tinier.report import write_report
+    from tinier.report.terminal import load_text
+
+    if run is not None:
+        load_results(run)  # before the work: is it a run?
+    data = {
+        "url": endpoint.url, "model": endpoint.model, "endpoint": endpoint.kind,
+        "load": [asdict(result) for result in load(endpoint, loads)],
+    }  # fmt: skip
+    text = load_text(data)
+    if run is not None:
+        text += f"\n{write_report(add_endpoint(run, data), run)}"
+    output.result(text, data, as_json=as_json)
 
 
 def _bench_model(

@@ -21,7 +21,8 @@ def report(
     Example:
       tinier report runs/demo
     """
-    from tinier.report import load_results, write_report
+    from tinier.recipe import load_results
+    from tinier.report import write_report
     from tinier.report.terminal import results_text
 
     output.start(quiet=quiet, log_level=log_level)

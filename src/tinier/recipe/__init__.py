@@ -4,7 +4,17 @@ Start at `load_recipe` (schema.py), then `run_recipe` (run.py).
 """
 
 from tinier.recipe.plan import PlannedRun, describe, plan_recipe
+from tinier.recipe.results import add_endpoint, load_results
 from tinier.recipe.run import run_recipe
 from tinier.recipe.schema import Recipe, load_recipe
 
-__all__ = ["PlannedRun", "Recipe", "describe", "load_recipe", "plan_recipe", "run_recipe"]
+__all__ = [
+    "PlannedRun",
+    "Recipe",
+    "add_endpoint",
+    "describe",
+    "load_recipe",
+    "load_results",
+    "plan_recipe",
+    "run_recipe",
+]

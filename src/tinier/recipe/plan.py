@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinier.benchmark import Workload
+from tinier.benchmark import Load, Workload, find_aiperf
 from tinier.checkpoint import Checkpoint, StagePlan
 from tinier.device import free_memory_bytes, model_flops, pick_device
 from tinier.distillation import DistillPlan, distill, plan_distill
@@ -44,6 +44,8 @@ class PlannedRun:
     """Held-out windows [n, length] on which quality is measured."""
     mmlu: Mmlu | None
     workloads: tuple[Workload, ...]
+    loads: tuple[Load, ...]
+    """On a server of each model; none if not asked."""
     planned: dict[str, StagePlan]
     """The stage of each variant, in the order of making, planned on checkpoints that are not there
     yet: right configuration, base's files."""
@@ -71,12 +73,15 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         )
         for concurrency in speed.concurrency
     )
+    loads = _loads(recipe)
+    for load in loads:
+        check_length(base, load.input_length + load.output_length)
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}
     for name in recipe.order():
         planned[name] = plan_stage(recipe, recipe.variants[name], models, parts)
         models[name] = replace(base, config=planned[name].output_config)
-    return PlannedRun(recipe, base, parts, windows, mmlu, workloads, planned)
+    return PlannedRun(recipe, base, parts, windows, mmlu, workloads, loads, planned)
 
 
 def plan_stage(
@@ -144,6 +149,22 @@ def mmlu_plan(recipe: Recipe) -> MmluPlan:
     return MmluPlan(**asked.model_dump(), seed=recipe.seed)
 
 
+def _loads(recipe: Recipe) -> tuple[Load, ...]:
+    """Loads on a server. Raises InputError for one that cannot be, or without AIPerf."""
+    asked = recipe.measure.serving
+    if asked is None:
+        return ()
+    find_aiperf()
+    same = {
+        "input_length": asked.input_length, "output_length": asked.output_length,
+        "requests": asked.requests, "seed": recipe.seed,
+    }  # fmt: skip
+    return (
+        *(Load(concurrency=number, **same) for number in asked.concurrency),
+        *(Load(request_rate=rate, **same) for rate in asked.request_rate),
+    )
+
+
 def describe(run: PlannedRun, out: Path) -> dict[str, Any]:
     """The resolved plan with estimated memory, disk and time, for `--dry-run`.
 
@@ -192,6 +213,8 @@ def _measure_flops(run: PlannedRun) -> float:
     rounds = (run.recipe.measure.speed.repeats + 1) * 2
     for w in run.workloads:
         tokens += rounds * w.concurrency * (w.input_length + w.output_length)
+    for load in run.loads:
+        tokens += load.requests * (load.input_length + load.output_length)
     return 2.0 * geometry_of(run.base).parameters * tokens * (1 + len(run.recipe.variants))
 
 

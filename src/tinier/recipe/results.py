@@ -3,20 +3,24 @@
 Start at `assemble`. The schema is versioned; `docs/results.md` describes it.
 """
 
+import json
 import math
 import statistics
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import tinier
-from tinier.checkpoint import Checkpoint
+from tinier.checkpoint import Checkpoint, hold, write_atomically
+from tinier.errors import InputError
 from tinier.families import checkpoint_layout, geometry_of
 from tinier.recipe.plan import PlannedRun
 from tinier.recipe.schema import BASE
 from tinier.search import Candidate, choose, pareto_front
 
 SCHEMA = 1
+_RESULTS, _ENDPOINTS = "results.json", "endpoints.json"
 
 
 def assemble(
@@ -27,6 +31,7 @@ def assemble(
     environment: dict[str, Any],
     command: str,
     measuring_seconds: float,
+    endpoints: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The results of a run as plain JSON values."""
     rows = [_row(run, name, models, measurements) for name in models]
@@ -60,7 +65,49 @@ def assemble(
             "size": _front(rows, "shrinkage"),
         },
         "choices": asdict(choices) if choices else None,
+        "endpoints": endpoints,
     }
+
+
+def read_endpoints(run: Path) -> list[dict[str, Any]]:
+    """What `tinier bench URL --run` measured on servers and kept with this run."""
+    path = run / _ENDPOINTS
+    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    return found
+
+
+def add_endpoint(run: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """Keep the load on a server with a run, in place of an earlier one on the same server and model.
+
+    measured: as `tinier bench URL --json` prints. Returns the run's results. Raises InputError for a
+    folder that is no finished run's, OutputError for one in use.
+    """
+
+    def server(entry: dict[str, Any]) -> tuple[str, str, str]:
+        return entry["url"], entry["model"], entry["endpoint"]
+
+    results = load_results(run)
+    with hold(run, run / ".lock"):
+        kept = [entry for entry in read_endpoints(run) if server(entry) != server(measured)]
+        results["endpoints"] = [*kept, measured]
+        for name, values in ((_ENDPOINTS, results["endpoints"]), (_RESULTS, results)):
+            write_atomically(run / name, json.dumps(values, indent=1) + "\n")
+    return results
+
+
+def load_results(run: Path) -> dict[str, Any]:
+    """results.json of a run folder. Raises InputError where there is none, or of another schema."""
+    path = run / _RESULTS
+    if not path.is_file():
+        raise InputError(f"{run} has no results.json. Give the folder of a finished `tinier run`.")
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = results["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a tinier result: {error!r}") from None
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema}; this tinier reads {SCHEMA}. Run it again.")
+    return results
 
 
 def _row(
@@ -101,6 +148,7 @@ def _row(
         "mmlu": measured.get("mmlu"),
         "memory": measured["memory"],
         "speed": speed,
+        "serving": measured.get("serving"),
         "speedup": candidate.speedup,
         "shrinkage": candidate.shrinkage,
         "retained_quality": candidate.quality,

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinier.benchmark import bench, environment, measure_memory
+from tinier.benchmark import Endpoint, bench, environment, load, measure_memory
 from tinier.checkpoint import (
     Checkpoint,
     check_disk,
@@ -24,19 +24,21 @@ from tinier.checkpoint import (
     write_atomically,
 )
 from tinier.device import pick_device, release_memory
-from tinier.engine import Decoder, load_decoder
+from tinier.engine import Decoder, EngineConfig, load_decoder
 from tinier.errors import OutputError
 from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
 from tinier.progress import say
 from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
-from tinier.recipe.results import assemble
+from tinier.recipe.results import assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
+from tinier.serving import Service
 from tinier.text import load_tokenizer, tensor_sha256
 
 CODE = code_digest(
     "numerics", "schemes", "checkpoint", "families", "kernels", "engine", "text", "evaluation",
     "benchmark",
 )  # fmt: skip
+SERVING_CODE = code_digest("serving")
 _MARKER = "recipe.json"
 
 
@@ -63,6 +65,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
             environment=environment(pick_device(recipe.device)),
             command=command,
             measuring_seconds=measuring.seconds,
+            endpoints=read_endpoints(out),
         )
         write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
@@ -117,6 +120,8 @@ class _Measurements:
         sections["memory"] = lambda: self._memory(name)
         if name != BASE:
             sections["speed"] = lambda: self._speed(name)
+        if self._run.loads:
+            sections["serving"] = lambda: self._serving(name)
         path = self._folder / f"{name}.json"
         stored = _read_json(path)
         for section, measure in sections.items():
@@ -145,6 +150,13 @@ class _Measurements:
             inputs += [tensor_sha256(self._run.windows)]
         elif section == "mmlu":
             inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
+        elif section == "serving":
+            inputs += [
+                SERVING_CODE,
+                asked["serving"],
+                self._machine["cpu"],
+                self._machine.get("gpu"),
+            ]
         else:
             inputs += [asked["speed"], self._machine["cpu"], self._machine.get("gpu")]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -185,6 +197,13 @@ class _Measurements:
             results["variant"].append(asdict(measured[name]))
             results["base"].append(asdict(measured[BASE]))
         return results
+
+    def _serving(self, name: str) -> list[dict[str, Any]]:
+        """Each load on a server of this model alone, with the limits that `tinier serve` has."""
+        folder = self._models[name].folder
+        with Service([f"{name}={folder}"], EngineConfig(device=self._run.recipe.device)) as service:
+            endpoint = Endpoint(url=service.url, model=name, tokenizer=folder)
+            return [asdict(result) for result in load(endpoint, list(self._run.loads))]
 
 
 def _check_run_folder(out: Path) -> None:

@@ -123,10 +123,27 @@ class SpeedMeasure(_Strict):
     repeats: Annotated[int, Field(ge=1)] = 3
 
 
+class ServingMeasure(_Strict):
+    """Load on `tinier serve`; fields of tinier.benchmark.Load, where they are explained."""
+
+    concurrency: tuple[int, ...] = (1, 4)
+    request_rate: tuple[float, ...] = ()
+    input_length: int = 512
+    output_length: int = 128
+    requests: int = 64
+
+    @model_validator(mode="after")
+    def _some_load(self) -> "ServingMeasure":
+        if not self.concurrency and not self.request_rate:
+            raise ValueError("give a concurrency or a request_rate")
+        return self
+
+
 class Measure(_Strict):
     quality: QualityMeasure = QualityMeasure()
     mmlu: MmluMeasure | None = None
     speed: SpeedMeasure = SpeedMeasure()
+    serving: ServingMeasure | None = None
 
 
 class Recipe(_Strict):

@@ -3,7 +3,7 @@
 Start at `write_report`. Reads nothing but `results.json`.
 """
 
-from tinier.report.page import load_results, write_report
+from tinier.report.page import write_report
 from tinier.report.table import markdown_table, table_rows
 
-__all__ = ["load_results", "markdown_table", "table_rows", "write_report"]
+__all__ = ["markdown_table", "table_rows", "write_report"]

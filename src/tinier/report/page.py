@@ -1,29 +1,12 @@
 """`report.md`: the table, the pictures, the choices, and what it was measured on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from tinier.benchmark import TARGETS
 from tinier.checkpoint import write_atomically
-from tinier.errors import InputError
-from tinier.recipe.results import SCHEMA
 from tinier.report.plots import draw_pareto
-from tinier.report.table import markdown, markdown_table, speed_rows
-
-
-def load_results(run: Path) -> dict[str, Any]:
-    """results.json of a run folder. Raises InputError where there is none, or of another schema."""
-    path = run / "results.json"
-    if not path.is_file():
-        raise InputError(f"{run} has no results.json. Give the folder of a finished `tinier run`.")
-    try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = results["schema"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a tinier result: {error!r}") from None
-    if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema}; this tinier reads {SCHEMA}. Run it again.")
-    return results
+from tinier.report.table import load_rows, markdown, markdown_table, speed_rows, target_notes
 
 
 def write_report(results: dict[str, Any], folder: Path) -> Path:
@@ -83,6 +66,7 @@ def _page(results: dict[str, Any]) -> str:
         "",
         markdown(*speed_rows(results), text_columns=1),
         "",
+        *_served(results),
         "## How it was measured",
         "",
         f"- {environment.get('gpu') or environment['cpu']}, {environment['cpu_cores']} cores; "
@@ -100,3 +84,22 @@ def _page(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _served(results: dict[str, Any]) -> list[str]:
+    """The loads on servers, where some were measured."""
+    head, rows = load_rows(results)
+    if not rows:
+        return []
+    return [
+        "## Load on a server",
+        "",
+        markdown(head, rows, text_columns=2),
+        "",
+        *[f"- {note}" for note in target_notes(results)],
+        "",
+        "Streamed requests over HTTP, by AIPerf. Targets: "
+        + ", ".join(f"{use} {limit:g} ms" for use, limit in TARGETS.items())
+        + ".",
+        "",
+    ]

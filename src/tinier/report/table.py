@@ -3,6 +3,7 @@
 from typing import Any
 
 Results = dict[str, Any]
+LOAD_HEAD = ["load", "requests/s", "tok/s", "quantity", "mean", "p50", "p90", "p95", "p99"]
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -38,6 +39,56 @@ def speed_rows(results: Results) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return head, rows
+
+
+def load_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of the loads on servers: tinier's of each variant, then any others."""
+    head = ["server", *LOAD_HEAD]
+    rows = []
+    for name, loads in _servers(results):
+        for result in loads:
+            for i, row in enumerate(one_load(result)):
+                rows.append([name if i == 0 else "", *row])
+    return head, rows
+
+
+def target_notes(results: Results) -> list[str]:
+    """For each load on a server, which targets it met."""
+    return [
+        f"{name}, {one_target_note(result)}"
+        for name, loads in _servers(results)
+        for result in loads
+    ]
+
+
+def one_load(result: dict[str, Any]) -> list[list[str]]:
+    """Rows under LOAD_HEAD of one load (tinier.benchmark.LoadResult)."""
+    rates = [f"{result['requests_per_s']:.4g}", f"{result['output_tokens_per_s']:.4g}"]
+    starts = [[_load_name(result), *rates], ["", "", ""], ["", "", ""]]
+    figures = {"ttft_ms": "TTFT ms", "itl_ms": "ITL ms", "latency_ms": "latency ms"}
+    return [
+        [*start, label, *(f"{value:.4g}" for value in result[figure].values())]
+        for start, (figure, label) in zip(starts, figures.items(), strict=True)
+    ]
+
+
+def one_target_note(result: dict[str, Any]) -> str:
+    met = [f"{use} {'met' if ok else 'missed'}" for use, ok in result["targets_met"].items()]
+    failed = f"; {result['errors']} requests failed" if result["errors"] else ""
+    return f"{_load_name(result)}: 95 % within the target of {', '.join(met)}{failed}"
+
+
+def _load_name(result: dict[str, Any]) -> str:
+    asked = result["load"]
+    if asked["concurrency"] is None:
+        return f"{asked['request_rate']:g} requests/s"
+    return f"{asked['concurrency']} in flight"
+
+
+def _servers(results: Results) -> list[tuple[str, list[dict[str, Any]]]]:
+    own = [(row["name"], row["serving"]) for row in results["variants"] if row.get("serving")]
+    others = [(f"{e['model']} at {e['url']}", e["load"]) for e in results.get("endpoints", [])]
+    return own + others
 
 
 def markdown(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:

@@ -12,7 +12,7 @@ from tinier.device import model_flops, pick_device
 from tinier.evaluation import Comparison
 from tinier.families import geometry_of
 from tinier.report.page import choices_text, footnotes
-from tinier.report.table import table_rows
+from tinier.report.table import LOAD_HEAD, one_load, one_target_note, table_rows
 
 
 def results_text(results: dict[str, Any]) -> str:
@@ -196,23 +196,10 @@ def bench_text(data: dict[str, Any]) -> str:
 
 
 def load_text(data: dict[str, Any]) -> str:
-    """Of `tinier bench URL`: a table for each quantity over its percentiles."""
-    head = ["load", "requests/s", "tok/s", "quantity", "mean", "p50", "p90", "p95", "p99"]
-    rows, notes = [], []
-    for result in data["load"]:
-        asked = result["load"]
-        name = f"{asked['concurrency']} in flight"
-        if asked["concurrency"] is None:
-            name = f"{asked['request_rate']:g} requests/s"
-        rates = [f"{result['requests_per_s']:.4g}", f"{result['output_tokens_per_s']:.4g}"]
-        for i, quantity in enumerate(("ttft_ms", "itl_ms", "latency_ms")):
-            label = {"ttft_ms": "TTFT ms", "itl_ms": "ITL ms", "latency_ms": "latency ms"}[quantity]
-            values = [f"{value:.4g}" for value in result[quantity].values()]
-            rows.append([*([name, *rates] if i == 0 else ["", "", ""]), label, *values])
-        met = [f"{use} {'met' if ok else 'missed'}" for use, ok in result["targets_met"].items()]
-        failed = f"; {result['errors']} requests failed" if result["errors"] else ""
-        notes.append(f"{name}: 95 % within the target of {', '.join(met)}{failed}")
-    return "\n".join([_table(head, rows, text_columns=1), *notes])
+    """Of `tinier bench URL`: a row for each quantity over its percentiles."""
+    rows = [row for result in data["load"] for row in one_load(result)]
+    notes = [one_target_note(result) for result in data["load"]]
+    return "\n".join([_table(LOAD_HEAD, rows, text_columns=1), *notes])
 
 
 def _table(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:

@@ -1,11 +1,12 @@
 """Serving: OpenAI's HTTP API over any number of models, each with an engine in a process of its own.
 
 Start at `serve` (server.py). A request goes through app.py (HTTP), generation.py (text) and model.py (the
-process's handle) to worker.py (the engine). `Service` is the same from Python.
+process's handle) to worker.py (the engine). From Python: `Service` and `query`.
 """
 
+from tinier.serving.client import query
 from tinier.serving.config import ServeConfig
 from tinier.serving.server import Service, serve
 from tinier.serving.store import Source
 
-__all__ = ["ServeConfig", "Service", "Source", "serve"]
+__all__ = ["ServeConfig", "Service", "Source", "query", "serve"]
