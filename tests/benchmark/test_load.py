@@ -1,6 +1,5 @@
 """Load on a server: AIPerf itself where it is installed, and what is refused before anything runs."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ from tinier.serving import ServeConfig, Service
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("aiperf") is None, reason="aiperf is not on PATH")
+@pytest.mark.network
+@pytest.mark.usefixtures("aiperf")
 def test_a_server_s_figures_have_the_definitions_of_those_in_process(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     write_tiny(folder, "llama", dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +99,8 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("aiperf") is None, reason="aiperf is not on PATH")
+@pytest.mark.network
+@pytest.mark.usefixtures("aiperf")
 def test_every_variant_is_served_under_load(values: dict[str, Any], tmp_path: Path) -> None:
     values["variants"] = {"fp8": values["variants"]["fp8"]}
     values["measure"]["serving"] = {
