@@ -40,6 +40,8 @@ FAMILIES = {
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
+# results on CPU depend on the number of threads: one, here and in the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -48,8 +50,7 @@ TinyMaker = Callable[..., Checkpoint]
 
 
 @pytest.fixture(autouse=True)
-def few_threads() -> None:
-    """Results on CPU depend on the number of threads; tests fix it."""
+def one_thread() -> None:
     torch.set_num_threads(1)
 
 

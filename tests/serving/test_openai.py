@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import torch
 from tests.serving.conftest import ENGINE
 
 from tinier.engine import Engine, SamplingParams
@@ -25,7 +24,6 @@ def client(service: Service) -> openai.OpenAI:
 
 
 def engine_text(folder: Path, ids: list[int], count: int) -> tuple[str, list[int]]:
-    torch.set_num_threads(2)
     checkpoint = open_model(str(folder))
     (output,) = Engine(checkpoint, ENGINE).generate([ids], SamplingParams(max_tokens=count))
     return load_tokenizer(checkpoint).decode(output, skip_special_tokens=True), output
