@@ -28,31 +28,38 @@ START_SECONDS = 300
 
 
 def commands(folder: Path, limits: tuple[int, int], a: argparse.Namespace) -> dict[str, list[str]]:
-    """How each server is started; its address is its place in this table."""
+    """How each server is started. float32: what is faster for the peers on a CPU without bf16 products."""
     most, length = map(str, limits)
     found = {
         "tinier": [
-            sys.executable, "-m", "tinier", "serve", f"{folder}={folder}", "--device", "cpu",
+            sys.executable, "-m", "tinier", "serve", f"m={folder}", "--device", "cpu",
             "--max-batch-size", most, "--max-seq-len", length, "--memory", "3GB",
-        ],
-        "vllm": [
-            a.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--max-model-len", length, "--max-num-seqs", most, "--no-enable-prefix-caching",
-        ],
-        "transformers": [a.transformers, "-m", "transformers.cli.transformers", "serve", str(folder)],
-        "transformers-batched": [
-            a.transformers, "-m", "transformers.cli.transformers", "serve", str(folder),
-            "--continuous-batching", "--cb-num-blocks", "64", "--cb-block-size", "32",
-        ],
+        ]
     }  # fmt: skip
-    return {name: command for name, command in found.items() if command[0]}
+    for suffix, dtype in (("", "bfloat16"), ("-float32", "float32")):
+        if a.vllm:
+            found[f"vllm{suffix}"] = [
+                a.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+                "--served-model-name", "m", "--dtype", dtype, "--max-model-len", length,
+                "--max-num-seqs", most, "--no-enable-prefix-caching",
+            ]  # fmt: skip
+        if a.transformers:
+            serve = [a.transformers, "-m", "transformers.cli.transformers", "serve", str(folder)]
+            found[f"transformers{suffix}"] = [*serve, "--dtype", dtype]
+            found[f"transformers-batched{suffix}"] = [
+                *serve, "--dtype", dtype, "--continuous-batching",
+                "--cb-num-blocks", "64", "--cb-block-size", "32",
+            ]  # fmt: skip
+    return found
 
 
-def body(server: str, model: str, prompt: str, output: int) -> dict[str, Any]:
-    asked = completion(model, prompt, output)
+def body(server: str, folder: Path, prompt: str, output: int) -> dict[str, Any]:
+    asked = completion("m", prompt, output)
     if server.startswith("transformers"):  # no end token, in its words
+        asked["model"] = str(folder)
         del asked["ignore_eos"], asked["stream_options"]
-        asked["generation_config"] = json.dumps({"max_new_tokens": output, "do_sample": False})
+        settings = {"max_new_tokens": output, "do_sample": False, "eos_token_id": -1}
+        asked["generation_config"] = json.dumps(settings)
     return asked
 
 
@@ -84,8 +91,9 @@ def started(name: str, command: list[str], port: int, log: Path):  # type: ignor
             time.sleep(0.5)
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGCONT)
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
@@ -106,7 +114,7 @@ def measure(
                 draw = random.Random(100 * round_ + i)
                 prompts = ["".join(draw.choices(vocabulary, k=length)) for _ in range(count)]
                 for port, server in enumerate(servers, 8100):
-                    bodies = [body(server, str(folder), prompt, output) for prompt in prompts]
+                    bodies = [body(server, folder, prompt, output) for prompt in prompts]
                     os.killpg(processes[server].pid, signal.SIGCONT)
                     one = over_http(f"http://127.0.0.1:{port}", bodies, in_flight)
                     os.killpg(processes[server].pid, signal.SIGSTOP)
@@ -136,10 +144,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def version(python: str, package: str) -> str:
-    code = f"from importlib.metadata import version; print(version('{package}'))"
-    return subprocess.run(
-        [python, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    code = f"import {package}; print({package}.__version__)"
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -159,6 +166,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=64)
     parser.add_argument("--output", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--servers", nargs="*", help="only these")
     a = parser.parse_args()
     folder = open_model(a.model).folder
     loads: dict[str, Load] = {
@@ -166,6 +174,7 @@ def main() -> None:
         "single": (6, 1, a.input, min(16, a.output)),
     }
     servers = commands(folder, (a.concurrency, a.input + a.output + 8), a)
+    servers = {name: c for name, c in servers.items() if not a.servers or name in a.servers}
     results = measure(folder, loads, servers, a.rounds, a.out.parent)
     versions = {}
     if a.vllm:

@@ -156,6 +156,7 @@ class _Worker:
         if request is not None:
             self._engine.cancel(request)
             self._forget(request)
+            self._report([])  # how the engine stands now: there may be no next step
 
     def _forget(self, request: Request) -> None:
         id_ = self._ids.pop(request)
