@@ -8,6 +8,7 @@ the server's, and its memory is free when it ends. Start at `run`. Messages go t
 import logging
 import os
 import signal
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +21,9 @@ from tinier.errors import TinierError
 from tinier.families import open_model
 
 log = logging.getLogger(__name__)
+
+_JOINING = 0.05
+"""Of a step: how long others may come before an idle engine begins"""
 
 
 class Add(NamedTuple):
@@ -121,6 +125,8 @@ class _Worker:
         self._requests: dict[int, Request] = {}
         self._sent: dict[int, int] = {}
         """Tokens of each output that the server has"""
+        self._step_seconds = 0.0
+        """Of the last step"""
 
     def run(self) -> None:
         try:
@@ -130,9 +136,16 @@ class _Worker:
             return
 
     def _receive(self) -> bool:
-        """Take all messages that are there; wait for one if there is nothing to compute."""
-        while not self._engine.has_work or self._connection.poll():
+        """Take all messages that are there; wait for one if there is nothing to compute.
+
+        Who asks together is computed together: after a pause others may join for a moment that is short
+        beside a step.
+        """
+        idle = not self._engine.has_work
+        joining: float | None = None
+        while not self._engine.has_work or self._connection.poll(joining or 0):
             message = self._connection.recv()
+            joining = _JOINING * self._step_seconds if idle else None
             if message is None:
                 return False
             if isinstance(message, Add):
@@ -163,11 +176,13 @@ class _Worker:
         del self._requests[id_], self._sent[id_]
 
     def _step(self) -> None:
+        begun = time.perf_counter()
         try:
             changed = self._engine.step()
         except Exception as error:
             self._recover(error)
             return
+        self._step_seconds = time.perf_counter() - begun
         self._report(changed)
 
     def _report(self, changed: list[Request]) -> None:
