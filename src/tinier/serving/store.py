@@ -22,8 +22,8 @@ from tinier.serving.worker import WorkerSpec
 from tinier.text import load_tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-# what a worker holds beside weights and cache: 385 MB were measured on a CPU, 2.7 GB on a GPU, whose graphs,
-# activations and CUDA context are in it
+# what a worker holds beside weights and cache: 385 MB were measured on a CPU, 2.7 GB on a GPU,
+# with graphs, activations and the CUDA context
 _WORKING_BYTES = {"cpu": 400 << 20, "cuda": 3 << 30}
 
 
