@@ -26,6 +26,16 @@ from tinier.serving.worker import Add, Failed, Progress, serve
 LONG = {"model": "one", "prompt": "x", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 
 
+def outputs(service: Service) -> dict[str, float]:
+    """Outputs of model `one` that ended, by how."""
+    counted = {"cancelled": 0.0, "length": 0.0}
+    for line in httpx.get(f"{service.url}/metrics").text.splitlines():
+        for result in counted:
+            if line.startswith(f'tinier_requests_total{{model="one@1",result="{result}"}}'):
+                counted[result] = float(line.split()[-1])
+    return counted
+
+
 def running(service: Service) -> float:
     text = httpx.get(f"{service.url}/metrics").text
     found = re.search(r'tinier_requests_running\{model="one@1"\} ([\d.]+)', text)
@@ -42,12 +52,15 @@ def wait_for(condition: object, seconds: float = 20) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request(service: Service, stream: bool) -> None:
     body = LONG | {"stream": stream, "n": 4}
+    before = outputs(service)
     with httpx.Client() as client, pytest.raises(httpx.ReadTimeout):
         if stream:
             with client.stream("POST", f"{service.url}/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
                 raise httpx.ReadTimeout("enough")
         client.post(f"{service.url}/v1/completions", json=body, timeout=0.1)
+    wait_for(lambda: outputs(service)["cancelled"] == before["cancelled"] + 4)
+    assert outputs(service)["length"] == before["length"]
     wait_for(lambda: running(service) == 0)  # with no other request to make a step
     text = httpx.post(f"{service.url}/v1/completions", json=LONG | {"max_tokens": 3}).json()
     assert text["choices"][0]["finish_reason"] == "length"
@@ -70,6 +83,10 @@ def test_a_worker_that_dies_fails_its_requests_and_comes_back(
         asking.join()
         assert answers[0].status_code == 500
         assert answers[0].json()["error"]["code"] == "engine_failure"
+        chat = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
+        again = httpx.post(f"{service.url}/v1/chat/completions", json=chat)
+        assert (again.status_code, again.headers["retry-after"]) == (503, "1")
+        assert running(service) == 0
         wait_for(lambda: httpx.get(f"{service.url}/health/ready").status_code == 200, 60)
         assert httpx.post(url, json=LONG, timeout=60).status_code == 200
         assert "tinier_engine_restarts_total" in httpx.get(f"{service.url}/metrics").text

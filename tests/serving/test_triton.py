@@ -176,3 +176,35 @@ def test_load_unload_metrics_and_statistics(triton: Service) -> None:
     assert stats["inference_stats"]["success"]["count"] >= 1
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT + 2}/metrics") as answer:
         assert "nv_inference_request_success" in answer.read().decode()
+
+
+def test_each_row_of_a_batch_has_its_own_parameters(triton: Service) -> None:
+    with http.InferenceServerClient(f"127.0.0.1:{PORT}") as client:
+        asked = inputs(http, [TEXT, TEXT], 3)
+        asked[1].set_data_from_numpy(np.array([[3], [9]], dtype=np.int32))
+        texts = client.infer("other", asked).as_numpy("text_output").reshape(-1)
+    assert [text.decode() for text in texts] == [openai_text(triton, "other", n) for n in (3, 9)]
+
+
+def test_a_key_closes_triton_s_ports_too(triton: Service, model_folders: dict[str, Path]) -> None:
+    config = ServeConfig(port=PORT + 10, triton=True, api_keys=("secret",))
+    with Service([f"m={model_folders['one']}"], ENGINE, config):
+        for module, port, name in (
+            (http, PORT + 10, "authorization"),
+            (grpc, PORT + 11, "triton-grpc-protocol-authorization"),
+        ):
+            allowed = {name: "Bearer secret"}
+            with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                assert client.is_server_ready()
+                for headers in (None, {name: "Bearer other"}):
+                    with pytest.raises(Exception, match="restricted"):
+                        client.infer("m", inputs(module, [TEXT], 3), headers=headers)
+                    with pytest.raises(Exception, match="restricted"):
+                        client.unload_model("m", headers=headers)
+                made = client.infer("m", inputs(module, [TEXT], 3), headers=allowed)
+                assert made.as_numpy("text_output").shape == (1, 1)
+
+
+def test_triton_is_not_opened_to_a_network_without_a_key() -> None:
+    with pytest.raises(InputError, match="lets everyone who can connect run programs"):
+        ServeConfig(host="0.0.0.0", triton=True)

@@ -128,6 +128,7 @@ def _bench_server(
     from dataclasses import asdict
 
     from tinier.benchmark import load
+    from tinier.progress import say
     from tinier.recipe import add_endpoint, load_results
     from tinier.report import write_report
     from tinier.report.terminal import load_text
@@ -138,10 +139,9 @@ def _bench_server(
         "url": endpoint.url, "model": endpoint.model, "endpoint": endpoint.kind,
         "load": [asdict(result) for result in load(endpoint, loads)],
     }  # fmt: skip
-    text = load_text(data)
-    if run is not None:
-        text += f"\n{write_report(add_endpoint(run, data), run)}"
-    output.result(text, data, as_json=as_json)
+    output.result(load_text(data), data, as_json=as_json)
+    if run is not None:  # after it is printed: the run may be in use now
+        say(f"report: {write_report(add_endpoint(run, data), run)}")
 
 
 def _bench_model(

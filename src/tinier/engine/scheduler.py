@@ -70,7 +70,8 @@ class Scheduler:
                 self._pool.release(request)
                 break
             request.num_computed = start
-            request.num_reused = start
+            if not request.output:  # else it was preempted, and finds its own blocks
+                request.num_reused = start
             request.seat = self._seats.pop()
             self.running.append(self.waiting.popleft())
             chunk = Chunk(request, start, count)

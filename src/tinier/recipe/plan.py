@@ -16,6 +16,7 @@ from tinier.benchmark import Load, Workload, find_aiperf
 from tinier.checkpoint import Checkpoint, StagePlan
 from tinier.device import free_memory_bytes, model_flops, pick_device
 from tinier.distillation import DistillPlan, distill, plan_distill
+from tinier.engine import EngineConfig
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
@@ -23,6 +24,7 @@ from tinier.families import check_length, geometry_of, open_model
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import QuantizePlan, plan_quantize, quantize
 from tinier.recipe.schema import BASE, Distill, Prune, Quantize, Recipe, Text, Variant
+from tinier.serving import Source
 from tinier.text import (
     TextParts,
     load_documents,
@@ -155,6 +157,14 @@ def _loads(recipe: Recipe) -> tuple[Load, ...]:
     if asked is None:
         return ()
     find_aiperf()
+    for name in recipe.variants:
+        Source.parse(f"{name}=served")
+    room = EngineConfig().max_seq_len
+    if asked.input_length + asked.output_length > room:
+        raise InputError(
+            f"measure.serving: {asked.input_length} + {asked.output_length} tokens; `tinier serve` has "
+            f"room for {room}."
+        )
     same = {
         "input_length": asked.input_length, "output_length": asked.output_length,
         "requests": asked.requests, "seed": recipe.seed,

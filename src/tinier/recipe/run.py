@@ -31,7 +31,7 @@ from tinier.progress import say
 from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
 from tinier.recipe.results import assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
-from tinier.serving import Service
+from tinier.serving import MAX_BATCH_SIZE, Service
 from tinier.text import load_tokenizer, tensor_sha256
 
 CODE = code_digest(
@@ -201,7 +201,8 @@ class _Measurements:
     def _serving(self, name: str) -> list[dict[str, Any]]:
         """Each load on a server of this model alone, with the limits that `tinier serve` has."""
         folder = self._models[name].folder
-        with Service([f"{name}={folder}"], EngineConfig(device=self._run.recipe.device)) as service:
+        engine = EngineConfig(max_batch_size=MAX_BATCH_SIZE, device=self._run.recipe.device)
+        with Service([f"{name}={folder}"], engine) as service:
             endpoint = Endpoint(url=service.url, model=name, tokenizer=folder)
             return [asdict(result) for result in load(endpoint, list(self._run.loads))]
 

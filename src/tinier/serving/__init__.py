@@ -5,8 +5,8 @@ process's handle) to worker.py (the engine). From Python: `Service` and `query`.
 """
 
 from tinier.serving.client import query
-from tinier.serving.config import ServeConfig
+from tinier.serving.config import MAX_BATCH_SIZE, ServeConfig
 from tinier.serving.server import Service, serve
 from tinier.serving.store import Source
 
-__all__ = ["ServeConfig", "Service", "Source", "query", "serve"]
+__all__ = ["MAX_BATCH_SIZE", "ServeConfig", "Service", "Source", "query", "serve"]

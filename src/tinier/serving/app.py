@@ -41,6 +41,7 @@ Body = TypeVar("Body", bound=BaseModel)
 Start = Callable[[Model, Any], Awaitable[Generation]]
 _OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/")
 _RETRY_AFTER = 1
+_LAST_WORDS_SECONDS = 10
 
 
 @dataclass
@@ -206,10 +207,13 @@ class _Stream(Response):
                 async with aclosing(self._generation.events()) as events:
                     async for part in events:
                         await send({"type": "http.response.body", "body": part, "more_body": True})
+            last = b""
         except (TinierError, TimeoutError) as error:
-            body = event(_as_api_error(error, self._timeout).body)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self._generation.close()  # before the last words, which a client may never read
+            last = event(_as_api_error(error, self._timeout).body)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _generate(server: Server, request: Request, kind: type[Body], start: Start) -> Response:
@@ -222,7 +226,12 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
     server.num_active += 1
     streams = False
     try:
-        body: Any = await _body(server, request, kind)
+        try:
+            async with asyncio.timeout(server.timeout):
+                body: Any = await _body(server, request, kind)
+        except TimeoutError:
+            text = f"The body did not come within {server.timeout:g} s."
+            raise ApiError(408, text, kind="timeout", code="timeout") from None
         model = _find(server, body.model)
         try:
             generation = await start(model, body)
@@ -328,8 +337,12 @@ def _allowed_source(server: Server, text: str) -> Source:
         raise _no_loading()
     source = Source.parse(text)
     folder = server.load_folder.resolve()
-    path = (folder / source.model).resolve()
-    if folder not in path.parents or not path.is_dir():
+    try:
+        path = (folder / source.model).resolve()
+        allowed = folder in path.parents and path.is_dir()
+    except (OSError, ValueError):  # longer than a name can be, or with a NUL in it
+        allowed = False
+    if not allowed:
         raise ApiError(404, f"There is no model '{source.model}' to load.", param="model")
     return Source(source.name, source.version, str(path))
 

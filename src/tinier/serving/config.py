@@ -6,6 +6,10 @@ from pathlib import Path
 
 from tinier.errors import InputError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_BATCH_SIZE = 64
+"""Requests of a model that `tinier serve` computes at once, unless told otherwise"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -39,6 +43,11 @@ class ServeConfig:
         last = 65_532 if self.triton else 65_535
         if self.port > last or (self.triton and self.port == 0):
             raise InputError(f"port={self.port}. Use {int(self.triton)} to {last}.")
+        if self.triton and not self.api_keys and self.host not in LOOPBACK:
+            raise InputError(
+                f"Triton on {self.host} without a key lets everyone who can connect run programs here: "
+                "models are loaded through it. Use --api-key KEY, or --host 127.0.0.1."
+            )
         if any(not key.isascii() or not key or " " in key for key in self.api_keys):
             raise InputError("an API key is empty or has a space in it. Use ASCII without spaces.")
         if self.load_folder is not None and not self.load_folder.is_dir():

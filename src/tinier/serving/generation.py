@@ -16,7 +16,7 @@ from typing import Any
 from tinier.engine import TokenLogprobs
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
-from tinier.serving.model import Delta, Job, Model
+from tinier.serving.model import Delta, Job, Model, Unavailable
 from tinier.serving.protocol import (
     DONE,
     ApiError,
@@ -113,7 +113,9 @@ class Generation(ABC):
             self.model.cancel(choice.job)
 
     def _usage(self) -> dict[str, Any]:
-        jobs = {id(choice.job.prompt): choice.job for choice in self.choices}
+        jobs: dict[int, Job] = {}
+        for choice in self.choices:  # the first of a prompt: the others find what it computed
+            jobs.setdefault(id(choice.job.prompt), choice.job)
         prompt = sum(len(job.prompt) for job in jobs.values())
         cached = sum(job.num_reused for job in jobs.values())
         return usage(prompt, cached, sum(choice.job.num_tokens for choice in self.choices))
@@ -233,7 +235,8 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
     prompt = await _chat_prompt(model, body)
     asked = body.max_completion_tokens or body.max_tokens
-    assert model.ready is not None
+    if model.ready is None:
+        raise Unavailable(f"{model.label} is not ready")
     left = model.ready.limits.room - len(prompt)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     _check_length(model, prompt, asked or 1)

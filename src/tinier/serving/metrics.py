@@ -70,6 +70,10 @@ class Metrics:
     def restarted(self, model: str) -> None:
         self._restarts.labels(model).inc()
 
+    def ended(self, model: str) -> None:
+        for gauge in (self._running, self._waiting, self._cache):
+            gauge.labels(model).set(0)
+
     def stands(self, model: str, progress: Progress, num_blocks: int) -> None:
         self._running.labels(model).set(progress.running)
         self._waiting.labels(model).set(progress.waiting)

@@ -129,7 +129,7 @@ class Model:
         Raises InputError for one that can never be computed, Overloaded past the queue's end, Unavailable.
         """
         if self.ready is None or self._closing:
-            raise Unavailable(self.failure or f"{self.label} is not ready")
+            raise Unavailable(f"{self.label} {'failed' if self.failure else 'is not ready'}")
         self.ready.limits.check(prompt, params)
         if self.num_jobs + params.n > self._max_jobs:
             raise Overloaded(f"{self.label} has {self.num_jobs} requests, and room for no more")
@@ -197,7 +197,8 @@ class Model:
             log.info("%s is ready: %s", self.label, "; ".join(message.notes))
             self._settled.set()
         elif message.id is None:
-            self.failure = message.message
+            self.failure = message.message  # may name paths: not for clients
+            log.error("%s: %s", self.label, message.message)
             self._settled.set()
         else:
             job = self._jobs.pop(message.id, None)
@@ -230,8 +231,9 @@ class Model:
     def _ended(self) -> None:
         """The process is gone."""
         self.ready = None
+        self._metrics.ended(self.label)
         if self._closing or self.failure:
-            self._fail_all(Unavailable(self.failure or f"{self.label} was unloaded"))
+            self._fail_all(Unavailable(f"{self.label} is not loaded any more"))
             return
         self._crashes += 1
         self._fail_all(EngineFailure(f"the engine of {self.label} ended; it starts again"))

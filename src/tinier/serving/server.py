@@ -2,6 +2,7 @@
 thread: start, query, stop."""
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import socket
@@ -14,7 +15,7 @@ import uvicorn
 from tinier.engine import EngineConfig
 from tinier.errors import InputError
 from tinier.serving.app import Server, make_app
-from tinier.serving.config import ServeConfig
+from tinier.serving.config import LOOPBACK, ServeConfig
 from tinier.serving.metrics import Metrics
 from tinier.serving.store import ModelStore, Source
 from tinier.serving.triton import Attached, Triton, check_installed
@@ -52,10 +53,10 @@ class HttpServer(uvicorn.Server):
         log.warning("shutting down: %d requests in flight", self._server.num_active)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
-                if self.triton is not None:  # its requests come through this server
-                    await asyncio.to_thread(self.triton.stop)
-                while self._server.num_active:
+                while self._server.num_active:  # Triton's requests are among them
                     await asyncio.sleep(0.05)
+        if self.triton is not None:
+            await asyncio.to_thread(self.triton.stop)
         self.should_exit = True
 
 
@@ -69,6 +70,12 @@ async def run(
     """Load the models and serve them. Raises InputError before anything is loaded, Unavailable."""
     if config.triton:
         check_installed()
+        names = {source.name for source in sources}
+        for name in names:
+            if f"{name}_stream" in names:
+                raise InputError(
+                    f"{name}_stream is what Triton calls {name}'s stream. Use other names."
+                )
     listener = _listen(config.host, config.port + 3 if config.triton else config.port)
     with contextlib.closing(listener):
         metrics = Metrics()
@@ -102,6 +109,7 @@ async def _serve(
         triton = Triton(
             [m.label for m in models], host=config.host, port=config.port,
             max_batch_size=engine.max_batch_size, verbose=config.log_level <= logging.INFO,
+            api_key=config.api_keys[0] if config.api_keys else None,
         )  # fmt: skip
         known = {
             m.label: Source(m.name, m.version, source.model)
@@ -134,7 +142,7 @@ async def _serve(
 
 
 def _announce(config: ServeConfig, names: list[str], port: int) -> None:
-    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
+    if config.host not in LOOPBACK and not config.api_keys:
         log.warning(
             "listening on %s without an API key: whoever can connect can use it", config.host
         )
@@ -184,6 +192,7 @@ class Service:
         """Load the models and listen. Raises what loading raises."""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # Python waits at its end for the models' processes
         self._up.wait()
         if self._error is not None:
             raise self._error
@@ -193,6 +202,7 @@ class Service:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._http.drain)
             self._thread.join()
+        atexit.unregister(self.stop)
 
     def _run(self) -> None:
         try:

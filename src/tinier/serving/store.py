@@ -47,7 +47,7 @@ class Source:
         name, at, version = label.partition("@") if separator else (label, "", "")
         if not _NAME.fullmatch(name):
             raise InputError(f"{name!r} is no name. Use letters, digits and . _ / -")
-        if at and not (version.isdecimal() and 1 <= int(version) < 2**31):
+        if at and not _is_version(version):
             raise InputError(f"{version!r} is no version. Use a number from 1: {name}@2={model}")
         return cls(name, int(version) if at else None, model)
 
@@ -85,7 +85,7 @@ class ModelStore:
     def find(self, label: str) -> Model | None:
         """`NAME@VERSION`, or `NAME` for its newest version."""
         name, at, version = label.rpartition("@")
-        if at and version.isdecimal():
+        if at and _is_version(version):
             return self._models.get((name, int(version)))
         versions = [v for n, v in self._models if n == label]
         return self._models[label, max(versions)] if versions else None
@@ -177,6 +177,10 @@ class ModelStore:
             raise
         self._models[key] = model
         return model
+
+
+def _is_version(text: str) -> bool:
+    return text.isdecimal() and len(text) < 11 and 1 <= int(text) < 2**31
 
 
 def _gib(count: int) -> str:

@@ -6,6 +6,7 @@ clients and protocols join one continuous batch. Each model is there twice: `NAM
 protocols; `NAME_stream` is decoupled and streams over gRPC. Start at `Triton`.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -73,6 +74,12 @@ def check_installed() -> Path:
     return folder
 
 
+_EXIT_SECONDS = 5
+"""For connections that are open when all requests are answered"""
+_CLOSED = "inference,shared-memory,model-config,model-repository,statistics,trace,logging"
+"""Triton's interfaces that need the key"""
+
+
 @dataclass
 class Attached:
     """Which models Triton has loaded; what it unloads twice over is unloaded here."""
@@ -81,6 +88,7 @@ class Attached:
     sources: dict[str, Source]
     """By NAME@VERSION, of all that Triton may load"""
     _counts: Counter[str] = field(default_factory=Counter)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def routes(self) -> list[Route]:
         return [
@@ -90,33 +98,44 @@ class Attached:
 
     async def _attach(self, request: Request) -> Response:
         label = (await request.json())["model"]
-        if self.store.find(label) is None:
-            await self.store.load(self.sources[label])
-        self._counts[label] += 1
+        async with self._lock:
+            if self.store.find(label) is None:
+                await self.store.load(self.sources[label])
+            self._counts[label] += 1
         return JSONResponse({})
 
     async def _detach(self, request: Request) -> Response:
         label = (await request.json())["model"]
-        self._counts[label] -= 1
-        if self._counts[label] == 0:
-            await self.store.unload(label)
+        async with self._lock:
+            self._counts[label] -= 1
+            if self._counts[label] == 0:
+                await self.store.unload(label)
         return JSONResponse({})
 
 
 class Triton:
     """A running tritonserver.
 
-    labels: NAME@VERSION of the models. port: HTTP; gRPC and metrics have the next two.
+    labels: NAME@VERSION of the models. port: HTTP; gRPC and metrics have the next two. api_key: without it
+    only health and metadata are answered.
     """
 
     def __init__(
-        self, labels: list[str], *, host: str, port: int, max_batch_size: int, verbose: bool
+        self,
+        labels: list[str],
+        *,
+        host: str,
+        port: int,
+        max_batch_size: int,
+        verbose: bool,
+        api_key: str | None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tinier-triton-"))
         self.socket_path = str(self.folder / "tinier.sock")
         self.key = secrets.token_hex(16)
         self._server = check_installed()
         self._host, self._port, self._verbose = host, port, verbose
+        self._api_key = api_key
         self._process: subprocess.Popen[bytes] | None = None
         self._names = _write_repository(self.folder / "models", labels, max_batch_size)
 
@@ -137,8 +156,11 @@ class Triton:
             "model-control-mode": "explicit", "allow-metrics": "true",
             "http-address": self._host, "grpc-address": self._host, "metrics-address": self._host,
             "http-port": self._port, "grpc-port": self._port + 1, "metrics-port": self._port + 2,
-            "log-info": str(self._verbose).lower(), "exit-timeout-secs": 60,
+            "log-info": str(self._verbose).lower(), "exit-timeout-secs": _EXIT_SECONDS,
         }  # fmt: skip
+        if self._api_key:
+            closed = f"{_CLOSED}:authorization=Bearer {self._api_key}"
+            options |= {"http-restricted-api": closed, "grpc-restricted-protocol": closed}
         command = [str(self._server / "bin" / "tritonserver")]
         command += [f"--{name}={value}" for name, value in options.items()]
         command += [f"--load-model={name}" for name in self._names]
@@ -158,7 +180,7 @@ class Triton:
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(60)
+                self._process.wait(2 * _EXIT_SECONDS)
             self._process.kill()
         self._process.wait()
         self._log.close()

@@ -88,24 +88,32 @@ class TritonPythonModel:
     def _bodies(self, request):
         """A completion body for each row of text_input [rows, 1]."""
         texts = _rows(request, "text_input")
-        body = {"model": self._label, "stream": True, "max_tokens": 16}
+        given = {name: _rows(request, name) for name in (*FIELDS, "stop_words", "return_log_probs")}
+        given = {name: rows for name, rows in given.items() if rows is not None}
+        return [
+            self._body(text[0].decode(), {name: rows[i] for name, rows in given.items()})
+            for i, text in enumerate(texts)
+        ]
+
+    def _body(self, text, given):
+        """given: one row of each input that is there."""
+        body = {"model": self._label, "prompt": text, "stream": True, "max_tokens": 16}
         for name, (field, kind) in FIELDS.items():
-            value = _rows(request, name)
-            if value is not None:
-                body[field] = kind(value[0][0])
+            if name in given:
+                body[field] = kind(given[name][0])
+        if "seed" in body:
+            body["seed"] %= 2**63  # Triton's has a bit more
         # as the TensorRT-LLM backend: greedy unless sampling is asked for
         if (
             not any(body.get(name) for name in ("temperature", "top_p", "seed"))
             and body.get("top_k", 0) < 2
         ):
             body["temperature"] = 0.0
-        stops = _rows(request, "stop_words")
-        if stops is not None:
-            body["stop"] = [stop.decode() for stop in stops.reshape(-1) if stop]
-        scores = _rows(request, "return_log_probs")
-        if scores is not None and scores[0][0]:
+        if "stop_words" in given:
+            body["stop"] = [stop.decode() for stop in given["stop_words"] if stop]
+        if "return_log_probs" in given and given["return_log_probs"][0]:
             body["logprobs"] = 0
-        return [{**body, "prompt": text[0].decode()} for text in texts]
+        return body
 
     async def _whole(self, bodies, request):
         async def one(body):
@@ -143,6 +151,9 @@ class TritonPythonModel:
                     if "error" in data:
                         raise _Refused(500, data["error"]["message"])
                     yield data["choices"][0]
+                if line.startswith(b"data: [DONE]"):
+                    return
+            raise _Refused(503, "the server was stopped before the end")
         finally:
             writer.close()  # if it is not at its end, the engine drops it
 

@@ -37,6 +37,8 @@ class VllmPlan:
         for name in ("tensor_parallel", "pipeline_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+        if self.serve.port == 0:
+            raise InputError("port=0. vLLM needs a port: use 1 or more.")
         if len(self.serve.api_keys) > 1:
             raise InputError("vLLM takes one API key.")
 
@@ -93,7 +95,8 @@ def serve_vllm(plan: VllmPlan) -> None:
         with suppress(OSError):
             urllib.request.urlopen(f"{url}/health", timeout=2).close()
             print(f"vLLM serves {plan.source.name} on {url}", flush=True)
-            process.wait()
+            if (code := process.wait()) > 0:
+                raise MeasuredFailure(f"vLLM ended with exit code {code}. See its output above.")
             return
         time.sleep(0.5)
     process.terminate()

@@ -222,6 +222,8 @@ class _Worker:
             while id_ in self._requests:
                 try:
                     changed = self._engine.step()
+                except torch.AcceleratorError:
+                    raise
                 except Exception:
                     log.exception("request %d fails alone too", id_)
                     self._connection.send(Failed(id_, "the engine failed on this request"))
