@@ -175,6 +175,9 @@ class ModelStore:
             del self._reserved[key]
             await model.close()
             raise
+        if model.ready:  # formats that the device has no arithmetic for were expanded
+            loaded = model.ready.weight_bytes + _WORKING_BYTES[self._device.type]
+            self._reserved[key] = max(fixed, loaded) + cache
         self._models[key] = model
         return model
 
