@@ -59,6 +59,7 @@ def test_manifest_says_how_it_was_made(tiny: Tiny, tmp_path: Path) -> None:
     assert manifest.peak_memory_bytes > 0
 
 
+@pytest.mark.slow
 def test_the_estimated_size_is_the_size(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(
         dtype=torch.bfloat16, hidden_size=256, intermediate_size=1024, head_dim=64,
