@@ -1,6 +1,7 @@
 """The HTTP API as the `openai` package sees it; its text is the engine's."""
 
 import concurrent.futures
+import inspect
 import json
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import openai
 import pytest
 from tests.serving.conftest import ENGINE
 
+from tinier.cli.serve import serve
 from tinier.engine import Engine, SamplingParams
 from tinier.errors import InputError
 from tinier.families import open_model
-from tinier.serving import Service, query
+from tinier.serving import MAX_BATCH_SIZE, Service, query
 from tinier.text import load_tokenizer
 
 PROMPT = "Ten green bottles hanging"
@@ -248,3 +250,7 @@ def test_query_from_python(service: Service, client: openai.OpenAI) -> None:
         query(service.url, PROMPT, model="nothing")
     with pytest.raises(InputError, match="does not answer"):
         query("http://127.0.0.1:1", PROMPT)
+
+
+def test_a_recipe_serves_with_the_batch_of_the_command_line() -> None:
+    assert inspect.signature(serve).parameters["max_batch_size"].default == MAX_BATCH_SIZE

@@ -116,8 +116,8 @@ class Attached:
 class Triton:
     """A running tritonserver.
 
-    labels: NAME@VERSION of the models. port: HTTP; gRPC and metrics have the next two. api_key: without it
-    only health and metadata are answered.
+    labels: NAME@VERSION of the models. port: HTTP; gRPC and metrics have the next two. api_key: what
+    clients must send for everything but health and metadata; None: nothing.
     """
 
     def __init__(
