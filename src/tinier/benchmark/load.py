@@ -62,6 +62,13 @@ class Load:
         if self.output_length < 2:
             raise InputError(f"output_length={self.output_length}. Use 2 or more: ITL needs two.")
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} in flight"
+        return f"{self.request_rate:g} requests/s"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadResult:
@@ -110,18 +117,12 @@ def load(endpoint: Endpoint, loads: list[Load]) -> list[LoadResult]:
     program = find_aiperf()
     results = []
     for one in loads:
-        progress.say(f"load: {_name(one)}")
+        progress.say(f"load: {one.name}")
         with tempfile.TemporaryDirectory() as folder:
             _run(program, endpoint, one, Path(folder))
             exported = json.loads((Path(folder) / "profile_export_aiperf.json").read_text("utf-8"))
         results.append(_result(one, exported))
     return results
-
-
-def _name(one: Load) -> str:
-    if one.concurrency is not None:
-        return f"{one.concurrency} in flight"
-    return f"{one.request_rate:g} requests/s"
 
 
 def _run(program: str, endpoint: Endpoint, one: Load, folder: Path) -> None:

@@ -60,7 +60,9 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     if "quantization_config" in base.config:
         raise InputError(f"the base model {recipe.base} is quantized. Give the 16-bit model.")
     quality, speed = recipe.measure.quality, recipe.measure.speed
-    for length in (quality.length, speed.input_length + speed.output_length):
+    loads = _loads(recipe)
+    served = [load.input_length + load.output_length for load in loads]
+    for length in (quality.length, speed.input_length + speed.output_length, *served):
         check_length(base, length)
     parts = _load_text(recipe.text)
     windows = token_windows(
@@ -75,9 +77,6 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         )
         for concurrency in speed.concurrency
     )
-    loads = _loads(recipe)
-    for load in loads:
-        check_length(base, load.input_length + load.output_length)
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}
     for name in recipe.order():
@@ -165,10 +164,7 @@ def _loads(recipe: Recipe) -> tuple[Load, ...]:
             f"measure.serving: {asked.input_length} + {asked.output_length} tokens; `tinier serve` has "
             f"room for {room}."
         )
-    same = {
-        "input_length": asked.input_length, "output_length": asked.output_length,
-        "requests": asked.requests, "seed": recipe.seed,
-    }  # fmt: skip
+    same = asked.model_dump(exclude={"concurrency", "request_rate"}) | {"seed": recipe.seed}
     return (
         *(Load(concurrency=number, **same) for number in asked.concurrency),
         *(Load(request_rate=rate, **same) for rate in asked.request_rate),

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tinier.benchmark import Load
+
 Results = dict[str, Any]
 LOAD_HEAD = ["load", "requests/s", "tok/s", "quantity", "mean", "p50", "p90", "p95", "p99"]
 
@@ -64,7 +66,7 @@ def target_notes(results: Results) -> list[str]:
 def one_load(result: dict[str, Any]) -> list[list[str]]:
     """Rows under LOAD_HEAD of one load (tinier.benchmark.LoadResult)."""
     rates = [f"{result['requests_per_s']:.4g}", f"{result['output_tokens_per_s']:.4g}"]
-    starts = [[_load_name(result), *rates], ["", "", ""], ["", "", ""]]
+    starts = [[Load(**result["load"]).name, *rates], ["", "", ""], ["", "", ""]]
     figures = {"ttft_ms": "TTFT ms", "itl_ms": "ITL ms", "latency_ms": "latency ms"}
     return [
         [*start, label, *(f"{value:.4g}" for value in result[figure].values())]
@@ -75,14 +77,7 @@ def one_load(result: dict[str, Any]) -> list[list[str]]:
 def one_target_note(result: dict[str, Any]) -> str:
     met = [f"{use} {'met' if ok else 'missed'}" for use, ok in result["targets_met"].items()]
     failed = f"; {result['errors']} requests failed" if result["errors"] else ""
-    return f"{_load_name(result)}: 95 % within the target of {', '.join(met)}{failed}"
-
-
-def _load_name(result: dict[str, Any]) -> str:
-    asked = result["load"]
-    if asked["concurrency"] is None:
-        return f"{asked['request_rate']:g} requests/s"
-    return f"{asked['concurrency']} in flight"
+    return f"{Load(**result['load']).name}: 95 % within the target of {', '.join(met)}{failed}"
 
 
 def _servers(results: Results) -> list[tuple[str, list[dict[str, Any]]]]:
