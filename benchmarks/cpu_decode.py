@@ -52,7 +52,8 @@ from safetensors import safe_open
 from tinier.benchmark import environment
 from tinier.checkpoint.sources import BUILTIN_MODELS
 from tinier.families import open_model
-from tinier.text import load_part, load_tokenizer, token_windows
+from tinier.text import load_part, token_windows
+from tinier.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m"

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from tinier.benchmark import environment
 from tinier.families import open_model
-from tinier.text import load_documents, load_tokenizer, token_windows
+from tinier.text import load_documents, token_windows
+from tinier.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m"

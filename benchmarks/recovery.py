@@ -30,7 +30,8 @@ from tinier.evaluation import evaluate, reference_states
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
-from tinier.text import load_documents, load_part, load_tokenizer, token_windows
+from tinier.text import load_documents, load_part, token_windows
+from tinier.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m"
 LENGTH, MEASURED = 512, 32

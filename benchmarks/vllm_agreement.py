@@ -59,7 +59,8 @@ def main() -> None:
 
     from tinier.families import open_model
     from tinier.recipe import load_results
-    from tinier.text import load_part, load_tokenizer, token_windows
+    from tinier.text import load_part, token_windows
+    from tinier.tokenizer import load_tokenizer
 
     results = load_results(arguments.run)
     rows = []

@@ -11,7 +11,7 @@ import tinier
 
 ROOT = Path(tinier.__file__).parent
 ORDER = [
-    "errors", "numerics", "progress", "device", "schemes", "checkpoint", "families", "kernels",
+    "errors", "numerics", "progress", "device", "schemes", "checkpoint", "families", "tokenizer", "kernels",
     "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
     "benchmark", "serving", "search", "recipe", "report", "cli",
 ]  # fmt: skip

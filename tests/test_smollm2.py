@@ -13,7 +13,8 @@ from tinier.evaluation import MmluPlan, evaluate, evaluate_mmlu, load_mmlu, refe
 from tinier.families import geometry_of
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
-from tinier.text import load_part, load_tokenizer, token_windows
+from tinier.text import load_part, token_windows
+from tinier.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 CPU = torch.device("cpu")

@@ -1,21 +1,35 @@
 """Which decoder architectures tinier knows, and where each keeps its tensors.
 
-Start at `open_model`: it resolves a model, verifies its folder and checks every tensor's shape
-against the configuration. A new architecture that is a dense pre-norm decoder with RoPE, grouped
-query attention and SwiGLU is one more row in FAMILIES.
+Start at `open_model`: it resolves a model, verifies its folder and checks that its tensors are those
+that the configuration calls for, each of the right shape and type, and no others. A new architecture
+that is a dense pre-norm decoder with RoPE, grouped query attention and SwiGLU is one more row in
+FAMILIES.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import CONFIG_MAPPING
 
-from tinier.checkpoint import Checkpoint, layout_of, open_checkpoint, resolve, stored_shapes
+from tinier.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    layout_of,
+    open_checkpoint,
+    resolve,
+    stored_shapes,
+)
 from tinier.errors import CheckpointError, InputError
+from tinier.progress import warn
 from tinier.schemes import Layout
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# buffers that older files carry and every loader computes for itself
+_BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
+# what a weight of 16 bits or more may be stored in
+_WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -40,6 +54,9 @@ class Family:
     mlp_bias: bool | Literal["config"]
     qk_norm: bool
     """RMSNorm over each head of q and k before RoPE."""
+    windows: Literal["none", "all", "layer_types"] = "none"
+    """Which layers have the `sliding_window` of config.json: none, whatever it says; all; or those that
+    its `layer_types` names."""
     hidden_in_heads: bool = False
     """Whether transformers wants the hidden size to be a multiple of the number of heads, even where
     the head size is given."""
@@ -55,9 +72,27 @@ FAMILIES = {
             qk_norm=False,
             hidden_in_heads=True,
         ),
-        Family(architecture="MistralForCausalLM", qkv_bias=False, mlp_bias=False, qk_norm=False),
-        Family(architecture="Qwen2ForCausalLM", qkv_bias=True, mlp_bias=False, qk_norm=False),
-        Family(architecture="Qwen3ForCausalLM", qkv_bias="config", mlp_bias=False, qk_norm=True),
+        Family(
+            architecture="MistralForCausalLM",
+            qkv_bias=False,
+            mlp_bias=False,
+            qk_norm=False,
+            windows="all",
+        ),
+        Family(
+            architecture="Qwen2ForCausalLM",
+            qkv_bias=True,
+            mlp_bias=False,
+            qk_norm=False,
+            windows="layer_types",
+        ),
+        Family(
+            architecture="Qwen3ForCausalLM",
+            qkv_bias="config",
+            mlp_bias=False,
+            qk_norm=True,
+            windows="layer_types",
+        ),
     )
 }
 
@@ -157,13 +192,112 @@ def checkpoint_layout(checkpoint: Checkpoint) -> Layout | None:
 
 
 def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Resolve, verify and shape-check a model of a known family; loads no weights.
+    """Resolve and verify a model of a known family, in the names and types that stages and engine know;
+    loads no weights.
 
+    Where its files do other than config.json says and there is one right reading, that is taken, said as
+    a warning, and kept in `Checkpoint.notes`.
     model: folder, Hub id, .gguf file or built-in name. Raises CheckpointError or NetworkError.
     """
-    checkpoint = open_checkpoint(resolve(str(model), revision))
-    _check_tensors(checkpoint, geometry_of(checkpoint))
+    checkpoint = _canonical(open_checkpoint(resolve(str(model), revision)))
+    for note in checkpoint.notes:
+        warn(f"{checkpoint.folder.name}: {note}")
     return checkpoint
+
+
+def _canonical(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose tensors have the usual names and are all that its configuration calls for."""
+    family = family_of(checkpoint)
+    config = dict(checkpoint.config)
+    if config.get("quantization_config", ...) is None:
+        del config["quantization_config"]
+    if "compression_config" in config:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized in an old layout of compressed-tensors "
+            "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
+        )
+    notes = []
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
+        notes.append(
+            f"config.json names no dtype; {config['dtype']} is taken, which most of the weights are in"
+        )
+    if family.windows == "none" and config.get("sliding_window"):
+        notes.append(
+            f"sliding_window={config['sliding_window']} in config.json means nothing to a "
+            f"{family.architecture} and is not used"
+        )
+    tensors = _usual_names(checkpoint.tensors)
+    if (
+        HEAD not in tensors
+        and not config.get("tie_word_embeddings", False)
+        and EMBEDDING in tensors
+    ):
+        config = _tied_by_default(checkpoint, config)
+    checkpoint = replace(checkpoint, config=config, tensors=tensors)
+    geometry = geometry_of(checkpoint)
+    if geometry.tied_head:
+        checkpoint, note = _check_tie(checkpoint)
+        notes += [note] if note else []
+    _check_tensors(checkpoint, geometry_of(checkpoint))
+    other = sorted(
+        {
+            info.dtype.lower()
+            for name, info in checkpoint.tensors.items()
+            if name.endswith((".weight", ".bias")) and info.dtype in _WEIGHT_TYPES
+        }
+        - {_SHORT_TYPES[checkpoint.dtype]}
+    )
+    if other:
+        notes.append(
+            f"weights stored as {', '.join(other)} are read as "
+            f"{str(checkpoint.dtype).removeprefix('torch.')}, which is the model's type"
+        )
+    return replace(checkpoint, notes=tuple(notes))
+
+
+_SHORT_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def _tied_by_default(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with its family's default spelled out: without `tie_word_embeddings` some are tied."""
+    if "tie_word_embeddings" in config:
+        return config
+    tied = bool(hf_config(replace(checkpoint, config=config)).tie_word_embeddings)
+    return config | {"tie_word_embeddings": tied}
+
+
+def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names of a whole causal language model: a decoder alone (`LlamaModel`) lacks
+    `model.`, a tied model may store the head and not the embedding."""
+    if EMBEDDING.removeprefix("model.") in tensors:
+        tensors = {
+            name if name.startswith("lm_head.") else f"model.{name}": info
+            for name, info in tensors.items()
+        }
+    if EMBEDDING not in tensors and HEAD in tensors:
+        tensors = {EMBEDDING if name == HEAD else name: info for name, info in tensors.items()}
+    return {name: info for name, info in tensors.items() if not name.endswith(_BUFFERS)}
+
+
+def _check_tie(checkpoint: Checkpoint) -> tuple[Checkpoint, str | None]:
+    """A tied model that stores a head: without it where it is the embedding; with it, and untied, where
+    it is another matrix, which is how transformers reads such files."""
+    head = checkpoint.tensors.get(HEAD)
+    if head is None or head.dtype not in _WEIGHT_TYPES:
+        return checkpoint, None
+    shapes = {name: checkpoint.tensors[name].shape for name in (EMBEDDING, HEAD)}
+    if shapes[EMBEDDING] == shapes[HEAD]:
+        with checkpoint.reader() as read:
+            alike = torch.equal(read(EMBEDDING), read(HEAD))
+        if alike:
+            tensors = {name: info for name, info in checkpoint.tensors.items() if name != HEAD}
+            return replace(checkpoint, tensors=tensors), None
+    untied = replace(checkpoint, config=checkpoint.config | {"tie_word_embeddings": False})
+    return untied, (
+        f"config.json ties the head to the embedding and the weights hold another {HEAD}; that one "
+        "is used"
+    )
 
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
@@ -173,16 +307,6 @@ def check_length(checkpoint: Checkpoint, length: int) -> None:
         raise InputError(
             f"{length} tokens are more than the {positions} positions of {checkpoint.folder.name}. "
             f"Use at most {positions}."
-        )
-
-
-def check_same_vocabulary(one: Checkpoint, other: Checkpoint) -> None:
-    """Raise InputError unless both models predict over the same number of tokens."""
-    sizes = geometry_of(one).vocab, geometry_of(other).vocab
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"{one.folder.name} and {other.folder.name} have vocabularies of {sizes[0]} and "
-            f"{sizes[1]} tokens, and are compared token by token. Use models of the same family."
         )
 
 
@@ -201,10 +325,12 @@ def family_of(checkpoint: Checkpoint) -> Family:
 def hf_config(checkpoint: Checkpoint) -> Any:
     """transformers' own configuration object, with its defaults filled in."""
     try:
-        return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:  # its strict classes have errors of their own
         path = checkpoint.folder / "config.json"
-        raise CheckpointError(f"transformers rejects {path}: {error!r}") from None
+        told = " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"transformers rejects {path}: {told:.300}") from None
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:
@@ -218,6 +344,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         )
     if config.hidden_act != "silu":
         raise CheckpointError(f"{checkpoint.folder} uses {config.hidden_act!r}, not SwiGLU.")
+    _check_sizes(checkpoint, config)
     bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
     return Geometry(
@@ -229,7 +356,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         head_dim=getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_positions(config),
         norm_eps=config.rms_norm_eps,
         tied_head=bool(config.tie_word_embeddings),
         qkv_bias=bias if family.qkv_bias == "config" else family.qkv_bias,
@@ -237,29 +364,105 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         mlp_bias=mlp_bias if family.mlp_bias == "config" else family.mlp_bias,
         qk_norm=family.qk_norm,
         hidden_in_heads=family.hidden_in_heads,
-        windows=_windows(config),
+        windows=_windows(family, config),
     )
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
+def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise CheckpointError for sizes that no decoder can have."""
+    path = checkpoint.folder / "config.json"
+    sizes = (
+        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "max_position_embeddings",
+    )  # fmt: skip
+    for name in sizes:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} has {name}={value!r}. It is a number, 1 or more.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV "
+            "heads. The second divides the first."
+        )
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size < 2 or size % 2:
+        raise CheckpointError(f"{path} has heads of size {size}. RoPE turns pairs: it is even.")
+    epsilon = config.rms_norm_eps
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        raise CheckpointError(f"{path} has rms_norm_eps={epsilon!r}. It is small, such as 1e-5.")
+
+
+def _positions(config: Any) -> int:
+    """How long a sequence may be. Under YaRN `max_position_embeddings` is often left at what the model
+    was trained on; what it reaches is that times the factor (arXiv 2309.00071)."""
+    rope = config.rope_parameters or {}
+    positions = int(config.max_position_embeddings)
+    if rope.get("rope_type") != "yarn":
+        return positions
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * rope.get("factor", 1.0)))
+
+
+def _windows(family: Family, config: Any) -> tuple[int | None, ...]:
+    layers = int(config.num_hidden_layers)
+    if family.windows == "none":
+        return (None,) * layers
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral: one window for all layers
-        return (window,) * int(config.num_hidden_layers)
+    if family.windows == "all":
+        return (window,) * layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _check_tensors(checkpoint: Checkpoint, geometry: Geometry) -> None:
-    """Raise CheckpointError unless every tensor is there, with the shape that config.json implies."""
+    """Raise CheckpointError unless the tensors are those that config.json calls for, all of them and no
+    others, of the right shapes and types."""
     expected = _expected_shapes(checkpoint, geometry)
+    layout = checkpoint_layout(checkpoint)
+    schemes = layout.schemes if layout else {}
+    # the shape of packed integers follows from the configuration
+    _check_leftovers(checkpoint, {*expected, *(f"{name}.weight_shape" for name in schemes)})
     checkpoint.require(expected)
     for name, shape in expected.items():
-        stored = checkpoint.tensors[name].shape
-        if stored != shape:
+        info = checkpoint.tensors[name]
+        if info.shape != shape:
             raise CheckpointError(
-                f"{name} in {checkpoint.folder} has shape {list(stored)}; config.json implies "
+                f"{name} in {checkpoint.folder} has shape {list(info.shape)}; config.json implies "
                 f"{list(shape)}. The weights and the configuration are not of one model."
             )
+    quantized = {f"{name}.weight" for name in schemes}
+    for name in expected:
+        info = checkpoint.tensors[name]
+        plain = name.endswith((".weight", ".bias")) and name not in quantized
+        if plain and info.dtype not in _WEIGHT_TYPES:
+            raise CheckpointError(
+                f"{name} in {checkpoint.folder} is stored as {info.dtype}, and config.json does not say "
+                "that it is quantized. Give a checkpoint whose config.json has its quantization_config, "
+                "or the 16-bit model."
+            )
+
+
+def _check_leftovers(checkpoint: Checkpoint, expected: set[str]) -> None:
+    """Raise CheckpointError for tensors that nothing would read: the model would be another one than the
+    files hold."""
+    left = sorted(set(checkpoint.tensors) - expected)
+    if not left:
+        return
+    some = ", ".join(left[:4]) + (" …" if len(left) > 4 else "")
+    said = f"{checkpoint.folder} holds {len(left)} tensors that its config.json does not call for: {some}."
+    if any(
+        name.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed")) for name in left
+    ):
+        raise CheckpointError(
+            f"{said} They belong to quantized weights, which quantization_config must describe. Add it, "
+            "or give the 16-bit model."
+        )
+    if all(name.endswith(".bias") for name in left):
+        raise CheckpointError(
+            f"{said} transformers would leave these biases out. If the model has them, config.json must "
+            "say so (attention_bias, mlp_bias); if not, remove them."
+        )
+    raise CheckpointError(f"{said} Remove them, or correct config.json.")
 
 
 def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tuple[int, ...]]:

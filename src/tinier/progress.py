@@ -4,6 +4,7 @@ Off until `enable()` (the command line calls it unless `--quiet`), so that the P
 print nothing of their own.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,14 @@ def say(message: str) -> None:
         _bars.console.print(message, highlight=False, markup=False)
     else:
         print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Something that the user should know before trusting the result; shown with --quiet too."""
+    if _bars is not None:
+        _bars.console.print(f"warning: {message}", highlight=False, markup=False)
+    else:
+        logging.getLogger("tinier").warning(message)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from tinier.errors import InputError, MeasuredFailure, SchemeError, TextError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
-from tinier.text import load_tokenizer, token_windows
+from tinier.text import token_windows
+from tinier.tokenizer import load_tokenizer
 
 Tiny = Callable[..., Checkpoint]
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,7 @@ from tests.engine.test_engine import prompts
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import InputError
+from tinier.tokenizer import Tokenizer
 
 Tiny = Callable[..., Checkpoint]
 BLOCK_BYTES = 2 * 4 * 2 * 16 * 4 * 4  # k and v, layers, kv heads, head dim, float32, block of 4
@@ -21,7 +22,7 @@ def engine(checkpoint: Checkpoint, **limits: object) -> Engine:
     config: dict[str, object] = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4}
     config |= limits
     return Engine(
-        checkpoint, EngineConfig(device="cpu", **config), tokenizer=byte_tokenizer()  # type: ignore[arg-type]
+        checkpoint, EngineConfig(device="cpu", **config), tokenizer=Tokenizer(byte_tokenizer())  # type: ignore[arg-type]
     )  # fmt: skip
 
 

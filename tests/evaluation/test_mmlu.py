@@ -11,6 +11,7 @@ from tinier.engine import load_decoder
 from tinier.errors import TextError
 from tinier.evaluation import MmluPlan, evaluate_mmlu, load_mmlu, mmlu
 from tinier.evaluation.mmlu import CATEGORIES
+from tinier.tokenizer import Tokenizer, load_tokenizer
 
 Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def test_answers_are_those_of_transformers(
 ) -> None:
     checkpoint = tiny(max_position_embeddings=2048)
     loaded = load_mmlu(MmluPlan(folder=mmlu_folder, shots=shots))
-    tokenizer = byte_tokenizer()
+    tokenizer = Tokenizer(byte_tokenizer())
     ids = mmlu.letter_tokens(tokenizer)
     assert ids == [258, 259, 260, 261]
     monkeypatch.setattr(mmlu, "_BATCH_TOKENS", 3000)
@@ -42,7 +43,7 @@ def test_answers_are_those_of_transformers(
     for question in loaded.questions:
         prompt = mmlu._prompt(question, loaded.examples.get(question.subject, []))
         with torch.no_grad():
-            logits = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+            logits = model(torch.tensor([tokenizer.encode(prompt)])).logits[0, -1]
         right.append(int(logits[ids].argmax()) == question.answer)
     assert found.accuracy == pytest.approx(sum(right) / 14)
     assert found.subjects["astronomy"] == pytest.approx(sum(right[:7]) / 7)
@@ -54,10 +55,8 @@ def test_answers_are_those_of_transformers(
 
 
 def test_letters_follow_a_space(smollm2: Checkpoint) -> None:
-    from tinier.text import load_tokenizer
-
     tokenizer = load_tokenizer(smollm2)
-    assert [tokenizer.decode(token) for token in mmlu.letter_tokens(tokenizer)] == [
+    assert [tokenizer.decode([token]) for token in mmlu.letter_tokens(tokenizer)] == [
         " A", " B", " C", " D",
     ]  # fmt: skip
 
@@ -67,7 +66,7 @@ def test_a_tokenizer_without_letters_is_refused(monkeypatch: pytest.MonkeyPatch)
         return {"input_ids": list(text.encode())}
 
     with pytest.raises(TextError, match="first tokens are equal"):
-        mmlu.letter_tokens(bytes_only)
+        mmlu.letter_tokens(Tokenizer(bytes_only))
 
 
 def test_samples_are_drawn_by_the_seed(mmlu_folder: Path) -> None:

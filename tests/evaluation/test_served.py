@@ -18,6 +18,7 @@ from tinier.evaluation import (
     evaluate_served,
     load_mmlu,
 )
+from tinier.tokenizer import Tokenizer
 
 Tiny = Callable[..., Checkpoint]
 
@@ -42,12 +43,12 @@ def test_perplexity_is_that_of_whole_windows(tiny: Tiny) -> None:
 def test_mmlu_is_that_of_whole_windows(tiny: Tiny, mmlu_folder: Path, shots: int) -> None:
     checkpoint = tiny(max_position_embeddings=2048)
     mmlu = load_mmlu(MmluPlan(folder=mmlu_folder, shots=shots))
-    tokenizer = byte_tokenizer()
+    tokenizer = Tokenizer(byte_tokenizer())
     decoder = load_decoder(checkpoint, device=torch.device("cpu"))
     engine = served(checkpoint, 2048)
     assert evaluate_mmlu_served(engine, tokenizer, mmlu, shots) == evaluate_mmlu(
         decoder, tokenizer, mmlu, shots
     )
     assert engine.num_free_blocks == engine.num_blocks
-    with pytest.raises(TextError, match="this engine takes 20"):
+    with pytest.raises(TextError, match="this model has room for 20"):
         evaluate_mmlu_served(served(checkpoint, 20), tokenizer, mmlu, shots)

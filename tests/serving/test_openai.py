@@ -15,7 +15,7 @@ from tinier.engine import Engine, SamplingParams
 from tinier.errors import InputError
 from tinier.families import open_model
 from tinier.serving import MAX_BATCH_SIZE, Service, query
-from tinier.text import load_tokenizer
+from tinier.tokenizer import load_tokenizer
 
 PROMPT = "Ten green bottles hanging"
 

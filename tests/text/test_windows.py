@@ -11,30 +11,36 @@ from tinier.errors import CheckpointError, TextError
 from tinier.families import open_model
 from tinier.text import (
     load_calibration,
-    load_tokenizer,
     tensor_sha256,
     token_windows,
     written_windows,
 )
+from tinier.tokenizer import Tokenizer, load_tokenizer
 
 
 def test_windows_pack_documents_end_to_end() -> None:
-    windows = token_windows(byte_tokenizer(), ["abcdefgh", "ijk"], length=4)
+    windows = token_windows(Tokenizer(byte_tokenizer()), ["abcdefgh", "ijk"], length=4)
     text = byte_tokenizer().decode(windows.flatten().tolist())
     assert text == "abcdefgh\n\nij"  # "abcdefgh\n\nijk\n\n" is 15 tokens: three windows
     assert windows.shape == (3, 4)
 
 
 def test_count_is_a_limit() -> None:
-    assert token_windows(byte_tokenizer(), ["x" * 100] * 5, length=8, count=3).shape == (3, 8)
-    assert token_windows(byte_tokenizer(), ["x" * 100], length=8, count=99).shape == (12, 8)
+    assert token_windows(Tokenizer(byte_tokenizer()), ["x" * 100] * 5, length=8, count=3).shape == (
+        3,
+        8,
+    )
+    assert token_windows(Tokenizer(byte_tokenizer()), ["x" * 100], length=8, count=99).shape == (
+        12,
+        8,
+    )
 
 
 def test_a_tokenizer_that_adds_bos_gets_it_in_every_window() -> None:
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    tokenizer = Tokenizer(byte_tokenizer())
+    tokenizer.inner.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 256)]
     )
     windows = token_windows(tokenizer, ["abcdefghi"], length=4)
@@ -45,11 +51,11 @@ def test_a_tokenizer_that_adds_bos_gets_it_in_every_window() -> None:
 
 def test_short_text_is_an_error() -> None:
     with pytest.raises(TextError, match="has 5 tokens, less than one window of 8"):
-        token_windows(byte_tokenizer(), ["abc"], length=8)
+        token_windows(Tokenizer(byte_tokenizer()), ["abc"], length=8)
     with pytest.raises(TextError, match="0 windows were asked for"):
-        token_windows(byte_tokenizer(), ["abc"], length=8, count=0)
+        token_windows(Tokenizer(byte_tokenizer()), ["abc"], length=8, count=0)
     with pytest.raises(TextError, match="too short"):
-        token_windows(byte_tokenizer(), ["abc"], length=1)
+        token_windows(Tokenizer(byte_tokenizer()), ["abc"], length=1)
 
 
 def test_a_model_without_tokenizer_is_an_error(tiny: Callable[..., Checkpoint]) -> None:
@@ -80,8 +86,8 @@ def test_hash_tells_windows_apart() -> None:
 
 
 def test_a_conversation_is_written_with_the_template_and_one_bos(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = Tokenizer(byte_tokenizer())
+    tokenizer.inner.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     path = tmp_path / "chat.jsonl"
@@ -93,7 +99,7 @@ def test_a_conversation_is_written_with_the_template_and_one_bos(tmp_path: Path)
     assert text.startswith("user: Hello\nassistant: Hi there\nuser: Hello")
     assert "<bos>" not in text  # this tokenizer adds none, and the template's own is left out
     with pytest.raises(TextError, match="has no chat template"):
-        token_windows(byte_tokenizer(), documents, length=32)
+        token_windows(Tokenizer(byte_tokenizer()), documents, length=32)
 
 
 @pytest.mark.parametrize("line", ['{"messages": []}', '{"messages": [{"role": 1}]}', "{"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.device import bf16_products
-from tinier.errors import TextError
+from tinier.errors import InputError, TextError
 from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name
 from tinier.progress import bar
 
@@ -91,12 +91,22 @@ class DecoderWalk:
     def run(self, layer: nn.Module, hidden: Tensor, out: Tensor, cache: Any = None) -> Tensor:
         """Send hidden states [n, length, hidden] through a layer into `out`, which may be `hidden`.
 
-        cache: what the attention hands its keys and values to.
+        cache: what the attention hands its keys and values to. Raises InputError where the layer's
+        outputs are no numbers.
         """
         for inputs, outputs in zip(
             hidden.split(self.batch_windows), out.split(self.batch_windows), strict=True
         ):
-            outputs.copy_(self.forward(layer, inputs.to(self.device, non_blocking=True), cache))
+            found = self.forward(layer, inputs.to(self.device, non_blocking=True), cache)
+            if not torch.isfinite(found).all():
+                name = layer_name(layer.self_attn.layer_idx)  # type: ignore[arg-type,union-attr]
+                dtype = str(self._checkpoint.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"the hidden states after {name} are no numbers (NaN or Inf), in {dtype}: the layer "
+                    "overflows, or its inputs are broken. A float16 model may need dtype bfloat16 in its "
+                    "config.json."
+                )
+            outputs.copy_(found)
         return out
 
     def forward(self, layer: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:

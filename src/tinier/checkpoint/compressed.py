@@ -79,6 +79,15 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
     block = config.get("quantization_config")
     if block is None:
         return None
+    if not isinstance(block, dict):
+        raise CheckpointError(
+            f"quantization_config in config.json is {block!r:.40}, not an object."
+        )
+    if block.get("transform_config"):
+        raise CheckpointError(
+            "the model's inputs are rotated before they are multiplied (transform_config), which this "
+            "tinier does not do. Give the 16-bit model."
+        )
     method = block.get("quant_method")
     if method != "compressed-tensors":
         raise CheckpointError(

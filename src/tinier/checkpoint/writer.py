@@ -11,40 +11,64 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinier.checkpoint.folder import Checkpoint
+from tinier.checkpoint.folder import Checkpoint, read_header
 from tinier.errors import OutputError
 
 SHARD_BYTES = 2 * 2**30
 _SIDE_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "vocab.*", "merges.txt", "chat_template*", "*.model", "LICENSE*", "USE_POLICY*",
+    "vocab.*", "merges.txt", "chat_template*", "*.model", "tekken.json", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
+_SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 def check_output(out: Path) -> None:
-    """Raise OutputError if `out` exists: nothing is ever overwritten."""
-    if out.exists():
-        raise OutputError(f"{out} exists. Choose another --out, or remove it: rm -r '{out}'")
+    """Raise OutputError if `out` exists, for nothing is ever overwritten, or if it cannot be made."""
+    try:
+        exists = out.exists() or out.is_symlink()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out} is no name that a folder can have: {error}.") from None
+    if exists:
+        raise OutputError(f"{out} exists. Choose another --out, or move it away first.")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raise OutputError unless files can be made where `out` will be."""
+    parent = _existing(out)
+    if not parent.is_dir():
+        raise OutputError(f"{out} cannot be made: {parent} is a file. Choose another --out.")
+    try:  # whoever asks for permissions is told yes in /proc, or as root
+        with tempfile.TemporaryDirectory(prefix=".tinier-", dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {parent} takes no new files ({error.strerror}). Choose another "
+            "--out."
+        ) from None
+
+
+def _existing(out: Path) -> Path:
+    """`out`, or the nearest of its parents that is there."""
+    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
-    """Raise OutputError unless `out` can be written and its disk has room for `needed_bytes`."""
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(
-            f"{out} cannot be written: {parent} is not writable. Choose another --out."
-        )
+    """Raise OutputError unless the disk of `out` has room for `needed_bytes`."""
+    parent = _existing(out)
     free = shutil.disk_usage(parent).free
     if needed_bytes > free:
         raise OutputError(
@@ -71,6 +95,7 @@ def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         _share_permissions(partial)
         _sync(partial)
         partial.rename(out)
+        _sync_path(out.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         advice = (
@@ -85,15 +110,47 @@ def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def hold(out: Path, lock: Path) -> Iterator[None]:
-    """Hold the lock file of `out`; it goes with the process, however that ends. Raises OutputError."""
+    """Hold the lock file of `out` and remove it at the end; it goes with the process, however that ends.
+
+    Raises OutputError where another process has it.
+    """
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not _is_current(stream, lock)
         except BlockingIOError:
-            raise OutputError(
-                f"another tinier is working in {out}. Wait for it, or stop it."
-            ) from None
-        yield
+            taken = True
+        if taken:
+            raise OutputError(f"another tinier is working in {out}. Wait for it, or stop it.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def wait_for(out: Path) -> Iterator[None]:
+    """Be the only process that makes `out`, a folder of a shared cache; wait for another that does."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.parent / f".{out.name}.lock"
+    while True:
+        with lock.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_current(stream, lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_current(stream: IO[str], lock: Path) -> bool:
+    """Whether the file that was locked is the one at the path: its last holder may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -122,14 +179,13 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
             _share_permissions(partial)
             _sync(partial)
             partial.rename(out)
+            _sync_path(out.parent)
             # after the rename: without its key a killed run's work would not be found again
             for path in out.glob(".*"):
-                path.unlink()
+                path.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             advice = ". Free some and type the same again: it goes on where it was."
             raise _explained(error, out, needed_bytes, advice) from error
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -151,14 +207,13 @@ class PartFiles:
     def write(self, part: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Write a part and its record; a kill leaves both or neither to be seen."""
         write_atomically(self._record(part), json.dumps(record))
-        unfinished = self._folder / f".part-{part}"
         # clones, because safetensors refuses names that share memory
         host = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        save_file(host, unfinished, metadata={"format": "pt"})
-        unfinished.rename(self._path(part))
+        with new_file(self._path(part)) as partial:
+            save_file(host, partial, metadata={"format": "pt"})
 
     def record(self, part: int) -> dict[str, Any]:
         """What was recorded with a part."""
@@ -175,10 +230,9 @@ class PartFiles:
         weight_map: dict[str, str] = {}
         total = 0
         for part in range(self._count):
-            path = self._path(part)
-            with safe_open(path, framework="pt") as stream:
-                weight_map.update(dict.fromkeys(stream.keys(), path.name))
-            total += path.stat().st_size
+            found = read_header(self._path(part))
+            weight_map.update({name: info.file for name, info in found.items()})
+            total += sum(info.num_bytes for info in found.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=1) + "\n"
         write_atomically(self._folder / "model.safetensors.index.json", text)
@@ -242,6 +296,9 @@ def copy_side_files(source: Checkpoint, folder: Path) -> None:
     for path in {p for pattern in _SIDE_PATTERNS for p in source.folder.glob(pattern)}:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    for name in _SIDE_FOLDERS:
+        if (source.folder / name).is_dir():
+            shutil.copytree(source.folder / name, folder / name)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -251,12 +308,23 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step: a reader or a kill sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write; when the block ends well it becomes `path` in one step, on the
+    disk and not only in its cache. Any number of processes may write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        _sync_path(partial)
+        partial.replace(path)
+        _sync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -285,17 +353,22 @@ def _share_permissions(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _sync(folder: Path) -> None:
     # without it a power cut after the rename could leave a whole-looking folder of empty files
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in [*folder.rglob("*"), folder]:
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _explained(error: Exception, out: Path, needed_bytes: int, advice: str) -> Exception:

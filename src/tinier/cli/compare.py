@@ -35,19 +35,23 @@ def compare(
 
     from tinier.device import pick_device
     from tinier.evaluation import compare as run_compare
-    from tinier.families import check_length, check_same_vocabulary, open_model
+    from tinier.families import check_length, open_model
+    from tinier.progress import warn
     from tinier.report.terminal import comparison_text
-    from tinier.text import load_part, load_tokenizer, token_windows
+    from tinier.text import load_part, shortfall, token_windows
+    from tinier.tokenizer import check_same_tokens, load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
     place = pick_device(device)
     first, second = open_model(model), open_model(other)
-    check_same_vocabulary(first, second)
+    common = check_same_tokens(first, second)
     for checkpoint in (first, second):
         check_length(checkpoint, length)
     held = token_windows(
-        load_tokenizer(first), load_part(text, "heldout"), length=length, count=windows
+        load_tokenizer(first, common), load_part(text, "heldout"), length=length, count=windows
     )
+    for warning in shortfall(held, windows):
+        warn(warning)
     comparison = run_compare(first, second, held, device=place)
     data = {"model": model, "other": other, "text": text, **asdict(comparison)}
     output.result(comparison_text(comparison, model, other), data, as_json=json)

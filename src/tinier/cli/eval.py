@@ -60,9 +60,11 @@ def eval_(
         measure_served,
         reference_states,
     )
-    from tinier.families import check_length, check_same_vocabulary, open_model
+    from tinier.families import check_length, open_model
+    from tinier.progress import warn
     from tinier.report.terminal import quality_text, size_of
-    from tinier.text import load_part, load_tokenizer, token_windows
+    from tinier.text import load_part, shortfall, token_windows
+    from tinier.tokenizer import check_same_tokens, load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
     if engine and against:
@@ -73,10 +75,11 @@ def eval_(
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
     check_length(checkpoint, length + engine)  # the engine adds a token
-    if original:
-        check_same_vocabulary(checkpoint, original)
-    tokenizer = load_tokenizer(checkpoint)
+    common = check_same_tokens(checkpoint, original) if original else None
+    tokenizer = load_tokenizer(checkpoint, common)
     held = token_windows(tokenizer, load_part(text, "heldout"), length=length, count=windows)
+    for warning in shortfall(held, windows):
+        warn(warning)
     questions = None
     if mmlu:
         plan = MmluPlan(

@@ -65,7 +65,7 @@ def generate(
     from tinier.engine import Engine, EngineConfig, SamplingParams
     from tinier.engine.text import TextStream, encode_prompt, stop_token_ids
     from tinier.families import open_model
-    from tinier.text import load_tokenizer
+    from tinier.tokenizer import load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
     checkpoint = open_model(model, revision)

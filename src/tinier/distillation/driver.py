@@ -85,7 +85,6 @@ def distill(
             out.parent.mkdir(parents=True, exist_ok=True)
             lock = out.parent / f".{out.name}.lock"
             stack.enter_context(hold(out, lock))
-            stack.callback(lock.unlink, missing_ok=True)
             _open_work(work, stage.key)
         ranks.wait()
         run = _prepare_run(

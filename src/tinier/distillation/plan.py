@@ -16,9 +16,10 @@ from tinier.calibration import check_attention_window
 from tinier.checkpoint import Checkpoint, StagePlan, code_digest
 from tinier.distillation.losses import Kind
 from tinier.errors import InputError, SchemeError
-from tinier.families import check_length, check_same_vocabulary, geometry_of
+from tinier.families import check_length, geometry_of
 from tinier.quantization import QuantizePlan, plan_quantize
-from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.tokenizer import check_same_tokens, load_tokenizer
 
 CODE = code_digest(
     "numerics",
@@ -198,12 +199,12 @@ def prepare(
                 f"the {role} {checkpoint.folder} is quantized. Distil first, then quantize the "
                 "result; or train a 16-bit student on a grid: --quantize int4-gptq"
             )
-    check_same_vocabulary(student, teacher)
+    common = check_same_tokens(student, teacher)
     for checkpoint in (student, teacher):
         check_length(checkpoint, plan.length)
         check_attention_window(checkpoint, plan.length)
     pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
-    tokenizer = load_tokenizer(student)
+    tokenizer = load_tokenizer(student, common)
     if not documents and not plan.generated:
         raise InputError("there is no text to train on. Give some, or let the teacher write it.")
     training = None
@@ -211,9 +212,16 @@ def prepare(
         needed = plan.steps * plan.batch
         training = token_windows(tokenizer, documents, length=plan.length, count=needed)
     held = token_windows(tokenizer, heldout, length=plan.length, count=HELDOUT_WINDOWS)
+    warnings = [f"held-out text: {warning}" for warning in shortfall(held, HELDOUT_WINDOWS)]
+    total = plan.generated + (0 if training is None else len(training))
+    if total < plan.steps * plan.batch:
+        warnings.append(
+            f"the training text gives {total} windows of {plan.length} tokens for {plan.steps} steps of "
+            f"{plan.batch}: each is seen {plan.steps * plan.batch / total:.1f} times"
+        )
     parameters: dict[str, Any] = {k: v for k, v in asdict(plan).items() if k != "save_seconds"}
     parameters |= {
-        "training_windows": plan.generated + (0 if training is None else len(training)),
+        "training_windows": total,
         "training_sha256": None if training is None else tensor_sha256(training),
         "heldout_sha256": tensor_sha256(held),
         "hidden_layers": [list(pair) for pair in pairs],
@@ -232,6 +240,7 @@ def prepare(
         memory_bytes=geometry.parameters * _TRAINING_BYTES + teacher.weight_bytes,
         flops=training_flops(student, teacher) * plan.steps * plan.batch * plan.length,
         code=CODE,
+        warnings=(*warnings, *(quantized.warnings if quantized else ())),
     )
     return stage, training, held
 

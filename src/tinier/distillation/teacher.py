@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinier.checkpoint import Checkpoint
+from tinier.checkpoint import Checkpoint, new_file
 from tinier.distillation.losses import RowsLoss, Soft, TopK
 from tinier.distillation.plan import DistillPlan
 from tinier.distillation.student import hidden_states
@@ -110,9 +110,6 @@ def store_top_k(
                 ids.append(top.indices.int().cpu())
             advance(len(part))
     shape = (*windows.shape, top_k)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {"log_probs": torch.cat(log_probs).view(shape), "ids": torch.cat(ids).view(shape)}, partial
-    )
-    partial.rename(path)
+    stored = {"log_probs": torch.cat(log_probs).view(shape), "ids": torch.cat(ids).view(shape)}
+    with new_file(path) as partial:
+        save_file(stored, partial)

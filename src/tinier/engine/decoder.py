@@ -18,6 +18,7 @@ from tinier.checkpoint.folder import TensorReader
 from tinier.device import bf16_products
 from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope
+from tinier.errors import InputError
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -152,13 +153,43 @@ class Decoder:
             flat = self.share.side_by_side(flat)
         return flat.reshape(*hidden.shape[:-1], -1)
 
+    @torch.inference_mode()
+    def logits_float32(self, hidden: Tensor) -> Tensor:
+        """The same for [T, hidden], multiplied out in float32 and not rounded: for measuring."""
+        flat = self.head.float32(hidden)
+        return self.share.side_by_side(flat) if self._head_is_shared else flat
+
     def hidden_states(self, windows: Tensor) -> Tensor:
-        """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden]."""
+        """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden].
+
+        Raises InputError where a layer's output is no number.
+        """
         batch, length = windows.shape
         attend = causal_windows(self, batch, length)
         tokens = windows.to(self.device).reshape(-1)
         flat = self.forward(F.embedding(tokens, self.embedding), attend)
+        if not torch.isfinite(flat).all():
+            raise InputError(self.overflow(windows))
         return flat.view(batch, length, -1)
+
+    @torch.inference_mode()
+    def overflow(self, windows: Tensor) -> str:
+        """Where windows [batch, length] of token ids stop being numbers, for people."""
+        batch, length = windows.shape
+        attend = causal_windows(self, batch, length)
+        x, delta = F.embedding(windows.to(self.device).reshape(-1), self.embedding), None
+        name = str(self.dtype).removeprefix("torch.")
+        advice = (
+            f"{name} is too narrow for this model: set dtype to bfloat16 or float32 in its config.json."
+            if self.dtype == torch.float16
+            else "Its weights are damaged, or scaled wrongly."
+        )
+        for index in range(self.geometry.layers):
+            x, delta = self.layer(index, x, delta, attend)
+            if not (torch.isfinite(x).all() and torch.isfinite(joined(delta, self.dtype)).all()):
+                where = f"the hidden states after {layer_name(index)} are no numbers (NaN or Inf)"
+                return f"{where}, in {name}. {advice}"
+        return f"the hidden states after the final norm are no numbers, in {name}. {advice}"
 
 
 def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:

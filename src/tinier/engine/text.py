@@ -1,43 +1,49 @@
 """Between text and token ids: prompts in, streamed text out."""
 
-import json
 from collections.abc import Iterable
-from typing import Any
 
-from tinier.checkpoint import Checkpoint
-from tinier.errors import InputError
+from tinier.checkpoint import Checkpoint, read_json
+from tinier.errors import CheckpointError, InputError
+from tinier.tokenizer import Tokenizer
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt. chat: as one user message of the model's chat template.
 
-    Raises InputError for an empty prompt, or a model without a chat template.
+    Raises InputError for an empty prompt, TextError for one that is no text, or a model without a chat
+    template.
     """
     if not prompt:
         raise InputError("the prompt is empty. Give some text: --prompt 'Once upon a time'")
     if not chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
-    if tokenizer.chat_template is None:
+        return tokenizer.encode(prompt)
+    if not tokenizer.has_template:
         raise InputError("the model has no chat template. Leave --chat out.")
     # the template writes the BOS token itself: encoding its text with another would double it
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    text = tokenizer.chat([{"role": "user", "content": prompt}], opens_reply=True)
+    return tokenizer.encode(text, special=False)
 
 
-def stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text: the generation defaults', the configuration's and the tokenizer's."""
+def stop_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text: the generation defaults', the configuration's and the tokenizer's.
+
+    Raises CheckpointError for defaults that are none.
+    """
     stops: set[int] = set()
+    sources = {"config.json": checkpoint.config}
     path = checkpoint.folder / "generation_config.json"
-    sources = [checkpoint.config]
     if path.exists():
-        sources.append(json.loads(path.read_text(encoding="utf-8")))
-    for source in sources:
+        sources[path.name] = read_json(path)
+    for name, source in sources.items():
         ids = source.get("eos_token_id")
-        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for token in listed:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise CheckpointError(
+                    f"{checkpoint.folder / name} has eos_token_id={ids!r}. It is a token's number, or a "
+                    "list of them."
+                )
+        stops.update(listed)
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
     return tuple(sorted(stops))
@@ -51,7 +57,7 @@ class TextStream:
     complete first ends the text, however the tokens cut it; of several that end there, the longest.
     """
 
-    def __init__(self, tokenizer: Any, stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = tuple(stop)
         self._held = ""
@@ -117,7 +123,7 @@ class Detokenizer:
     does not touch the new text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._special = {token for token, content in added.items() if content.special}
@@ -167,5 +173,4 @@ class Detokenizer:
                 return
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return self._tokenizer.decode(ids, skip_special_tokens=True)

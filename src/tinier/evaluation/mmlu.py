@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from torch import Tensor
 from tinier.engine import Decoder
 from tinier.errors import TextError
 from tinier.progress import bar
+from tinier.text import read_text
+from tinier.tokenizer import Tokenizer
 
 LETTERS = "ABCD"
 _BATCH_TOKENS = 4096
+_LONGEST_FIELD = 2**27
 _STEM = "abstract_algebra anatomy astronomy college_biology college_chemistry " \
     "college_computer_science college_mathematics college_physics computer_security " \
     "conceptual_physics electrical_engineering elementary_mathematics high_school_biology " \
@@ -118,10 +122,11 @@ def load_mmlu(plan: MmluPlan) -> Mmlu:
     return Mmlu(questions, examples)
 
 
-def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
+def evaluate_mmlu(decoder: Decoder, tokenizer: Tokenizer, mmlu: Mmlu, shots: int) -> MmluResult:
     """Ask every question. Batches are padded on the right, behind the token that is read."""
     letters = torch.tensor(letter_tokens(tokenizer))
     prompts = question_prompts(tokenizer, mmlu)
+    check_prompts(prompts, mmlu, decoder.geometry.max_positions)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     right = [False] * len(prompts)
     with bar("MMLU", len(prompts)) as advance:
@@ -133,22 +138,29 @@ def evaluate_mmlu(decoder: Decoder, tokenizer: Any, mmlu: Mmlu, shots: int) -> M
     return score(mmlu.questions, right, shots)
 
 
-def question_prompts(tokenizer: Any, mmlu: Mmlu) -> list[list[int]]:
+def question_prompts(tokenizer: Tokenizer, mmlu: Mmlu) -> list[list[int]]:
     """Token ids of each question behind its subject's solved examples."""
-    return [
-        tokenizer(_prompt(q, mmlu.examples.get(q.subject, [])))["input_ids"] for q in mmlu.questions
-    ]
+    return [tokenizer.encode(_prompt(q, mmlu.examples.get(q.subject, []))) for q in mmlu.questions]
+
+
+def check_prompts(prompts: list[list[int]], mmlu: Mmlu, room: int) -> None:
+    """Raise TextError for questions [of `question_prompts`] that are longer than `room` tokens."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) > room:
+        question = mmlu.questions[longest]
+        raise TextError(
+            f"a question of {question.subject} with its examples has {len(prompts[longest])} tokens "
+            f"({question.text[:60]!r}…), and this model has room for {room}. Use fewer shots, or leave the "
+            "subject out."
+        )
 
 
 def _read(path: Path, subject: str) -> list[Question]:
     questions = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error}") from None
-    with io.StringIO(text, newline="") as stream:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with io.StringIO(read_text(path), newline="") as stream:
         rows = csv.reader(stream)
-        for row in rows:
+        for row in _rows(path, rows):
             if len(row) != 6 or row[5].strip() not in tuple(LETTERS):
                 raise TextError(
                     f"{path}:{rows.line_num} is not a row of question, four choices and one letter "
@@ -159,6 +171,14 @@ def _read(path: Path, subject: str) -> list[Question]:
     if not questions:
         raise TextError(f"{path} has no questions.")
     return questions
+
+
+def _rows(path: Path, rows: Any) -> Iterator[list[str]]:
+    """The rows of a CSV file but the blank ones. Raises TextError."""
+    try:
+        yield from (row for row in rows if row)
+    except csv.Error as error:
+        raise TextError(f"{path}:{rows.line_num} is not CSV: {error}.") from None
 
 
 def _prompt(question: Question, examples: list[Question]) -> str:
@@ -173,16 +193,16 @@ def _ask(question: Question) -> str:
     return "\n".join([question.text, *lines, "Answer:"])
 
 
-def letter_tokens(tokenizer: Any) -> list[int]:
+def letter_tokens(tokenizer: Tokenizer) -> list[int]:
     """The token that follows "Answer:" for each letter.
 
     Raises TextError for a tokenizer in which they do not differ there.
     """
-    before = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    before = tokenizer.encode("Answer:", special=False)
     tokens = []
     for letter in LETTERS:
-        after = tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"]
-        tokens.append(int(after[len(before)]))
+        after = tokenizer.encode(f"Answer: {letter}", special=False)
+        tokens.append(after[len(before)])
     if len(set(tokens)) < len(LETTERS):
         raise TextError(
             "this model's tokenizer splits ' A' to ' D' so that the first tokens are equal; MMLU by "

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinier.device import bf16_products
 from tinier.engine import Decoder
-from tinier.kernels import Linear, joined
+from tinier.kernels import Linear
 from tinier.progress import bar
 
 _BATCH_TOKENS = 2048
@@ -90,14 +89,16 @@ def _window_sums(
     targets = tokens[1:].to(hidden.device)
     for start in range(0, len(targets), _CHUNK_TOKENS):
         rows = slice(start, min(start + _CHUNK_TOKENS, len(targets)))
-        own = torch.log_softmax(decoder.logits(hidden[rows]).float(), dim=-1)  # [chunk, vocab]
-        nll -= own.gather(1, targets[rows].unsqueeze(1)).sum().item()
+        logits = decoder.logits_float32(hidden[rows])  # [chunk, vocab]
+        nll -= torch.log_softmax(logits, dim=-1).gather(1, targets[rows].unsqueeze(1)).sum().item()
         if reference is None:
             continue
         states = reference.hidden[index][rows].to(reference.device)
-        with bf16_products(reference.device):
-            logits = joined(reference.head(states), torch.float32)
-        base = torch.log_softmax(logits.float(), dim=-1)
+        original = reference.head.float32(states)
+        # one may be padded to more tokens than the other
+        common = min(logits.shape[1], original.shape[1])
+        own = torch.log_softmax(logits[:, :common], dim=-1)
+        base = torch.log_softmax(original[:, :common], dim=-1)
         agreements += int((own.argmax(dim=-1) == base.argmax(dim=-1)).sum())
         kl += torch.dot(base.exp().flatten(), base.sub_(own).flatten()).item()
     return nll, kl, agreements

@@ -5,24 +5,30 @@ what is measured is all of what serves. Divergence from an original needs whole 
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
-from tinier.errors import TextError
-from tinier.evaluation.mmlu import Mmlu, MmluResult, letter_tokens, question_prompts, score
+from tinier.evaluation.mmlu import (
+    Mmlu,
+    MmluResult,
+    check_prompts,
+    letter_tokens,
+    question_prompts,
+    score,
+)
 from tinier.evaluation.quality import Quality, stderr
 from tinier.progress import bar
+from tinier.tokenizer import Tokenizer
 
 # the largest bias that a request may ask for
 _ONLY_THESE = 100.0
 
 
 def measure_served(
-    checkpoint: Checkpoint, tokenizer: Any, windows: Tensor, mmlu: Mmlu | None, shots: int,
+    checkpoint: Checkpoint, tokenizer: Tokenizer, windows: Tensor, mmlu: Mmlu | None, shots: int,
     device: str,
 ) -> tuple[Quality, MmluResult | None]:  # fmt: skip
     """Both measures on an engine with room for the longest window or question."""
@@ -53,18 +59,15 @@ def evaluate_served(engine: Engine, windows: Tensor) -> Quality:
     )
 
 
-def evaluate_mmlu_served(engine: Engine, tokenizer: Any, mmlu: Mmlu, shots: int) -> MmluResult:
+def evaluate_mmlu_served(
+    engine: Engine, tokenizer: Tokenizer, mmlu: Mmlu, shots: int
+) -> MmluResult:
     """Ask every question: one token, the four letters raised above all others. Raises TextError for
     questions that are longer than the engine takes."""
     letters = letter_tokens(tokenizer)
     params = SamplingParams(max_tokens=1, logit_bias=dict.fromkeys(letters, _ONLY_THESE))
     prompts = question_prompts(tokenizer, mmlu)
-    longest = max(map(len, prompts))
-    if longest > engine.max_input_len:
-        raise TextError(
-            f"a question with its examples has {longest} tokens; this engine takes "
-            f"{engine.max_input_len}. Use fewer shots."
-        )
+    check_prompts(prompts, mmlu, engine.max_input_len)
     requests = [engine.add(prompt, params) for prompt in prompts]
     _serve(engine, requests, "MMLU")
     right = [

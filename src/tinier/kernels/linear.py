@@ -76,6 +76,11 @@ class Linear(ABC):
         which the operator that reads them sums (skinny.py).
         """
 
+    def float32(self, x: Tensor) -> Tensor:
+        """The product of x [T, in], [T, out] in float32, not rounded after it was summed: for measuring,
+        where a rounded logit decides which token is first."""
+        return joined(self(x), torch.float32).float()
+
     @property
     def num_bytes(self) -> int:
         """Bytes that the layer holds in memory."""
@@ -110,6 +115,11 @@ class DenseLinear(Linear):
             return skinny.matmul(x, None, self._few)
         return F.linear(x, self.weight, self.bias)
 
+    def float32(self, x: Tensor) -> Tensor:
+        if self.activations is not None:
+            x = round_activations(x, self.activations, self.input_scale)
+        return _product_float32(x, self.weight, self.bias)
+
 
 class Int8Linear(Linear):
     """INT8 weights and activations multiplied in integers: out = (codes_x · codes_w) · s_x · s_w."""
@@ -131,18 +141,26 @@ class Int8Linear(Linear):
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         tokens = x if isinstance(x, Quantized) else encode_tokens(x, "int8")
+        if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(tokens.codes, tokens.scale, self._few)
+        out = self._scaled(tokens).to(self.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def float32(self, x: Tensor) -> Tensor:
+        out = self._scaled(encode_tokens(x, "int8"))
+        return out if self.bias is None else out + self.bias.float()
+
+    def _scaled(self, tokens: Quantized) -> Tensor:
+        """The product in float32, without the bias."""
         codes = tokens.codes
         rows = codes.shape[0]
-        if self._few is not None and rows <= skinny.MOST_TOKENS:
-            return skinny.matmul(codes, tokens.scale, self._few)
         if codes.is_cuda and rows < self._CUDA_ROWS:
             codes = F.pad(codes, (0, 0, 0, self._CUDA_ROWS - rows))
         if codes.is_cuda or torch.cpu._is_vnni_supported():
             product = torch._int_mm(codes, self.codes)[:rows]
         else:  # four times as fast there; sums past 2^24 lose their last bit
             product = codes.float() @ self.codes.float()
-        out = (product.float() * tokens.scale * self.scale).to(self.dtype)
-        return out if self.bias is None else out + self.bias
+        return product.float() * tokens.scale * self.scale
 
 
 class Fp8Linear(Linear):
@@ -164,14 +182,21 @@ class Fp8Linear(Linear):
             self._few = skinny.Weight(quantized.codes, rows, bias, _sides(quantized.codes))
             self.path = f"FP8: Triton to {skinny.MOST_TOKENS} tokens, torch._scaled_mm above"
 
+    def float32(self, x: Tensor) -> Tensor:
+        tokens = self._encoded(x)
+        # bf16 holds every code, and products of codes are exact in float32
+        codes, weight = tokens.codes.bfloat16(), self.codes.t().bfloat16()
+        out = _product_float32(codes, weight, None) * tokens.scale * self.scale
+        return out if self.bias is None else out + self.bias.float()
+
+    def _encoded(self, x: Tensor) -> Quantized:
+        if self.input_scale is None:
+            return encode_tokens(x, "e4m3")
+        scale = self.input_scale.expand(x.shape[0], 1).contiguous()
+        return Quantized(cast_e4m3(x.float() / self.input_scale), scale)
+
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        if isinstance(x, Quantized):
-            tokens = x
-        elif self.input_scale is None:
-            tokens = encode_tokens(x, "e4m3")
-        else:
-            scale = self.input_scale.expand(x.shape[0], 1).contiguous()
-            tokens = Quantized(cast_e4m3(x.float() / self.input_scale), scale)
+        tokens = x if isinstance(x, Quantized) else self._encoded(x)
         if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
             return skinny.matmul(tokens.codes, tokens.scale, self._few)
         return torch._scaled_mm(
@@ -356,6 +381,15 @@ def static_scale(absmax: Tensor, grid: Grid) -> Tensor:
     if grid.scale_format == "e4m3":
         return E4M3_MAX * E2M1_MAX / absmax
     return absmax / (E4M3_MAX if grid.kind == "float" else 127.5)
+
+
+def _product_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times weight [out, in], summed and left in float32."""
+    if x.is_cuda and x.dtype == weight.dtype and x.dtype != torch.float32:
+        out = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    else:
+        out = F.linear(x.float(), weight.float())
+    return out if bias is None else out + bias.float()
 
 
 def _alike(one: StoredLinear, other: StoredLinear) -> bool:

@@ -1,12 +1,11 @@
 """Compiles cpu_decode.cpp on the machine that runs it, for that machine, and keeps the result in
-~/.cache/tinier/kernels; and the layout in which it reads INT4.
+tinier's cache folder; and the layout in which it reads INT4.
 """
 
 import ctypes
 import hashlib
 import os
 import subprocess
-import tempfile
 from ctypes import c_int32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinier.checkpoint import cache_folder, new_file
 from tinier.numerics import Quantized
 
 _SOURCE = Path(__file__).with_name("cpu_decode.cpp")
@@ -81,18 +81,15 @@ def build(compiler: str, folder: Path | None = None) -> Path:
     Its name holds everything that it depends on, and it appears under it all at once, so any number of
     processes may build and load it.
     """
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder() / "kernels"
     # says the compiler's version and what `native` is here
     machine = _output(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
     parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, machine)
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = folder / f"cpu_decode-{name}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            made = Path(workplace) / path.name
-            _output(compiler, *_FLAGS, str(_SOURCE), "-o", str(made))
-            made.replace(path)
+        with new_file(path) as partial:
+            _output(compiler, *_FLAGS, str(_SOURCE), "-o", str(partial))
     return path
 
 
@@ -102,8 +99,3 @@ def _output(*command: str) -> str:
         command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
     )
     return done.stdout + done.stderr
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tinier" / "kernels"

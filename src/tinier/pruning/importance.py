@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk
-from tinier.checkpoint import Checkpoint, cache_folder, code_digest
+from tinier.checkpoint import Checkpoint, cache_folder, code_digest, new_file
 from tinier.families import FINAL_NORM, Geometry, geometry_of
 from tinier.kernels import rms_norm
 from tinier.progress import bar, say
@@ -203,11 +203,9 @@ class _Seen:
 
 
 def _keep(path: Path, found: Importance) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     tensors = {name: getattr(found, name).contiguous() for name in Importance.__slots__}
-    save_file(tensors, partial)
-    partial.replace(path)
+    with new_file(path) as partial:
+        save_file(tensors, partial)
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

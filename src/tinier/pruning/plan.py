@@ -19,7 +19,8 @@ from tinier.families import Geometry, check_length, geometry_of
 from tinier.pruning.cut import Cut, Sizes
 from tinier.pruning.importance import cut_to
 from tinier.pruning.refit import linears_to_refit
-from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.tokenizer import load_tokenizer
 
 CODE = code_digest("checkpoint", "families", "kernels", "engine", "text", "calibration", "pruning")
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
@@ -152,6 +153,8 @@ def prepare(
         # which parts go may be open still, and changes nothing but sizes that stand here
         output_config=first.config(source.config, geometry),
         output_bytes=source.disk_bytes
+        - source.weight_bytes
+        + source.typed_bytes
         - (geometry.parameters - after.parameters) * source.dtype.itemsize,
         memory_bytes=min(SHARD_BYTES, source.weight_bytes)
         + 4 * geometry.layer_parameters
@@ -159,6 +162,9 @@ def prepare(
         + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
         flops=2.0 * geometry.parameters * tokens * passes,
         code=CODE,
+        warnings=()
+        if windows is None
+        else tuple(shortfall(windows, plan.sequences, geometry.intermediate if solves else 0)),
     )
     return stage, windows
 

@@ -31,6 +31,7 @@ from tinier.checkpoint import (
     StagePlan,
     check_output,
     copy_side_files,
+    new_file,
     open_checkpoint,
     pack_linear,
     resumable_folder,
@@ -363,11 +364,9 @@ class _Job:
 
 def write_targets(folder: Path, index: int, targets: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Keep the weights that a layer's codes stand for, by name inside the layer."""
-    folder.mkdir(parents=True, exist_ok=True)
     host = {name: target.to(dtype).cpu().contiguous() for name, target in targets.items()}
-    unfinished = folder / f".layer-{index}"
-    save_file(host, unfinished)
-    unfinished.rename(_targets_path(folder, index))
+    with new_file(_targets_path(folder, index)) as partial:
+        save_file(host, partial)
 
 
 def read_targets(folder: Path, index: int) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ from tinier.families import (
 )
 from tinier.quantization.layer import LayerPresets
 from tinier.schemes import Grid, Layout, Preset, Scheme, preset_named
-from tinier.text import Document, load_tokenizer, tensor_sha256, token_windows
+from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.tokenizer import load_tokenizer
 
 CODE = code_digest(
     "numerics", "schemes", "checkpoint", "families", "text", "calibration", "quantization"
@@ -125,8 +126,34 @@ def prepare(
         memory_bytes=_memory_bytes(geometry, presets, tokens, source.dtype.itemsize),
         flops=_flops(geometry, presets, plan, tokens),
         code=CODE,
+        warnings=tuple(_warnings(source, plan, presets, windows)),
     )
     return stage, windows
+
+
+def _warnings(
+    source: Checkpoint, plan: QuantizePlan, presets: dict[str, Preset], windows: Tensor | None
+) -> list[str]:
+    """What to know beforehand: too little text, and loaders that cannot read the result."""
+    warnings = []
+    if windows is not None and needs_text(plan):
+        solves = any(p.algorithm.rounding != "nearest" for p in presets.values())
+        widest = max(columns for _, columns in geometry_of(source).linears.values())
+        warnings += shortfall(windows, plan.sequences, widest if solves else 0)
+    grids = [preset.scheme.weights for preset in presets.values()]
+    if not all(grid.symmetric for grid in grids):
+        warnings.append(
+            "transformers from 5.23 cannot load zero points packed beside INT4 weights (a shape mismatch "
+            "in it); this engine and vLLM can"
+        )
+    if source.dtype == torch.float16 and any(
+        grid.kind == "float" and grid.bits == 4 for grid in grids
+    ):
+        warnings.append(
+            "transformers unpacks FP4 weights to bfloat16 and cannot run them in a float16 model; this "
+            "engine can"
+        )
+    return warnings
 
 
 def chosen_presets(
@@ -233,7 +260,7 @@ def _distinct(presets: dict[str, Preset]) -> dict[str, Preset]:
 def _quantized_bytes(source: Checkpoint, schemes: dict[str, Scheme]) -> int:
     """Size on disk that the result will have, headers aside."""
     geometry = geometry_of(source)
-    total = source.disk_bytes
+    total = source.disk_bytes - source.weight_bytes + source.typed_bytes
     for name, scheme in schemes.items():
         rows, columns = linear_shape(geometry, name)
         total += stored_bytes(scheme, (rows, columns), source.dtype)

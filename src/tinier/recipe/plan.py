@@ -21,6 +21,7 @@ from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
 from tinier.families import check_length, geometry_of, open_model
+from tinier.progress import warn
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import QuantizePlan, plan_quantize, quantize
 from tinier.recipe.schema import BASE, Distill, Prune, Quantize, Recipe, Text, Variant
@@ -29,10 +30,11 @@ from tinier.text import (
     TextParts,
     load_documents,
     load_parts,
-    load_tokenizer,
+    shortfall,
     text_parts,
     token_windows,
 )
+from tinier.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     windows = token_windows(
         load_tokenizer(base), parts.heldout, length=quality.length, count=quality.windows
     )
+    for warning in shortfall(windows, quality.windows):
+        warn(f"measure.quality: {warning}")
     mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
     workloads = tuple(
         Workload(

@@ -32,7 +32,8 @@ from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
 from tinier.recipe.results import assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
 from tinier.serving import MAX_BATCH_SIZE, Service
-from tinier.text import load_tokenizer, tensor_sha256
+from tinier.text import tensor_sha256
+from tinier.tokenizer import load_tokenizer
 
 CODE = code_digest(
     "numerics", "schemes", "checkpoint", "families", "kernels", "engine", "text", "evaluation",

@@ -204,10 +204,7 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
         raise ApiError(400, "best_of other than n is not supported.", param="best_of")
     if len(body.prompts) * (body.n or 1) > 128:
         raise ApiError(400, "prompts times n may be 128 at most.", param="n")
-    prompts = [
-        await _encode(model, p, add_special_tokens=True) if isinstance(p, str) else p
-        for p in body.prompts
-    ]
+    prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
     params = body.sampling(
         16 if body.max_tokens is None else body.max_tokens, model.stop_token_ids, body.logprobs,
         body.logprobs if body.echo else None,
@@ -248,25 +245,23 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
 
 
 async def _chat_prompt(model: Model, body: ChatBody) -> list[int]:
-    if model.tokenizer.chat_template is None:
+    if not model.tokenizer.has_template:
         raise ApiError(400, f"{model.label} has no chat template. Use /v1/completions.")
     messages = [message.as_template_wants() for message in body.messages]
-    try:
-        text = model.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # whatever the model's template raises
-        raise ApiError(400, f"the chat template refuses these messages: {error}") from None
-    # the template writes the BOS token itself
-    return await _encode(model, text, add_special_tokens=False)
 
-
-async def _encode(model: Model, text: str, *, add_special_tokens: bool) -> list[int]:
     def encode() -> list[int]:
-        ids: list[int] = model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return ids
+        text = model.tokenizer.chat(messages, opens_reply=True)
+        # the template writes the BOS token itself
+        return model.tokenizer.encode(text, special=False)
 
-    return await asyncio.to_thread(encode) if len(text) > _LONG_TEXT else encode()
+    # a template is a program of the model's, which may take its time
+    return await asyncio.to_thread(encode)
+
+
+async def _encode(model: Model, text: str) -> list[int]:
+    if len(text) <= _LONG_TEXT:
+        return model.tokenizer.encode(text)
+    return await asyncio.to_thread(model.tokenizer.encode, text)
 
 
 def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:

@@ -20,6 +20,7 @@ from tinier.engine import SamplingParams, TokenLogprobs
 from tinier.errors import TinierError
 from tinier.serving.metrics import Metrics
 from tinier.serving.worker import Add, Cancel, Failed, Progress, Ready, WorkerSpec, run
+from tinier.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Model:
     """One version of a model, loaded."""
 
     def __init__(
-        self, name: str, version: int, spec: WorkerSpec, tokenizer: Any,
+        self, name: str, version: int, spec: WorkerSpec, tokenizer: Tokenizer,
         stop_token_ids: tuple[int, ...], max_queue: int, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.name = name

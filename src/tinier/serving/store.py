@@ -19,7 +19,7 @@ from tinier.families import checkpoint_layout, geometry_of, open_model
 from tinier.serving.metrics import Metrics
 from tinier.serving.model import Model
 from tinier.serving.worker import WorkerSpec
-from tinier.text import load_tokenizer
+from tinier.tokenizer import load_tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 # what a worker holds beside weights and cache: 385 MB were measured on a CPU, 2.7 GB on a GPU,

@@ -85,7 +85,7 @@ class WorkerSpec:
     log_level: int = logging.WARNING
 
     def engine(self) -> Engine:
-        from tinier.text import load_tokenizer
+        from tinier.tokenizer import load_tokenizer
 
         checkpoint = open_model(str(self.folder))
         return Engine(checkpoint, self.config, tokenizer=load_tokenizer(checkpoint))

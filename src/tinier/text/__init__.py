@@ -6,24 +6,28 @@ Start at `load_parts` (sources.py) and `token_windows` (windows.py).
 
 from tinier.text.generated import written_windows
 from tinier.text.sources import (
+    BUILTIN,
     Document,
     TextParts,
     load_calibration,
     load_documents,
     load_part,
     load_parts,
+    read_text,
     text_parts,
 )
-from tinier.text.windows import load_tokenizer, tensor_sha256, token_windows
+from tinier.text.windows import shortfall, tensor_sha256, token_windows
 
 __all__ = [
+    "BUILTIN",
     "Document",
     "TextParts",
     "load_calibration",
     "load_documents",
     "load_part",
     "load_parts",
-    "load_tokenizer",
+    "read_text",
+    "shortfall",
     "tensor_sha256",
     "text_parts",
     "token_windows",

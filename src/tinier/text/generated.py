@@ -4,15 +4,13 @@ Start at `written_windows`. Every window starts as the model's own text would (a
 the opening of a user's turn) and is sampled at temperature 1 to its full length.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.families import check_length
-from tinier.text.windows import load_tokenizer
+from tinier.tokenizer import Tokenizer, load_tokenizer
 
 _IN_FLIGHT = 32
 
@@ -42,15 +40,12 @@ def written_windows(
     return torch.tensor([opening + request.output for request in requests])
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def _opening(tokenizer: Tokenizer) -> list[int]:
     """Tokens that a text of the model starts with; never none."""
-    if tokenizer.chat_template:
+    if tokenizer.has_template:
         marker = "\x00"
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker}], tokenize=False
-        )
-        opened = text.split(marker)[0]
-        ids: list[int] = tokenizer(opened, add_special_tokens=False)["input_ids"]
+        opened = tokenizer.chat([{"role": "user", "content": marker}], opens_reply=False)
+        ids = tokenizer.encode(opened.split(marker)[0], special=False)
         if ids:
             return ids
     known = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]

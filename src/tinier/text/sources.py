@@ -9,10 +9,10 @@ Python versions, so its hash goes into the results).
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
 from tinier.errors import NetworkError, TextError
 
@@ -31,9 +31,9 @@ _SHARES = {"heldout": 0.25, "calibration": 0.15, "training": 0.60}
 class TextParts:
     """Three parts of a text that share no paragraph."""
 
-    calibration: list[str]
-    training: list[str]
-    heldout: list[str]
+    calibration: Sequence[str]
+    training: Sequence[str]
+    heldout: Sequence[str]
     sha256: dict[str, str]
     """Hash of each part."""
 
@@ -46,7 +46,7 @@ def load_parts(source: str) -> TextParts:
     trained on.
     Raises TextError or NetworkError.
     """
-    documents = load_documents(source)
+    documents = list(load_documents(source))
     if len(documents) < _MIN_DOCUMENTS:
         text = "\n\n".join(documents)
         documents = _paragraphs(text)
@@ -73,7 +73,7 @@ def load_calibration(source: str) -> list[Document]:
     return list(load_part(source, "calibration"))
 
 
-def load_part(source: str, part: Literal["calibration", "training", "heldout"]) -> list[str]:
+def load_part(source: str, part: Literal["calibration", "training", "heldout"]) -> Sequence[str]:
     """One part of the built-in sample, or all of any other source: who names a file means all of it."""
     if source == BUILTIN:
         documents: list[str] = getattr(load_parts(source), part)
@@ -81,20 +81,24 @@ def load_part(source: str, part: Literal["calibration", "training", "heldout"]) 
     return load_documents(source)
 
 
-def text_parts(calibration: list[str], training: list[str], heldout: list[str]) -> TextParts:
+def text_parts(
+    calibration: Sequence[str], training: Sequence[str], heldout: Sequence[str]
+) -> TextParts:
     """Parts with their hashes."""
     parts = {"calibration": calibration, "training": training, "heldout": heldout}
     return TextParts(**parts, sha256={name: _sha256(part) for name, part in parts.items()})
 
 
-def load_documents(source: str) -> list[str]:
-    """The documents of a source, in order. Raises TextError or NetworkError."""
+def load_documents(source: str) -> Sequence[str]:
+    """The documents of a source, in order; a data set's are read when they are asked for.
+
+    Raises TextError or NetworkError."""
     if source == BUILTIN:
         from pydoc_data.topics import topics
 
         return list(topics.values())
     if source.startswith(_HUB_PREFIX):
-        return _from_hub(source)
+        return _HubTexts(_from_hub(source))
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
@@ -117,62 +121,77 @@ def _read(path: Path) -> Iterator[str]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text)
+        for number, entry in _json_lines(path):
+            document = entry.get("text") if isinstance(entry, dict) else None
+            if not isinstance(document, str):
+                raise TextError(f'{path}:{number} is not an object with a string "text".')
+            _check_unicode(path, number, document)
+            yield document
     elif path.suffix in _TEXT_SUFFIXES:
-        yield text
+        yield read_text(path)
     else:
         raise TextError(f"{path} is of type {path.suffix!r}. Use {', '.join(_SUFFIXES)}.")
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+def read_text(path: Path) -> str:
+    """A text file, which is UTF-8; a byte-order mark is no part of it. Raises TextError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a file that has one in each line, with their numbers; None for what is no JSON."""
+    # not splitlines: a JSON string may hold U+2028 and other characters that it takes for line ends
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            document = None
-        if not isinstance(document, str):
-            raise TextError(f'{path}:{number} is not an object with a string "text".')
-        yield document
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, None
+
+
+def _check_unicode(path: Path, number: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TextError(
+            f"{path}:{number} has half a surrogate pair (such as \\ud83d alone), which is no Unicode."
+        ) from None
 
 
 def load_conversations(path: Path) -> list[Document]:
     """The conversations of a .jsonl file, one object with `messages` a line. Raises TextError."""
     conversations: list[Document] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = json.loads(line)["messages"]
-            good = bool(messages) and all(
-                isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages
-            )
-        except (json.JSONDecodeError, KeyError, TypeError):
-            good = False
-        if not good:
+    for number, entry in _json_lines(path):
+        messages = entry.get("messages") if isinstance(entry, dict) else None
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise TextError(
                 f'{path}:{number} is not an object with "messages", each with a string "role" and '
                 '"content".'
             )
+        for message in messages:
+            _check_unicode(path, number, message["role"] + message["content"])
         conversations.append(messages)
     return conversations
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(field), str) for field in ("role", "content")
+    )
 
 
 def _holds_conversations(path: Path) -> bool:
     """Whether the first line of a .jsonl file has messages."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        try:
-            first = json.loads(stream.readline())
-        except json.JSONDecodeError:
-            return False
+    _, first = next(_json_lines(path), (0, None))
     return isinstance(first, dict) and "messages" in first
 
 
@@ -188,11 +207,37 @@ def _read_parquet(path: Path) -> Iterator[str]:
     if "text" not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise TextError(f'{path} has no column "text"; its columns: {names}.')
+    kind = str(file.schema_arrow.field("text").type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise TextError(f'{path} has a column "text" of {kind}. It must hold strings.')
     for batch in file.iter_batches(columns=["text"]):
         yield from (document for document in batch.column(0).to_pylist() if document)
 
 
-def _from_hub(source: str) -> list[str]:
+class _HubTexts(Sequence[str]):
+    """The column `text` of a data set, read from disk as it is asked for; blank rows are left out."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        """Rows, blank ones counted."""
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        text: str | list[str] = self._dataset[index]["text"]
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self._dataset.iter(batch_size=1000):
+            yield from (document for document in batch["text"] if document and document.strip())
+
+
+def _from_hub(source: str) -> Any:
     try:
         import datasets
     except ImportError:
@@ -202,7 +247,7 @@ def _from_hub(source: str) -> list[str]:
     split = rest[1] if len(rest) > 1 else "train"
     try:
         dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its own errors have no common class
         raise NetworkError(
             f"{source} is not in the local cache and cannot be downloaded ({error}). "
             "Check the name, or use a local file or builtin."
@@ -211,7 +256,7 @@ def _from_hub(source: str) -> list[str]:
         raise TextError(
             f'{source} has no column "text"; columns: {", ".join(dataset.column_names)}.'
         )
-    return [document for document in dataset["text"] if document.strip()]
+    return dataset
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -228,5 +273,8 @@ def _squeeze(paragraph: str) -> str:
     return " ".join(paragraph.split())
 
 
-def _sha256(documents: list[str]) -> str:
-    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+def _sha256(documents: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for i, document in enumerate(documents):
+        digest.update(("\0" * (i > 0) + document).encode())
+    return digest.hexdigest()
