@@ -118,3 +118,47 @@ def test_what_the_engine_cannot_run_is_refused(change: dict[str, object], messag
 def test_another_method_is_refused() -> None:
     with pytest.raises(CheckpointError, match="quantized with 'gptq'"):
         layout_of({"quantization_config": {"quant_method": "gptq"}}, NAMES)
+
+
+@pytest.mark.parametrize(
+    "activations",
+    [
+        {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": False},
+        {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": False},
+        {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "dynamic": True},
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "dynamic": True},
+        {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": True},
+        {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True},
+    ],
+)
+def test_inputs_that_are_not_rounded_as_the_file_says_are_refused(
+    activations: dict[str, object],
+) -> None:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    block = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    with pytest.raises(CheckpointError, match="which this tinier cannot run"):
+        layout_of({"quantization_config": block}, NAMES)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_preset_is_read_as_it_was_written(name: str) -> None:
+    layout = Layout(schemes={NAMES[0]: SCHEMES[name]})
+    block = quantization_config(layout, NAMES)
+    found = layout_of({"quantization_config": block}, NAMES)
+    assert found is not None
+    # only the stored codes tell E5M2 from E4M3
+    assert name == "fp8-e5m2" or found.schemes == layout.schemes
+
+
+def test_weights_by_token_and_rotated_inputs_are_refused() -> None:
+    weights = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights}
+    block = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    with pytest.raises(CheckpointError, match="cannot run"):
+        layout_of({"quantization_config": block}, NAMES)
+    rotated = quantization_config(Layout(schemes={NAMES[0]: SCHEMES["fp8"]}), NAMES)
+    rotated["transform_config"] = {"config_groups": {"R1": {}}}
+    with pytest.raises(CheckpointError, match="transform_config"):
+        layout_of({"quantization_config": rotated}, NAMES)

@@ -1,6 +1,7 @@
 """Quantization-aware training: what is trained is what is written."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.distillation import DistillPlan, distill, plan_distill, student
+from tinier.distillation.driver import check_written
 from tinier.engine import load_decoder
-from tinier.errors import SchemeError
+from tinier.errors import MeasuredFailure, SchemeError
 from tinier.quantization import QuantizePlan, quantize
 
 Tiny = Callable[..., Checkpoint]
@@ -73,6 +75,7 @@ def test_the_checkpoint_is_the_model_that_was_trained(
     # INT8 has next to nothing to gain: the last step counts as the best, whatever it is
     falling = iter((2.0, 1.0))
     monkeypatch.setattr("tinier.distillation.trainer.Trainer.divergence", lambda _: next(falling))
+    monkeypatch.setattr("tinier.distillation.driver.check_written", lambda *_: None)
     made = run(source, plan(preset, eval_every=12), tmp_path / "out")
     assert "quantization_config" in made.config
     if preset in ("nvfp4", "mxfp4"):  # transformers unpacks them to bf16 whatever is asked
@@ -107,6 +110,7 @@ def test_training_that_moves_nothing_writes_the_quantized_model(
     asked = plan(preset, steps=3, lr=0.0, min_lr=0.0, eval_every=3)
     falling = iter((2.0, 1.0))
     monkeypatch.setattr("tinier.distillation.trainer.Trainer.divergence", lambda _: next(falling))
+    monkeypatch.setattr("tinier.distillation.driver.check_written", lambda *_: None)
     made = run(source, asked, tmp_path / "out")
     assert asked.quantize is not None
     plain = quantize(source, asked.quantize, tmp_path / "q", documents=TEXT, device="cpu")
@@ -145,3 +149,48 @@ def test_bad_grids_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> No
     small = quantize(source, QuantizePlan(preset="fp8"), tmp_path / "q")
     with pytest.raises(SchemeError, match="train a 16-bit student on a grid: --quantize"):
         plan_distill(small, source, DistillPlan(length=32), TEXT, HELD)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("head", "kv"), [("fp8", None), ("int8", "fp8"), (None, "int8")])
+def test_head_and_cache_are_trained_with_as_they_are_written(
+    tiny: Tiny, tmp_path: Path, head: str | None, kv: str | None, tied: bool
+) -> None:
+    """The written checkpoint, as the engine runs it, has the loss that training measured; and the head
+    keeps the codes that it was given."""
+    source = tiny(tie_word_embeddings=tied, dtype=torch.bfloat16)
+    asked = plan("int4", lr=3e-4)
+    assert asked.quantize is not None
+    grid = replace(asked.quantize, head=head, kv=kv)
+    made = run(source, replace(asked, quantize=grid), tmp_path / "out")
+    assert kl(made, "after") < kl(made, "before")
+    assert kl(made, "written") == pytest.approx(kl(made, "after"), rel=0.03)
+    plain = quantize(source, grid, tmp_path / "q", documents=TEXT, device="cpu")
+    assert made.tensors.keys() == plain.tensors.keys()
+    with made.reader() as new, plain.reader() as old:
+        same = [n for n in made.tensors if "lm_head" in n or "embed" in n or n.endswith("v_scale")]
+        for name in same:
+            assert torch.equal(new(name).float(), old(name).float()), name
+
+
+def test_a_checkpoint_that_is_not_the_trained_model_is_a_failure() -> None:
+    check_written(0.101, 0.1)
+    check_written(0.0, 0.019)
+    for written in (0.5, float("nan")):
+        with pytest.raises(MeasuredFailure, match="not the same model"):
+            check_written(written, 0.1)
+
+
+def test_a_wider_vocabulary_learns_from_a_narrower_one(tiny: Tiny, tmp_path: Path) -> None:
+    """Padded to different sizes, one tokenizer: what both know is trained, either way round."""
+    narrow, wide = tiny(), tiny(name="wide", vocab_size=320, seed=1)
+    sizes: dict[str, Any] = {"steps": 12, "batch": 4, "micro_batch": 2, "length": 32, "lr": 3e-3,
+                             "min_lr": 1e-3, "warmup_steps": 2, "precision": "float32"}  # fmt: skip
+    for top_k in (None, 8):
+        for small, large in ((narrow, wide), (wide, narrow)):
+            out = tmp_path / f"{small.folder.name}-{top_k}"
+            made = distill(
+                small, large, DistillPlan(top_k=top_k, **sizes), out, documents=TEXT, heldout=HELD,
+                device="cpu",
+            )  # fmt: skip
+            assert kl(made, "after") < kl(made, "before")

@@ -353,3 +353,26 @@ def test_the_command_line_makes_several_and_says_what(tiny: Tiny, tmp_path: Path
     made = json.loads(done.stdout.splitlines()[-1])["checkpoints"]
     assert [Path(m["out"]).name for m in made] == ["fp8", "int8"]
     assert all(Path(m["out"], "config.json").exists() for m in made)
+
+
+@pytest.mark.parametrize(
+    ("preset", "part"),
+    [("nvfp4", "weight_global_scale"), ("nvfp4-w4a16", "weight_global_scale"),
+     ("fp8-static", "weight_scale")],
+)  # fmt: skip
+def test_layers_that_servers_fuse_share_the_scale_of_the_whole(
+    tiny: Tiny, tmp_path: Path, preset: str, part: str
+) -> None:
+    """vLLM and TensorRT-LLM keep one such scale for q, k, v and for gate, up: the largest."""
+    source = tiny(dtype=torch.bfloat16)
+    made = quantize_tiny(source, preset, tmp_path / "out")
+    with made.reader() as read:
+        for index in range(4):
+            for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                          ("mlp.gate_proj", "mlp.up_proj")):  # fmt: skip
+                scales = [read(f"model.layers.{index}.{name}.{part}") for name in group]
+                assert len({scale.item() for scale in scales}) == 1
+    with source.reader() as read:  # and that is not because all weights are alike
+        assert (
+            len({read(f"model.layers.0.self_attn.{n}_proj.weight").abs().max() for n in "qkv"}) == 3
+        )

@@ -47,3 +47,13 @@ def test_collapsed_variants_are_no_choice() -> None:
     assert choose([]) is None
     assert choose([candidate("broken", float("nan"), 9.0, 9.0)]) is None
     assert candidate("pruned", 0.3, 9.0, 9.0).collapsed
+
+
+def test_what_the_base_beats_is_no_choice() -> None:
+    """Half the size at a quarter of the speed is no gain."""
+    slow = candidate("fp8", 0.99, 0.26, 1.9)
+    assert choose([slow]) is None
+    choices = choose([slow, candidate("int8", 0.6, 1.3, 1.9)])
+    assert choices is not None
+    assert choices.best_quality == "int8"
+    assert choices.balance is None  # 0.6 * 1.57 is less than the base's 1

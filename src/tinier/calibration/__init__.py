@@ -5,7 +5,7 @@ Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
 
 from tinier.calibration.ranks import Ranks, join_ranks
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
-from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, walk
+from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, load_whole, walk
 
 __all__ = [
     "DecoderWalk",
@@ -15,6 +15,7 @@ __all__ = [
     "Ranks",
     "check_attention_window",
     "join_ranks",
+    "load_whole",
     "observe",
     "second_moments",
     "walk",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinier.calibration.ranks import Ranks
 from tinier.calibration.walk import DecoderWalk
+from tinier.errors import InputError
 from tinier.families import INPUT_GROUPS
 
 _SAMPLE_TOKENS = 256
@@ -117,6 +118,14 @@ def observe(
     assert first is not None
     if cache is not None:
         ranks.max_(cache.absmax)
+    for group, own in sums.items():
+        if not torch.isfinite(ranks.max_(own.absmax.clone())).all():
+            readers = ", ".join(INPUT_GROUPS[group])
+            raise InputError(
+                f"inputs of {readers} in layer {layer.self_attn.layer_idx} are no numbers (NaN or Inf): "  # type: ignore[union-attr]
+                "the model overflows its type there. A float16 model may need dtype bfloat16 in its "
+                "config.json."
+            )
     return {group: _finish(own, ranks) for group, own in sums.items()}, first
 
 

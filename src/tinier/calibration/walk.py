@@ -117,6 +117,25 @@ class DecoderWalk:
 
 
 @torch.no_grad()
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' model of a 16-bit checkpoint, whole, with nothing to train.
+
+    Its weights come from our reader and not from transformers', so that every stage sees the same ones.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=dtype)
+    with checkpoint.reader(device) as read:
+        weights = {name: read(name).to(dtype) for name in checkpoint.tensors}
+    model.load_state_dict(weights, assign=True, strict=False)
+    model.tie_weights()
+    # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not left, left
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
 def walk(
     checkpoint: Checkpoint, windows: Tensor, *, device: torch.device, label: str
 ) -> Iterator[LayerStep]:

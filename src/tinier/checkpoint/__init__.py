@@ -16,6 +16,7 @@ from tinier.checkpoint.compressed import (
 from tinier.checkpoint.folder import (
     Checkpoint,
     TensorInfo,
+    TensorReader,
     content_hash,
     finished_checkpoint,
     open_checkpoint,
@@ -50,6 +51,7 @@ __all__ = [
     "PartFiles",
     "StagePlan",
     "TensorInfo",
+    "TensorReader",
     "TensorWriter",
     "atomic_folder",
     "cache_folder",

@@ -280,6 +280,9 @@ def _to_grid(args: dict[str, Any], *, of: str) -> Grid:
             and args.get("dynamic", False) == (_dynamic(grid) if of == "activations" else False)
             and (grid.scale_format != "e8m0" or grid.group_size == 32)
             and (grid.symmetric or grid.bits < 8)
+            and (of != "weights" or grid.granularity != "token")
+            and (of != "activations" or _is_computed(grid))
+            and (of != "cache" or grid.symmetric)
         )
     except SchemeError:
         known = False
@@ -290,6 +293,16 @@ def _to_grid(args: dict[str, Any], *, of: str) -> Grid:
             "`tinier quantize --help` for what it can."
         )
     return grid
+
+
+def _is_computed(activations: Grid) -> bool:
+    """Whether the kernels round inputs to this very grid (kernels/linear.py)."""
+    if not activations.symmetric:
+        return False
+    if activations.bits == 8:
+        by_group = activations.granularity == "group" and activations.kind == "float"
+        return activations.granularity in ("tensor", "token") or by_group
+    return activations.scale_format in ("e4m3", "e8m0")
 
 
 def _to_kv_grid(args: dict[str, Any]) -> Grid:

@@ -42,8 +42,9 @@ from tinier.distillation.teacher import (
     stored_path,
 )
 from tinier.distillation.trainer import Trainer, training_dtype
+from tinier.engine import load_decoder
 from tinier.errors import InputError, MeasuredFailure
-from tinier.families import open_model
+from tinier.families import geometry_of, open_model
 from tinier.quantization import quantize
 from tinier.text import Document, written_windows
 
@@ -170,7 +171,11 @@ def _prepare_run(
     pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
     dtype = training_dtype(plan, device)
     original: Teacher = LiveTeacher(
-        load_model(teacher, plan, device), plan, dtype, tuple(theirs for _, theirs in pairs)
+        load_model(teacher, plan, device),
+        plan,
+        dtype,
+        tuple(theirs for _, theirs in pairs),
+        vocab=geometry_of(student).vocab,
     )
     if plan.top_k is not None:
         original = _stored(original, teacher, plan, windows, teacher_store or work, device, ranks)
@@ -244,6 +249,8 @@ def _write(
         writer.close()
         write_config(partial, stage.output_config)
         copy_side_files(student, partial)
+        written = written_divergence(run, open_checkpoint(partial), device)
+        check_written(written, run.heldout[step])
         stage.manifest(
             started=started,
             device=device,
@@ -252,6 +259,7 @@ def _write(
                 "heldout_kl": {str(done): kl for done, kl in run.heldout.items()},
                 "heldout_kl_before": run.heldout[0],
                 "heldout_kl_after": run.heldout[step],
+                "heldout_kl_written": written,
                 "step": step,
                 "tokens_per_s": run.median_rate,
                 "all_tokens_per_s": [round(rate, 1) for rate in run.tokens_per_s],
@@ -260,3 +268,18 @@ def _write(
             },
             warnings=run.warnings,
         ).write(partial)
+
+
+def written_divergence(run: Trainer, written: Checkpoint, device: torch.device) -> float:
+    """Held-out KL from the teacher, per token in nats, of a checkpoint as the engine reads and runs it."""
+    return run.divergence_of(load_decoder(written, device=device))
+
+
+def check_written(written: float, measured: float) -> None:
+    """Raise MeasuredFailure where a checkpoint is not the model that was measured in training."""
+    # of two ways to round to 16 bits in between
+    if not abs(written - measured) <= max(0.1 * measured, 0.02):
+        raise MeasuredFailure(
+            f"the written checkpoint has a held-out KL of {written:.4f}, and the model in training had "
+            f"{measured:.4f}: they are not the same model. This is a fault of tinier; please report it."
+        )

@@ -46,6 +46,16 @@ class Soft:
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         wanted = F.linear(self.hidden[rows], self.head)
+        size, common = logits.shape[1], min(logits.shape[1], wanted.shape[1])
+        if size == wanted.shape[1]:
+            return self._divergence(logits, wanted)
+        # one vocabulary is padded further than the other: what both know is compared
+        value, gradient = self._divergence(
+            logits[:, :common].contiguous(), wanted[:, :common].contiguous()
+        )
+        return value, F.pad(gradient, (0, size - common))
+
+    def _divergence(self, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "forward-kl" and logits.is_cuda and self.temperature == 1.0:
             from tinier.kernels.kl_divergence import forward_kl_rows  # Triton is for GPUs
 

@@ -18,14 +18,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
-from transformers import AutoModelForCausalLM
 
-from tinier.checkpoint import Checkpoint, pack_linear, unpack_linear
+from tinier.calibration import KeysAndValues, load_whole
+from tinier.checkpoint import Checkpoint, TensorReader, pack_linear, unpack_linear
 from tinier.distillation.losses import RowsLoss, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan
-from tinier.families import HEAD_LINEAR, checkpoint_layout, geometry_of, layer_name
-from tinier.quantization import FakeWeight, fake_inputs, read_targets, trainable_weight
-from tinier.schemes import Scheme
+from tinier.families import EMBEDDING, HEAD, HEAD_LINEAR, checkpoint_layout, geometry_of, layer_name
+from tinier.numerics import dequantize
+from tinier.quantization import FakeWeight, fake_cache, fake_inputs, read_targets, trainable_weight
+from tinier.schemes import Grid, Scheme
 
 _ORIGINAL = "parametrizations.weight.original"
 _FIRST = "parametrizations.weight.0"
@@ -65,6 +66,8 @@ class Grids(NamedTuple):
     schemes: dict[str, Scheme]
     """Of the linear layers inside decoder layers, by full name"""
     input_scales: dict[str, Tensor | None]
+    has_head: bool
+    """Whether the head is quantized; it keeps its codes while the layers are trained"""
 
 
 class Student(nn.Module):
@@ -133,10 +136,7 @@ def load_model(source: Checkpoint, plan: DistillPlan, device: torch.device) -> A
     """transformers' model in the type of the checkpoint (or float32, if all is to be), with nothing
     to train."""
     dtype = torch.float32 if plan.precision == "float32" else source.dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
-    return model.to(device).requires_grad_(False)
+    return load_whole(source, dtype, device)
 
 
 def load_student(
@@ -173,16 +173,21 @@ def _is_trained(name: str, plan: DistillPlan) -> bool:
 
 
 def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: torch.device) -> Grids:
-    """Give the linear layers the weights and grids of a quantized checkpoint, to be trained on."""
+    """Give the linear layers the weights and grids of a quantized checkpoint, to be trained on; head and
+    cache compute as they will when it is served."""
     layout = checkpoint_layout(quantized)
     assert layout is not None
     schemes = {name: s for name, s in layout.schemes.items() if name != HEAD_LINEAR}
+    head = layout.schemes.get(HEAD_LINEAR)
     input_scales: dict[str, Tensor | None] = {}
     parameters = dict(model.named_parameters())
     with quantized.reader(device) as read:
         for name in parameters.keys() & quantized.tensors.keys():
             # norms and biases, which equalization may have changed
-            parameters[name].data = read(name).to(parameters[name].dtype)
+            if name != HEAD or head is None:
+                parameters[name].data = read(name).to(parameters[name].dtype)
+        if head is not None:
+            _install_head(model, quantized, read, head)
         for index in range(geometry_of(quantized).layers):
             prefix = layer_name(index)
             here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}
@@ -202,7 +207,45 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
                 input_scales[name] = input_scale
                 if scheme.activations is not None:
                     linear.register_forward_pre_hook(_rounding(scheme, input_scale))
-    return Grids(quantized, schemes, input_scales)
+            if layout.kv_cache is not None:
+                attention = model.get_submodule(f"{prefix}.self_attn")
+                scales = tuple(read(f"{prefix}.self_attn.{n}_scale") for n in "kv")
+                attention.register_forward_pre_hook(
+                    _rounded_cache(layout.kv_cache, scales), with_kwargs=True
+                )
+    return Grids(quantized, schemes, input_scales, head is not None)
+
+
+def _install_head(model: Any, quantized: Checkpoint, read: TensorReader, scheme: Scheme) -> None:
+    """The head that the codes stand for, apart from the embedding, and its inputs rounded."""
+
+    def stored(part: str) -> Tensor | None:
+        full = f"{HEAD_LINEAR}.{part}"
+        return read(full) if full in quantized.tensors else None
+
+    codes, input_scale = unpack_linear(stored, scheme)
+    embedding = model.get_parameter(EMBEDDING)
+    weight = dequantize(codes, embedding.dtype)
+    model.lm_head.weight = nn.Parameter(weight.to(embedding.device), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    activations = scheme.activations
+    if activations is not None:
+        # the loss multiplies the head itself, so what it reads is rounded where the final norm ends
+        model.model.norm.register_forward_hook(
+            lambda _, __, output: fake_inputs(output, activations, input_scale)
+        )
+
+
+def _rounded_cache(grid: Grid, scales: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """A hook that gives attention a cache which rounds keys and values."""
+
+    def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return fake_cache(keys, grid, scales[0]), fake_cache(values, grid, scales[1])
+
+    def hook(_: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        return inputs, named | {"past_key_values": KeysAndValues(rounding)}
+
+    return hook
 
 
 def _rounding(scheme: Scheme, input_scale: Tensor | None) -> Callable[..., tuple[Tensor]]:
@@ -225,6 +268,9 @@ def export(
     with origin.reader() as read:
         for name in origin.tensors:
             linear = name.rpartition(".")[0]
+            if grids and grids.has_head and linear == HEAD_LINEAR:
+                yield name, read(name)
+                continue
             if state and grids and linear in grids.schemes and not name.endswith(".bias"):
                 if linear not in written:
                     written.add(linear)

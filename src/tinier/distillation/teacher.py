@@ -40,11 +40,18 @@ class LiveTeacher:
     """The model itself, which runs beside the student."""
 
     def __init__(
-        self, model: Any, plan: DistillPlan, dtype: torch.dtype, layers: tuple[int, ...]
+        self,
+        model: Any,
+        plan: DistillPlan,
+        dtype: torch.dtype,
+        layers: tuple[int, ...],
+        vocab: int | None = None,
     ) -> None:
+        """vocab: tokens that the student knows too; None: all."""
         if dtype == torch.float32:  # products are not cast then
             model = model.float()
         self.model, self._plan, self._dtype, self._layers = model.eval(), plan, dtype, layers
+        self._vocab = vocab
         self._heldout: dict[int, Tensor] = {}
         """Final hidden states of the held-out windows, by the first window of the batch."""
 
@@ -52,7 +59,7 @@ class LiveTeacher:
     def targets(
         self, part: str, rows: Tensor, windows: Tensor, *, training: bool
     ) -> tuple[RowsLoss, tuple[Tensor, ...]]:
-        head = self.model.lm_head.weight.to(self._dtype)
+        head = self.head.to(self._dtype)
         if not training:
             first = int(rows[0])
             if first not in self._heldout or len(self._heldout[first]) != windows.numel():
@@ -60,6 +67,12 @@ class LiveTeacher:
             return Soft(self._heldout[first], head), ()
         hidden, states = self.hidden(windows, self._layers)
         return Soft(hidden, head, self._plan.loss, self._plan.temperature), tuple(states)
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, hidden]"""
+        weight: Tensor = self.model.lm_head.weight[: self._vocab]
+        return weight
 
     @torch.no_grad()
     def hidden(self, windows: Tensor, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
@@ -99,7 +112,7 @@ def store_top_k(
 ) -> None:
     """Write log-probabilities [n, length, k] in float16 and ids [n, length, k] in int32."""
     log_probs, ids = [], []
-    head = teacher.model.lm_head.weight
+    head = teacher.head
     with bar("teacher", len(windows)) as advance:
         for part in windows.split(batch):
             hidden, _ = teacher.hidden(part.to(device))

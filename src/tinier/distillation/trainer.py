@@ -40,10 +40,12 @@ from tinier.distillation.losses import IGNORED, Hard, Mixed, RowsLoss
 from tinier.distillation.plan import DistillPlan, learning_rate
 from tinier.distillation.student import Student
 from tinier.distillation.teacher import Teacher
+from tinier.engine import Decoder
 from tinier.errors import MeasuredFailure, OutputError
 from tinier.progress import bar, say
 
 _STATE_BYTES = 12
+_CHUNK_TOKENS = 512
 # a held-out loss that rose by as much as it was, and by this many nats at least, is no noise
 _DIVERGED = 1.0
 
@@ -125,6 +127,20 @@ class Trainer:
         # processes must agree to the last bit, for they decide by it
         mean = self._ranks.max_(torch.tensor(total / len(windows), dtype=torch.float64))
         return round(mean.item(), 6)
+
+    @torch.inference_mode()
+    def divergence_of(self, decoder: Decoder) -> float:
+        """The same of a written checkpoint, as the engine runs it."""
+        windows = self._windows["heldout"]
+        total = 0.0
+        for rows in torch.arange(len(windows)).split(self.micro_batch):
+            batch = windows[rows].to(self._device)
+            loss, _ = self._teacher.targets("heldout", rows, batch, training=False)
+            hidden = decoder.hidden_states(batch).flatten(0, 1)
+            for start in range(0, len(hidden), _CHUNK_TOKENS):
+                chunk = slice(start, start + _CHUNK_TOKENS)
+                total += loss(decoder.logits(hidden[chunk]), chunk)[0].item()
+        return round(total / windows.numel(), 6)
 
     def train(self, scalars: Path | None, flops_per_token: float, peak_flops: float) -> None:
         """Run the remaining steps. Raises MeasuredFailure where the loss is no number or grows."""

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinier.checkpoint import Checkpoint, unpack_linear
-from tinier.checkpoint.folder import TensorReader
+from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
 from tinier.device import bf16_products
 from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope

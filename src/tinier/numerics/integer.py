@@ -57,7 +57,11 @@ def in_blocks(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it is stored; 1 where it would be 0."""
+    """The scale as it is stored: 1 where it is 0, and the smallest number of its type where it would
+    become 0 there."""
     # an all-zero group would give scale 0 and codes 0/0; any other scale represents it exactly
-    scale = scale.to(dtype)
-    return torch.where(scale != 0, scale, torch.ones_like(scale))
+    stored = scale.to(dtype)
+    info = torch.finfo(dtype)
+    smallest = torch.full_like(stored, info.tiny * info.eps).copysign(scale.to(dtype))
+    stored = torch.where(stored != 0, stored, smallest)
+    return torch.where(scale != 0, stored, torch.ones_like(stored))

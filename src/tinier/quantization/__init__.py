@@ -6,7 +6,7 @@ fits a grid to a weight. fake.py is what quantization-aware training needs of a 
 """
 
 from tinier.quantization.driver import quantize, quantize_all, read_targets
-from tinier.quantization.fake import FakeWeight, fake_inputs, trainable_weight
+from tinier.quantization.fake import FakeWeight, fake_cache, fake_inputs, trainable_weight
 from tinier.quantization.plan import MIXED, NULL, QuantizePlan, needs_text, plan_quantize
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "NULL",
     "FakeWeight",
     "QuantizePlan",
+    "fake_cache",
     "fake_inputs",
     "needs_text",
     "plan_quantize",

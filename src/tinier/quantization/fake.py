@@ -3,15 +3,23 @@
 Start at `FakeWeight`. It holds the scales of a quantized weight and makes the weight that the
 checkpoint will have from one that gradients can move. Gradients pass the rounding as if it were not
 there, and stop where the grid ends (straight-through, arXiv 1308.3432). Scales are learned too, unless
-they are powers of two; their gradient is LSQ's (arXiv 1902.08153, equation 3), which follows from the
-same rule. `harden` gives the codes: the very numbers that the last forward pass used.
+they are powers of two or a whole tensor's; their gradient is LSQ's (arXiv 1902.08153, equation 3), which
+follows from the same rule. `harden` gives the codes: the very numbers that the last forward pass used.
 """
 
 import torch
 from torch import Tensor, nn
 
 from tinier.kernels import round_activations
-from tinier.numerics import Quantized, dequantize, expand, in_blocks, step_size, storable_scale
+from tinier.numerics import (
+    Quantized,
+    dequantize,
+    expand,
+    in_blocks,
+    round_static,
+    step_size,
+    storable_scale,
+)
 from tinier.quantization.scales import Fit, round_nearest, round_scaled, storable_block_scale
 from tinier.schemes import Grid
 
@@ -34,8 +42,9 @@ class FakeWeight(nn.Module):
         self.register_buffer("zero_point", start.zero_point, persistent=False)
         self.register_buffer("global_scale", start.global_scale, persistent=False)
         self.stretch = None
-        if grid.scale_format != "e8m0":
-            # each scale is multiplied by one plus it
+        if grid.scale_format != "e8m0" and grid.granularity != "tensor":
+            # powers of two do not move, and a tensor's scale is that of the layers fused with it too;
+            # each other scale is multiplied by one plus it
             zeros = torch.zeros_like(start.scale, dtype=torch.float32)
             self.stretch = nn.Parameter(zeros)
 
@@ -93,6 +102,15 @@ def trainable_weight(target: Tensor, quantized: Quantized, grid: Grid) -> Tensor
     # the cells of a float grid are not alike: the weight, or the value of its code
     same = round_nearest(target, fit, grid).codes.float() == quantized.codes.float()
     return torch.where(same, target, dequantize(quantized, torch.float32))
+
+
+def fake_cache(x: Tensor, grid: Grid, scale: Tensor) -> Tensor:
+    """Keys or values [..., head_dim] as a quantized cache gives them back; gradients pass straight through.
+
+    scale: [1], the stored one.
+    """
+    rounded = round_static(x.detach(), grid.kind, scale.to(x.device)).to(x.dtype)
+    return x + (rounded - x).detach()
 
 
 def fake_inputs(x: Tensor, activations: Grid, input_scale: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinier.errors import InputError
 from tinier.numerics import Quantized, expand
 from tinier.quantization.scales import Fit, round_scaled, stored_codes
 from tinier.schemes import Grid
@@ -43,7 +44,11 @@ class Inverse:
             if not failed:
                 break
         else:
-            raise ArithmeticError("the Hessian is not positive definite at any damping")
+            raise InputError(
+                "GPTQ cannot invert the second moments of a layer's inputs at any damping: they are "
+                "damaged, or the calibration text is too uniform. Use another text, or a preset without "
+                "GPTQ."
+            )
         self.damp = damp
         """Share of the mean diagonal that was added: 0.01 unless the factorization needed more."""
         self.upper: Tensor = upper

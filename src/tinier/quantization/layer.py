@@ -23,7 +23,6 @@ from tinier.quantization.gptq import DAMP, Inverse, gptq
 from tinier.quantization.scales import (
     absmax_scales,
     round_nearest,
-    rows_stand_alone,
     searched_scales,
 )
 from tinier.quantization.smoothquant import smooth_factors
@@ -152,26 +151,36 @@ def _quantize_group(
                 f"{' '.join(names)}: the Hessian needed damping of {inverse.damp:g} (usual: {DAMP:g})"
             )
     importance = seen.mean_square if seen else None
-    # one walk along the columns for all of them, where no scale is shared between rows
-    for together in [names] if rows_stand_alone(grid) else [[name] for name in names]:
-        target = torch.cat([result.targets[name] for name in together])
-        if algorithm.scales == "error":
-            fit = searched_scales(target, grid, dtype, importance)
-        else:
-            fit = absmax_scales(target, grid, dtype)
-        weight = gptq(target, inverse, fit, grid) if inverse else round_nearest(target, fit, grid)
-        rows = [result.targets[name].shape[0] for name in together]
-        for name, part in zip(together, _split(weight, rows), strict=True):
-            result.linears[name] = QuantizedLinear(part, preset.scheme, input_scale)
+    # as one matrix, in one walk along the columns. Servers multiply q, k, v and gate, up so, with one scale
+    # for the whole tensor (FP8), or one over the scales (NVFP4), where the format has such: vLLM and
+    # TensorRT-LLM take the largest of the parts' and would scale the others wrongly
+    target = torch.cat([result.targets[name] for name in names])
+    if algorithm.scales == "error":
+        fit = searched_scales(target, grid, dtype, importance)
+    else:
+        fit = absmax_scales(target, grid, dtype)
+    weight = gptq(target, inverse, fit, grid) if inverse else round_nearest(target, fit, grid)
+    rows = [result.targets[name].shape[0] for name in names]
+    for name, part in zip(names, _split(weight, rows), strict=True):
+        result.linears[name] = QuantizedLinear(part, preset.scheme, input_scale)
 
 
 def _split(weight: Quantized, rows: list[int]) -> list[Quantized]:
-    """The linear layers that were stacked, `rows` output channels each."""
-    if len(rows) == 1:
-        return [weight]
-    codes, scales = weight.codes.split(rows), weight.scale.split(rows)
-    zeros = weight.zero_point.split(rows) if weight.zero_point is not None else [None] * len(rows)
-    return [Quantized(c, s, z) for c, s, z in zip(codes, scales, zeros, strict=True)]
+    """The linear layers that were stacked, `rows` output channels each. A scale of the whole is each
+    one's."""
+    stacked, blocks = sum(rows), weight.scale.shape[0]
+
+    def parts(scales: Tensor) -> list[Tensor]:
+        if blocks == 1:
+            return [scales] * len(rows)
+        return list(scales.split([count * blocks // stacked for count in rows]))
+
+    codes, scales = weight.codes.split(rows), parts(weight.scale)
+    zeros = [None] * len(rows) if weight.zero_point is None else parts(weight.zero_point)
+    return [
+        Quantized(c, s, z, weight.global_scale)
+        for c, s, z in zip(codes, scales, zeros, strict=True)
+    ]
 
 
 def _measure(

@@ -79,7 +79,7 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
             input_length=speed.input_length,
             output_length=speed.output_length,
         )
-        for concurrency in speed.concurrency
+        for concurrency in sorted(set(speed.concurrency))  # the table shows the first and the last
     )
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}

@@ -33,7 +33,10 @@ def choices_text(results: dict[str, Any]) -> list[str]:
     """The three choices as sentences."""
     choices = results["choices"]
     if choices is None:
-        return ["Every variant has collapsed: keep the base model."]
+        return [
+            "No variant is better than the base model here: those that have not collapsed lose as much "
+            "throughput as they save size."
+        ]
     rows = {row["name"]: row for row in results["variants"]}
     labels = {"best_quality": "Best quality", "balance": "Balance",
               "greatest_efficiency": "Greatest efficiency"}  # fmt: skip
@@ -42,6 +45,7 @@ def choices_text(results: dict[str, Any]) -> list[str]:
         f"quality at {100 / rows[choices[key]]['shrinkage']:.0f} % of the size and "
         f"{rows[choices[key]]['speedup']:.2f} × the throughput."
         for key, label in labels.items()
+        if choices[key] is not None
     ]
 
 

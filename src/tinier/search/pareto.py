@@ -34,12 +34,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """Names of variants; the base model is not among them."""
+    """Names of variants, of those that gain more in throughput and size together than they lose; the base
+    model is not among them."""
 
     best_quality: str
     """Keeps most of the base's quality."""
-    balance: str
-    """Largest product of quality and efficiency."""
+    balance: str | None
+    """Largest product of quality and efficiency; None where the base's, which is 1, is larger."""
     greatest_efficiency: str
     """Largest gain in throughput and size that has not collapsed."""
 
@@ -58,12 +59,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def choose(candidates: Sequence[Candidate]) -> Choices | None:
-    """The three choices among compressed variants; None where all have collapsed."""
-    usable = [c for c in candidates if not c.collapsed]
+    """The three choices among compressed variants; None where all have collapsed, or are smaller only as
+    far as they are slower: then the base is the choice."""
+    usable = [c for c in candidates if not c.collapsed and c.efficiency > 1]
     if not usable:
         return None
+    balanced = max(usable, key=lambda c: c.quality * c.efficiency)
     return Choices(
         best_quality=max(usable, key=lambda c: c.quality).name,
-        balance=max(usable, key=lambda c: c.quality * c.efficiency).name,
+        balance=balanced.name if balanced.quality * balanced.efficiency > 1 else None,
         greatest_efficiency=max(usable, key=lambda c: c.efficiency).name,
     )
