@@ -1,5 +1,7 @@
 """Load on a server: AIPerf itself where it is installed, and what is refused before anything runs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,14 @@ from tests.conftest import write_tiny
 from typer.testing import CliRunner
 
 from tinier.benchmark import Endpoint, Load, load, served_models
-from tinier.benchmark.load import find_aiperf
+from tinier.benchmark.load import _with_hidden_key, find_aiperf
 from tinier.benchmark.speed import Workload, bench
 from tinier.cli.main import app
 from tinier.engine import EngineConfig
 from tinier.errors import InputError
 from tinier.families import open_model
 from tinier.serving import ServeConfig, Service
+from tinier.serving.triton import _hide
 
 
 @pytest.mark.slow
@@ -24,9 +27,12 @@ def test_a_server_s_figures_have_the_definitions_of_those_in_process(tmp_path: P
     folder = tmp_path / "tiny"
     write_tiny(folder, "llama", dtype=torch.float32)
     config = EngineConfig(max_batch_size=4, max_seq_len=128, device="cpu")
-    with Service([f"one={folder}"], config, ServeConfig(port=0)) as service:
-        assert served_models(service.url, None) == ["one"]
-        endpoint = Endpoint(url=service.url, model="one", tokenizer=folder)
+    serve = ServeConfig(port=0, api_keys=("secret-of-the-test",))
+    with Service([f"one={folder}"], config, serve) as service:
+        assert served_models(service.url, "secret-of-the-test") == ["one"]
+        endpoint = Endpoint(
+            url=service.url, model="one", tokenizer=folder, api_key="secret-of-the-test"
+        )
         asked = Load(concurrency=2, input_length=20, output_length=8, requests=8)
         (served,) = load(endpoint, [asked])
     assert (served.requests, served.errors) == (8, 0)
@@ -43,6 +49,36 @@ def test_a_server_s_figures_have_the_definitions_of_those_in_process(tmp_path: P
         assert tokens == pytest.approx(8 * requests, rel=1e-3)
     for use, limit in (("real-time", 100), ("conversation", 1000), ("batch", 10_000)):
         assert served.targets_met[use] == (served.latency_ms["p95"] < limit)
+
+
+def test_a_key_is_not_in_the_command_line(tmp_path: Path) -> None:
+    """Everyone on the machine can list command lines."""
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:], 'KEY' in open('/proc/self/cmdline').read())\n"
+    )
+    environ: dict[str, str] = {}
+    command = _with_hidden_key([str(program), "profile", "--x"], "KEY", environ)
+    assert "KEY" not in " ".join(command)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == "['profile', '--x', '--api-key', 'KEY'] False\n"
+
+
+def test_a_running_process_s_command_line_loses_its_secret() -> None:
+    code = "import sys; print('up', flush=True); input(); print(sys.argv[1])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "a=SECRET;b"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        _hide(process.pid, "SECRET")
+        line = Path(f"/proc/{process.pid}/cmdline").read_text()
+        assert "SECRET" not in line
+        assert "a=******;b" in line
+        assert process.communicate("\n")[0] == "a=SECRET;b\n"  # it goes on with what it read
 
 
 def test_without_aiperf_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

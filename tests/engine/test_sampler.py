@@ -158,15 +158,16 @@ def test_only_possible_tokens_are_drawn() -> None:
     assert drawn == {17, 700}
 
 
-def test_logits_that_are_no_numbers_still_give_a_token() -> None:
-    logits = random_logits(3)
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    logits = random_logits(4)
     logits[0, 5] = torch.nan
     logits[1] = torch.nan
     logits[2, 5] = torch.inf
     limits = {"top_p": 0.9, "top_k": 10}
     for params in ({}, {"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.1, **limits}):
-        tokens = Sampler(VOCAB, CPU).sample(logits, [request(**params)] * 3, [0] * 3).tokens
-        assert ((tokens >= 0) & (tokens < VOCAB)).all()
+        tokens = Sampler(VOCAB, CPU).sample(logits, [request(**params)] * 4, [0] * 4).tokens
+        assert tokens[:3].tolist() == [-1] * 3
+        assert 0 <= tokens[3] < VOCAB
 
 
 def test_draw_takes_the_token_where_the_uniform_number_falls() -> None:
@@ -267,7 +268,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_greedy_batch_is_one_argmax() -> None:
+def test_a_greedy_batch_is_one_pass_over_the_logits() -> None:
     sampler, requests = (
         Sampler(VOCAB, CPU),
         [request(seed=i, stop_token_ids=(5,)) for i in range(64)],
@@ -275,10 +276,8 @@ def test_a_greedy_batch_is_one_argmax() -> None:
     for position in range(3):
         with Operators() as operators:
             sampler.sample(random_logits(64), requests, [position] * 64)
-        assert operators.names[-1] == "argmax"
-    with Operators() as operators:
-        sampler.sample(random_logits(0), requests, [3] * 64)
-    assert operators.names.count("argmax") == 1
+        assert operators.names.count("max") == 1
+        assert not {"argmax", "amax", "sort", "topk"} & set(operators.names)
 
 
 def test_the_host_never_asks_for_a_value() -> None:

@@ -97,8 +97,14 @@ def find_aiperf() -> str:
     return found
 
 
+def base_url(url: str) -> str:
+    """The address of a server as http://HOST:PORT, however it was typed: clients also know it with /v1."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def served_models(url: str, api_key: str | None) -> list[str]:
-    """Names that an OpenAI endpoint serves. Raises InputError if it does not answer."""
+    """Names that an OpenAI endpoint serves. url: as `base_url` gives it. Raises InputError if it does not
+    answer."""
     request = urllib.request.Request(f"{url}/v1/models")
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
@@ -138,8 +144,6 @@ def _run(program: str, endpoint: Endpoint, one: Load, folder: Path) -> None:
         options["concurrency"] = one.concurrency
     else:
         options["request-rate"] = one.request_rate
-    if endpoint.api_key:
-        options["api-key"] = endpoint.api_key
     extra: list[str] = []
     if endpoint.kind == "openai":
         options["endpoint-type"] = "completions"
@@ -164,10 +168,30 @@ def _run(program: str, endpoint: Endpoint, one: Load, folder: Path) -> None:
     # these make it refuse a tokenizer in a folder
     hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     environ = {name: value for name, value in os.environ.items() if name not in hidden}
+    if endpoint.api_key:
+        command = _with_hidden_key(command, endpoint.api_key, environ)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / "profile_export_aiperf.json").exists():
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise MeasuredFailure(f"aiperf failed ({done.returncode}):\n{tail}")
+
+
+def _with_hidden_key(command: list[str], api_key: str, environ: dict[str, str]) -> list[str]:
+    """AIPerf's command with a key that is not in the command line, which everyone on the machine can read:
+    its own Python adds it from the environment."""
+    with Path(command[0]).open(encoding="utf-8", errors="replace") as script:
+        first = script.readline()
+    if not first.startswith("#!"):
+        raise InputError(
+            f"{command[0]} is no Python script, so it cannot be given a key in secret."
+        )
+    environ["TINIER_LOAD_KEY"] = api_key
+    starter = (
+        "import os, sys, runpy; key = os.environ.pop('TINIER_LOAD_KEY'); "
+        "sys.argv = [*sys.argv[1:], '--api-key', key]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return [*first[2:].split(), "-c", starter, *command]
 
 
 def _result(one: Load, exported: dict[str, Any]) -> LoadResult:

@@ -72,9 +72,11 @@ def bench(
     """
     output.start(quiet=quiet, log_level=log_level)
     if model.startswith(("http://", "https://")):
+        from tinier.benchmark import base_url
+
         shape = {"input_length": input_length, "output_length": output_length}
         loads = _loads(concurrency, request_rate, shape | {"requests": requests, "seed": seed})
-        asked = _endpoint(model.rstrip("/"), name, tokenizer, endpoint, api_key)
+        asked = _endpoint(base_url(model), name, tokenizer, endpoint, api_key)
         _bench_server(asked, loads, run, as_json=json)
         return
     _bench_model(

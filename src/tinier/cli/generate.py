@@ -89,7 +89,7 @@ def generate(
         device=device,
     )  # fmt: skip
     engine = Engine(checkpoint, config, tokenizer=tokenizer)
-    stream = TextStream(tokenizer, params.stop)
+    stream = TextStream(tokenizer, params.stop, params.min_tokens)
     first = engine.decoder.share.rank == 0  # the others have the same text
     text = ""
     for token in engine.stream(ids, params):

@@ -64,6 +64,13 @@ def serve(
             help="Requests must carry one of these; repeatable.",
         ),
     ] = None,
+    keep_alive: Annotated[
+        float, typer.Option("--keep-alive", help="Seconds that an idle connection stays open.")
+    ] = 75.0,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", help="Web page (https://HOST) that may ask; repeatable; * for all."),
+    ] = None,
     allow_load: Annotated[
         Path | None,
         typer.Option(
@@ -133,7 +140,8 @@ def serve(
     )  # fmt: skip
     config = ServeConfig(
         host=host, port=port, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
-        drain_seconds=drain, max_body_bytes=options.num_bytes(max_body),
+        drain_seconds=drain, keep_alive=keep_alive, cors_origins=tuple(cors or ()),
+        max_body_bytes=options.num_bytes(max_body),
         memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load, triton=triton,
         log_level=getattr(logging, log_level.upper()),
     )  # fmt: skip

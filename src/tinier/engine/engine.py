@@ -117,7 +117,13 @@ class Engine:
         if params.n > 1:
             raise InputError(f"n={params.n} makes several requests. Use add_all.")
         self._check(prompt, params)
-        stream = TextStream(self._tokenizer, params.stop) if params.stop else None
+        stream = None
+        if params.stop:
+            stream = TextStream(self._tokenizer, params.stop, params.min_tokens)
+            # a special token is no part of the text, so it is known by its number
+            special = self._tokenizer.special_ids
+            ends = {special[text] for text in params.stop if text in special}
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends)))
         request = Request(prompt, params, time.perf_counter(), self.runner.width, stream)
         self._scheduler.add(request)
         return request
@@ -157,6 +163,8 @@ class Engine:
         requests = [self.add(prompt, params) for prompt in prompts]
         while self.has_work:
             self.step()
+        for request in requests:
+            self._check_numbers(request)
         return [request.output for request in requests]
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[int]:
@@ -167,6 +175,12 @@ class Engine:
             self.step()
             yield from request.output[sent:]
             sent = len(request.output)
+        self._check_numbers(request)
+
+    def _check_numbers(self, request: Request) -> None:
+        """Raise InputError for a request that ended because the model gave no numbers."""
+        if request.finished == "error":
+            raise InputError(self.decoder.overflow(torch.tensor([request.prompt + request.output])))
 
     def _launch(self) -> InFlight | None:
         """Send the next step to the device; None if there is nothing to compute."""
@@ -219,6 +233,10 @@ class Engine:
         ):
             request.num_pending -= 1
             if request.finished:  # stopped or cancelled while this token was on its way
+                continue
+            if token < 0:  # logits that are no numbers have no likeliest token
+                self._end(request, "error")
+                changed.append(request)
                 continue
             if request.params.logprobs is not None:
                 request.logprobs.append(_logprobs(step.sampled, i, token, request.params.logprobs))

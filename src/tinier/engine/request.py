@@ -24,7 +24,7 @@ class SamplingParams:
     max_tokens: int = 128
     """Output tokens at most."""
     min_tokens: int = 0
-    """Output tokens before which none of `stop_token_ids` is sampled."""
+    """Output tokens before which none of `stop_token_ids` is sampled and no string of `stop` counts."""
     temperature: float = 0.0
     """0: greedy, the most likely token."""
     top_k: int = 0
@@ -43,7 +43,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     """Added to the logits of these tokens, as {token: bias}. It is kept as sorted pairs."""
     seed: int = 0
-    """Equal seeds give equal text, whatever else is in the batch."""
+    """Equal seeds draw equal numbers, whatever else is in the batch. The text is equal where the logits
+    are: for equal requests in equal batches. On a CPU decode steps of the native kernel do not depend on
+    the batch, but a prompt's products do, by their last bit, on what shares its step and on how much of it
+    was cached; on a GPU a product's parts depend on the number of tokens (docs/design.md, decision 20)."""
     n: int = 1
     """Outputs for one prompt."""
     logprobs: int | None = None
@@ -53,7 +56,7 @@ class SamplingParams:
     prompt_logits: bool = False
     """Give the logits at every position of the prompt."""
     stop: tuple[str, ...] = ()
-    """Strings that end the output; they are not part of it."""
+    """Strings that end the output; they are not part of it. One that is a special token's ends it there."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output; they are not part of it."""
 
@@ -198,7 +201,7 @@ class Request:
     token_times: list[float] = field(default_factory=list)
     """When each output token was there."""
     finished: str | None = None
-    """`stop`, `length` or `cancelled` once it is done."""
+    """`stop`, `length`, `cancelled`, or `error` (the model's logits are no numbers) once it is done."""
 
     def __post_init__(self) -> None:
         self.table = np.zeros(self.width, dtype=np.int32)

@@ -39,7 +39,8 @@ class Output(NamedTuple):
     logits: Tensor
     """[chunks, vocab] after each chunk's last token"""
     tokens: Tensor
-    """[chunks] int64: the likeliest of each; the next step finds them at their request's seat"""
+    """[chunks] int64: the likeliest of each, -1 where the logits are no numbers; the next step finds them
+    at their request's seat"""
     hidden: Tensor | None
     """[T, hidden] after every token; None: the step made logits alone"""
 
@@ -62,6 +63,15 @@ class Captured:
         self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
         self.output: Output | None = None
+
+
+class Staging(NamedTuple):
+    """Pinned memory for a step's inputs."""
+
+    packed: Tensor
+    """[size] int32"""
+    sent: torch.cuda.Event
+    """Has come when the device has copied them"""
 
 
 class Runner:
@@ -103,7 +113,7 @@ class Runner:
         self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
-        self._staging: list[Tensor] = []
+        self._staging: list[Staging] = []
         self._native = self._native_step(rotation) if device.type == "cpu" else None
 
     @property
@@ -126,12 +136,15 @@ class Runner:
             captured = self._captured.get(shape) or self._capture(shape)
             packed = self._inputs(chunks, shape.rows, shape.sequences)
             captured.inputs.copy_(packed, non_blocking=True)
+            self._staging[-1].sent.record()
             captured.graph.replay()
             assert captured.output is not None
             logits, tokens, hidden = captured.output
             assert hidden is not None
             return Output(logits[:count], tokens[:count], hidden[:rows])
         inputs = self._inputs(chunks, rows, count).to(self.decoder.device, non_blocking=True)
+        if self._captures:
+            self._staging[-1].sent.record()
         if self._native and rows == count and not any(map(_scores_prompt, chunks)):
             return self._compute_natively(inputs, count)
         return self._compute(inputs, counts, longest)
@@ -160,7 +173,8 @@ class Runner:
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
         """Note tokens [len(requests)] that were sampled instead of the likeliest."""
         seats = [_seat(request) for request in requests]
-        self._sampled.index_copy_(0, upload(seats, torch.int64, self.decoder.device), tokens)
+        known = tokens.clamp(min=0)  # -1: there was none
+        self._sampled.index_copy_(0, upload(seats, torch.int64, self.decoder.device), known)
 
     def _shape(self, rows: int, count: int, longest: int) -> Shape | None:
         """The smallest shape that is captured and holds a step; None: it runs without a graph."""
@@ -218,16 +232,20 @@ class Runner:
         return packed
 
     def _stage(self, size: int) -> Tensor:
-        """Room on the host for a step's inputs. Two take turns: the device may still be reading what it
-        was sent for the step in flight."""
+        """Room on the host for a step's inputs. Two take turns, and one is written again only when the
+        device has read what it held: with prompts alone nothing else waits for the device."""
         if not self._captures:
             return torch.empty(size, dtype=torch.int32)
-        if len(self._staging) < 2 or self._staging[0].numel() < size:
-            self._staging.insert(0, torch.empty(size, dtype=torch.int32, pin_memory=True))
+        if len(self._staging) < 2 or self._staging[0].packed.numel() < size:
+            packed = torch.empty(size, dtype=torch.int32, pin_memory=True)
+            self._staging.insert(0, Staging(packed, torch.cuda.Event()))
+            for old in self._staging[2:]:
+                old.sent.synchronize()
             del self._staging[2:]
-        packed = self._staging.pop(0)
-        self._staging.append(packed)
-        return packed[:size]
+        staging = self._staging.pop(0)
+        staging.sent.synchronize()
+        self._staging.append(staging)
+        return staging.packed[:size]
 
     def _native_step(self, rotation: tuple[Tensor, Tensor]) -> CpuDecoder | None:
         """The whole step as one native call, where the model and the machine allow it."""

@@ -19,6 +19,7 @@ from tinier.device import upload
 from tinier.engine.drawing import Limits, draw, uniforms
 from tinier.engine.penalties import Penalties, Strengths
 from tinier.engine.request import Request
+from tinier.kernels.reference import greedy
 
 # logits that are drawn from at once: 55 bytes of working memory each with all limits
 _DRAWN_AT_ONCE = 2**23
@@ -29,7 +30,7 @@ Kind = tuple[bool, bool, bool] | None
 
 class Sampled(NamedTuple):
     tokens: Tensor
-    """[B] int64, on the logits' device"""
+    """[B] int64, on the logits' device; -1 where the logits are no numbers"""
     logprobs: Tensor | None
     """[B] float32 of the tokens, if any request asked; nan for those that did not"""
     top_logprobs: Tensor | None
@@ -114,17 +115,15 @@ class Sampler:
         plan = self._plan
         if plan is None or not plan.fits(requests, positions):
             plan = self._plan = self._make_plan(requests, positions)
-        if plan.plain:
-            return Sampled(logits.argmax(dim=-1), None, None, None)
-        if not plan.busy:
-            tokens = logits.argmax(dim=-1)
-        else:
+        tokens = likeliest = greedy(logits)
+        if plan.busy:
             tokens = chosen = self._pick(logits, plan, positions)
             if plan.busy_rows is not None:
-                everyone = len(plan.busy) == len(requests)
-                tokens = torch.empty_like(chosen) if everyone else logits.argmax(dim=-1)
-                tokens.index_copy_(0, plan.busy_rows, chosen)
-        return Sampled(tokens, *_scores(logits, tokens, plan))
+                tokens = likeliest.index_copy(0, plan.busy_rows, chosen)
+            tokens = torch.where(likeliest < 0, -1, tokens)
+        if plan.plain:
+            return Sampled(tokens, None, None, None)
+        return Sampled(tokens, *_scores(logits, tokens.clamp(min=0), plan))
 
     def forget(self, request: Request) -> None:
         """Drop what is kept about a request: it is done."""

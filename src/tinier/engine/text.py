@@ -54,13 +54,17 @@ class TextStream:
 
     The pieces together are what the tokenizer makes of all ids, special tokens skipped. A piece holds no
     incomplete character and no text that may be the beginning of a stop string. The stop string that is
-    complete first ends the text, however the tokens cut it; of several that end there, the longest.
+    complete first ends the text, however the tokens cut it; of several that end there, the longest. One
+    that is complete within the first `min_tokens` does not count.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._held = ""
+        self._early = 0
+        """Characters of what is held that were there when stop strings did not count yet."""
         self._pieces: list[str] = []
         self.num_tokens = 0
         self.stopped: str | None = None
@@ -73,6 +77,8 @@ class TextStream:
 
     def push(self, *tokens: int) -> str:
         """The text that these tokens complete; may be empty."""
+        if self._stop and self.num_tokens < self._min_tokens and len(tokens) > 1:
+            return "".join(self.push(token) for token in tokens)
         self.num_tokens += len(tokens)
         return self._take(self._detokenizer.push(*tokens)) if self.stopped is None else ""
 
@@ -90,14 +96,22 @@ class TextStream:
             piece = new
         else:
             text = self._held + new
+            if self.num_tokens <= self._min_tokens:
+                self._early = len(text)
             piece = self._before_stop(text)
             self._held = "" if self.stopped else text[len(piece) :]
+            self._early = max(0, self._early - len(piece))
         self._pieces.append(piece)
         return piece
 
     def _before_stop(self, text: str) -> str:
         """The part of `text` that is certainly before a stop string."""
-        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        found = [
+            (at + len(s), at, s)
+            for s in self._stop
+            # one that ends among the early characters does not count
+            if (at := text.find(s, max(0, self._early - len(s) + 1))) >= 0
+        ]
         if found:
             _, at, self.stopped = min(found)
             return text[:at]

@@ -117,9 +117,12 @@ def _largest(  # type: ignore[no-untyped-def]
     place = tl.full([BLOCK], 2**31 - 1, tl.int32)
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * size + at, mask=at < last, other=-float("inf"))
-        better = value.to(tl.float32) > best
-        best = tl.where(better, value.to(tl.float32), best)
+        value = tl.load(logits + row * size + at, mask=at < last, other=-float("inf")).to(
+            tl.float32
+        )
+        value = tl.where(value != value, float("inf"), value)  # NaN counts as what it comes from
+        better = value > best
+        best = tl.where(better, value, best)
         place = tl.where(better, at, place)
     top = tl.max(best, axis=0)
     # of equal ones the first
@@ -137,10 +140,11 @@ def _largest_of(  # type: ignore[no-untyped-def]
     part = tl.arange(0, PARTS)
     value = tl.load(values + row * PARTS + part)
     place = tl.load(places + row * PARTS + part)
-    token = tl.min(tl.where(value == tl.max(value, axis=0), place, 2**31 - 1), axis=0).to(tl.int64)
-    token = tl.where(token == 2**31 - 1, 0, token)  # nothing but NaN
+    top = tl.max(value, axis=0)
+    token = tl.min(tl.where(value == top, place, 2**31 - 1), axis=0).to(tl.int64)
+    token = tl.where(top == float("inf"), -1, token)  # no numbers
     tl.store(tokens + row, token)
-    tl.store(sampled + tl.load(seats + row), token)
+    tl.store(sampled + tl.load(seats + row), tl.maximum(token, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -15,7 +15,9 @@ from tinier.kernels import reference
 from tinier.kernels.reference import Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
 
-HAS_TRITON = find_spec("triton") is not None
+_TRITON = find_spec("triton")
+# a folder of that name in the current directory is found too, and is no package
+HAS_TRITON = _TRITON is not None and _TRITON.origin is not None
 if HAS_TRITON:
     from tinier.kernels import attention, fused
 
@@ -33,11 +35,14 @@ def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
 
 
 def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
-    """The likeliest token of each row of logits [B, vocab], [B] int64; written to sampled[seats] too."""
+    """The likeliest token of each row of logits [B, vocab], [B] int64; written to sampled[seats] too.
+
+    -1 (sampled: 0) for a row that has NaN or Inf.
+    """
     if uses_triton(logits.device):
         return fused.greedy(logits, seats, sampled)
-    tokens = logits.argmax(dim=-1)
-    sampled.index_copy_(0, seats.long(), tokens)
+    tokens = reference.greedy(logits)
+    sampled.index_copy_(0, seats.long(), tokens.clamp(min=0))
     return tokens
 
 

@@ -23,6 +23,13 @@ def known_tokens(tokens: Tensor, sampled: Tensor) -> Tensor:
     return torch.where(tokens < 0, sampled[(-1 - tokens).clamp(min=0)], tokens)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row [B, vocab], the first of equal ones; -1 where the largest is NaN or
+    Inf. [B] int64."""
+    largest, tokens = logits.max(dim=-1)
+    return torch.where(torch.isfinite(largest), tokens, -1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
 

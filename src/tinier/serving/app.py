@@ -4,10 +4,13 @@ Start at `make_app`. Every answer to bad input is OpenAI's error body; none has 
 """
 
 import asyncio
+import difflib
 import hmac
+import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -39,9 +43,12 @@ log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 Start = Callable[[Model, Any], Awaitable[Generation]]
-_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/")
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/metrics", "/")
 _RETRY_AFTER = 1
 _LAST_WORDS_SECONDS = 10
+# of all requests together, while they are read: their number has no limit before the queue's
+_MOST_BODY_BYTES = 256 << 20
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass
@@ -58,10 +65,44 @@ class Server:
     """Models in it may be loaded over HTTP."""
     internal_key: str | None = None
     """What Triton's models carry; opens everything."""
+    cors_origins: tuple[str, ...] = ()
+    """Pages that may ask from a browser."""
+    only_local: bool = False
+    """No key, and for this machine alone: only what names it as this machine is answered, so that no web
+    page can ask through its visitor's browser."""
     draining: bool = False
     """No new work is taken."""
     num_active: int = field(default=0, init=False)
     """Requests that are being answered."""
+    _body_bytes: int = field(default=0, init=False)
+    _gave_up: bool = field(default=False, init=False)
+    _limits: set[asyncio.Timeout] = field(default_factory=set, init=False)
+
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        """Raises TimeoutError past so many seconds, Unavailable when `give_up` is called."""
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                self._limits.add(limit)
+                yield
+        except TimeoutError:
+            if self._gave_up:
+                raise Unavailable("the server is shutting down") from None
+            raise
+        finally:
+            self._limits.discard(limit)
+
+    def give_up(self) -> None:
+        """End what is in flight: the time to drain is over."""
+        self._gave_up = True
+        for limit in list(self._limits):
+            limit.reschedule(0)
+
+    def hold_body(self, num_bytes: int) -> None:
+        """Count bytes of bodies in memory; negative: they are gone. Raises Overloaded past the limit."""
+        self._body_bytes += num_bytes
+        if num_bytes > 0 and self._body_bytes > max(_MOST_BODY_BYTES, self.max_body_bytes):
+            raise Overloaded("too many bodies at once")
 
 
 def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
@@ -139,19 +180,35 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
             Exception: _answer_error,
         },
     )
-    return _Guard(app, server)
+    guarded = _Guard(app, server)
+    if not server.cors_origins:
+        return guarded
+    return CORSMiddleware(
+        guarded,
+        allow_origins=server.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
 
 
 class _Guard:
-    """API keys, before anything else is looked at."""
+    """API keys and where a request comes from, before anything else is looked at."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
-        self._app = app
+        self._app, self._server = app, server
         self._keys = [key.encode() for key in server.api_keys]
         self._internal = [server.internal_key.encode()] if server.internal_key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_http = scope["type"] == "http"
+        if is_http:
+            # clients join addresses and paths with one slash too many
+            path = re.sub("/+", "/", scope["path"])
+            scope["path"] = path.rstrip("/") or "/"
+            foreign = self._foreign(scope)
+            if foreign:
+                await JSONResponse(ApiError(403, foreign).body, 403)(scope, receive, send)
+                return
         if is_http and scope["path"].startswith("/internal/"):
             allowed = self._knows(scope, self._internal)
         elif is_http and scope["path"] not in _OPEN_PATHS and self._keys:
@@ -170,6 +227,20 @@ class _Guard:
             )
             return
         await self._app(scope, receive, send)
+
+    def _foreign(self, scope: Scope) -> str | None:
+        """Why a browser should not be answered: it speaks for a page that is not this server's."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        allowed = self._server.cors_origins
+        own = origin.split("://", 1)[-1] == host
+        if origin and scope["method"] == "POST" and not own and not {origin, "*"} & {*allowed}:
+            return f"Pages of {origin} may not ask this server. Start it with --cors {origin}."
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self._server.only_local and scope.get("client") and name not in _LOCAL_NAMES:
+            return f"This server has no API key and answers to localhost only, not to {host!r}."
+        return None
 
     @staticmethod
     def _knows(scope: Scope, keys: list[bytes]) -> bool:
@@ -203,10 +274,12 @@ class _Stream(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async with asyncio.timeout(self._timeout):
-                async with aclosing(self._generation.events()) as events:
-                    async for part in events:
-                        await send({"type": "http.response.body", "body": part, "more_body": True})
+            async with (
+                self._server.within(self._timeout),
+                aclosing(self._generation.events()) as events,
+            ):
+                async for part in events:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             last = b""
         except (TinierError, TimeoutError) as error:
             self._generation.close()  # before the last words, which a client may never read
@@ -227,7 +300,7 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
     streams = False
     try:
         try:
-            async with asyncio.timeout(server.timeout):
+            async with server.within(server.timeout):
                 body: Any = await _body(server, request, kind)
         except TimeoutError:
             text = f"The body did not come within {server.timeout:g} s."
@@ -242,15 +315,17 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
         if body.stream:
             streams = True
             return _Stream(server, generation, timeout)
-        return await _whole(request, generation, timeout)
+        return await _whole(server, request, generation, timeout)
     finally:
         if not streams:
             server.num_active -= 1
 
 
-async def _whole(request: Request, generation: Generation, timeout: float) -> Response:
+async def _whole(
+    server: Server, request: Request, generation: Generation, timeout: float
+) -> Response:
     try:
-        async with asyncio.timeout(timeout):
+        async with server.within(timeout):
             return JSONResponse(await _unless_gone(request.receive, generation.whole()))
     except TimeoutError as error:
         raise _as_api_error(error, timeout) from None
@@ -286,29 +361,64 @@ async def _body(server: Server, request: Request, kind: type[Body]) -> Body:
     too_large = ApiError(413, f"The body may have {server.max_body_bytes} bytes.", code="too_large")
     if length.isdecimal() and int(length) > server.max_body_bytes:
         raise too_large
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ApiError(415, f"The body is encoded as {encoding!r}. Send it as it is.")
     raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > server.max_body_bytes:
-            raise too_large
     try:
+        async for part in request.stream():
+            raw += part
+            server.hold_body(len(part))
+            if len(raw) > server.max_body_bytes:
+                raise too_large
         return kind.model_validate_json(bytes(raw))
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise _invalid(error, kind, bytes(raw)) from None
+    finally:
+        server.hold_body(-len(raw))
 
 
-def _invalid(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    # where several types are allowed, what follows the field is the name of the one that was tried
-    parts = [str(part) for part in first["loc"] if not isinstance(part, str) or part.isidentifier()]
-    where = ".".join(parts)
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no JSON: {first['msg']}.")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where)
-    if first["type"] == "missing":
+def _invalid(error: ValidationError, kind: type[BaseModel], raw: bytes) -> ApiError:
+    """What is wrong with a body, in the words of the branch that fits it best."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    if errors[0]["type"] == "json_invalid":
+        return ApiError(400, f"The body is no JSON: {errors[0]['msg']}.")
+    body = json.loads(raw)
+    if not isinstance(body, dict):
+        return ApiError(400, "The body must be a JSON object.")
+    field = errors[0]["loc"][0]
+
+    def fits(one: Any) -> tuple[bool, int]:
+        # where several types are allowed, one is deepest in what was sent, or is of the right type
+        return not one["type"].endswith(("_type", "_parsing")), len(_path(body, one["loc"]))
+
+    best = max((one for one in errors if one["loc"][0] == field), key=fits)
+    where = ".".join(map(str, _path(body, best["loc"])))
+    if best["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(best["loc"][-1]), kind.model_fields, n=1)
+        hint = f". Did you mean '{near[0]}'?" if near else ""
+        return ApiError(400, f"Unrecognized request argument supplied: {where}{hint}", param=where)
+    if best["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{where}'.", param=where)
-    return ApiError(400, f"Invalid value for '{where}': {first['msg']}.", param=where or None)
+    return ApiError(400, f"Invalid value for '{where}': {best['msg']}.", param=where)
+
+
+def _path(body: Any, location: tuple[int | str, ...]) -> list[int | str]:
+    """The way into a body that an error's location names; pydantic's names for the types that it tried are
+    left out."""
+    found: list[int | str] = []
+    for i, part in enumerate(location):
+        at: Any = part
+        if isinstance(body, list):
+            is_there = isinstance(at, int) and at < len(body)
+        else:
+            is_there = isinstance(body, dict) and at in body
+        if is_there:
+            body = body[at]
+        elif not (isinstance(body, dict) and i == len(location) - 1):
+            continue  # the last one may be what is missing
+        found.append(part)
+    return found
 
 
 def _find(server: Server, label: str) -> Model:

@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 
-from tinier.benchmark import served_models
+from tinier.benchmark import base_url, served_models
 from tinier.errors import InputError, MeasuredFailure
 
 
@@ -25,6 +25,7 @@ def query(
     model: as the server names it; None: its first. temperature 0 is greedy. timeout: seconds. Raises
     InputError where nothing answers or the request is refused, MeasuredFailure for an error of the server.
     """
+    url = base_url(url)
     asked = {
         "model": model or served_models(url, api_key)[0],
         "prompt": [prompts] if isinstance(prompts, str) else prompts,

@@ -1,12 +1,20 @@
 """Limits and addresses of a server."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinier.errors import InputError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def address(host: str, port: int) -> str:
+    """http://HOST:PORT, with the brackets that IPv6 needs."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 MAX_BATCH_SIZE = 64
 """Requests of a model that `tinier serve` computes at once, unless told otherwise"""
 
@@ -27,6 +35,11 @@ class ServeConfig:
     max_body_bytes: int = 4 << 20
     memory_bytes: int | None = None
     """For weights and caches of all models; None: most of what is free."""
+    keep_alive: float = 75.0
+    """Seconds that an idle connection stays open: longer than clients keep theirs, or they find it closed
+    when they send."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages (https://HOST) that may ask from a browser; `*`: all."""
     load_folder: Path | None = None
     """Models in it may be loaded over HTTP; None: none may."""
     triton: bool = False
@@ -36,7 +49,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("port", 0), ("max_queue", 0), ("timeout", 0.001), ("drain_seconds", 0),
-            ("max_body_bytes", 1000),
+            ("max_body_bytes", 1000), ("keep_alive", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
@@ -50,5 +63,8 @@ class ServeConfig:
             )
         if any(not key.isascii() or not key or " " in key for key in self.api_keys):
             raise InputError("an API key is empty or has a space in it. Use ASCII without spaces.")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise InputError(f"cors={origin!r} is no page's origin. Use https://HOST, or *.")
         if self.load_folder is not None and not self.load_folder.is_dir():
             raise InputError(f"{self.load_folder} is no folder to load models from.")

@@ -6,11 +6,13 @@ and `Generation.events` then give the answer.
 
 import asyncio
 import json
+import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from tinier.engine import TokenLogprobs
@@ -36,7 +38,13 @@ class Choice:
     """One output on its way to text."""
 
     def __init__(
-        self, index: int, job: Job, model: Model, stop: tuple[str, ...], prefix: str
+        self,
+        index: int,
+        job: Job,
+        model: Model,
+        stop: tuple[str, ...],
+        min_tokens: int,
+        prefix: str,
     ) -> None:
         self.index = index
         self.job = job
@@ -44,7 +52,7 @@ class Choice:
         """What goes before the text: the prompt, where it is echoed"""
         self._stop = stop
         self._tokenizer = model.tokenizer
-        self._stream = TextStream(model.tokenizer, stop)
+        self._stream = TextStream(model.tokenizer, stop, min_tokens)
 
     def push(self, delta: Delta) -> str:
         piece = self._stream.push(*delta.tokens)
@@ -217,8 +225,11 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             prefix = ""
             if body.echo:
                 prefix = given if isinstance(given, str) else model.tokenizer.decode(prompt)
-            for job in model.submit(prompt, params):
-                choices.append(Choice(len(choices), job, model, params.stop, prefix))
+            # without a seed each output draws for itself, those of equal prompts too
+            own = params if body.seed is not None else replace(params, seed=secrets.randbits(48))
+            for job in model.submit(prompt, own):
+                choice = Choice(len(choices), job, model, params.stop, params.min_tokens, prefix)
+                choices.append(choice)
     except BaseException:  # all or none
         for choice in choices:
             model.cancel(choice.job)
@@ -239,7 +250,8 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
     _check_length(model, prompt, asked or 1)
     params = body.sampling(asked or left, model.stop_token_ids, logprobs)
     choices = [
-        Choice(i, job, model, params.stop, "") for i, job in enumerate(model.submit(prompt, params))
+        Choice(i, job, model, params.stop, params.min_tokens, "")
+        for i, job in enumerate(model.submit(prompt, params))
     ]
     return Chat(model, body.model, choices, body)
 

@@ -219,7 +219,8 @@ class Model:
                 self._metrics.first_token(self.label, now - job.arrived)
             job.num_tokens += len(update.tokens)
             job.num_reused = update.num_reused
-            job.prompt_logprobs = update.prompt_logprobs or job.prompt_logprobs
+            if update.prompt_logprobs is not None:
+                job.prompt_logprobs = update.prompt_logprobs
             job.finished = update.finished
             job._tokens += update.tokens
             job._logprobs += update.logprobs

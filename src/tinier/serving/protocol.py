@@ -4,14 +4,16 @@ Fields, defaults and limits are OpenAI's (https://platform.openai.com/docs/api-r
 are vLLM's: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids; and `timeout`.
 """
 
+import codecs
 import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tinier.engine import SamplingParams, TokenLogprobs
 from tinier.engine.request import MAX_LOGPROBS
+from tinier.tokenizer import Tokenizer
 
 _Text = Annotated[str, Field(max_length=4_000_000)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -34,10 +36,55 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+# fields of OpenAI's and vLLM's that ask for what is not done here, with the values that do not ask for it;
+# () beside null means any value: it is a label, or a hint
+_Neutral = dict[str, tuple[object, ...]]
+_REQUEST: _Neutral = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
+    "modalities": (["text"],), "audio": (None,), "prediction": (None,), "web_search_options": (None,),
+    "store": (False,), "metadata": (), "user": (), "safety_identifier": (), "prompt_cache_key": (),
+    "prompt_cache_retention": (), "suffix": ("",), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "chat_template": (None,), "chat_template_kwargs": ({},),
+    "logits_processors": ([],),
+}  # fmt: skip
+_MESSAGE: _Neutral = {
+    "tool_calls": ([],), "function_call": (None,), "audio": (None,), "annotations": (),
+    "reasoning": (), "reasoning_content": (),
+}  # fmt: skip
+_PART: _Neutral = {"cache_control": (), "prompt_cache_breakpoint": ()}
+_STREAM: _Neutral = {"include_obfuscation": (False,)}
+
+
+def _settle(values: Any, neutral: _Neutral, where: str = "") -> Any:
+    """An object without the known fields that ask for nothing. Raises ApiError for those that do."""
+    if not isinstance(values, dict):
+        return values
+    for name in values.keys() & neutral.keys():
+        allowed = neutral[name]
+        if values[name] is not None and allowed and values[name] not in allowed:
+            words = " or ".join(json.dumps(value) for value in allowed if value is not None)
+            raise ApiError(
+                400,
+                f"'{name}' asks for something that this server does not do. Leave it out"
+                f"{f', or use {words}' if words else ''}.",
+                param=where + name,
+            )
+    return {name: value for name, value in values.items() if name not in neutral}
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return _settle(values, _STREAM, "stream_options.")
 
 
 class _Generation(BaseModel):
@@ -56,7 +103,6 @@ class _Generation(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: _Biases | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    user: Annotated[str, Field(max_length=1000)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -65,6 +111,11 @@ class _Generation(BaseModel):
     stop_token_ids: Annotated[list[_Token], Field(max_length=64)] | None = None
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds until the request is given up"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return _settle(values, _REQUEST)
 
     def sampling(
         self, max_tokens: int, end_ids: tuple[int, ...], logprobs: int | None,
@@ -101,7 +152,7 @@ class _Generation(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 _Prompt = (
@@ -118,7 +169,6 @@ class CompletionBody(_Generation):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    suffix: None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -130,8 +180,21 @@ class CompletionBody(_Generation):
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    type: Literal["text"]
+    type: Literal["text", "refusal"]
     text: _Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(kind := values.get("type"), str):
+            if kind not in ("text", "refusal"):
+                raise ApiError(
+                    400, f"This server takes parts of type 'text', not {kind!r}.", param="messages"
+                )
+            if kind == "refusal" and "refusal" in values:
+                values = {**values, "text": values["refusal"]}
+                del values["refusal"]
+        return _settle(values, _PART)
 
 
 class Message(BaseModel):
@@ -141,15 +204,38 @@ class Message(BaseModel):
     content: _Text | Annotated[list[TextPart], Field(max_length=1000)]
     name: Annotated[str, Field(max_length=100)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        """As answers carry them: what a model said, or how it declined."""
+        values = _settle(values, _MESSAGE, "messages.")
+        if isinstance(values, dict) and "refusal" in values:
+            values = dict(values)
+            refusal = values.pop("refusal")
+            if values.get("content") is None and isinstance(refusal, str):
+                values["content"] = refusal
+        return values
+
     def as_template_wants(self) -> dict[str, str]:
         content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+        if not isinstance(content, str):  # joined as vLLM joins them
+            content = "\n".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ResponseFormat(BaseModel):
     type: Literal["text"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") in ("json_object", "json_schema"):
+            raise ApiError(
+                400,
+                f"response_format {values['type']!r} is not supported. Leave it out, or use 'text'.",
+                param="response_format",
+            )
+        return values
 
 
 class ChatBody(_Generation):
@@ -159,8 +245,6 @@ class ChatBody(_Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
 
 
 class LoadBody(BaseModel):
@@ -184,12 +268,25 @@ def usage(prompt: int, cached: int, output: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """How a token is shown: its text, or `bytes:\\xf0\\x9f` for part of a character, as OpenAI has it."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 class CompletionLogprobs:
     """The `logprobs` of a completion, made token by token."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer.special_ids.values())
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
+        """Characters that were complete before the next token"""
+        self._begun = False
 
     def take(self, tokens: list[TokenLogprobs], *, first_is_bare: bool = False) -> dict[str, Any]:
         """first_is_bare: the first is the beginning of a prompt, which nothing predicts."""
@@ -198,22 +295,38 @@ class CompletionLogprobs:
         }  # fmt: skip
         for i, one in enumerate(tokens):
             bare = first_is_bare and i == 0
-            text = self._tokenizer.decode([one.token])
-            made["tokens"].append(text)
+            made["tokens"].append(token_text(self._tokenizer, one.token))
             made["token_logprobs"].append(None if bare else _finite(one.logprob))
-            top = {
-                self._tokenizer.decode([token]): _finite(value) for token, value in one.top.items()
-            }
-            made["top_logprobs"].append(None if bare else top)
+            made["top_logprobs"].append(None if bare else self._top(one.top))
             made["text_offset"].append(self._offset)
-            self._offset += len(text)
+            self._advance(one.token)
         return made
 
+    def _top(self, top: dict[int, float]) -> dict[str, float]:
+        """By text; a second token of the same text goes by its number."""
+        made: dict[str, float] = {}
+        for token, value in top.items():
+            text = token_text(self._tokenizer, token)
+            made[f"token_id:{token}" if text in made else text] = _finite(value)
+        return made
 
-def chat_logprobs(tokenizer: Any, tokens: list[TokenLogprobs]) -> dict[str, Any]:
+    def _advance(self, token: int) -> None:
+        if token in self._skipped:
+            return  # it is no part of the text
+        raw = self._tokenizer.token_bytes(token)
+        if not self._begun:
+            self._begun = True
+            if raw.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
+                raw = raw[1:]  # a tokenizer that drops the first space of a text
+        self._offset += len(self._decoder.decode(raw))
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenLogprobs]) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        return {
+            "token": token_text(tokenizer, token), "logprob": _finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token)),
+        }  # fmt: skip
 
     return {
         "content": [

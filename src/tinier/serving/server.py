@@ -5,6 +5,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -15,12 +16,17 @@ import uvicorn
 from tinier.engine import EngineConfig
 from tinier.errors import InputError
 from tinier.serving.app import Server, make_app
-from tinier.serving.config import LOOPBACK, ServeConfig
+from tinier.serving.config import LOOPBACK, ServeConfig, address
+from tinier.serving.connections import Connection
 from tinier.serving.metrics import Metrics
 from tinier.serving.store import ModelStore, Source
 from tinier.serving.triton import Attached, Triton, check_installed
 
 log = logging.getLogger(__name__)
+
+_BACKLOG = 4096
+# for the errors that end what is in flight when the time to drain is over
+_LAST_WORDS_SECONDS = 5.0
 
 
 class HttpServer(uvicorn.Server):
@@ -51,13 +57,20 @@ class HttpServer(uvicorn.Server):
 
     async def _wait(self) -> None:
         log.warning("shutting down: %d requests in flight", self._server.num_active)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_seconds):
-                while self._server.num_active:  # Triton's requests are among them
-                    await asyncio.sleep(0.05)
+        if not await self._idle(self._drain_seconds):
+            log.warning("%d requests are ended: --drain is over", self._server.num_active)
+            self._server.give_up()
+            await self._idle(_LAST_WORDS_SECONDS)
         if self.triton is not None:
             await asyncio.to_thread(self.triton.stop)
         self.should_exit = True
+
+    async def _idle(self, seconds: float) -> bool:
+        """Whether all requests are answered within so many seconds."""
+        end = self._loop.time() + seconds
+        while self._server.num_active and self._loop.time() < end:  # Triton's are among them
+            await asyncio.sleep(0.02)
+        return not self._server.num_active
 
 
 Started = Callable[[int, HttpServer], None]
@@ -90,6 +103,8 @@ async def run(
             config.max_body_bytes,
             config.timeout,
             config.load_folder,
+            cors_origins=config.cors_origins,
+            only_local=config.host in LOOPBACK and not config.api_keys,
         )
         try:
             await store.load_all(sources)
@@ -122,16 +137,19 @@ async def _serve(
         sockets.append(inner)
     settings = uvicorn.Config(
         make_app(server, routes), log_config=None, access_log=False, lifespan="off",
-        server_header=False, timeout_graceful_shutdown=5, backlog=4096,
+        server_header=False, timeout_graceful_shutdown=5, backlog=_BACKLOG, http=Connection,
+        timeout_keep_alive=math.ceil(config.keep_alive),
     )  # fmt: skip
     http = HttpServer(settings, server, config.drain_seconds)
     for one in sockets:
-        one.listen(settings.backlog)  # who connects now waits, and is not refused
+        one.listen(_BACKLOG)
     serving = asyncio.create_task(http.serve(sockets))
     try:
         if triton is not None:
             await asyncio.to_thread(triton.start)
             http.triton = triton
+        while not (http.started or serving.done()):  # from then on it hears signals
+            await asyncio.sleep(0.005)
         started(listener.getsockname()[1], http)
         await serving
     finally:
@@ -146,7 +164,7 @@ def _announce(config: ServeConfig, names: list[str], port: int) -> None:
         log.warning(
             "listening on %s without an API key: whoever can connect can use it", config.host
         )
-    print(f"serving {', '.join(names)} on http://{config.host}:{port}", flush=True)
+    print(f"serving {', '.join(names)} on {address(config.host, port)}", flush=True)
     if config.triton:
         first = config.port
         print(f"Triton: HTTP {first}, gRPC {first + 1}, metrics {first + 2}", flush=True)
@@ -183,7 +201,7 @@ class Service:
         self.stop()
 
     def _started(self, port: int, http: HttpServer) -> None:
-        self.url = f"http://{self._config.host}:{port}"
+        self.url = address(self._config.host, port)
         self._http = http
         self._loop = asyncio.get_running_loop()
         self._up.set()
@@ -214,15 +232,19 @@ class Service:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before the models are loaded: a port that is taken is an error at once."""
+    """A listening socket, before the models are loaded: a port that is taken is an error at once. Who
+    connects while they load waits."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+        # two that are bound do not disturb each other, two that listen do
+        listener.listen(_BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as error:
         listener.close()
+        why = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Use another --host or --port."
+            f"cannot listen on {address(host, port)}: {why}. Use another --host or --port."
         ) from None
     return listener

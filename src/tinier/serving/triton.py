@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from tinier.checkpoint import cache_folder
 from tinier.errors import InputError
+from tinier.serving.config import address
 from tinier.serving.store import ModelStore, Source
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,8 @@ class Triton:
             stderr=subprocess.STDOUT,
         )
         self._wait(timeout)
+        if self._api_key:
+            _hide(self._process.pid, self._api_key)
 
     def stop(self) -> None:
         """Let it finish what it has, then end it."""
@@ -187,7 +190,7 @@ class Triton:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait(self, timeout: float) -> None:
-        url = f"http://{self._host}:{self._port}/v2/health/ready"
+        url = f"{address(self._host, self._port)}/v2/health/ready"
         end = time.monotonic() + timeout
         assert self._process is not None
         while time.monotonic() < end and self._process.poll() is None:
@@ -198,6 +201,23 @@ class Triton:
         tail = (self.folder / "log").read_text("utf-8", "replace").splitlines()[-15:]
         self.stop()
         raise InputError("Triton did not start:\n" + "\n".join(tail))
+
+
+def _hide(pid: int, secret: str) -> None:
+    """Overwrite a secret in the command line of a process of ours, which has read it by now: everyone on
+    the machine may list command lines, and Triton takes the key in no other way."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            memory.seek(start)
+            memory.write(arguments.replace(secret.encode(), b"*" * len(secret)))
+    except (OSError, ValueError, IndexError) as error:
+        log.warning(
+            "the API key stands in Triton's command line, which others here can read: %s", error
+        )
 
 
 def _write_repository(folder: Path, labels: list[str], max_batch_size: int) -> list[str]:

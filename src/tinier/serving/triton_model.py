@@ -32,6 +32,10 @@ FIELDS = {
 }
 
 
+# Triton's own, and what clients send to say which of the two answers they read
+PARAMETERS = {"priority", "timeout", "triton_enable_empty_final_response", "stream", "id"}
+
+
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
@@ -88,6 +92,13 @@ class TritonPythonModel:
     def _bodies(self, request):
         """A completion body for each row of text_input [rows, 1]."""
         texts = _rows(request, "text_input")
+        if texts is None:
+            raise ValueError("text_input is missing")
+        # of the generate extension: fields that are no input of the model come as parameters
+        unknown = sorted(set(json.loads(request.parameters() or "{}")) - PARAMETERS)
+        if unknown:
+            known = ", ".join(("text_input", *FIELDS, "stop_words", "return_log_probs"))
+            raise ValueError(f"{', '.join(unknown)} is not known. Known: {known}")
         given = {name: _rows(request, name) for name in (*FIELDS, "stop_words", "return_log_probs")}
         given = {name: rows for name, rows in given.items() if rows is not None}
         return [

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinier.engine import EngineConfig
 from tinier.errors import InputError, MeasuredFailure
-from tinier.serving.config import ServeConfig
+from tinier.serving.config import ServeConfig, address
 from tinier.serving.store import Source
 
 _START_SECONDS = 1800
@@ -70,7 +70,8 @@ def serve_vllm(plan: VllmPlan) -> None:
     check = [
         plan.python,
         "-c",
-        "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))",
+        # a folder of that name in the current directory is found too, without an origin
+        "import importlib.util as u, sys; s = u.find_spec('vllm'); sys.exit(not (s and s.origin))",
     ]
     try:
         installed = subprocess.run(check, check=False).returncode == 0
@@ -89,7 +90,7 @@ def serve_vllm(plan: VllmPlan) -> None:
     process = subprocess.Popen(command, env=environ, stdout=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda sent, _: process.send_signal(sent))
-    url = f"http://{plan.serve.host}:{plan.serve.port}"
+    url = address(plan.serve.host, plan.serve.port)
     end = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         with suppress(OSError):

@@ -184,6 +184,9 @@ class _Worker:
 
     def _report(self, changed: list[Request]) -> None:
         engine = self._engine
+        for request in changed:
+            if request.finished == "error" and request in self._ids:
+                self._fail_without_numbers(request)
         updates = [self._update(request) for request in changed if request in self._ids]
         self._connection.send(
             Progress(
@@ -192,13 +195,24 @@ class _Worker:
             )
         )  # fmt: skip
 
+    def _fail_without_numbers(self, request: Request) -> None:
+        where = self._engine.decoder.overflow(torch.tensor([request.prompt + request.output]))
+        log.error("request %d fails: %s", self._ids[request], where)
+        self._connection.send(
+            Failed(self._ids[request], "the model's logits are no numbers (NaN or Inf)")
+        )
+        self._forget(request)
+
     def _update(self, request: Request) -> Update:
         id_ = self._ids[request]
         sent = self._sent[id_]
         self._sent[id_] = max(sent, len(request.output))
         update = Update(
             id_, request.output[sent:], request.logprobs[sent:], request.finished, request.num_reused,
-            request.prompt_logprobs if sent == 0 and request.prompt_logprobs else None,
+            # none at all of a prompt of one token, which nothing predicts
+            request.prompt_logprobs
+            if sent == 0 and request.params.prompt_logprobs is not None
+            else None,
         )  # fmt: skip
         if request.finished is not None:
             self._forget(request)

@@ -1,0 +1,74 @@
+"""LangChain and LiteLLM with their defaults, in an environment of their own."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tinier.serving import Service
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+PACKAGES = ["langchain-openai==1.7.4", "litellm==1.110.2"]
+
+LANGCHAIN = """
+import json, sys
+from langchain_openai import ChatOpenAI, OpenAI
+url = sys.argv[1]
+chat = ChatOpenAI(model="one", base_url=url + "/v1", api_key="none", max_tokens=4, max_retries=0)
+talk = [("system", "Be brief."), ("user", "x")]
+first = chat.invoke(talk)
+second = chat.invoke([*talk, first, ("user", "y")])  # LangChain's own object, sent back
+pieces = [chunk.content for chunk in chat.stream(talk)]
+whole = OpenAI(model="one", base_url=url + "/v1", api_key="none", max_tokens=4, max_retries=0).invoke("x")
+print(json.dumps([isinstance(second.content, str), len(pieces) > 0, isinstance(whole, str)]))
+"""
+LITELLM = """
+import json, sys
+import litellm
+url = sys.argv[1]
+asked = dict(model="openai/one", api_base=url + "/v1", api_key="none", max_tokens=4, num_retries=0)
+talk = [{"role": "user", "content": "x"}]
+first = litellm.completion(messages=talk, **asked)
+second = litellm.completion(
+    messages=[*talk, first.choices[0].message, {"role": "user", "content": "y"}], **asked
+)
+pieces = list(litellm.completion(messages=talk, stream=True, **asked))
+whole = litellm.text_completion(prompt="x", **asked | {"model": "text-completion-openai/one"})
+print(json.dumps([second.usage.total_tokens > first.usage.total_tokens, len(pieces) > 0,
+                  isinstance(whole.choices[0].text, str)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """An interpreter that has both (430 MB)."""
+    folder = Path.home() / ".cache" / "tinier" / "interop"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / ".done"
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists() or done.read_text() != str(PACKAGES):
+            venv.create(folder / "venv", with_pip=True)
+            command = [str(folder / "venv" / "bin" / "pip"), "install", "-q", *PACKAGES]
+            if subprocess.run(command, check=False).returncode:
+                pytest.skip("needs a package index")
+            done.write_text(str(PACKAGES))
+    return str(folder / "venv" / "bin" / "python")
+
+
+@pytest.mark.parametrize("script", [LANGCHAIN, LITELLM], ids=["langchain", "litellm"])
+def test_a_client_s_defaults_are_answered(service: Service, python: str, script: str) -> None:
+    done = subprocess.run(
+        [python, "-c", script, service.url],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True]
+    assert sys.executable != python
