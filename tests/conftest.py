@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -191,3 +192,19 @@ def shared_data(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path}, which is not part of the repository")
     return path
+
+
+@pytest.fixture
+def write_overflowing() -> Callable[[Path], Path]:
+    """A float16 model whose second layer overflows: every number in its files is fine."""
+
+    def write(folder: Path) -> Path:
+        write_tiny(folder, "llama", dtype=torch.float16)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 30_000
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 100
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return write

@@ -31,10 +31,65 @@ def pick_device(device: str) -> torch.device:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free bytes of the GPU, or of the machine."""
+    """Free bytes of the GPU, or of the machine; in a container, of what it may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    return min([free, *_cgroup_free_bytes(Path("/"))])
+
+
+def check_memory(needed_bytes: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise InputError where less than that is free. what: the work, such as `pruning llama`."""
+    free = free_memory_bytes(device)
+    if needed_bytes > free:
+        raise InputError(
+            f"{what} takes about {needed_bytes / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free. "
+            f"{advice}"
+        )
+
+
+def _cgroup_free_bytes(root: Path) -> list[int]:
+    """What the control groups of this process leave it, version 2 and 1: a group's limit less what it uses,
+    and what of that is cached files, which give way. root: of the file system."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        if not group.is_dir():  # seen from inside a container, its own group is the top
+            group = base
+        # a group's limit holds for those inside it
+        for one in (group, *group.parents):
+            free = _group_free_bytes(one, *names)
+            if free is not None:
+                found.append(free)
+            if one == base:
+                break
+    return found
+
+
+def _group_free_bytes(group: Path, limit: str, usage: str, cached: str) -> int | None:
+    try:
+        most = (group / limit).read_text(encoding="ascii").strip()
+        used = int((group / usage).read_text(encoding="ascii"))
+        stat = dict(
+            line.split() for line in (group / "memory.stat").read_text("ascii").splitlines()
+        )
+    except (OSError, ValueError):
+        return None
+    if not most.isdigit() or int(most) >= 2**60:  # `max`, or version 1's word for it
+        return None
+    return max(0, int(most) - used + int(stat.get(cached, 0)))
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

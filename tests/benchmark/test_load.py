@@ -55,13 +55,14 @@ def test_a_key_is_not_in_the_command_line(tmp_path: Path) -> None:
     """Everyone on the machine can list command lines."""
     program = tmp_path / "program"
     program.write_text(
-        f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:], 'KEY' in open('/proc/self/cmdline').read())\n"
+        f"#!{sys.executable}\nimport sys\n"
+        "print(sys.argv[1:], 'a-secret' in open('/proc/self/cmdline').read())\n"
     )
     environ: dict[str, str] = {}
-    command = _with_hidden_key([str(program), "profile", "--x"], "KEY", environ)
-    assert "KEY" not in " ".join(command)
+    command = _with_hidden_key([str(program), "profile", "--x"], "a-secret", environ)
+    assert "a-secret" not in " ".join(command)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout == "['profile', '--x', '--api-key', 'KEY'] False\n"
+    assert done.stdout == "['profile', '--x', '--api-key', 'a-secret'] False\n"
 
 
 def test_a_running_process_s_command_line_loses_its_secret() -> None:

@@ -217,3 +217,120 @@ def test_compare_of_other_depths_looks_at_the_ends(tiny: Tiny, tmp_path: Path) -
     done = tinier("compare", one.folder, other.folder, "--text", text, "--length", "64")
     assert done.returncode == 0, done.stderr
     assert "only their ends are compared" in done.stdout
+
+
+def test_nothing_ends_in_a_traceback_without_debug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(error: Exception) -> None:
+        raise error
+
+    for error, code, told in (
+        (
+            RuntimeError("odd\nthing"),
+            1,
+            "should not happen (RuntimeError: odd thing). It is a fault of",
+        ),
+        (torch.OutOfMemoryError("CUDA"), 1, "out of memory: CUDA"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "/root/x: Permission denied."),
+    ):
+        monkeypatch.setattr(cli, "app", lambda error=error: fails(error))
+        found, _, stderr = in_process(monkeypatch, capsys, "run")
+        assert (found, len(stderr.splitlines())) == (code, 1)
+        assert told in stderr
+        with pytest.raises(type(error)):
+            in_process(monkeypatch, capsys, "run", "--debug")
+
+
+def test_bytes_that_are_no_text_are_an_error(tiny: Tiny) -> None:
+    folder = tiny().folder
+    for arguments, stdin in ((["-"], b"\xff\xfe"), ([b"a\xff"], b"")):
+        command = [sys.executable, "-m", "tinier", "generate", str(folder), "--quiet", "--prompt"]
+        typed = [a if isinstance(a, bytes) else a.encode() for a in (*command, *arguments)]
+        done = subprocess.run(typed, input=stdin, capture_output=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_terminal_that_knows_only_ascii(tiny: Tiny) -> None:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tinier", "generate", str(tiny().folder), "--prompt", "x",
+         "--max-tokens", "60", "--temperature", "1.5", "--quiet"],
+        capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--layers", "1", "--align", "0"], "align=0. Use 1 or more"),
+        (["prune", "--target", "100M", "--candidates", "0"], "candidates=0. Use 1 or more"),
+        (["quantize", "--preset", "int4-gptq", "--sequences", "0"], "sequences=0"),
+        (["quantize", "--preset", "int4-gptq", "--length", "0"], "length=0"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    verb, *rest = arguments
+    code, _, stderr = in_process(
+        monkeypatch, capsys, verb, tiny().folder, "--out", tmp_path / "o", *rest
+    )
+    assert code == 2
+    assert message in stderr
+
+
+@pytest.mark.parametrize("where", ["file", "proc", "source", "long"])
+@pytest.mark.parametrize("dry", [True, False])
+def test_outputs_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
+    where: str, dry: bool,
+) -> None:  # fmt: skip
+    source = tiny().folder
+    (tmp_path / "afile").write_text("x")
+    out = {"file": tmp_path / "afile" / "o", "proc": Path("/proc/o"), "source": source,
+           "long": tmp_path / ("x" * 300)}[where]  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    code, _, stderr = in_process(
+        monkeypatch, capsys, "quantize", source, "--preset", "fp8", "--out", out,
+        *(["--dry-run"] if dry else []),
+    )  # fmt: skip
+    assert code == 2
+    assert "--out" in stderr
+    assert "rm -r" not in stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_manifest_that_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny
+) -> None:
+    folder = tiny().folder
+    (folder / "tinier.json").write_bytes(b"\xff\xfe{")
+    code, _, stderr = in_process(monkeypatch, capsys, "eval", folder)
+    assert code == 2
+    assert "is not a tinier manifest" in stderr
+
+
+def test_a_float16_model_that_overflows_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    write_overflowing: Callable[[Path], Path],
+) -> None:  # fmt: skip
+    folder = write_overflowing(tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS))
+    for arguments in (
+        ["generate", folder, "--prompt", "abc", "--max-tokens", "4"],
+        ["eval", folder, "--text", text, "--windows", "1", "--length", "64"],
+        ["quantize", folder, "--preset", "int4-gptq", "--group-size", "32", "--calibration", text,
+         "--length", "64", "--out", tmp_path / "o"],
+        ["prune", folder, "--layers", "1", "--text", text, "--length", "64", "--out", tmp_path / "o"],
+    ):  # fmt: skip
+        code, _, stderr = in_process(monkeypatch, capsys, *arguments, "--quiet")
+        assert code == 2, arguments
+        assert "layer" in stderr
+        assert "float16" in stderr

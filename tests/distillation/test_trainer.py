@@ -138,6 +138,51 @@ def test_a_kill_while_saving_loses_one_save_only(
     assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 7]
 
 
+class Written(trainer.TensorWriter):
+    """The writer of the result, which has room."""
+
+    add = trainer.TensorWriter.add
+
+
+def test_no_state_is_unpickled(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write beside the output must not be able to run code by it."""
+    student, teacher = pair(tiny, tmp_path)
+    eager = dataclasses.replace(PLAN, save_seconds=0.0)
+    steps = die_at_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, teacher, eager, tmp_path / "out")
+    state = next((tmp_path / ".out.training").glob("step-*"))
+    assert {path.suffix for path in state.iterdir()} <= {".safetensors", ".json"}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    run(student, teacher, eager, tmp_path / "out")
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+
+
+def test_the_best_weights_of_a_killed_run_are_those_of_their_step(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after better weights were kept and before a state that knows of them was saved."""
+    student, teacher = pair(tiny, tmp_path)
+    plan = dataclasses.replace(PLAN, eval_every=2)
+    whole = run(student, teacher, plan, tmp_path / "whole")
+    saves = iter([True, True, True, False, False, False, False, False])
+    monkeypatch.setattr(trainer.Trainer, "_agreed", lambda self, yes: yes and next(saves, False))
+    eager = dataclasses.replace(plan, save_seconds=0.0)
+    die_at_step(monkeypatch, 5)  # states of steps 1 to 3; best weights of steps 2 and 4
+    with pytest.raises(KeyboardInterrupt):
+        run(student, teacher, eager, tmp_path / "out")
+    work = tmp_path / ".out.training"
+    assert [p.name for p in work.glob("step-*")] == ["step-000003"]
+    assert {p.name for p in work.glob("best-*")} >= {"best-000002.safetensors"}
+    assert run(student, teacher, eager, tmp_path / "out").hash == whole.hash
+
+
 def test_a_full_disk_while_saving_is_a_warning(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +190,8 @@ def test_a_full_disk_while_saving_is_a_warning(
         raise OSError(28, "No space left on device")
 
     student, teacher = pair(tiny, tmp_path)
-    monkeypatch.setattr(trainer, "save", full)
+    monkeypatch.setattr(trainer.TensorWriter, "add", full)
+    monkeypatch.setattr("tinier.distillation.driver.TensorWriter", Written)
     made = run(student, teacher, dataclasses.replace(PLAN, save_seconds=0.0), tmp_path / "out")
     assert made.manifest is not None
     assert "training state not saved after step 1" in made.manifest.warnings[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
-from tinier.errors import MeasuredFailure
+from tinier.errors import InputError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import Cut, PrunePlan, Sizes, divergences, measure_importance, prune
 from tinier.pruning.importance import cut_to
@@ -203,8 +203,14 @@ def test_a_step_s_time_is_linear_between_what_was_measured(
         assert time(sizes) == pytest.approx(milliseconds(sizes))
 
 
-def test_a_target_that_cannot_be_met_says_how_far_it_goes(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(MeasuredFailure, match="The smallest has .* parameters; use"):
+def test_a_target_that_cannot_be_met_says_how_far_it_goes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("the text was looked at before the sizes")
+
+    monkeypatch.setattr("tinier.pruning.choice.measure_importance", measured)
+    with pytest.raises(InputError, match="The smallest has .* parameters; use"):
         prune(
             tiny(), PrunePlan(target="0.02M", sequences=2, length=64), tmp_path / "out",
             documents=TEXT,

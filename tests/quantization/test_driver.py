@@ -13,8 +13,10 @@ from tests.conftest import DOCUMENTS, FAMILIES, quantize_tiny
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint, open_checkpoint
+from tinier.engine import load_decoder
 from tinier.errors import InputError, OutputError, SchemeError
 from tinier.families import checkpoint_layout, open_model
+from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, driver, plan_quantize, quantize, quantize_all
 from tinier.schemes import PRESETS
 
@@ -325,9 +327,24 @@ def test_too_few_bits_for_mixed_say_which_can_be_had(tiny: Tiny, tmp_path: Path)
 def test_too_little_memory_is_refused_before_any_work(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "free_memory_bytes", lambda device: 1000)
+    source = tiny()
+    needs = [plan_quantize(source, QuantizePlan(preset=p)).memory_bytes for p in ("fp8", "int8")]
+    free = max(needs)
+    monkeypatch.setattr("tinier.device.free_memory_bytes", lambda device: free)
+    quantize_tiny(source, "fp8", tmp_path / "one")
+    both = {tmp_path / name: QuantizePlan(preset=name) for name in ("fp8", "int8")}
     with pytest.raises(InputError, match=r"takes about .* GB on cpu and 0.0 GB are free"):
-        quantize_tiny(tiny(), "int4-gptq", tmp_path / "out")
+        quantize_all(source, both, device="cpu")  # each would fit, not both
+    monkeypatch.setattr("tinier.device.free_memory_bytes", lambda device: 1000)
+    for work in (
+        lambda: quantize_tiny(source, "int4-gptq", tmp_path / "out"),
+        lambda: prune(
+            source, PrunePlan(drop_layers=(1,), refit=False), tmp_path / "out", device="cpu"
+        ),
+        lambda: load_decoder(source, device=torch.device("cpu")),
+    ):
+        with pytest.raises(InputError, match=r"takes about .* GB on cpu and 0.0 GB are free"):
+            work()
     assert not list(tmp_path.glob(".out*"))
 
 

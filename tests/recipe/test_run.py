@@ -14,9 +14,18 @@ import pytest
 import torch
 import yaml
 
-from tinier.checkpoint import Checkpoint
-from tinier.errors import InputError, OutputError, SchemeError, TextError
+from tinier.checkpoint import Checkpoint, open_checkpoint
+from tinier.errors import (
+    InputError,
+    MeasuredFailure,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    TextError,
+)
+from tinier.families import geometry_of
 from tinier.recipe import Recipe, describe, load_recipe, load_results, plan_recipe, run_recipe
+from tinier.recipe import run as run_module
 from tinier.report import markdown_table, table_rows, write_report
 
 Tiny = Callable[..., Checkpoint]
@@ -180,6 +189,81 @@ def test_what_is_done_is_not_done_again(
     }
 
 
+def test_a_variant_that_fails_does_not_lose_the_others(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its stage, in what starts from it, or while it is measured."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise MeasuredFailure("the loss grew")
+
+    measure = run_module._Measurements._speed
+
+    def measured(self: Any, name: str) -> Any:
+        if name == "int4":
+            raise RuntimeError("no\nspeed")
+        return measure(self, name)
+
+    monkeypatch.setattr("tinier.recipe.plan.distill", broken)
+    monkeypatch.setattr(run_module._Measurements, "_speed", measured)
+    out = tmp_path / "run"
+    results = run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert [row["name"] for row in results["variants"]] == ["base", "fp8", "pruned"]
+    assert results["failed"] == [
+        {"variant": "distilled", "what": "stage", "error": "the loss grew"},
+        {"variant": "fp8-distilled", "what": "stage", "error": "it needs distilled, which failed"},
+        {"variant": "int4", "what": "speed", "error": "RuntimeError: no speed"},
+    ]
+    assert "distilled failed (stage): the loss grew" in write_report(results, out).read_text()
+    monkeypatch.undo()
+    again = run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert len(again["variants"]) == 6
+    assert again["failed"] == []
+
+
+def test_the_base_s_failure_is_the_run_s(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise InputError("no numbers")
+
+    monkeypatch.setattr(run_module._Measurements, "_quality", broken)
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    with pytest.raises(InputError, match="no numbers"):
+        run_recipe(recipe_of(values, tmp_path), tmp_path / "run", command="")
+
+
+def test_an_old_variant_stays_until_the_new_one_is_there(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade: the code is another, so is the key; a failure or a kill costs nothing."""
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    out = tmp_path / "run"
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    old = open_checkpoint(out / "variants" / "fp8")
+    values["variants"]["fp8"]["quantize"] = {"preset": "int8"}
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinier.recipe.plan.quantize", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert open_checkpoint(out / "variants" / "fp8").hash == old.hash
+    monkeypatch.undo()
+    # killed when the new one was whole and had not taken its place
+    real = run_module._replace
+    monkeypatch.setattr(run_module, "_replace", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert {p.name for p in (out / "variants").iterdir()} == {"fp8", "fp8+new"}
+    monkeypatch.setattr(run_module, "_replace", real)
+    monkeypatch.setattr("tinier.recipe.plan.quantize", broken)  # it is found, not made
+    results = run_recipe(recipe_of(values, tmp_path), out, command="")
+    assert results["variants"][1]["precision"] == "INT8 W8A8"
+    assert {p.name for p in (out / "variants").iterdir()} == {"fp8"}
+
+
 @pytest.mark.slow
 def test_a_damaged_variant_is_made_again(values: dict[str, Any], tmp_path: Path) -> None:
     values["variants"] = {"fp8": values["variants"]["fp8"]}
@@ -269,6 +353,59 @@ def test_a_layer_that_pruning_removed_is_out_of_range(
     values["variants"]["again"] = {"from": "pruned", "prune": {"drop_layers": "3", "length": 64}}
     with pytest.raises(InputError, match="has layers 0 to 2"):
         plan_recipe(recipe_of(values, tmp_path))
+
+
+def test_sizes_for_a_target_are_such_that_later_stages_can_store_them(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Planned on sizes that are possible, and made on those that were chosen; or refused beforehand."""
+    base = tiny(
+        name="wide", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, head_dim=64,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    size = round(0.72 * geometry_of(base).parameters / 1e6, 2)
+    values["base"] = str(base.folder)
+    cut = {"target": f"{size}M", "sequences": 2, "length": 64, "align": 16, "candidates": 2,
+           "refit": False}  # fmt: skip
+    values["variants"] = {
+        "small": {"prune": cut},
+        "again": {"from": "small", "prune": {"drop_layers": "0", "length": 64, "refit": False}},
+        "int4": {"from": "again", "quantize": {"preset": "int4", "group_size": 128}},
+    }
+    recipe = recipe_of(values, tmp_path)
+    results = run_recipe(recipe, tmp_path / "run", command="")
+    assert results["failed"] == []
+    assert [row["name"] for row in results["variants"]] == ["base", "small", "again", "int4"]
+    made = geometry_of(open_checkpoint(tmp_path / "run" / "variants" / "small"))
+    assert all(columns % 128 == 0 for _, columns in made.linears.values())
+    values["variants"]["int4"]["quantize"]["group_size"] = 256
+    values["variants"]["small"]["prune"]["target"] = f"{size / 1.5:.2f}M"
+    with pytest.raises(InputError, match="no sizes between half of the model and all of it"):
+        plan_recipe(recipe_of(values, tmp_path))
+
+
+def test_a_folder_that_distillation_needs_is_no_variant_s_name(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["variants"]["distilled-last"] = {"quantize": {"preset": "fp8"}}
+    with pytest.raises(RecipeError, match="'distilled' is distilled and keeps other weights"):
+        recipe_of(values, tmp_path)
+
+
+@pytest.mark.parametrize("named", ["cpu_cores", "torch_threads"])
+def test_speed_is_measured_again_on_other_cores(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    values["variants"] = {"fp8": values["variants"]["fp8"]}
+    out = tmp_path / "run"
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    before = json.loads((out / "measurements" / "fp8.json").read_text())
+    real = run_module.environment
+    monkeypatch.setattr(run_module, "environment", lambda device: real(device) | {named: 99})
+    run_recipe(recipe_of(values, tmp_path), out, command="")
+    after = json.loads((out / "measurements" / "fp8.json").read_text())
+    assert before["speed"]["key"] != after["speed"]["key"]
+    assert before["quality"] == after["quality"]
 
 
 def test_the_plan_names_stages_and_costs(values: dict[str, Any], tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """A running server over tiny models, shared by the tests of a file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tests.conftest import write_tiny
 
 from tinier.engine import EngineConfig
@@ -33,19 +32,3 @@ def service(model_folders: dict[str, Path]) -> Iterator[Service]:
     sources = [f"{name}={path}" for name, path in model_folders.items()]
     with Service(sources, ENGINE, ServeConfig(port=0, max_queue=8)) as running:
         yield running
-
-
-@pytest.fixture
-def write_overflowing() -> Callable[[Path], Path]:
-    """A float16 model whose second layer overflows: every number in its files is fine."""
-
-    def write(folder: Path) -> Path:
-        write_tiny(folder, "llama", dtype=torch.float16)
-        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.1.mlp.down_proj.weight"] *= 30_000
-        tensors["model.layers.1.mlp.up_proj.weight"] *= 100
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-
-    return write

@@ -1,10 +1,13 @@
 """`tinier.json`: which stage made a checkpoint, from what, with which parameters, at what cost."""
 
+import ast
 import hashlib
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from tinier.errors import CheckpointError
 
 MANIFEST_NAME = "tinier.json"
 _SCHEMA = 1
+_SOURCES = (".cpp", ".html")
 _PACKAGES = ("transformers", "compressed-tensors", "safetensors", "accelerate")
 
 
@@ -42,7 +46,7 @@ class Manifest:
     schema: int = _SCHEMA
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=1)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -57,7 +61,9 @@ class Manifest:
                 )
             known = {f.name for f in fields(cls)}
             return cls(**{name: value for name, value in values.items() if name in known})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"{path} is not a tinier manifest: {error!r}") from None
 
 
@@ -75,17 +81,51 @@ def stage_key(stage: str, parameters: dict[str, Any], parents: dict[str, str], c
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_digest(*parts: str) -> str:
-    """Version plus a hash of the source files of the named parts (folders or modules) of tinier.
+@cache
+def code_digest(*modules: str) -> str:
+    """A hash of the source of some modules of tinier and of all that they import of it, however deep;
+    files beside them that are no Python (kernels in C++) included.
 
-    A stage that names the parts it is made of is made again when their code changes, and is not
-    when something else does.
+    What a module's results depend on is what it imports: nobody has to keep a list, and what is made is
+    made again when that changes and not when something else does.
     """
-    root = Path(tinier.__file__).parent
     digest = hashlib.sha256()
-    for part in sorted(parts):
-        path = root / part
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return f"{tinier.__version__}+{digest.hexdigest()[:12]}"
+    root = Path(tinier.__file__).parent
+    files = _imported_files(modules)
+    beside = {path for file in files for path in file.parent.iterdir() if path.suffix in _SOURCES}
+    for file in sorted(files | beside):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _imported_files(modules: Iterable[str]) -> set[Path]:
+    """The files of modules of tinier and of those that they import, wherever in a file they do."""
+    found: set[Path] = set()
+    todo = list(modules)
+    while todo:
+        for path in _files_of(todo.pop()):
+            if path not in found:
+                found.add(path)
+                todo += _imports(path)
+    return found
+
+
+def _files_of(module: str) -> list[Path]:
+    """The file of a module and those of the packages that it lies in, tinier's own aside; none for what is
+    no module of tinier."""
+    root = Path(tinier.__file__).parent
+    parts = module.split(".")[1:]
+    packages = [root.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)]
+    own = [root.joinpath(*parts).with_suffix(".py")] if parts else []
+    return [path for path in (*packages, *own) if path.is_file()]
+
+
+@cache
+def _imports(path: Path) -> tuple[str, ...]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(name for name in names if name.startswith("tinier."))

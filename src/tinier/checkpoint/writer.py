@@ -32,6 +32,8 @@ _SIDE_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "vocab.*", "merges.txt", "chat_template*", "*.model", "tekken.json", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
+# what is written meanwhile has longer names
+_LONGEST_NAME = 200
 _SIDE_FOLDERS = ("additional_chat_templates",)
 
 
@@ -40,7 +42,13 @@ def check_output(out: Path) -> None:
     try:
         exists = out.exists() or out.is_symlink()
     except (OSError, ValueError) as error:
-        raise OutputError(f"{out} is no name that a folder can have: {error}.") from None
+        raise OutputError(
+            f"{out} is no name that a folder can have ({error}). Choose another --out."
+        ) from None
+    if len(os.fsencode(out.name)) > _LONGEST_NAME:
+        raise OutputError(
+            f"{out} has a name of over {_LONGEST_NAME} bytes. Choose a shorter --out."
+        )
     if exists:
         raise OutputError(f"{out} exists. Choose another --out, or move it away first.")
     check_writable(out)
@@ -93,7 +101,7 @@ def atomic_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     try:
         yield partial
         _share_permissions(partial)
-        _sync(partial)
+        sync_folder(partial)
         partial.rename(out)
         _sync_path(out.parent)
     except (OSError, SafetensorError) as error:
@@ -177,7 +185,7 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
         try:
             yield partial
             _share_permissions(partial)
-            _sync(partial)
+            sync_folder(partial)
             partial.rename(out)
             _sync_path(out.parent)
             # after the rename: without its key a killed run's work would not be found again
@@ -357,7 +365,8 @@ def _share_permissions(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a folder and its files from the system's cache to the disk."""
     # without it a power cut after the rename could leave a whole-looking folder of empty files
     for path in [*folder.rglob("*"), folder]:
         _sync_path(path)

@@ -60,8 +60,6 @@ def generate(
       tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
       torchrun --nproc-per-node 2 -m tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
     """
-    import sys
-
     from tinier.engine import Engine, EngineConfig, SamplingParams
     from tinier.engine.text import TextStream, encode_prompt, stop_token_ids
     from tinier.families import open_model
@@ -83,7 +81,7 @@ def generate(
         seed=seed,
         stop_token_ids=stop_token_ids(checkpoint, tokenizer),
     )
-    ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat)
+    ids = encode_prompt(tokenizer, _standard_input() if prompt == "-" else prompt, chat=chat)
     config = EngineConfig(
         max_batch_size=1, max_seq_len=len(ids) + max_tokens, tensor_parallel=tensor_parallel,
         device=device,
@@ -102,3 +100,14 @@ def generate(
             "text": text + tail}  # fmt: skip
     if first:
         output.result(tail, data, as_json=json)
+
+
+def _standard_input() -> str:
+    import sys
+
+    from tinier.errors import InputError
+
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: {error}.") from None

@@ -1,5 +1,7 @@
 """`tinier`: the program. Each verb is a function of the same name in a file of its own."""
 
+import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -62,19 +64,42 @@ def _root(
       tinier quantize smollm2-135m --preset int4 --group-size 64 --out smollm2-int4
       tinier eval smollm2-int4 --against smollm2-135m
 
-    Exit codes: 0 done, 1 a measured failure, 2 bad input.
+    Exit codes: 0 done, 1 a measured failure or a fault of tinier's own, 2 bad input.
     """
 
 
 def main() -> None:
-    """Run the command line; known errors are one line on stderr."""
+    """Run the command line. Errors are one line on stderr; a traceback is shown with --debug alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no é shows ? for it
+            stream.reconfigure(errors="replace")
     try:
         app()
-    except TinierError as error:
+    except BrokenPipeError:
+        # whoever read our output has gone; Python must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        message, code = _explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user of an exception, and the exit code."""
+    if isinstance(error, TinierError):
+        return str(error), error.exit_code
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}.", 2
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {said:.200} Use smaller sizes, or another --device.", 1
+    return (
+        f"this should not happen ({type(error).__name__}: {said:.300}). It is a fault of tinier: type the "
+        "same with --debug, and report what it prints."
+    ), 1
 
 
 if __name__ == "__main__":

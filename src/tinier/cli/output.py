@@ -33,4 +33,4 @@ def start(*, quiet: bool, log_level: str) -> None:
 
 def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
     """Print the result: for people, or as one last line of JSON."""
-    print(json.dumps(data) if as_json else text, flush=True)
+    print(json.dumps(data, allow_nan=False) if as_json else text, flush=True)

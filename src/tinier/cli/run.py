@@ -33,7 +33,8 @@ def run(
       tinier run recipes/demo.yaml --dry-run
       tinier run recipes/guide.yaml --out runs/llama --json
     """
-    from tinier.recipe import describe, load_recipe, plan_recipe, run_recipe
+    from tinier.errors import MeasuredFailure
+    from tinier.recipe import check_run_folder, describe, load_recipe, plan_recipe, run_recipe
     from tinier.report import write_report
     from tinier.report.terminal import plan_text, results_text
 
@@ -41,9 +42,13 @@ def run(
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / recipe.stem
     if dry_run:
+        check_run_folder(folder)
         plan = describe(plan_recipe(loaded), folder)
         output.result(plan_text(plan), plan, as_json=json)
         return
     results = run_recipe(loaded, folder, command=shlex.join(["tinier", *sys.argv[1:]]))
     page = write_report(results, folder)
     output.result(f"{results_text(results)}\n{page}", results, as_json=json)
+    if results["failed"]:
+        names = ", ".join(dict.fromkeys(failure["variant"] for failure in results["failed"]))
+        raise MeasuredFailure(f"some variants could not be made or measured: {names}. See above.")

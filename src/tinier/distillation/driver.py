@@ -31,7 +31,13 @@ from tinier.checkpoint import (
     write_atomically,
     write_config,
 )
-from tinier.device import matmul_flops, pick_device, release_memory, reset_peak_memory
+from tinier.device import (
+    check_memory,
+    matmul_flops,
+    pick_device,
+    release_memory,
+    reset_peak_memory,
+)
 from tinier.distillation.plan import DistillPlan, layer_pairs, prepare, training_flops
 from tinier.distillation.student import export, load_model, load_student
 from tinier.distillation.teacher import (
@@ -45,6 +51,7 @@ from tinier.distillation.trainer import Trainer, training_dtype
 from tinier.engine import load_decoder
 from tinier.errors import InputError, MeasuredFailure
 from tinier.families import geometry_of, open_model
+from tinier.progress import warn
 from tinier.quantization import quantize
 from tinier.text import Document, written_windows
 
@@ -80,6 +87,13 @@ def distill(
     place = pick_device(device)
     ranks = join_ranks(place)
     reset_peak_memory(place)
+    own = (stage.memory_bytes - teacher.weight_bytes) // ranks.size + teacher.weight_bytes
+    check_memory(
+        own, place, f"training {student.folder.name}",
+        "Use --train lora, more processes, or another --device.",
+    )  # fmt: skip
+    for warning in stage.warnings:
+        warn(warning)
     work = out.parent / f".{out.name}.training"
     with ExitStack() as stack:
         if ranks.writes:

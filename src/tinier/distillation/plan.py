@@ -21,18 +21,6 @@ from tinier.quantization import QuantizePlan, plan_quantize
 from tinier.text import Document, shortfall, tensor_sha256, token_windows
 from tinier.tokenizer import check_same_tokens, load_tokenizer
 
-CODE = code_digest(
-    "numerics",
-    "schemes",
-    "checkpoint",
-    "families",
-    "kernels",
-    "engine",
-    "text",
-    "calibration",
-    "quantization",
-    "distillation",
-)
 HELDOUT_WINDOWS = 8
 # a trained parameter: float32 weights and gradients and Adam's two moments
 _TRAINING_BYTES = 16
@@ -239,7 +227,7 @@ def prepare(
         output_bytes=quantized.output_bytes if quantized else student.disk_bytes,
         memory_bytes=geometry.parameters * _TRAINING_BYTES + teacher.weight_bytes,
         flops=training_flops(student, teacher) * plan.steps * plan.batch * plan.length,
-        code=CODE,
+        code=code_digest("tinier.distillation.driver"),
         warnings=(*warnings, *(quantized.warnings if quantized else ())),
     )
     return stage, training, held

@@ -1,9 +1,9 @@
 """The training loop: optimizer steps, held-out measurements, saved state.
 
 Start at `Trainer.train`. Accelerate joins the processes, shards the model over them (FSDP2) and
-clips; torch's distributed checkpoints hold the state, whole or sharded. A step's windows are decided by
-the seed and the step's number alone, so a run that was killed ends with the weights of one that was
-not.
+clips. The state is saved whole, in safetensors, so any number of processes can go on from it, and nothing
+is unpickled. A step's windows are decided by the seed and the step's number alone, so a run that was killed
+ends with the weights of one that was not.
 """
 
 import json
@@ -11,9 +11,8 @@ import math
 import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,14 @@ import torch._dynamo.config as dynamo_config
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinier.calibration import Ranks
-from tinier.checkpoint import check_disk, write_atomically
+from tinier.checkpoint import TensorWriter, check_disk, new_file, sync_folder, write_atomically
 from tinier.device import release_memory
 from tinier.distillation.losses import IGNORED, Hard, Mixed, RowsLoss
 from tinier.distillation.plan import DistillPlan, learning_rate
@@ -45,6 +39,7 @@ from tinier.errors import MeasuredFailure, OutputError
 from tinier.progress import bar, say
 
 _STATE_BYTES = 12
+_VALUE, _MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 _CHUNK_TOKENS = 512
 # a held-out loss that rose by as much as it was, and by this many nats at least, is no noise
 _DIVERGED = 1.0
@@ -87,7 +82,6 @@ class Trainer:
         checkpoint from the model's parameters. work: folder for the state of this run alone."""
         self._plan, self._teacher, self._windows = plan, teacher, windows
         self._layers, self._export, self._work, self._ranks = layers, export, work, ranks
-        self._best = work / "best.safetensors"
         self.warnings: list[str] = []
         self.losses: list[float] = []
         self.heldout: dict[int, float] = {}
@@ -196,8 +190,11 @@ class Trainer:
             return self._export(parameters) if self._ranks.writes else {}
         if not self._ranks.writes:
             return {}
-        tensors: dict[str, Tensor] = load_file(self._best) if step else self._export({})
+        tensors: dict[str, Tensor] = load_file(self._best_path(step)) if step else self._export({})
         return tensors
+
+    def _best_path(self, step: int) -> Path:
+        return self._work / f"best-{step:06d}.safetensors"
 
     def _agreed(self, yes: bool) -> bool:
         """Whether any process says yes: what follows must be done by all or none."""
@@ -219,9 +216,9 @@ class Trainer:
         if better and done:
             tensors = self.tensors(done)
             if tensors:
-                partial = self._work / "best.partial"
-                save_file(tensors, partial, metadata={"format": "pt"})
-                partial.replace(self._best)
+                # the one before stays until a state is saved that needs it no more
+                with new_file(self._best_path(done)) as partial:
+                    save_file(tensors, partial, metadata={"format": "pt"})
             self._ranks.wait()
 
     def _step(self, step: int) -> float:
@@ -306,18 +303,14 @@ class Trainer:
         failure: Exception | None = None
         if self._ranks.writes:
             shutil.rmtree(fresh, ignore_errors=True)
-            count = sum(p.numel() for p in self._student.parameters() if p.requires_grad)
+            count = sum(p.numel() for _, p in self._trained())
             try:
                 check_disk(fresh, count * _STATE_BYTES)
                 fresh.mkdir(parents=True)
             except (OSError, OutputError) as error:
                 failure = error
         if not self._agreed(failure is not None):
-            try:
-                with _quiet(self._ranks):
-                    save(self._training_state(), checkpoint_id=fresh, no_dist=self._ranks.size == 1)
-            except (OSError, RuntimeError) as error:  # torch: a full disk is a RuntimeError
-                failure = error
+            failure = self._write_state(fresh)
             self._ranks.wait()
         if not self._ranks.writes:
             return
@@ -334,26 +327,48 @@ class Trainer:
             "warnings": self.warnings,
         }
         write_atomically(fresh / "progress.json", json.dumps(progress))
+        sync_folder(fresh)
         older = list(self._work.glob("step-*"))
         fresh.rename(self._work / f"step-{done:06d}")
         for path in older:
             shutil.rmtree(path)
+        # from here on nothing goes back to a step before this one
+        for path in self._work.glob("best-*"):
+            if path != self._best_path(self.best_step):
+                path.unlink()
+
+    def _write_state(self, folder: Path) -> Exception | None:
+        """Write every trained parameter and what the optimizer keeps of it, whole, in safetensors; returns
+        what went wrong. All processes must call it: sharded tensors are gathered, one at a time."""
+        writer = TensorWriter(folder) if self._ranks.writes else None
+        failure: Exception | None = None
+        for name, tensor in self._state():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if writer is not None and failure is None:
+                try:
+                    writer.add(name, whole)
+                except (
+                    OSError,
+                    SafetensorError,
+                ) as error:  # a full disk: the others still wait for us
+                    failure = error
+        if writer is not None and failure is None:
+            try:
+                writer.close()
+            except (OSError, SafetensorError) as error:
+                failure = error
+        return failure
 
     def _resume(self) -> None:
-        """Load the latest saved state of the same run, if there is one."""
+        """Load the latest saved state of the same run, if there is one, whatever number of processes wrote
+        it."""
         for folder in sorted(self._work.glob("step-*"), reverse=True):
             path = folder / "progress.json"
             if not path.exists():  # its removal had begun
                 continue
             progress = json.loads(path.read_text(encoding="utf-8"))
-            state = self._training_state()
-            with _quiet(self._ranks):
-                load(state, checkpoint_id=folder, no_dist=self._ranks.size == 1)
-            set_state_dict(
-                self._student, self._optimizer.optimizer,
-                model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                options=StateDictOptions(ignore_frozen_params=True, strict=False),
-            )  # fmt: skip
+            with torch.no_grad():
+                self._read_state(folder)
             self.losses = progress["losses"]
             self.heldout = {int(step): kl for step, kl in progress["heldout"].items()}
             self.tokens_per_s = progress["tokens_per_s"]
@@ -362,19 +377,49 @@ class Trainer:
             say(f"distil: goes on after step {len(self.losses)} of {self._plan.steps}")
             return
 
-    def _training_state(self) -> dict[str, Any]:
-        options = StateDictOptions(ignore_frozen_params=True)
-        model, optimizer = get_state_dict(self._student, self._optimizer.optimizer, options=options)
-        return {"model": model, "optimizer": optimizer}
+    def _read_state(self, folder: Path) -> None:
+        """What `_write_state` wrote."""
+        files: dict[str, Any] = {}
+        for path in folder.glob("*.safetensors"):
+            stream = safe_open(path, framework="pt")
+            files |= dict.fromkeys(stream.keys(), stream)
+        for name, parameter in self._trained():
+
+            def read(key: str, name: str = name) -> Tensor:
+                tensor: Tensor = files[f"{name}.{key}"].get_tensor(f"{name}.{key}")
+                return tensor
+
+            parameter.copy_(_like(parameter, read(_VALUE)))
+            if f"{name}.step" in files:
+                moments = {key: _like(parameter, read(key)) for key in _MOMENTS}
+                step = read("step").to(self._step_device)
+                self._optimizer.optimizer.state[parameter] = {**moments, "step": step}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._student.named_parameters() if p.requires_grad]
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a step changes, by name."""
+        for name, parameter in self._trained():
+            yield f"{name}.{_VALUE}", parameter.detach()
+            kept = self._optimizer.optimizer.state.get(parameter)
+            if kept:  # not before its first gradient
+                for key in (*_MOMENTS, "step"):
+                    yield f"{name}.{key}", kept[key]
+
+    @property
+    def _step_device(self) -> torch.device:
+        """Where AdamW counts its steps: the fused one beside the parameters."""
+        fused = self._optimizer.optimizer.defaults["fused"]
+        return self._device if fused else torch.device("cpu")
 
 
-@contextmanager
-def _quiet(ranks: Ranks) -> Iterator[None]:
-    """torch warns of every distributed checkpoint that one process writes."""
-    with warnings.catch_warnings():
-        if ranks.size == 1:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor where and as `parameter` is: on its device, sharded as it is."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 def training_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:

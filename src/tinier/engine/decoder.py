@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
-from tinier.device import bf16_products
+from tinier.device import bf16_products, check_memory
 from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope
 from tinier.errors import InputError
@@ -234,6 +234,10 @@ def load_decoder(
     geometry = share.geometry(geometry_of(checkpoint))
     layout = checkpoint_layout(checkpoint)
     dtype = dtype or checkpoint.dtype
+    check_memory(
+        checkpoint.typed_bytes // share.size, device, f"loading {checkpoint.folder.name}",
+        "Use a smaller variant, or another --device.",
+    )  # fmt: skip
     with checkpoint.reader(device) as read:
 
         def linear(*names: str, cut: Callable[[StoredLinear], StoredLinear]) -> Linear:

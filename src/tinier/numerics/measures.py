@@ -16,7 +16,8 @@ def snr_db(original: Tensor, approximation: Tensor) -> float | None:
 
 
 def power_db(signal: float, noise: float) -> float | None:
-    """10·log10(signal / noise), rounded to thousandths; None where there is no signal or no noise."""
-    if noise <= 0.0 or signal <= 0.0:
+    """10·log10(signal / noise), rounded to thousandths; None where there is no signal or no noise, or they
+    are no numbers."""
+    if not (0.0 < noise < math.inf and 0.0 < signal < math.inf):
         return None
     return round(10.0 * math.log10(signal / noise), 3)

@@ -4,15 +4,13 @@ Start at `choose`. For a target, sizes are enumerated; how much divergence each 
 measured on four cuts, which predicts the cost of the others; the most promising ones are measured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
-from tinier.errors import MeasuredFailure
 from tinier.families import Geometry, geometry_of
 from tinier.progress import say
 from tinier.pruning.cut import Cut, Sizes
@@ -20,10 +18,10 @@ from tinier.pruning.importance import Importance, cut_to, measure_importance
 from tinier.pruning.latency import StepTime
 from tinier.pruning.plan import (
     PrunePlan,
-    Target,
-    hidden_step,
     parse_target,
-    resized,
+    possible_sizes,
+    sizes_within,
+    stored_cost,
     wanted_sizes,
 )
 from tinier.pruning.trial import divergences
@@ -33,8 +31,6 @@ _TRIAL_TOKENS = 4096
 # assumed growth of divergence with the share that is removed; it only picks what is measured.
 # Between 1,024 and 960 of SmolLM2's 1,536 neurons the measured exponent was 1.7
 _POWER = 1.5
-# a target is met from below, by at most this much of it
-_SLACK = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +51,13 @@ def choose(
         dropped = plan.drop_layers or tuple(range(sizes.layers, geometry.layers))
         return [Choice(cut_to(geometry, sizes, _kept(geometry, dropped), None), None, [])]
     assert windows is not None
-    importance = measure_importance(source, windows, device=device)
     trial = windows[: max(1, _TRIAL_TOKENS // windows.shape[1])]
     if plan.target is not None:
-        return _for_target(source, plan, importance, trial, device)
+        # before the pass over the text: no sizes may fit
+        costs = _fitting(source, plan, device)
+        importance = measure_importance(source, windows, device=device)
+        return _for_target(source, plan, costs, importance, trial, device)
+    importance = measure_importance(source, windows, device=device)
     sizes = wanted_sizes(source, plan)
     dropped, trials = plan.drop_layers, list[dict[str, object]]()
     if not dropped and sizes.layers < geometry.layers:
@@ -114,11 +113,12 @@ def _kept(geometry: Geometry, dropped: tuple[int, ...]) -> tuple[int, ...]:
 def _for_target(
     source: Checkpoint,
     plan: PrunePlan,
+    costs: dict[Sizes, float],
     importance: Importance,
     windows: Tensor,
     device: torch.device,
 ) -> list[Choice]:
-    """The candidates for a target, by measured divergence."""
+    """The candidates for a target, by measured divergence. costs: of the sizes that fit it."""
     assert plan.target is not None
     geometry = geometry_of(source)
     target = parse_target(plan.target)
@@ -136,18 +136,8 @@ def _for_target(
         return cut_to(geometry, sizes, _kept(geometry, dropped_by_count[count]), importance)
 
     predict = _predictor(source, plan, windows, cut, device)
-    cost = _cost(source, target, device)
-    costs = {sizes: cost(sizes) for sizes in _enumerate(geometry, plan)}
-    least = (1 - _SLACK) * target.value
-    within = [sizes for sizes, own in costs.items() if least <= own <= target.value]
-    if not within:
-        raise MeasuredFailure(
-            f"no sizes between half of the model and all of it come within {_SLACK:.0%} below the target "
-            f"{plan.target}. The smallest has {min(costs.values()):.4g} {target.kind}; use "
-            "--shrink both, a smaller --align, or another target."
-        )  # fmt: skip
-    finalists = sorted(within, key=predict)[: plan.candidates]
-    say(f"target {plan.target}: {len(within)} sizes fit, {len(finalists)} are measured")
+    finalists = sorted(costs, key=predict)[: plan.candidates]
+    say(f"target {plan.target}: {len(costs)} sizes fit, {len(finalists)} are measured")
     cuts = [cut(sizes) for sizes in finalists]
     found = divergences(source, windows, cuts, device)
     trials: list[dict[str, object]] = [
@@ -158,34 +148,13 @@ def _for_target(
     return [Choice(cuts[i], importance, [trials[j] for j in order]) for i in order]
 
 
-def _enumerate(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
-    """Every choice of sizes down to half of each."""
-
-    def multiples(total: int, step: int) -> list[int]:
-        return [n for n in range(step, total, step) if 2 * n >= total] + [total]
-
-    width, depth = plan.shrink != "depth", plan.shrink != "width"
-    layers = range((geometry.layers + 1) // 2, geometry.layers + 1)
-    groups = range((geometry.kv_heads + 1) // 2, geometry.kv_heads + 1)
-    per_group = geometry.heads // geometry.kv_heads
-    for count, kv_heads in product(
-        layers if depth else [geometry.layers], groups if width else [geometry.kv_heads]
-    ):
-        heads = per_group * kv_heads
-        step = hidden_step(geometry, heads, plan.align)
-        for hidden, intermediate in product(
-            multiples(geometry.hidden, step) if width else [geometry.hidden],
-            multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
-        ):
-            if geometry.hidden_in_heads and hidden % heads:
-                continue
-            yield Sizes(
-                layers=count,
-                hidden=hidden,
-                intermediate=intermediate,
-                heads=heads,
-                kv_heads=kv_heads,
-            )
+def _fitting(source: Checkpoint, plan: PrunePlan, device: torch.device) -> dict[Sizes, float]:
+    """The sizes that come near a target from below, and what they cost. Raises InputError."""
+    assert plan.target is not None
+    target = parse_target(plan.target)
+    if target.kind == "milliseconds":
+        return sizes_within(source, plan, target, StepTime(source, device))
+    return sizes_within(source, plan, target, stored_cost(source, target))
 
 
 def _predictor(
@@ -199,7 +168,7 @@ def _predictor(
     with the share that is removed, and added up."""
     geometry = geometry_of(source)
     whole = Sizes.of(geometry)
-    possible = list(_enumerate(geometry, plan))
+    possible = list(possible_sizes(geometry, plan))
 
     def share(name: str, sizes: Sizes) -> float:
         return 1 - float(getattr(sizes, name)) / float(getattr(whole, name))
@@ -224,12 +193,3 @@ def _predictor(
         # a hidden size may be possible with fewer heads only: their part is known by then
         costs[name] = max(0.0, kl - predict(sizes)) / share(name, sizes) ** _POWER
     return predict
-
-
-def _cost(source: Checkpoint, target: Target, device: torch.device) -> Callable[[Sizes], float]:
-    """What sizes cost in the target's unit."""
-    geometry = geometry_of(source)
-    if target.kind == "milliseconds":
-        return StepTime(source, device)
-    size = 1 if target.kind == "parameters" else source.dtype.itemsize
-    return lambda sizes: float(resized(geometry, sizes).parameters * size)

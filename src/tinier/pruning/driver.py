@@ -22,9 +22,9 @@ from tinier.checkpoint import (
     open_checkpoint,
     write_config,
 )
-from tinier.device import pick_device, reset_peak_memory
+from tinier.device import check_memory, pick_device, reset_peak_memory
 from tinier.families import geometry_of
-from tinier.progress import bar, say
+from tinier.progress import bar, say, warn
 from tinier.pruning.choice import Choice, choose
 from tinier.pruning.cut import Cut
 from tinier.pruning.importance import measure_importance
@@ -53,6 +53,12 @@ def prune(
     stage, windows = prepare(source, plan, documents)
     place = pick_device(device)
     reset_peak_memory(place)
+    check_memory(
+        stage.memory_bytes, place, f"pruning {source.folder.name}",
+        "Use fewer or shorter --sequences, or another --device.",
+    )  # fmt: skip
+    for warning in stage.warnings:
+        warn(warning)
     choice = choose(source, plan, windows, place)[0]
     warnings = _warnings(source, plan, choice, documents, place)
     return write_pruned(source, plan, stage, choice, windows, out, warnings, place, started)

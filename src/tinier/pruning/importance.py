@@ -25,8 +25,6 @@ from tinier.progress import bar, say
 from tinier.pruning.cut import Cut, Sizes
 from tinier.text import tensor_sha256
 
-_CODE = code_digest("families", "calibration", "pruning/importance")
-
 
 @dataclass(frozen=True, slots=True)
 class Importance:
@@ -121,7 +119,7 @@ def measure_importance(
     checkpoint: Checkpoint, windows: Tensor, *, device: torch.device
 ) -> Importance:
     """Scores of all parts, measured or read where they were measured before. windows: [n, length]."""
-    key = f"{checkpoint.hash} {tensor_sha256(windows)} {_CODE}"
+    key = f"{checkpoint.hash} {tensor_sha256(windows)} {code_digest(__name__)}"
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     path = cache_folder() / "importance" / name
     if path.exists():

@@ -6,8 +6,9 @@ layers, channels, neurons and heads go is measured in either case, unless the la
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -19,12 +20,14 @@ from tinier.families import Geometry, check_length, geometry_of
 from tinier.pruning.cut import Cut, Sizes
 from tinier.pruning.importance import cut_to
 from tinier.pruning.refit import linears_to_refit
+from tinier.schemes import Scheme
 from tinier.text import Document, shortfall, tensor_sha256, token_windows
 from tinier.tokenizer import load_tokenizer
 
-CODE = code_digest("checkpoint", "families", "kernels", "engine", "text", "calibration", "pruning")
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
 METHODS: tuple[Method, ...] = ("influence", "angular", "loss", "greedy", "last")
+# a target is met from below, by at most this much of it
+_SLACK = 0.05
 _UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1.0}
 
 
@@ -68,6 +71,13 @@ class PrunePlan:
     """Calibration windows."""
     length: int = 512
     """Tokens in one calibration window."""
+    later: tuple[Scheme, ...] = ()
+    """How later stages will store the linear layers: sizes for a target are chosen so that they can."""
+
+    def __post_init__(self) -> None:
+        for name in ("align", "candidates", "sequences", "length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
 
     @property
     def chooses(self) -> bool:
@@ -128,6 +138,8 @@ def prepare(
         raise SchemeError(f"{source.folder} is quantized. Prune first, then quantize the result.")
     geometry = geometry_of(source)
     sizes = wanted_sizes(source, plan)
+    if plan.target is not None:
+        sizes = _sizes_for_plan(source, plan)
     parameters: dict[str, Any] = asdict(plan) | {"drop_layers": list(plan.drop_layers)}
     windows = None
     first = _first_cut(geometry, sizes, plan)
@@ -142,7 +154,7 @@ def prepare(
         windows = calibration_windows(source, plan, documents)
         # what is kept is an outcome; these decide it
         parameters |= {"sequences": len(windows), "windows_sha256": tensor_sha256(windows)}
-    after = geometry if plan.target else resized(geometry, sizes)
+    after = resized(geometry, sizes)
     tokens = 0 if windows is None else windows.numel()
     passes = {"loss": geometry.layers, "greedy": geometry.layers**2 / 8}.get(plan.method, 1)
     passes = (passes if plan.chooses else 0) + 2 * solves
@@ -150,7 +162,7 @@ def prepare(
         stage="prune",
         parameters=parameters,
         inputs={"source": source},
-        # which parts go may be open still, and changes nothing but sizes that stand here
+        # which parts go may be open still, and so may sizes for a target: those here are possible
         output_config=first.config(source.config, geometry),
         output_bytes=source.disk_bytes
         - source.weight_bytes
@@ -161,12 +173,29 @@ def prepare(
         + 3 * 8 * max(geometry.intermediate, geometry.hidden) ** 2 * solves
         + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
         flops=2.0 * geometry.parameters * tokens * passes,
-        code=CODE,
+        code=code_digest("tinier.pruning.driver"),
         warnings=()
         if windows is None
         else tuple(shortfall(windows, plan.sequences, geometry.intermediate if solves else 0)),
     )
     return stage, windows
+
+
+def _sizes_for_plan(source: Checkpoint, plan: PrunePlan) -> Sizes:
+    """Sizes that the target may lead to; which ones is measured. Raises InputError where there are none."""
+    assert plan.target is not None
+    target = parse_target(plan.target)
+    if target.kind != "milliseconds":
+        return max(
+            sizes_within(source, plan, target, stored_cost(source, target)).items(), key=_cost
+        )[0]
+    # how long a step takes is measured on the device; the largest that can be stored stands for it
+    cost = stored_cost(source, Target(float("inf"), "parameters"))
+    return max(_some_possible(source, plan), key=cost)
+
+
+def _cost(item: tuple[Sizes, float]) -> float:
+    return item[1]
 
 
 def calibration_windows(
@@ -234,6 +263,86 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
         heads=heads,
         kv_heads=kv_heads,
     )
+
+
+def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
+    """Every choice of sizes down to half of each that later stages can store."""
+
+    def multiples(total: int, step: int) -> list[int]:
+        return [n for n in range(step, total, step) if 2 * n >= total] + [total]
+
+    width, depth = plan.shrink != "depth", plan.shrink != "width"
+    layers = range((geometry.layers + 1) // 2, geometry.layers + 1)
+    groups = range((geometry.kv_heads + 1) // 2, geometry.kv_heads + 1)
+    per_group = geometry.heads // geometry.kv_heads
+    for count, kv_heads in product(
+        layers if depth else [geometry.layers], groups if width else [geometry.kv_heads]
+    ):
+        heads = per_group * kv_heads
+        step = hidden_step(geometry, heads, plan.align)
+        for hidden, intermediate in product(
+            multiples(geometry.hidden, step) if width else [geometry.hidden],
+            multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
+        ):
+            if geometry.hidden_in_heads and hidden % heads:
+                continue
+            sizes = Sizes(
+                layers=count,
+                hidden=hidden,
+                intermediate=intermediate,
+                heads=heads,
+                kv_heads=kv_heads,
+            )
+            if _fits_later(geometry, sizes, plan.later):
+                yield sizes
+
+
+def _fits_later(geometry: Geometry, sizes: Sizes, later: tuple[Scheme, ...]) -> bool:
+    linears = resized(geometry, sizes).linears
+    try:
+        for scheme in later:
+            for name, shape in linears.items():
+                scheme.check_fits(name, shape)
+    except SchemeError:
+        return False
+    return True
+
+
+def sizes_within(
+    source: Checkpoint, plan: PrunePlan, target: Target, cost: Callable[[Sizes], float]
+) -> dict[Sizes, float]:
+    """The possible sizes that come near a target from below, with their cost in its unit.
+
+    Raises InputError where there are none.
+    """
+    costs = {sizes: cost(sizes) for sizes in _some_possible(source, plan)}
+    least = (1 - _SLACK) * target.value
+    within = {sizes: own for sizes, own in costs.items() if least <= own <= target.value}
+    if not within:
+        raise InputError(
+            f"no sizes between half of the model and all of it come within {_SLACK:.0%} below the target "
+            f"{plan.target}. The smallest has {min(costs.values()):.4g} {target.kind}; use "
+            "--shrink both, a smaller --align, or another target."
+        )
+    return within
+
+
+def _some_possible(source: Checkpoint, plan: PrunePlan) -> list[Sizes]:
+    found = list(possible_sizes(geometry_of(source), plan))
+    if not found:
+        labels = ", ".join(scheme.label for scheme in plan.later)
+        raise InputError(
+            f"no sizes between half of the model and all of it can be stored as {labels} later. Use "
+            "another --align, or other group sizes."
+        )
+    return found
+
+
+def stored_cost(source: Checkpoint, target: Target) -> Callable[[Sizes], float]:
+    """What sizes cost in parameters or bytes."""
+    geometry = geometry_of(source)
+    size = 1 if target.kind == "parameters" else source.dtype.itemsize
+    return lambda sizes: float(resized(geometry, sizes).parameters * size)
 
 
 def hidden_step(geometry: Geometry, heads: int, align: int) -> int:

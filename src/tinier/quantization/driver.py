@@ -40,17 +40,17 @@ from tinier.checkpoint import (
     write_config,
 )
 from tinier.device import (
+    check_memory,
     free_memory_bytes,
     model_flops,
     pick_device,
     release_memory,
     reset_peak_memory,
 )
-from tinier.errors import InputError
 from tinier.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_LINEAR, geometry_of, layer_name
 from tinier.kernels import static_scale
 from tinier.numerics import Quantized, round_static, snr_db
-from tinier.progress import bar, say
+from tinier.progress import bar, say, warn
 from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
 from tinier.quantization.learned import learn_rounding
 from tinier.quantization.mixed import measure_sensitivity, pick_wide
@@ -112,9 +112,17 @@ def quantize_all(
     ranks = join_ranks(place)
     reset_peak_memory(place)
     jobs, speed = [], model_flops(place)
-    for out, plan in plans.items():
-        stage, windows = prepare(source, plan, documents)
+    prepared = {out: prepare(source, plan, documents) for out, plan in plans.items()}
+    for stage, _ in prepared.values():
         _announce(stage, place, speed)
+    # the layers of all are made one after the other, their hidden states flow side by side
+    check_memory(
+        sum(stage.memory_bytes for stage, _ in prepared.values()), place,
+        f"quantizing {source.folder.name}",
+        "Use fewer or shorter --sequences, fewer presets at once, or another --device.",
+    )  # fmt: skip
+    for out, plan in plans.items():
+        stage, windows = prepared[out]
         jobs.append(_Job(source, plan, stage, windows, out, place, ranks, targets))
     with ExitStack() as stack:
         for job in jobs:
@@ -133,7 +141,7 @@ def quantize_all(
 
 
 def _announce(stage: StagePlan, device: torch.device, flops_per_s: float) -> None:
-    """Say what it will take. Raises InputError where the memory is not there."""
+    """Say what it will take, and what to know beforehand."""
     free = free_memory_bytes(device)
     say(
         f"quantize {stage.parameters['preset']}: about {stage.memory_bytes / 1e9:.1f} GB of memory "
@@ -141,12 +149,8 @@ def _announce(stage: StagePlan, device: torch.device, flops_per_s: float) -> Non
         f"{stage.output_bytes / 1e9:.2f} GB on disk, "
         f"{stage.estimated_seconds(flops_per_s) / 60:.1f} min"
     )
-    if stage.memory_bytes > free:
-        raise InputError(
-            f"quantizing {stage.inputs['source'].folder.name} takes about "
-            f"{stage.memory_bytes / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free. "
-            "Use fewer or shorter --sequences, or another --device."
-        )
+    for warning in stage.warnings:
+        warn(warning)
 
 
 class _Job:

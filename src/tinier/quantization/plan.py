@@ -29,9 +29,6 @@ from tinier.schemes import Grid, Layout, Preset, Scheme, preset_named
 from tinier.text import Document, shortfall, tensor_sha256, token_windows
 from tinier.tokenizer import load_tokenizer
 
-CODE = code_digest(
-    "numerics", "schemes", "checkpoint", "families", "text", "calibration", "quantization"
-)
 NULL = "null"
 MIXED = "mixed"
 # mixed precision picks between these two; both are multiplied by kernels that engines have
@@ -70,10 +67,9 @@ class QuantizePlan:
     def __post_init__(self) -> None:
         if self.head not in (None, "fp8", "int8") or self.kv not in (None, "fp8", "int8"):
             raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
-        if self.sequences < 1 or self.iterations < 1:
-            raise InputError(
-                f"sequences={self.sequences}, iterations={self.iterations}. Use 1 or more."
-            )
+        for name in ("sequences", "length", "iterations"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
         if (self.preset == MIXED) != (self.bits is not None):
             raise SchemeError(
                 "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
@@ -125,7 +121,7 @@ def prepare(
         output_bytes=_quantized_bytes(source, schemes),
         memory_bytes=_memory_bytes(geometry, presets, tokens, source.dtype.itemsize),
         flops=_flops(geometry, presets, plan, tokens),
-        code=CODE,
+        code=code_digest("tinier.quantization.driver"),
         warnings=tuple(_warnings(source, plan, presets, windows)),
     )
     return stage, windows

@@ -20,11 +20,13 @@ from tinier.engine import EngineConfig
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
-from tinier.families import check_length, geometry_of, open_model
+from tinier.families import HEAD_LINEAR, Geometry, check_length, geometry_of, open_model
 from tinier.progress import warn
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import QuantizePlan, plan_quantize, quantize
-from tinier.recipe.schema import BASE, Distill, Prune, Quantize, Recipe, Text, Variant
+from tinier.quantization.plan import chosen_presets
+from tinier.recipe.schema import BASE, Distill, Quantize, Recipe, Text
+from tinier.schemes import Scheme
 from tinier.serving import Source
 from tinier.text import (
     TextParts,
@@ -84,20 +86,21 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}
     for name in recipe.order():
-        planned[name] = plan_stage(recipe, recipe.variants[name], models, parts)
+        planned[name] = plan_stage(recipe, name, models, parts)
         models[name] = replace(base, config=planned[name].output_config)
     return PlannedRun(recipe, base, parts, windows, mmlu, workloads, loads, planned)
 
 
 def plan_stage(
-    recipe: Recipe, variant: Variant, models: dict[str, Checkpoint], parts: TextParts
+    recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: TextParts
 ) -> StagePlan:
     """Plan the stage of one variant on the models that it needs."""
+    variant = recipe.variants[name]
     source = models[variant.from_]
     if variant.quantize:
         return plan_quantize(source, quantize_plan(recipe, variant.quantize), parts.calibration)
     if variant.prune:
-        return plan_prune(source, prune_plan(variant.prune), parts.calibration)
+        return plan_prune(source, prune_plan(recipe, name, models), parts.calibration)
     assert variant.distill is not None
     plan = distill_plan(recipe, variant.distill)
     teacher = models[variant.distill.teacher]
@@ -105,9 +108,10 @@ def plan_stage(
 
 
 def stage_runner(
-    recipe: Recipe, variant: Variant, models: dict[str, Checkpoint], parts: TextParts
+    recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: TextParts
 ) -> Callable[[Path], Checkpoint]:
     """The stage of one variant as a function of the folder to write."""
+    variant = recipe.variants[name]
     source = models[variant.from_]
     if variant.quantize:
         plan = quantize_plan(recipe, variant.quantize)
@@ -115,7 +119,7 @@ def stage_runner(
             source, plan, out, documents=parts.calibration, device=recipe.device
         )
     if variant.prune:
-        cut = prune_plan(variant.prune)
+        cut = prune_plan(recipe, name, models)
         return lambda out: prune(
             source, cut, out, documents=parts.calibration, device=recipe.device
         )
@@ -137,9 +141,26 @@ def quantize_plan(recipe: Recipe, asked: Quantize) -> QuantizePlan:
     return QuantizePlan(**asked.model_dump(), seed=recipe.seed)
 
 
-def prune_plan(asked: Prune) -> PrunePlan:
+def prune_plan(recipe: Recipe, name: str, models: dict[str, Checkpoint]) -> PrunePlan:
+    asked = recipe.variants[name].prune
+    assert asked is not None
     dropped = parse_layers(asked.drop_layers) if asked.drop_layers is not None else ()
-    return PrunePlan(**asked.model_dump() | {"drop_layers": dropped})
+    later = _later_schemes(recipe, name, geometry_of(models[BASE])) if asked.target else ()
+    return PrunePlan(**asked.model_dump() | {"drop_layers": dropped}, later=later)
+
+
+def _later_schemes(recipe: Recipe, name: str, geometry: Geometry) -> tuple[Scheme, ...]:
+    """How the variants that start from this one, however far down, store their linear layers."""
+    found: dict[Scheme, None] = {}
+    for other, variant in recipe.variants.items():
+        if variant.from_ != name:
+            continue
+        grid = variant.quantize or (variant.distill and variant.distill.quantize)
+        if grid:
+            presets = chosen_presets(geometry, quantize_plan(recipe, grid))
+            found |= {p.scheme: None for n, p in presets.items() if n != HEAD_LINEAR}
+        found |= dict.fromkeys(_later_schemes(recipe, other, geometry))
+    return tuple(found)
 
 
 def distill_plan(recipe: Recipe, asked: Distill) -> DistillPlan:

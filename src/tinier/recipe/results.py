@@ -32,8 +32,9 @@ def assemble(
     command: str,
     measuring_seconds: float,
     endpoints: list[dict[str, Any]],
+    failed: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """The results of a run as plain JSON values."""
+    """The results of a run as plain JSON values. failed: variants without a row, and why."""
     rows = [_row(run, name, models, measurements) for name in models]
     compressed = rows[1:]
     candidates = [
@@ -66,6 +67,7 @@ def assemble(
         },
         "choices": asdict(choices) if choices else None,
         "endpoints": endpoints,
+        "failed": failed,
     }
 
 

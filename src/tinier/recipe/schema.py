@@ -182,6 +182,13 @@ class Recipe(_Strict):
                     )
             if variant.from_ == name:
                 raise ValueError(f"variant {name!r} starts from itself")
+            for end in ("-last", "-best"):
+                other = self.variants.get(name.removesuffix(end))
+                if name.endswith(end) and other is not None and other.distill is not None:
+                    raise ValueError(
+                        f"variant {name!r}: {name.removesuffix(end)!r} is distilled and keeps other "
+                        "weights in a folder of this name. Use another name"
+                    )
         self.order()
         return self
 

@@ -26,6 +26,8 @@ def footnotes(results: dict[str, Any]) -> list[str]:
     for row in rows:
         notes += [f"\\* {row['name']}: {note}" for note in row["notes"]]
         notes += [f"{row['name']}: {warning}" for warning in row["warnings"]]
+    for failure in results.get("failed", []):
+        notes.append(f"{failure['variant']} failed ({failure['what']}): {failure['error']}")
     return notes
 
 
