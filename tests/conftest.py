@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import venv
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
 # results on CPU depend on the number of threads: one, here and in the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
+# Triton's kernels run in its interpreter where there is no GPU; the choice is made at their import
+if find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]

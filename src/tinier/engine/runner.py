@@ -23,10 +23,10 @@ from tinier.kernels import (
     Cache,
     PagedBatch,
     cached_attention,
+    captures,
     embed,
     greedy,
     known_tokens,
-    uses_triton,
 )
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 
@@ -90,7 +90,7 @@ class Runner:
         self._num_blocks = num_blocks
         self.width = -(-max_seq_len // block_size)
         g, device = decoder.geometry, decoder.device
-        self._captures = uses_triton(device)
+        self._captures = captures(device, decoder.cache_dtype)
         # one block past those that are handed out: where a graph's padded rows write
         shape = ((num_blocks + self._captures) * block_size, g.kv_heads, g.head_dim)
 

@@ -16,6 +16,7 @@ from tinier.kernels.linear import (
 from tinier.kernels.operators import (
     add_rms_norm,
     cached_attention,
+    captures,
     embed,
     greedy,
     silu_mul,
@@ -41,6 +42,7 @@ __all__ = [
     "StoredLinear",
     "add_rms_norm",
     "cached_attention",
+    "captures",
     "embed",
     "greedy",
     "joined",

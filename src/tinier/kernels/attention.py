@@ -5,6 +5,8 @@ whose partial results a second kernel joins (flash decoding); the query heads of
 rows of one matrix product. Norm and RoPE of the new token's q and k, and writing its k and v to the cache,
 are part of it. Many new tokens (a prompt or a chunk of one) are flash attention, arXiv 2307.08691, with a
 program for each 128 queries of a head.
+
+D is the size of a head, WIDE the power of two that it is padded to; columns past D are masked.
 """
 
 import torch
@@ -72,29 +74,48 @@ def _split_pairs(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _cached(cache, slot, head, d, inside, K: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _columns(inside, d, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A mask over rows, and over columns where there are more than SIZE."""
+    if SIZE == WIDE:
+        return inside
+    else:
+        return inside & (d < SIZE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cached(  # type: ignore[no-untyped-def]
+    cache, slot, head, d, inside, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     rows = tl.load(
-        cache + (slot[:, None] * K + head) * D + d[None, :], mask=inside[:, None], other=0.0
+        cache + (slot[:, None] * K + head) * D + d[None, :],
+        mask=_columns(inside[:, None], d[None, :], D, WIDE),
+        other=0.0,
     )
     return rows.to(dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _turned(  # type: ignore[no-untyped-def]
-    qkv, at, heads, inside, cos, sin, norm, eps, stride, D: tl.constexpr, PARTS: tl.constexpr,
-    NORM: tl.constexpr, dtype: tl.constexpr,
+    qkv, at, heads, inside, cos, sin, norm, eps, stride, D: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Heads [n, 1] of the token at `at`, normed and rotated [n, D] (reference.split_heads)."""
-    d = tl.arange(0, D)[None, :]
+    """Heads [n, 1] of the token at `at`, normed and rotated [n, WIDE] (reference.split_heads)."""
+    d = tl.arange(0, WIDE)[None, :]
+    inside = _columns(inside, d, D, WIDE)
+    there = _columns(d >= 0, d, D, WIDE)
     other = (d + D // 2) % D
     x = summed_parts(qkv, at + heads * D + d, inside, stride, PARTS, dtype)
     y = summed_parts(qkv, at + heads * D + other, inside, stride, PARTS, dtype)
     if NORM:
         turn = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        x = rounded(rounded(x * turn, dtype) * tl.load(norm + d).to(tl.float32), dtype)
+        x = rounded(
+            rounded(x * turn, dtype) * tl.load(norm + d, mask=there, other=0.0).to(tl.float32),
+            dtype,
+        )
         y = rounded(rounded(y * turn, dtype) * tl.load(norm + other).to(tl.float32), dtype)
-    y = rounded(y * tl.load(sin + d).to(tl.float32), dtype)
-    x = rounded(x * tl.load(cos + d).to(tl.float32), dtype)
+    y = rounded(y * tl.load(sin + d, mask=there, other=0.0).to(tl.float32), dtype)
+    x = rounded(x * tl.load(cos + d, mask=there, other=0.0).to(tl.float32), dtype)
     return (x + tl.where(d < D // 2, -y, y)).to(dtype)
 
 
@@ -102,10 +123,10 @@ def _turned(  # type: ignore[no-untyped-def]
 def _decode(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, eps, k_cache, v_cache, k_pairs, v_pairs,
     tables, contexts, decodes, k_scale, v_scale, out, sums, stride, width, scale,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PAIRED: tl.constexpr,
-    MIXED: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr,
+    PAIRED: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
@@ -121,7 +142,7 @@ def _decode(  # type: ignore[no-untyped-def]
     share = tl.cdiv(tl.cdiv(before - oldest, KEYS), SPLITS) * KEYS
     first = oldest + split * share
     end = tl.minimum(before, first + share)
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDE)
     row = tl.arange(0, ROWS)
     inside = (row < GROUP)[:, None]
     at = sequence * (H + 2 * K) * D
@@ -129,30 +150,32 @@ def _decode(  # type: ignore[no-untyped-def]
     cos += position * D
     sin += position * D
     queries = _turned(
-        qkv, at, (head * GROUP + row)[:, None], inside, cos, sin, q_norm, eps, stride, D, PARTS, NORM, dtype
+        qkv, at, (head * GROUP + row)[:, None], inside, cos, sin, q_norm, eps, stride, D, WIDE, PARTS,
+        NORM, dtype,
     )  # fmt: skip
     if CODED:
         scale = scale * tl.load(k_scale)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, D], tl.float32)
+    result = tl.zeros([ROWS, WIDE], tl.float32)
     if split == 0:  # the new token itself
         one = tl.arange(0, 1)[:, None]
         always = one == 0
+        stored_columns = _columns(always, d[None, :], D, WIDE)
         key = _turned(
-            qkv, at, one + H + head, always, cos, sin, k_norm, eps, stride, D, PARTS, NORM, dtype
-        )
+            qkv, at, one + H + head, always, cos, sin, k_norm, eps, stride, D, WIDE, PARTS, NORM, dtype
+        )  # fmt: skip
         value = summed_parts(
-            qkv, at + (H + K + head) * D + one + d[None, :], always, stride, PARTS, dtype
+            qkv, at + (H + K + head) * D + one + d[None, :], stored_columns, stride, PARTS, dtype
         ).to(dtype)
         if CODED:
             stored: tl.constexpr = k_cache.dtype.element_ty
-            steps = tl.zeros([1, D], tl.float32)
+            steps = tl.zeros([1, WIDE], tl.float32)
             key = code(tl.div_rn(key.to(tl.float32), steps + tl.load(k_scale)), stored)
             value = code(tl.div_rn(value.to(tl.float32), steps + tl.load(v_scale)), stored)
         slot = tl.load(slots + sequence).to(tl.int64)
-        tl.store(k_cache + (slot * K + head) * D + one + d[None, :], key)
-        tl.store(v_cache + (slot * K + head) * D + one + d[None, :], value)
+        tl.store(k_cache + (slot * K + head) * D + one + d[None, :], key, mask=stored_columns)
+        tl.store(v_cache + (slot * K + head) * D + one + d[None, :], value, mask=stored_columns)
         top = tl.sum(queries.to(tl.float32) * key.to(tl.float32), axis=1) * scale
         total += 1.0
         result += value.to(tl.float32)
@@ -160,7 +183,7 @@ def _decode(  # type: ignore[no-untyped-def]
     # columns are multiplied apart
     if PAIRED:
         INTS: tl.constexpr = k_cache.dtype.element_ty == tl.int8
-        half = tl.arange(0, D // 2)
+        half = tl.arange(0, WIDE // 2)
         q_even, q_odd = _split_pairs(queries.to(tl.float16))
         even, odd = _split_pairs(result)
     for start in range(first, end, KEYS):
@@ -170,13 +193,14 @@ def _decode(  # type: ignore[no-untyped-def]
         slot = block.to(tl.int64) * BLOCK_SIZE + place % BLOCK_SIZE
         if PAIRED:
             at_pairs = (slot[:, None] * K + head) * (D // 2) + half[None, :]
-            keys = tl.trans(tl.load(k_pairs + at_pairs, mask=seen[:, None], other=0))
-            values = tl.load(v_pairs + at_pairs, mask=seen[:, None], other=0)
+            columns = _columns(seen[:, None], half[None, :], D // 2, WIDE // 2)
+            keys = tl.trans(tl.load(k_pairs + at_pairs, mask=columns, other=0))
+            values = tl.load(v_pairs + at_pairs, mask=columns, other=0)
             scores = tl.dot(q_even, _even(keys, INTS))
             scores = tl.dot(q_odd, _odd(keys, INTS), scores) * scale
         else:
-            keys = _cached(k_cache, slot, head, d, seen, K, D, dtype)
-            values = _cached(v_cache, slot, head, d, seen, K, D, dtype)
+            keys = _cached(k_cache, slot, head, d, seen, K, D, WIDE, dtype)
+            values = _cached(v_cache, slot, head, d, seen, K, D, WIDE, dtype)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -192,13 +216,17 @@ def _decode(  # type: ignore[no-untyped-def]
             result += tl.dot(weights.to(dtype), values, input_precision="ieee")
         top = higher
     if PAIRED:
-        result = tl.reshape(tl.join(even, odd), (ROWS, D))
+        result = tl.reshape(tl.join(even, odd), (ROWS, WIDE))
     if CODED:
         result = result * tl.load(v_scale)
     total = tl.where(total == 0.0, 1.0, total)  # a part without keys; its `top` says so
     result = result / total[:, None]
     to = (sequence * SPLITS + split) * H + head * GROUP + row
-    tl.store(out + to[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + to[:, None] * D + d[None, :],
+        result.to(out.dtype.element_ty),
+        mask=_columns(inside, d[None, :], D, WIDE),
+    )
     if SPLITS > 1:
         tl.store(sums + to, top + tl.log2(total), mask=row < GROUP)
 
@@ -206,7 +234,7 @@ def _decode(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
     partial, sums, decodes, out, scales, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, TAKES: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, TAKES: tl.constexpr,
     LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's partial results, weighted by their shares of the softmax's sum, for the next layer."""
@@ -217,16 +245,18 @@ def _join(  # type: ignore[no-untyped-def]
             return
     head = tl.arange(0, HEADS)
     inside = head < H
-    at = head[:, None] * D + tl.arange(0, D)[None, :]
+    d = tl.arange(0, WIDE)[None, :]
+    at = head[:, None] * D + d
+    columns = _columns(inside[:, None], d, D, WIDE)
     partial += row * SPLITS * H * D
     sums += row * SPLITS * H
     # the first part has the new token, so its sum is never 0
     top = tl.load(sums + head, mask=inside, other=0.0)
     total = tl.full([HEADS], 1.0, tl.float32)
-    joined = tl.load(partial + at, mask=inside[:, None], other=0.0)
+    joined = tl.load(partial + at, mask=columns, other=0.0)
     for split in tl.static_range(1, SPLITS):
         log = tl.load(sums + split * H + head, mask=inside, other=0.0)
-        part = tl.load(partial + split * H * D + at, mask=inside[:, None], other=0.0)
+        part = tl.load(partial + split * H * D + at, mask=columns, other=0.0)
         higher = tl.maximum(top, log)
         fade, weight = tl.exp2(top - higher), tl.exp2(log - higher)
         joined = joined * fade[:, None] + part * weight[:, None]
@@ -234,21 +264,21 @@ def _join(  # type: ignore[no-untyped-def]
         top = higher
     y = (joined / total[:, None]).to(dtype)
     if TAKES is None:
-        tl.store(out + row * H * D + at, y, mask=inside[:, None])
+        tl.store(out + row * H * D + at, y, mask=columns)
     else:
         y = y.to(tl.float32)
         scale = token_scale(tl.max(tl.max(tl.abs(y), axis=1), axis=0), LARGEST)
         y = code(y * tl.div_rn(1.0, scale), out.dtype.element_ty)
-        tl.store(out + row * H * D + at, y, mask=inside[:, None])
+        tl.store(out + row * H * D + at, y, mask=columns)
         tl.store(scales + row, scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _prefill(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, tables, contexts, starts, decodes, k_scale, v_scale, out, width, scale,
-    sequences, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr, WINDOW: tl.constexpr,
-    CODED: tl.constexpr, PDL: tl.constexpr,
+    sequences, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SEQUENCES: tl.constexpr,
+    WINDOW: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     # the launch knows how many tiles there can be, not whose: the same graph serves every batch
@@ -270,10 +300,11 @@ def _prefill(  # type: ignore[no-untyped-def]
     context = tl.load(contexts + sequence)
     row = tile * QUERIES + tl.arange(0, QUERIES)
     asks = context - count + row
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDE)
     dtype = q.dtype.element_ty
     at = ((start + row)[:, None] * H + head) * D + d[None, :]
-    queries = tl.load(q + at, mask=row[:, None] < count, other=0.0)
+    inside_rows = _columns(row[:, None] < count, d[None, :], D, WIDE)
+    queries = tl.load(q + at, mask=inside_rows, other=0.0)
     # 8-bit codes become float16 at half the cost of bfloat16, and exactly
     mult: tl.constexpr = tl.float16 if CODED and dtype == tl.bfloat16 else dtype
     queries = queries.to(mult)
@@ -285,14 +316,14 @@ def _prefill(  # type: ignore[no-untyped-def]
     end = tl.minimum(context, context - count + (tile + 1) * QUERIES)
     top = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
-    result = tl.zeros([QUERIES, D], tl.float32)
+    result = tl.zeros([QUERIES, WIDE], tl.float32)
     for first_key in range(oldest, end, KEYS):
         position = first_key + tl.arange(0, KEYS)
         inside = position < end
         block = tl.load(tables + sequence * width + position // BLOCK_SIZE, mask=inside, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        keys = _cached(k_cache, slot, head // (H // K), d, inside, K, D, mult)
-        values = _cached(v_cache, slot, head // (H // K), d, inside, K, D, mult)
+        keys = _cached(k_cache, slot, head // (H // K), d, inside, K, D, WIDE, mult)
+        values = _cached(v_cache, slot, head // (H // K), d, inside, K, D, WIDE, mult)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         visible = position[None, :] <= asks[:, None]
         if WINDOW > 0:
@@ -309,7 +340,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     if CODED:
         result = result * tl.load(v_scale)
     result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # rows past the last query
-    tl.store(out + at, result.to(dtype), mask=row[:, None] < count)
+    tl.store(out + at, result.to(dtype), mask=inside_rows)
 
 
 def cached_attention(
@@ -358,7 +389,7 @@ def _decode_all(
         qkv, *inputs.rotation, batch.positions, batch.slots, q_norm, k_norm, inputs.eps, cache.keys,
         cache.values, *pairs, batch.tables, batch.contexts, batch.decodes, k_scale, v_scale, out, sums,
         qkv.shape[-2] * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
-        D=size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        D=size, WIDE=_wide(size), GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK_SIZE=batch.block_size, KEYS=_KEYS, SPLITS=splits, WINDOW=cache.window or 0,
         PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
         PAIRED=paired, MIXED=mixed is not None, dtype=TRITON_TYPES[dtype], num_warps=_WARPS,
@@ -374,6 +405,7 @@ def _decode_all(
     scales = torch.empty(tokens if takes else 0, 1, dtype=torch.float32, device=qkv.device)
     _join[(tokens,)](
         out, sums, batch.decodes, joined, scales, H=heads, HEADS=triton.next_power_of_2(heads), D=size,
+        WIDE=_wide(size),
         SPLITS=splits, MIXED=mixed is not None, dtype=TRITON_TYPES[dtype], TAKES=takes,
         LARGEST=LARGEST.get(takes or "", 0.0), num_warps=16, **early_start(),
     )  # fmt: skip
@@ -393,10 +425,16 @@ def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, out: Tensor) -
     _prefill[(most, heads)](
         q, cache.keys, cache.values, batch.tables, batch.contexts, batch.starts, batch.decodes, k_scale,
         v_scale, out, batch.tables.stride(0), size**-0.5 * _LOG2_E, sequences, H=heads, K=kv_heads,
-        D=size, BLOCK_SIZE=batch.block_size, QUERIES=queries, KEYS=64 if queries == 128 else 32,
-        SEQUENCES=triton.next_power_of_2(sequences), WINDOW=cache.window or 0,
-        CODED=cache.scales is not None, num_warps=8, num_stages=2, **early_start(),
+        D=size, WIDE=_wide(size), BLOCK_SIZE=batch.block_size, QUERIES=queries,
+        KEYS=64 if queries == 128 else 32, SEQUENCES=triton.next_power_of_2(sequences),
+        WINDOW=cache.window or 0, CODED=cache.scales is not None, num_warps=8, num_stages=2,
+        **early_start(),
     )  # fmt: skip
+
+
+def _wide(size: int) -> int:
+    """What a head's size is padded to: a power of two, and 16 at least, which tensor cores want."""
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 # of a decode program; the fastest of five for FP8 and bf16 caches (docs/log.md)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tinier.kernels.machine import machine_of
 from tinier.numerics import E4M3_MAX, Quantized
 
 CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -32,7 +33,7 @@ def interpreted() -> bool:
 @lru_cache
 def early_start() -> dict[str, bool]:
     """Launch options of every kernel: whether it may start before the one in front of it ends."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    hopper = torch.cuda.is_available() and machine_of(torch.device("cuda")).capability >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
 
 
@@ -203,46 +204,54 @@ def _encode_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _normed(x, turn, q_norm, k_norm, at, is_q, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normed(x, turn, q_norm, k_norm, at, there, is_q, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Half of each head times `turn` and the weights of its norm."""
-    w = tl.where(is_q, tl.load(q_norm + at), tl.load(k_norm + at)).to(tl.float32)
+    q_weight = tl.load(q_norm + at, mask=there, other=0.0)
+    k_weight = tl.load(k_norm + at, mask=there, other=0.0)
+    w = tl.where(is_q, q_weight, k_weight).to(tl.float32)
     return rounded(rounded(x * turn[:, None], dtype) * w, dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_and_store(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, k_scale, v_scale, q_out, k_cache, v_cache, eps,
-    stride, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    stride, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    half = tl.arange(0, D // 2)[None, :]
+    half = tl.arange(0, HALF)[None, :]
     is_q = head < H
     is_k = (head >= H) & (head < H + K)
     is_v = (head >= H + K) & (head < H + 2 * K)
     inside = head < H + 2 * K
+    there = half >= 0
+    if HALF * 2 != D:  # the size of a head is no power of two
+        there = half < D // 2
+        inside = inside & there
     at = row * (H + 2 * K) * D + head * D + half
     stored = q_out.dtype.element_ty
     first = summed_parts(qkv, at, inside, stride, PARTS, stored)
     second = summed_parts(qkv, at + D // 2, inside, stride, PARTS, stored)
     if NORM:
         turn = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)
-        first = tl.where(is_v, first, _normed(first, turn, q_norm, k_norm, half, is_q, stored))
+        first = tl.where(
+            is_v, first, _normed(first, turn, q_norm, k_norm, half, there, is_q, stored)
+        )
         second = tl.where(
-            is_v, second, _normed(second, turn, q_norm, k_norm, half + D // 2, is_q, stored)
+            is_v, second, _normed(second, turn, q_norm, k_norm, half + D // 2, there, is_q, stored)
         )
     position = tl.load(positions + row)
-    c = tl.load(cos + position * D + half).to(tl.float32)
-    s = tl.load(sin + position * D + half).to(tl.float32)
+    c = tl.load(cos + position * D + half, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sin + position * D + half, mask=there, other=0.0).to(tl.float32)
     turned = rounded(first * c, stored) - rounded(second * s, stored)
     low = tl.where(is_v, first, turned).to(stored)
     turned = rounded(second * c, stored) + rounded(first * s, stored)
     high = tl.where(is_v, second, turned).to(stored)
     target = q_out + row * H * D + head * D + half
-    tl.store(target, low, mask=is_q)
-    tl.store(target + D // 2, high, mask=is_q)
+    tl.store(target, low, mask=is_q & there)
+    tl.store(target + D // 2, high, mask=is_q & there)
     slot = tl.load(slots + row).to(tl.int64)
     if CODED:
         scale = tl.where(is_k, tl.load(k_scale), tl.load(v_scale))
@@ -253,11 +262,11 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
             tl.div_rn(high.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
         )
     to_k = k_cache + slot * K * D + (head - H) * D + half
-    tl.store(to_k, low, mask=is_k)
-    tl.store(to_k + D // 2, high, mask=is_k)
+    tl.store(to_k, low, mask=is_k & there)
+    tl.store(to_k + D // 2, high, mask=is_k & there)
     to_v = v_cache + slot * K * D + (head - H - K) * D + half
-    tl.store(to_v, low, mask=is_v)
-    tl.store(to_v + D // 2, high, mask=is_v)
+    tl.store(to_v, low, mask=is_v & there)
+    tl.store(to_v + D // 2, high, mask=is_v & there)
 
 
 def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
@@ -353,7 +362,8 @@ def rotate_and_store(
     held = min(16 if tokens < 128 else 64, triton.next_power_of_2(every))
     _rotate_and_store[(tokens, triton.cdiv(every, held))](
         qkv, *rotation, positions, slots, q_norm, k_norm, k_scale, v_scale, q, keys, values, eps,
-        tokens * every * size, H=heads, K=kv_heads, D=size, HEADS=held, PARTS=parts_of(qkv),
+        tokens * every * size, H=heads, K=kv_heads, D=size,
+        HALF=triton.next_power_of_2(size // 2), HEADS=held, PARTS=parts_of(qkv),
         NORM=norms is not None, CODED=scales is not None, num_warps=4, **early_start(),
     )  # fmt: skip
     return q

@@ -10,15 +10,16 @@ checkpoint's, not the device's.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.kernels import native
+from tinier.kernels.machine import HAS_TRITON, Machine, machine_of
 from tinier.kernels.native import Int4Weight, expand_int4, load_library
-from tinier.kernels.operators import HAS_TRITON, uses_triton
+from tinier.kernels.operators import uses_triton
 from tinier.kernels.reference import joined
 from tinier.numerics import (
     E2M1_MAX,
@@ -42,6 +43,9 @@ if HAS_TRITON:
 
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
+Path = Literal[
+    "int8", "fp8", "weight-only 8-bit", "weight-only int4", "int4 native", "int4 torch", "expanded"
+]
 
 
 class StoredLinear(NamedTuple):
@@ -103,7 +107,7 @@ class DenseLinear(Linear):
         self.activations = activations
         self.input_scale = input_scale
         self._few: skinny.Weight | None = None
-        if _has_skinny(weight.device.type) and weight.dtype == torch.bfloat16:
+        if _has_skinny(weight.device) and weight.dtype == torch.bfloat16:
             self._few = skinny.Weight(weight, None, bias, _sides(weight))
             self.path = f"16-bit: Triton to {skinny.MOST_TOKENS} tokens, F.linear above"
 
@@ -132,11 +136,12 @@ class Int8Linear(Linear):
     def __init__(self, quantized: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(bias)
         self.dtype = dtype  # of the result
-        self.codes = quantized.codes.t()  # [in, out], a view of the stored rows
+        self.codes = _whole_rows(quantized.codes).t()  # [in, out], a view of the stored rows
         self.scale = quantized.scale.float().squeeze(-1)  # [out]
         self._few: skinny.Weight | None = None
-        if _has_skinny(self.codes.device.type) and dtype == torch.bfloat16:
-            self._few = skinny.Weight(quantized.codes, self.scale, bias, _sides(quantized.codes))
+        if _has_skinny(quantized.codes.device) and dtype == torch.bfloat16:
+            codes = self.codes.t()[: len(self.scale)]
+            self._few = skinny.Weight(codes, self.scale, bias, _sides(codes))
             self.path = f"INT8: Triton to {skinny.MOST_TOKENS} tokens, torch._int_mm above"
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
@@ -160,7 +165,7 @@ class Int8Linear(Linear):
             product = torch._int_mm(codes, self.codes)[:rows]
         else:  # four times as fast there; sums past 2^24 lose their last bit
             product = codes.float() @ self.codes.float()
-        return product.float() * tokens.scale * self.scale
+        return product[:, : len(self.scale)].float() * tokens.scale * self.scale
 
 
 class Fp8Linear(Linear):
@@ -172,21 +177,26 @@ class Fp8Linear(Linear):
         self, quantized: Quantized, bias: Tensor | None, input_scale: Tensor | None
     ) -> None:
         super().__init__(bias)
-        self.codes = quantized.codes.t()  # [in, out], column-major as cuBLASLt wants it
-        self.scale = quantized.scale.float().t().contiguous()  # [1, out]
+        self.rows = len(quantized.codes)
+        codes = _whole_rows(quantized.codes)
+        self.codes = codes.t()  # [in, out], column-major as cuBLASLt wants it
+        scale = F.pad(quantized.scale.float(), (0, 0, 0, len(codes) - self.rows))
+        self.scale = scale.t().contiguous()  # [1, out]
+        self._bias = None if bias is None else F.pad(bias, (0, len(codes) - self.rows))
         self.input_scale = None if input_scale is None else input_scale.float().reshape(1, 1)
         self.takes = "e4m3" if input_scale is None else None
         self._few: skinny.Weight | None = None
-        if _has_skinny(self.codes.device.type):
-            rows = self.scale.squeeze(0)
-            self._few = skinny.Weight(quantized.codes, rows, bias, _sides(quantized.codes))
+        if _has_skinny(quantized.codes.device):
+            rows = self.scale.squeeze(0)[: self.rows]
+            codes = codes[: self.rows]
+            self._few = skinny.Weight(codes, rows, bias, _sides(codes))
             self.path = f"FP8: Triton to {skinny.MOST_TOKENS} tokens, torch._scaled_mm above"
 
     def float32(self, x: Tensor) -> Tensor:
         tokens = self._encoded(x)
         # bf16 holds every code, and products of codes are exact in float32
         codes, weight = tokens.codes.bfloat16(), self.codes.t().bfloat16()
-        out = _product_float32(codes, weight, None) * tokens.scale * self.scale
+        out = (_product_float32(codes, weight, None) * tokens.scale * self.scale)[:, : self.rows]
         return out if self.bias is None else out + self.bias.float()
 
     def _encoded(self, x: Tensor) -> Quantized:
@@ -199,17 +209,18 @@ class Fp8Linear(Linear):
         tokens = x if isinstance(x, Quantized) else self._encoded(x)
         if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
             return skinny.matmul(tokens.codes, tokens.scale, self._few)
-        return torch._scaled_mm(
+        out = torch._scaled_mm(
             tokens.codes,
             self.codes,
             tokens.scale,
             self.scale,
-            bias=self.bias,
+            bias=self._bias,
             out_dtype=torch.bfloat16,
             # sums of products keep fewer bits inside the tensor core, as in vLLM's kernels: far below
             # what rounding to FP8 costs
             use_fast_accum=True,
         )
+        return out if out.shape[1] == self.rows else out[:, : self.rows].contiguous()
 
 
 class Int4CpuLinear(Linear):
@@ -310,39 +321,68 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     quantized = _stack_quantized(
         [p.weight for p in parts if isinstance(p.weight, Quantized)], scheme
     )
-    device = quantized.codes.device.type
-    grid, activations = scheme.weights, scheme.activations
-    per_row = grid.granularity in ("channel", "tensor")
-    dynamic = activations is not None and activations.granularity == "token"
-    if grid.kind == "int" and grid.bits == 8 and per_row and dynamic:
+    sides = _sides(quantized.codes)
+    columns = sides[1]
+    size = scheme.weights.group_size or columns
+    path = linear_path(scheme, sides, dtype, machine_of(quantized.codes.device))
+    if path == "int8":
         return Int8Linear(quantized, bias, dtype)
-    rowwise = per_row and activations is not None and activations.group_size is None
-    if grid.kind == "float" and rowwise and _has_fp8(device) and dtype == torch.bfloat16:
+    if path == "fp8":
         return Fp8Linear(quantized, bias, first.input_scale)
-    if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:  # noqa: SIM102
-        if _has_skinny(device) and _has_fp8(device) and dtype == torch.bfloat16:
-            codes, scale = quantized.codes, quantized.scale.float().reshape(-1)
-            return WeightOnlyLinear(skinny.Weight(codes, scale, bias, _sides(codes)), scheme.label)
-    group_size = grid.group_size
-    packable = grid.kind == "int" and grid.bits == 4 and group_size in _INT4_GROUPS
-    if packable and activations is None and dtype == torch.bfloat16:
-        rows, columns = quantized.codes.shape
-        # the native step takes pairs of 32 columns, and groups that they fill
-        fits = columns % 64 == 0 and (group_size == 32 or (group_size or columns) % 64 == 0)
-        if device == "cpu" and fits and not isinstance(load_library(), str):
-            return Int4NativeLinear(native.pack_int4(quantized), bias)
-        if device == "cpu" and rows % 16 == 0:
-            return Int4CpuLinear(quantized, group_size or columns, bias)
-        if _has_skinny(device) and grid.symmetric:
-            packed = skinny.pack_int4(quantized.codes)
-            scale = quantized.scale.to(dtype).t().contiguous()  # [groups, out]
-            sides = rows, columns
-            packed_weight = skinny.Weight(packed, scale, bias, sides, group_size or columns)
-            return WeightOnlyLinear(packed_weight, scheme.label)
+    if path == "weight-only 8-bit":
+        rows = quantized.scale.float().reshape(-1)
+        return WeightOnlyLinear(skinny.Weight(quantized.codes, rows, bias, sides), scheme.label)
+    if path == "weight-only int4":
+        packed = skinny.pack_int4(quantized.codes)
+        scale = quantized.scale.to(dtype).t().contiguous()  # [groups, out]
+        return WeightOnlyLinear(skinny.Weight(packed, scale, bias, sides, size), scheme.label)
+    if path == "int4 native":
+        return Int4NativeLinear(native.pack_int4(quantized), bias)
+    if path == "int4 torch":
+        return Int4CpuLinear(quantized, size, bias)
+    activations = scheme.activations
     dense = DenseLinear(dequantize(quantized, dtype), bias, activations, first.input_scale)
     dense.fast = False
     dense.path = f"{scheme.label} expanded to {str(dtype).removeprefix('torch.')}"
     return dense
+
+
+def linear_path(
+    scheme: Scheme, sides: tuple[int, int], dtype: torch.dtype, machine: Machine
+) -> Path:
+    """How a weight [out, in] of this scheme is multiplied on a machine, computing in `dtype`.
+
+    `expanded`: the codes become numbers of `dtype` at load; the result is the checkpoint's, and the memory
+    and the speed are not. Everything else multiplies what is stored.
+    """
+    rows, columns = sides
+    grid, activations = scheme.weights, scheme.activations
+    per_row = grid.granularity in ("channel", "tensor")
+    on_gpu = machine.kind == "cuda"
+    # cuBLASLt's products of 8-bit numbers want inner sides that 16 divides; outer ones are padded
+    aligned = not on_gpu or columns % 16 == 0
+    by_token = activations is not None and activations.granularity == "token"
+    if grid.kind == "int" and grid.bits == 8 and per_row and by_token and aligned:
+        return "int8"
+    rowwise = per_row and activations is not None and activations.group_size is None
+    if grid.kind == "float" and rowwise and machine.has_fp8 and aligned and dtype == torch.bfloat16:
+        return "fp8"
+    triton = machine.runs_triton and dtype == torch.bfloat16
+    if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:
+        return "weight-only 8-bit" if triton and machine.has_fp8 else "expanded"
+    packable = grid.kind == "int" and grid.bits == 4 and grid.group_size in _INT4_GROUPS
+    if not packable or activations is not None or dtype != torch.bfloat16:
+        return "expanded"
+    if triton and grid.symmetric:
+        return "weight-only int4"
+    if machine.kind == "cpu":
+        # the native step takes pairs of 32 columns, and groups that they fill
+        fits = columns % 64 == 0 and (grid.group_size == 32 or (grid.group_size or 64) % 64 == 0)
+        if fits and not isinstance(load_library(), str):
+            return "int4 native"
+        if rows % 16 == 0:
+            return "int4 torch"
+    return "expanded"
 
 
 def encode_tokens(x: Tensor, takes: str) -> Quantized:
@@ -381,6 +421,15 @@ def static_scale(absmax: Tensor, grid: Grid) -> Tensor:
     if grid.scale_format == "e4m3":
         return E4M3_MAX * E2M1_MAX / absmax
     return absmax / (E4M3_MAX if grid.kind == "float" else 127.5)
+
+
+def _whole_rows(codes: Tensor) -> Tensor:
+    """8-bit codes [out, in] with rows of zeros up to a multiple of 16 on a GPU: cuBLASLt wants that."""
+    missing = -len(codes) % 16
+    if not codes.is_cuda or not missing:
+        return codes
+    zeros = torch.zeros(missing, codes.shape[1], dtype=torch.uint8, device=codes.device)
+    return torch.cat((codes.view(torch.uint8), zeros)).view(codes.dtype)
 
 
 def _product_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -434,10 +483,6 @@ def _sides(weight: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _has_skinny(device: str) -> bool:
+def _has_skinny(device: torch.device) -> bool:
     """Whether the Triton kernels for few tokens run there."""
-    return uses_triton(torch.device(device)) and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def _has_fp8(device: str) -> bool:
-    return device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    return machine_of(device).runs_triton

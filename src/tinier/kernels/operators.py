@@ -5,26 +5,28 @@ input (Linear.takes); torch leaves the rounding to that layer. What a linear lay
 be summed, [S, T, N] (skinny.py).
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.kernels import reference
+from tinier.kernels.machine import HAS_TRITON, machine_of
 from tinier.kernels.reference import Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
 
-_TRITON = find_spec("triton")
-# a folder of that name in the current directory is found too, and is no package
-HAS_TRITON = _TRITON is not None and _TRITON.origin is not None
 if HAS_TRITON:
     from tinier.kernels import attention, fused
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether the operators on this device are the Triton ones."""
-    return HAS_TRITON and device.type == "cuda"
+    return machine_of(device).runs_triton
+
+
+def captures(device: torch.device, cache_dtype: torch.dtype) -> bool:
+    """Whether a step is the same kernels whatever the batch is, so that it can be a CUDA graph: not where
+    attention runs in plain torch, which looks at the batch's lengths."""
+    return machine_of(device).caches(cache_dtype)
 
 
 def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
@@ -71,7 +73,6 @@ def cached_attention(
 
     qkv: [T, (H + 2K)·D]. Returns [T, H·D].
     """
-    size = cache.keys.shape[-1]
-    if uses_triton(qkv.device) and size & (size - 1) == 0:
+    if machine_of(qkv.device).caches(cache.keys.dtype):
         return attention.cached_attention(qkv, inputs, cache, batch, takes)
     return reference.cached_attention(qkv, inputs, cache, batch)
