@@ -109,7 +109,8 @@ def check(seed: int, folder: Path, device: str = "cpu") -> None:
     decoder = load_decoder(made, device=torch.device(device))
     ours = decoder.logits(decoder.hidden_states(windows)).float()
     exact = draw.dtype == torch.float32 and not _rounds_inputs(draw)
-    _check_engine(made, windows, ours, device, 1e-4 if exact else 0.1)
+    # a 4-bit activation that falls on the other side of a code moves by a half: the last bit shows
+    _check_engine(made, windows, ours, device, 1e-4 if exact else 0.35 if _is_coarse(draw) else 0.1)
     dense = _transformers(source, windows)
     # nothing is far from the model that was quantized, but at very few bits
     bits = 16 if draw.plan is None or draw.plan.preset is None else _bits(draw.plan)
@@ -158,6 +159,13 @@ def _rounds_inputs(draw: Draw) -> bool:
         return False
     inputs = plan.preset is not None and PRESETS[plan.preset].scheme.activations is not None
     return inputs or plan.head is not None or plan.kv is not None
+
+
+def _is_coarse(draw: Draw) -> bool:
+    if draw.plan is None or draw.plan.preset is None:
+        return False
+    activations = PRESETS[draw.plan.preset].scheme.activations
+    return activations is not None and activations.bits == 4
 
 
 def _loads(draw: Draw) -> bool:

@@ -41,7 +41,7 @@ def serve(
         typer.Option(
             "--memory",
             help="For weights and caches of all models, such as 20GB.",
-            show_default="most of what is free",
+            show_default="most of what is free; on a CPU half, with 1 GiB of cache a model",
         ),
     ] = None,
     max_queue: Annotated[

@@ -290,9 +290,18 @@ class Engine:
                     request.num_scored = end
             row += chunk.count
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV cache, in all processes together."""
+        return self.num_blocks * self._block_bytes
+
+    @property
+    def _block_bytes(self) -> int:
+        numbers = self.decoder.geometry.cached_numbers
+        return numbers * self.decoder.cache_dtype.itemsize * self.config.block_size
+
     def _num_blocks(self) -> int:
-        g = self.decoder.geometry
-        block_bytes = g.cached_numbers * self.decoder.cache_dtype.itemsize * self.config.block_size
+        block_bytes = self._block_bytes
         per_request = -(-self.max_seq_len // self.config.block_size)
         if self.config.kv_cache_bytes is not None:
             blocks = self.config.kv_cache_bytes // block_bytes

@@ -19,6 +19,7 @@ from tinier.serving.app import Server, make_app
 from tinier.serving.config import LOOPBACK, ServeConfig, address
 from tinier.serving.connections import Connection
 from tinier.serving.metrics import Metrics
+from tinier.serving.model import Model
 from tinier.serving.store import ModelStore, Source
 from tinier.serving.triton import Attached, Triton, check_installed
 
@@ -38,6 +39,10 @@ class HttpServer(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
         self.triton: Triton | None = None
+
+    @property
+    def models(self) -> list[Model]:
+        return self._server.store.models
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._server.draining:  # asked a second time
@@ -159,12 +164,19 @@ async def _serve(
             await asyncio.to_thread(triton.stop)
 
 
-def _announce(config: ServeConfig, names: list[str], port: int) -> None:
+def _announce(config: ServeConfig, engine: EngineConfig, port: int, http: HttpServer) -> None:
     if config.host not in LOOPBACK and not config.api_keys:
         log.warning(
             "listening on %s without an API key: whoever can connect can use it", config.host
         )
-    print(f"serving {', '.join(names)} on {address(config.host, port)}", flush=True)
+    names = ", ".join(model.name for model in http.models)
+    print(f"serving {names} on {address(config.host, port)}", flush=True)
+    for model in http.models:
+        if model.ready is not None:
+            tokens, size = model.ready.num_blocks * engine.block_size, model.ready.cache_bytes
+            print(
+                f"{model.label}: KV cache of {tokens:,} tokens, {size / 2**30:.2f} GiB", flush=True
+            )
     if config.triton:
         first = config.port
         print(f"Triton: HTTP {first}, gRPC {first + 1}, metrics {first + 2}", flush=True)
@@ -172,8 +184,11 @@ def _announce(config: ServeConfig, names: list[str], port: int) -> None:
 
 def serve(sources: list[Source], engine: EngineConfig, config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    names = [source.name for source in sources]
-    asyncio.run(run(sources, engine, config, lambda port, _: _announce(config, names, port)))
+
+    def started(port: int, http: HttpServer) -> None:
+        _announce(config, engine, port, http)
+
+    asyncio.run(run(sources, engine, config, started))
 
 
 class Service:

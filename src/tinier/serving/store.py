@@ -22,6 +22,8 @@ from tinier.serving.worker import WorkerSpec
 from tinier.tokenizer import load_tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+# a model's KV cache on a CPU where nothing is said: the memory is shared with all else that runs there
+_CPU_CACHE_BYTES = 1 << 30
 # what a worker holds beside weights and cache: 385 MB were measured on a CPU, 2.7 GB on a GPU,
 # with graphs, activations and the CUDA context
 _WORKING_BYTES = {"cpu": 400 << 20, "cuda": 3 << 30}
@@ -58,13 +60,14 @@ class ModelStore:
         log_level: int,
     ) -> None:  # fmt: skip
         """memory_bytes: for weights and caches of all models; None: what is free now, nine tenths of it on
-        a GPU and half on a CPU."""
+        a GPU; half on a CPU, and caches of 1 GiB or one request's."""
         self._config = config
         self._max_queue = max_queue
         self._metrics = metrics
         self._log_level = log_level
         device = pick_device(config.device)
         self._device = device
+        self._is_modest = memory_bytes is None and device.type == "cpu"
         if memory_bytes is None:
             free = free_memory_bytes(device)
             memory_bytes = free * 9 // 10 if device.type == "cuda" else free // 2
@@ -135,14 +138,20 @@ class ModelStore:
 
     def _need(self, checkpoint: Checkpoint) -> tuple[int, int, int]:
         """Bytes of weights and work; of the smallest useful cache; and of the largest."""
+        least = self._request_bytes(checkpoint)
+        most = least * self._config.max_batch_size
+        if self._is_modest:
+            most = min(most, max(least, _CPU_CACHE_BYTES))
+        fixed = checkpoint.weight_bytes + _WORKING_BYTES[self._device.type]
+        return fixed, least, most
+
+    def _request_bytes(self, checkpoint: Checkpoint) -> int:
+        """Of the longest request's cache."""
         geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
-        token = geometry.cached_numbers * item
         positions = min(self._config.max_seq_len, geometry.max_positions)
-        positions = -(-positions // self._config.block_size) * self._config.block_size
-        most = token * positions * self._config.max_batch_size
-        fixed = checkpoint.weight_bytes + _WORKING_BYTES[self._device.type]
-        return fixed, token * positions, most
+        blocks = -(-positions // self._config.block_size)
+        return geometry.cached_numbers * item * blocks * self._config.block_size
 
     def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
         if cache < least:
@@ -158,10 +167,9 @@ class ModelStore:
         key = source.name, version
         if key in self._models:
             raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
-        if cache < self._need(checkpoint)[2]:
-            config = dataclasses.replace(self._config, kv_cache_bytes=cache)
-        else:
-            config = self._config
+        config = self._config
+        if cache < self._request_bytes(checkpoint) * config.max_batch_size:
+            config = dataclasses.replace(config, kv_cache_bytes=cache)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         spec = WorkerSpec(folder=checkpoint.folder, config=config, log_level=self._log_level)
         ends = stop_token_ids(checkpoint, tokenizer)

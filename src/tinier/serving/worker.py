@@ -42,6 +42,7 @@ class Ready(NamedTuple):
 
     limits: Limits
     num_blocks: int
+    cache_bytes: int
     weight_bytes: int
     notes: list[str]
     """How the linear layers are multiplied; what the device has no fast path for is marked"""
@@ -113,7 +114,9 @@ def serve(connection: Connection, engine: Engine) -> None:
     paths = engine.decoder.paths.items()
     notes = [path if fast else f"{path} (no fast path on this device)" for path, fast in paths]
     decoder = engine.decoder
-    connection.send(Ready(engine.limits, engine.num_blocks, decoder.weight_bytes, notes))
+    connection.send(
+        Ready(engine.limits, engine.num_blocks, engine.cache_bytes, decoder.weight_bytes, notes)
+    )
     _Worker(connection, engine).run()
 
 

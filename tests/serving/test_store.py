@@ -1,0 +1,39 @@
+"""How memory is shared out among the served models."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import write_tiny
+
+from tinier.engine import EngineConfig
+from tinier.serving.metrics import Metrics
+from tinier.serving.store import ModelStore
+
+GIB = 1 << 30
+
+
+def store(
+    free: int, config: EngineConfig, monkeypatch: pytest.MonkeyPatch, memory: int | None
+) -> ModelStore:
+    monkeypatch.setattr("tinier.serving.store.free_memory_bytes", lambda device: free)
+    return ModelStore(
+        config, max_queue=1, memory_bytes=memory, metrics=Metrics(), log_level=logging.WARNING
+    )
+
+
+def test_a_cpu_server_takes_a_gibibyte_of_cache_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 2 layers of 2 KV heads of 64 numbers, keys and values, in 2 bytes: 1 KiB a token
+    sizes = {"head_dim": 64, "num_hidden_layers": 2, "max_position_embeddings": 1 << 21}
+    model = write_tiny(tmp_path / "m", "llama", dtype=torch.bfloat16, **sizes)
+    config = EngineConfig(max_batch_size=64, max_seq_len=1 << 17, device="cpu")
+    _, least, most = store(64 * GIB, config, monkeypatch, None)._need(model)
+    assert (least, most) == (1 << 27, GIB)
+    assert store(64 * GIB, config, monkeypatch, 16 * GIB)._need(model)[2] == 64 << 27
+    # one request of the length that was asked for always fits
+    config = EngineConfig(max_batch_size=64, max_seq_len=1 << 21, device="cpu")
+    _, least, most = store(64 * GIB, config, monkeypatch, None)._need(model)
+    assert least == most == 2 * GIB
