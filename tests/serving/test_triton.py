@@ -1,6 +1,7 @@
 """The real Triton server, as `tritonclient` sees it over both protocols."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +42,8 @@ def triton(model_folders: dict[str, Path]) -> Iterator[Service]:
             check_installed()
         except InputError as still:
             pytest.skip(str(still))
+    # as in an activated virtual environment, whose numpy Triton must not take
+    os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
     one, two = model_folders.values()
     config = ServeConfig(port=PORT, triton=True)
     with Service([f"m@1={one}", f"m@2={two}", f"other={two}"], ENGINE, config) as running:

@@ -148,7 +148,12 @@ class Triton:
         stub = self._server / "python_backend_stubs" / version / "triton_python_backend_stub"
         # the stub finds its libraries beside where it was installed
         (backends / "python" / stub.name).symlink_to(stub)
+        # the stub takes its packages from the Python on PATH: where this virtual environment is activated
+        # that would be its numpy, which is too new
+        ours = Path(sys.prefix) / "bin"
+        paths = [p for p in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(p) != ours]
         environ = os.environ | {
+            "PATH": os.pathsep.join(paths),
             "TINIER_SOCKET": self.socket_path, "TINIER_SOCKET_KEY": self.key,
             "TINIER_PACKAGES": str(packages_folder()),
         }  # fmt: skip
