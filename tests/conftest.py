@@ -62,10 +62,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_smollm2.py")
 
 
-@pytest.fixture
-def kernel_device() -> str:
+@pytest.fixture(params=DEVICES[1:] if torch.cuda.is_available() else ["cpu"])
+def kernel_device(request: pytest.FixtureRequest) -> str:
     """Where Triton's kernels run: a GPU, or its interpreter on the CPU."""
-    if torch.cuda.is_available():
+    if request.param == "cuda":
         return "cuda"
     pytest.importorskip("triton", reason="no GPU and no triton package")
     from tests.kernels.interpreter import round_as_a_gpu_does

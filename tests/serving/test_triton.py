@@ -42,12 +42,14 @@ def triton(model_folders: dict[str, Path]) -> Iterator[Service]:
             check_installed()
         except InputError as still:
             pytest.skip(str(still))
-    # as in an activated virtual environment, whose numpy Triton must not take
-    os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
     one, two = model_folders.values()
     config = ServeConfig(port=PORT, triton=True)
-    with Service([f"m@1={one}", f"m@2={two}", f"other={two}"], ENGINE, config) as running:
-        yield running
+    service = Service([f"m@1={one}", f"m@2={two}", f"other={two}"], ENGINE, config)
+    with pytest.MonkeyPatch.context() as patch:
+        # as in an activated virtual environment, whose numpy Triton must not take
+        patch.setenv("PATH", f"{sys.prefix}/bin", prepend=os.pathsep)
+        with service as running:
+            yield running
 
 
 def inputs(module: Any, texts: list[str], max_tokens: int, **more: object) -> list[Any]:
