@@ -53,7 +53,7 @@ from tinier.benchmark import environment
 from tinier.checkpoint.sources import BUILTIN_MODELS
 from tinier.families import open_model
 from tinier.text import load_part, token_windows
-from tinier.tokenizer import load_tokenizer
+from tinier.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m"
@@ -194,9 +194,9 @@ def _this_run() -> dict[str, Any]:
     }
 
 
-def _continued(worker: Worker, tokenizer: Any) -> str:
+def _continued(worker: Worker, tokenizer: Tokenizer) -> str:
     """The row's answer to the question. Raises RuntimeError for one without sense."""
-    content = worker.generate(tokenizer(QUESTION)["input_ids"], 24)["content"]
+    content = worker.generate(tokenizer.encode(QUESTION), 24)["content"]
     text: str = content if isinstance(content, str) else tokenizer.decode(content)
     if not SENSIBLE.search(text):
         raise RuntimeError(f"no sensible text: {text!r}")
@@ -212,7 +212,7 @@ def _drop(row: Row, workers: dict[Row, Worker], record: dict[str, Any], error: E
 
 
 def _measure(
-    workers: dict[Row, Worker], rounds: int, tokenizer: Any, results: dict[str, Any], out: Path
+    workers: dict[Row, Worker], rounds: int, tokenizer: Tokenizer, results: dict[str, Any], out: Path
 ) -> None:
     """The rounds; the result file is written before them and after each."""
     text = load_part("builtin", "heldout")

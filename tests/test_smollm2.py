@@ -89,7 +89,7 @@ def test_logits_as_served_stay_within_the_rounding_of_the_format(
 def test_greedy_text_is_that_of_transformers_in_float32(smollm2: Checkpoint) -> None:
     tokenizer = load_tokenizer(smollm2)
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
     config = EngineConfig(device="cpu", max_batch_size=3, max_seq_len=128)
     engine = Engine(smollm2, config, dtype=torch.float32)
     ours = engine.generate(ids, SamplingParams(max_tokens=24))
