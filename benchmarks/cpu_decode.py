@@ -212,7 +212,11 @@ def _drop(row: Row, workers: dict[Row, Worker], record: dict[str, Any], error: E
 
 
 def _measure(
-    workers: dict[Row, Worker], rounds: int, tokenizer: Tokenizer, results: dict[str, Any], out: Path
+    workers: dict[Row, Worker],
+    rounds: int,
+    tokenizer: Tokenizer,
+    results: dict[str, Any],
+    out: Path,
 ) -> None:
     """The rounds; the result file is written before them and after each."""
     text = load_part("builtin", "heldout")

@@ -10,7 +10,11 @@ Peers' environments are made once, each with `pip install torch==2.13.0` first:
     python3 -m venv ENVS/autoround       # then auto-round==0.16.1
 
     python -m benchmarks.quantization_peers --envs ENVS --text wikitext-2/valid.txt --work DIR
-        --out RESULT.json [--rows fp8 int4] [--peers ours llmcompressor]
+        --out RESULT.json [--off-grid] [--rows fp8 int4] [--peers ours llmcompressor]
+
+The model's weights were a Q4_1 file once, so a 4-bit grid can find them again. --off-grid moves every
+one of them by a uniform random amount within half a step of that grid: INT4 figures of a model that
+was never quantized.
 """
 
 import argparse
@@ -25,9 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tinier.benchmark import environment
+from tinier.checkpoint import Checkpoint
 from tinier.families import open_model
 from tinier.text import load_documents, token_windows
 from tinier.tokenizer import load_tokenizer
@@ -76,19 +81,30 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--off-grid", action="store_true", help="move the weights off their old grid"
+    )
     parser.add_argument("--rows", nargs="*", default=[], help="only formats that start like this")
     parser.add_argument("--peers", nargs="*", default=[])
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     base = open_model(MODEL)
+    if arguments.off_grid:
+        base = off_grid(base, arguments.work / "off-grid")
     documents = load_documents(arguments.text)
     windows = token_windows(load_tokenizer(base), documents, length=LENGTH)
     tokens = arguments.work / "tokens.safetensors"
     evaluated = windows[FIRST_EVALUATED : FIRST_EVALUATED + SEQUENCES].contiguous()
     save_file({"calibration": windows[:SEQUENCES].contiguous(), "evaluation": evaluated}, tokens)
-    results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": {}}
+    results: dict[str, Any] = {
+        "environment": environment(torch.device("cpu")),
+        "off_grid": arguments.off_grid,
+        "rows": {},
+    }
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
+        if results.get("off_grid", False) != arguments.off_grid:
+            raise SystemExit(f"{arguments.out} is of another base (--off-grid)")
     for row in ROWS:
         steps = dict(zip(row.options[::2], row.options[1::2], strict=True)).get("--iterations")
         method = f"{row.method}, {steps} steps" if steps else row.method
@@ -108,6 +124,27 @@ def main() -> None:
         results["rows"][key] = figures
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+
+
+def off_grid(base: Checkpoint, folder: Path) -> Checkpoint:
+    """The model with every linear weight of its layers moved within half a step of the Q4_1 grid.
+
+    Such a block of 32 holds its smallest and its largest code, 0 and 15: its step is a fifteenth of
+    its range.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base.folder, folder)
+    random = torch.Generator().manual_seed(0)
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, weight in tensors.items():
+            if name.endswith("_proj.weight"):
+                blocks = weight.float().unflatten(1, (-1, 32))
+                step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / 15
+                blocks += (torch.rand(blocks.shape, generator=random) - 0.5) * step
+                tensors[name] = blocks.flatten(1).to(weight.dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+    return open_model(folder)
 
 
 def table(results: dict[str, Any]) -> str:

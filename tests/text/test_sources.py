@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -85,6 +86,59 @@ def test_a_hub_dataset_without_network_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match="cannot be downloaded"):
         load_documents("hub:owner/name:config:train")
+
+
+def hub_folder(
+    tmp_path: Path, rows: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A data set that `datasets` itself reads, without network: a folder with a file of rows."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = (json.dumps(row) for row in rows)
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return f"hub:{folder}"
+
+
+def test_a_data_set_is_read_as_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["" if i % 5 == 4 else f"Row {i}.\n" for i in range(2500)]
+    source = hub_folder(tmp_path, [{"text": text} for text in [*texts, None]], monkeypatch)
+    documents = load_documents(source)
+    assert len(documents) == 2501
+    assert documents[3] == "Row 3.\n"
+    assert documents[1000:1002] == ["Row 1000.\n", "Row 1001.\n"]
+    assert list(documents) == [text for text in texts if text]
+
+    import datasets
+
+    reads: list[int] = []
+    whole = datasets.Dataset.iter
+
+    def counted(self: object, batch_size: int) -> Iterator[dict[str, list[str]]]:
+        for batch in whole(self, batch_size):
+            reads.append(len(batch["text"]))
+            yield batch
+
+    monkeypatch.setattr(datasets.Dataset, "iter", counted)
+    assert next(iter(load_documents(source))) == "Row 0.\n"
+    assert reads == [1000]
+    # its parts share no paragraph and lose none
+    parts = load_parts(source)
+    shared = [*parts.calibration, *parts.training, *parts.heldout]
+    assert sorted(text.strip() for text in shared) == sorted(t.strip() for t in texts if t)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [({"body": "x"}, 'no column "text"; columns: body'), ({"text": 5}, "int64")]
+)
+def test_a_data_set_without_texts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TextError, match=message):
+        load_documents(hub_folder(tmp_path, [row], monkeypatch))
 
 
 def test_a_hub_dataset_without_the_package_says_what_to_type(

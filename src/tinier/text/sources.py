@@ -256,6 +256,9 @@ def _from_hub(source: str) -> Any:
         raise TextError(
             f'{source} has no column "text"; columns: {", ".join(dataset.column_names)}.'
         )
+    dtype = getattr(dataset.features["text"], "dtype", "a list")
+    if dtype not in ("string", "large_string"):
+        raise TextError(f'{source}: column "text" is {dtype}, not string.')
     return dataset
 
 
