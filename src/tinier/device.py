@@ -1,6 +1,7 @@
 """The device to compute on, its peak memory and its speed."""
 
 import gc
+import os
 import resource
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -20,14 +21,31 @@ _MODEL_SHARE = 0.4
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cpu` or `cuda`. Raises InputError where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not known. Use auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for and torch sees no GPU. Use --device cpu.")
-    return torch.device(device)
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; a GPU always has its number, and becomes the
+    current one.
+
+    `cuda` is this process's own under torchrun (LOCAL_RANK), else the current one. Raises InputError where
+    there is none.
+    """
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise InputError(f"device {device!r} is not known. Use auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device {device!r} was asked for and torch sees no GPU. Use --device cpu."
+        )
+    if kind == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(number or os.environ.get("LOCAL_RANK") or torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise InputError(
+            f"there is no cuda:{index}: torch sees {count} GPU{'s' * (count > 1)}. Use cuda:0 to "
+            f"cuda:{count - 1}; under torchrun one process for each, --nproc-per-node {count}."
+        )
+    # Triton launches on the current device, and NCCL takes it where nothing is said
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def free_memory_bytes(device: torch.device) -> int:

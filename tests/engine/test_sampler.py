@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def request(prompt: list[int] | None = None, **params: Any) -> Request:
-    return Request(prompt or [1, 2, 3], SamplingParams(**params), 0.0)
+    return Request(1, prompt or [1, 2, 3], SamplingParams(**params), 0.0)
 
 
 def random_logits(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +103,7 @@ def test_draws_are_those_of_a_sort(seed: int) -> None:
         dtype = choose.choice([torch.float32, torch.bfloat16])
         logits = random_logits(1, seed=100 * seed + position, dtype=dtype)[0].float()
         uniform = uniforms(np.array([seed], np.uint64), np.array([position], np.uint64)).item()
-        ours = sample_one(logits, Request([1], params, 0.0), position)
+        ours = sample_one(logits, Request(1, [1], params, 0.0), position)
         assert ours == naive_draw(logits, params, uniform)
 
 

@@ -269,7 +269,8 @@ def test_a_layer_that_learning_does_not_help_keeps_gptq_and_says_so(
     monkeypatch.setattr(driver, "learn_rounding", lambda *_, **__: (1.0, 1.0))
     made = quantize_tiny(tiny(), "int4-best", tmp_path / "out")
     assert made.manifest is not None
-    assert sum("GPTQ's codes are kept" in w for w in made.manifest.warnings) == 4
+    told = "learned rounding did not lower the error; GPTQ's codes are kept"
+    assert f"model.layers.0 and 3 more layers: {told}" in made.manifest.warnings
     gptq = quantize_tiny(tiny(), "int4-gptq", tmp_path / "gptq")
     one, other = tensors_of(made), tensors_of(gptq)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -281,8 +282,15 @@ def test_more_damping_is_in_the_manifest(
     monkeypatch.setattr("tinier.quantization.gptq._DAMPS", (0.3,))
     made = quantize_tiny(tiny(), "int4-gptq", tmp_path / "out")
     assert made.manifest is not None
-    expected = "model.layers.3: mlp.down_proj: the Hessian needed damping of 0.3 (usual: 0.01)"
-    assert expected in made.manifest.warnings
+    expected = "mlp.down_proj: the Hessian needed damping of 0.3 (usual: 0.01)"
+    assert f"model.layers.0 and 3 more layers: {expected}" in made.manifest.warnings
+
+
+def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None:
+    made = quantize_tiny(tiny(), "int2", tmp_path / "out")
+    assert made.manifest is not None
+    (warning,) = [w for w in made.manifest.warnings if "rounding noise" in w]
+    assert warning.startswith("weights of 28 of 28 linear layers keep less than 12 dB of signal")
 
 
 @pytest.mark.parametrize(

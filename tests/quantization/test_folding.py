@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.conftest import FAMILIES
 
-from tinier.calibration import DecoderWalk, Ranks, observe
+from tinier.calibration import DecoderWalk, observe
 from tinier.checkpoint import Checkpoint
 from tinier.families import INPUT_GROUPS, geometry_of
 from tinier.numerics import dequantize
@@ -14,6 +14,7 @@ from tinier.quantization.awq import awq_factors
 from tinier.quantization.folding import fold, shared
 from tinier.quantization.scales import absmax_scales, round_nearest
 from tinier.quantization.smoothquant import smooth_factors
+from tinier.ranks import Ranks
 from tinier.schemes import PRESETS, preset_named
 
 CPU = torch.device("cpu")

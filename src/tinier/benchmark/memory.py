@@ -32,9 +32,15 @@ class ServingMemory:
     """Of that, in use before the model was loaded: interpreter and libraries."""
 
 
-def measure_memory(checkpoint: Checkpoint, workload: Workload, device: str) -> ServingMemory:
-    """Serve one workload in a fresh process and report its memory."""
-    request = {"folder": str(checkpoint.folder), "workload": asdict(workload), "device": device}
+def measure_memory(
+    checkpoint: Checkpoint, workload: Workload, device: str, tensor_parallel: int = 1
+) -> ServingMemory:
+    """Serve one workload in a fresh process and report its memory; where several processes share the
+    model, that of one."""
+    request = {
+        "folder": str(checkpoint.folder), "workload": asdict(workload), "device": device,
+        "tensor_parallel": tensor_parallel,
+    }  # fmt: skip
     command = [sys.executable, "-m", "tinier.benchmark.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -42,11 +48,13 @@ def measure_memory(checkpoint: Checkpoint, workload: Workload, device: str) -> S
     return ServingMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _serve_once(folder: Path, workload: Workload, device: str) -> ServingMemory:
+def _serve_once(
+    folder: Path, workload: Workload, device: str, tensor_parallel: int
+) -> ServingMemory:
     place = pick_device(device)
     on_gpu = place.type == "cuda"
     start = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    engine = Engine(open_model(folder), engine_for(workload, device))
+    engine = Engine(open_model(folder), engine_for(workload, device, tensor_parallel))
     params = SamplingParams(max_tokens=workload.output_length)
     engine.generate(random_prompts(engine, workload, seed=0), params)
     return ServingMemory(
@@ -59,5 +67,8 @@ def _serve_once(folder: Path, workload: Workload, device: str) -> ServingMemory:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    memory = _serve_once(Path(asked["folder"]), Workload(**asked["workload"]), asked["device"])
+    memory = _serve_once(
+        Path(asked["folder"]), Workload(**asked["workload"]), asked["device"],
+        asked["tensor_parallel"],
+    )  # fmt: skip
     print(json.dumps(asdict(memory)))

@@ -72,7 +72,7 @@ class SpeedResult:
     """Output tokens/s over the base's of the same round; None for a base measured alone."""
 
 
-def engine_for(workload: Workload, device: str) -> EngineConfig:
+def engine_for(workload: Workload, device: str, tensor_parallel: int = 1) -> EngineConfig:
     """An engine with room for exactly this workload."""
     return EngineConfig(
         max_batch_size=workload.concurrency,
@@ -80,6 +80,7 @@ def engine_for(workload: Workload, device: str) -> EngineConfig:
         max_step_tokens=max(2048, workload.concurrency),
         reuse_prefixes=False,  # the rounds send the same prompts
         device=device,
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -91,6 +92,7 @@ def bench(
     repeats: int,
     seed: int,
     device: str,
+    tensor_parallel: int = 1,
 ) -> dict[str, SpeedResult]:
     """Load the models side by side and measure them by turns; they are freed before this returns.
 
@@ -102,7 +104,7 @@ def bench(
     for checkpoint in models.values():
         check_length(checkpoint, workload.input_length + workload.output_length)
     engines = {
-        name: Engine(checkpoint, engine_for(workload, device))
+        name: Engine(checkpoint, engine_for(workload, device, tensor_parallel))
         for name, checkpoint in models.items()
     }
     results = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)

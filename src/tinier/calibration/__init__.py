@@ -3,7 +3,6 @@
 Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
 """
 
-from tinier.calibration.ranks import Ranks, join_ranks
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, load_whole, walk
 
@@ -12,9 +11,7 @@ __all__ = [
     "InputStatistics",
     "KeysAndValues",
     "LayerStep",
-    "Ranks",
     "check_attention_window",
-    "join_ranks",
     "load_whole",
     "observe",
     "second_moments",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinier.calibration.ranks import Ranks
 from tinier.calibration.walk import DecoderWalk
 from tinier.errors import InputError
 from tinier.families import INPUT_GROUPS
+from tinier.ranks import Ranks
 
 _SAMPLE_TOKENS = 256
 

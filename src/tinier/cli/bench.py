@@ -49,6 +49,7 @@ def bench(
         Path | None,
         typer.Option("--run", help="URL: run folder whose report gets the figures too."),
     ] = None,
+    tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -81,7 +82,7 @@ def bench(
         return
     _bench_model(
         model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
-        seed, revision, device, as_json=json,
+        seed, revision, device, tensor_parallel, as_json=json,
     )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _bench_server(
 
 def _bench_model(
     model: str, against: str | None, concurrency: list[int], input_length: int, output_length: int,
-    repeats: int, seed: int, revision: str | None, device: str, *, as_json: bool,
+    repeats: int, seed: int, revision: str | None, device: str, tensor_parallel: int, *, as_json: bool,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
@@ -174,10 +175,16 @@ def _bench_model(
             repeats=repeats,
             seed=seed,
             device=device,
+            tensor_parallel=tensor_parallel,
         )
         speed.append({name: asdict(result) for name, result in measured.items()})
     largest = max(workloads, key=lambda w: w.concurrency)
-    memory = {n: asdict(measure_memory(c, largest, device)) for n, c in checkpoints.items()}
-    data = {"model": model, "against": against, "environment": environment(pick_device(device)),
-            "speed": speed, "memory": memory}  # fmt: skip
+    memory = {
+        name: asdict(measure_memory(checkpoint, largest, device, tensor_parallel))
+        for name, checkpoint in checkpoints.items()
+    }
+    data = {
+        "model": model, "against": against, "tensor_parallel": tensor_parallel,
+        "environment": environment(pick_device(device)), "speed": speed, "memory": memory,
+    }  # fmt: skip
     output.result(bench_text(data), data, as_json=as_json)

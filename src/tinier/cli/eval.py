@@ -30,6 +30,7 @@ def eval_(
     engine: Annotated[
         bool, typer.Option("--engine", help="Send requests to the serving engine instead.")
     ] = False,
+    tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -71,6 +72,10 @@ def eval_(
         raise InputError(
             "--engine has no --against: divergence needs whole windows. Leave one out."
         )
+    if tensor_parallel != 1 and not engine:
+        raise InputError(
+            f"--tensor-parallel {tensor_parallel} is the engine's. Add --engine, or leave it out."
+        )
     place = pick_device(device)
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
@@ -88,7 +93,9 @@ def eval_(
         questions = load_mmlu(plan)
     reference = reference_states(load_decoder(original, device=place), held) if original else None
     if engine:
-        quality, answers = measure_served(checkpoint, tokenizer, held, questions, shots, device)
+        quality, answers = measure_served(
+            checkpoint, tokenizer, held, questions, shots, device, tensor_parallel
+        )
     else:
         decoder = load_decoder(checkpoint, device=place)
         quality = evaluate(decoder, held, reference)

@@ -39,10 +39,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
     ] = None,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option("--tensor-parallel", help="Processes that share the model, under torchrun."),
-    ] = 1,
+    tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -58,7 +55,7 @@ def generate(
       tinier generate smollm2-135m --prompt "The capital of France is"
       tinier generate smollm2-int4 --chat --prompt "Why is the sky blue?" --temperature 0.7
       tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
-      torchrun --nproc-per-node 2 -m tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
+      tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
     """
     from tinier.engine import Engine, EngineConfig, SamplingParams
     from tinier.engine.text import TextStream, encode_prompt, stop_token_ids
@@ -88,18 +85,16 @@ def generate(
     )  # fmt: skip
     engine = Engine(checkpoint, config, tokenizer=tokenizer)
     stream = TextStream(tokenizer, params.stop, params.min_tokens)
-    first = engine.decoder.share.rank == 0  # the others have the same text
     text = ""
     for token in engine.stream(ids, params):
         piece = stream.push(token)
         text += piece
-        if first and not json:
+        if not json:
             print(piece, end="", flush=True)
     tail = stream.close()
     data = {"model": model, "prompt_tokens": len(ids), "output_tokens": stream.num_tokens,
             "text": text + tail}  # fmt: skip
-    if first:
-        output.result(tail, data, as_json=json)
+    output.result(tail, data, as_json=json)
 
 
 def _standard_input() -> str:

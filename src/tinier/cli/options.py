@@ -30,7 +30,10 @@ TextSource = Annotated[
 ]
 Windows = Annotated[int, typer.Option("--windows", help="Windows of text at most.")]
 Length = Annotated[int, typer.Option("--length", help="Tokens in one window.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", help="GPUs, from --device on, that share each layer.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]
 DryRun = Annotated[

@@ -16,6 +16,14 @@ def run(
         Path | None,
         typer.Option("--out", help="Run folder; default runs/RECIPE. An old one is continued."),
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--tensor-parallel",
+            help="GPUs that share each layer where speed, memory and serving are measured.",
+            show_default="the recipe's, or 1",
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -39,7 +47,7 @@ def run(
     from tinier.report.terminal import plan_text, results_text
 
     output.start(quiet=quiet, log_level=log_level)
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, tensor_parallel)
     folder = out or Path("runs") / recipe.stem
     if dry_run:
         check_run_folder(folder)

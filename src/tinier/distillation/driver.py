@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinier.calibration import Ranks, join_ranks
 from tinier.checkpoint import (
     Checkpoint,
     StagePlan,
@@ -53,6 +52,7 @@ from tinier.errors import InputError, MeasuredFailure
 from tinier.families import geometry_of, open_model
 from tinier.progress import warn
 from tinier.quantization import quantize
+from tinier.ranks import Ranks, join_ranks
 from tinier.text import Document, written_windows
 
 

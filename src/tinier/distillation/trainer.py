@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinier.calibration import Ranks
 from tinier.checkpoint import TensorWriter, check_disk, new_file, sync_folder, write_atomically
 from tinier.device import release_memory
 from tinier.distillation.losses import IGNORED, Hard, Mixed, RowsLoss
@@ -37,6 +36,7 @@ from tinier.distillation.teacher import Teacher
 from tinier.engine import Decoder
 from tinier.errors import MeasuredFailure, OutputError
 from tinier.progress import bar, say
+from tinier.ranks import Ranks
 
 _STATE_BYTES = 12
 _VALUE, _MOMENTS = "value", ("exp_avg", "exp_avg_sq")

@@ -25,9 +25,10 @@ class EngineConfig:
     overlap: bool | None = None
     """Launch a step before the tokens of the one before are read; None: on a GPU."""
     tensor_parallel: int = 1
-    """Processes that share the model, as many as torchrun started. Each must be sent the same requests."""
+    """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
+    and ends its own if one of them ends."""
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -110,7 +110,7 @@ class Decoder:
         delta: Tensor | None = None
         for index in range(self.geometry.layers):
             x, delta = self.layer(index, x, delta, attend)
-        _, y = add_rms_norm(x, delta, self.final_norm, self.geometry.norm_eps)
+        _, y = self._add_norm(x, delta, self.final_norm)
         assert isinstance(y, Tensor)
         return y
 
@@ -120,19 +120,32 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer over the hidden states x + delta [T, hidden]; returns such a pair.
 
-        What a block adds is left apart, so that adding it is part of the norm that reads the sum.
+        What a block adds is left apart, in parts and on its process, so that adding it is part of the norm
+        that reads the sum.
         """
-        layer, eps = self.layers[index], self.geometry.norm_eps
+        layer = self.layers[index]
         with bf16_products(self.device):
-            x, y = add_rms_norm(x, delta, layer.input_norm, eps, layer.qkv.takes)
-            delta = self._summed(layer.out(attend(index, layer.qkv(y))))
-            x, y = add_rms_norm(x, delta, layer.post_norm, eps, layer.gate_up.takes)
+            x, y = self._add_norm(x, delta, layer.input_norm, layer.qkv.takes)
+            delta = layer.out(attend(index, layer.qkv(y)))
+            x, y = self._add_norm(x, delta, layer.post_norm, layer.gate_up.takes, turn=1)
             act = silu_mul(layer.gate_up(y), self.dtype, layer.down.takes)
-            return x, self._summed(layer.down(act))
+            return x, layer.down(act)
 
-    def _summed(self, delta: Tensor) -> Tensor:
-        """A layer's result over all processes."""
-        return delta if self.share.size == 1 else self.share.sum(joined(delta, self.dtype))
+    def _add_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        takes: str | None = None,
+        turn: int = 0,
+    ) -> tuple[Tensor, Tensor | Quantized]:
+        """x + delta, which is summed over all processes first, and the norm of it."""
+        peers, eps = self.share.peers, self.geometry.norm_eps
+        if delta is None or self.share.size == 1:
+            return add_rms_norm(x, delta, weight, eps, takes)
+        if peers is not None and peers.holds(*x.shape):
+            return add_rms_norm(x, delta, weight, eps, takes, peers, turn)
+        return add_rms_norm(x, self.share.sum(joined(delta, self.dtype)), weight, eps, takes)
 
     def head_inputs(self, index: int, rotation: tuple[Tensor, Tensor]) -> HeadInputs:
         """What q and k of a layer go through."""
@@ -185,7 +198,8 @@ class Decoder:
         )
         for index in range(self.geometry.layers):
             x, delta = self.layer(index, x, delta, attend)
-            if not (torch.isfinite(x).all() and torch.isfinite(joined(delta, self.dtype)).all()):
+            fine = torch.isfinite(x).all() and torch.isfinite(joined(delta, self.dtype)).all()
+            if not self.share.least(int(fine)):
                 where = f"the hidden states after {layer_name(index)} are no numbers (NaN or Inf)"
                 return f"{where}, in {name}. {advice}"
         return f"the hidden states after the final norm are no numbers, in {name}. {advice}"

@@ -9,6 +9,7 @@ waits for the host: `step()` returns what the previous call launched.
 
 import logging
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
+from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
-from tinier.engine.parallel import join
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampled, Sampler, scores
@@ -57,12 +58,12 @@ class Engine:
         dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone.
         """
         self.config = config or EngineConfig()
+        self._crew: Crew | None = None
+        self._added = 0
         if isinstance(model, Decoder):
             decoder = model
         else:
-            device = pick_device(self.config.device)
-            share = join(self.config.tensor_parallel, device)
-            decoder = load_decoder(model, device=device, dtype=dtype, share=share)
+            decoder = self._load(model, dtype, tokenizer)
             _log_paths(model.folder.name, decoder)
         self.decoder = decoder
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
@@ -75,10 +76,36 @@ class Engine:
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
-        self.reset()
+        self._clear()
+
+    def _load(self, model: Checkpoint, dtype: torch.dtype | None, tokenizer: Any) -> Decoder:
+        """The model, or where several processes share it this one's part; the others load theirs."""
+        device = pick_device(self.config.device)
+        if self.config.tensor_parallel == 1:
+            return load_decoder(model, device=device, dtype=dtype)
+        crew = crew_for(self.config.tensor_parallel, device)
+        number = crew.build(model.folder, self.config, dtype, tokenizer)
+        try:
+            decoder = load_decoder(model, device=device, dtype=dtype, share=crew.share)
+        except BaseException:
+            crew.give_up(number)
+            raise
+        crew.go(number)
+        self._crew, self._number = crew, number
+        weakref.finalize(self, crew.drop, number)
+        return decoder
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Let the other processes do what this one is about to."""
+        if self._crew is not None:
+            self._crew.call(self._number, method, *arguments)
 
     def reset(self) -> None:
         """Forget every request and every cached prefix, as after an error in a step."""
+        self._tell("reset")
+        self._clear()
+
+    def _clear(self) -> None:
         self._pool = BlockPool(self.num_blocks, self.config.block_size)
         self._scheduler = Scheduler(
             self._pool, self.config.max_batch_size, self.config.max_step_tokens,
@@ -109,6 +136,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Capture the graphs of all steps now, so that no request waits for one; a CPU has none."""
+        self._tell("warm_up")
         self.runner.capture_all()
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
@@ -117,14 +145,18 @@ class Engine:
         if params.n > 1:
             raise InputError(f"n={params.n} makes several requests. Use add_all.")
         self._check(prompt, params)
-        stream = None
+        given, stream = params, None
         if params.stop:
             stream = TextStream(self._tokenizer, params.stop, params.min_tokens)
             # a special token is no part of the text, so it is known by its number
             special = self._tokenizer.special_ids
             ends = {special[text] for text in params.stop if text in special}
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends)))
-        request = Request(prompt, params, time.perf_counter(), self.runner.width, stream)
+        self._tell("add", prompt, given)
+        self._added += 1
+        request = Request(
+            self._added, prompt, params, time.perf_counter(), self.runner.width, stream
+        )
         self._scheduler.add(request)
         return request
 
@@ -137,6 +169,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request now; its memory is free at once. One that is done stays as it is."""
         if request.finished is None:
+            self._tell("cancel", request.number)
             self._end(request, "cancelled")
 
     @property
@@ -151,6 +184,13 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one step; returns the requests that got a token, or reached their end."""
+        if self._crew is None:
+            return self._step()
+        self._tell("step")
+        with self._crew.together():
+            return self._step()
+
+    def _step(self) -> list[Request]:
         launched = self._launch()
         if self._overlap:
             launched, self._in_flight = self._in_flight, launched
@@ -180,7 +220,12 @@ class Engine:
     def _check_numbers(self, request: Request) -> None:
         """Raise InputError for a request that ended because the model gave no numbers."""
         if request.finished == "error":
-            raise InputError(self.decoder.overflow(torch.tensor([request.prompt + request.output])))
+            raise InputError(self.overflow(request.prompt + request.output))
+
+    def overflow(self, tokens: list[int]) -> str:
+        """Where these tokens stop being numbers on their way through the model, for people."""
+        self._tell("overflow", tokens)
+        return self.decoder.overflow(torch.tensor([tokens]))
 
     def _launch(self) -> InFlight | None:
         """Send the next step to the device; None if there is nothing to compute."""
@@ -293,7 +338,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Of the KV cache, in all processes together."""
-        return self.num_blocks * self._block_bytes
+        return self.num_blocks * self._block_bytes * self.decoder.share.size
 
     @property
     def _block_bytes(self) -> int:
@@ -309,8 +354,7 @@ class Engine:
             free = free_memory_bytes(self.decoder.device)
             room = free // 2 if self.decoder.device.type == "cpu" else free - self._working_bytes()
             blocks = min(per_request * self.config.max_batch_size, room // block_bytes)
-            if self.decoder.share.size > 1:  # all processes must plan alike
-                blocks = self.decoder.share.least(blocks)
+            blocks = self.decoder.share.least(blocks)
         if blocks < 1:
             raise InputError(
                 f"the KV cache has no room for one block of {block_bytes} bytes. "

@@ -1,15 +1,18 @@
 """Tensor parallelism: each process holds a share of every layer's heads and neurons.
 
-Start at `join`. q, k, v, gate and up are cut by rows, o and down by columns (arXiv 1909.08053), the head by
-rows of the vocabulary. A layer's two results are summed over the processes, the logits put side by side.
-Every process runs the same engine on the same requests, so nothing else is exchanged.
+q, k, v, gate and up are cut by rows, o and down by columns (arXiv 1909.08053), the head by rows of the
+vocabulary. A layer's two results are summed over the processes, the logits put side by side. Every process
+runs the same engine on the same requests (crew.py), so nothing else is exchanged.
+
+The sums of few tokens are made by the norm that reads them, out of memory that the GPUs share
+(kernels/peers.py); those of many, and where GPUs cannot read each other's memory, by NCCL.
 
 Activations that are rounded with a scale per token get one for each process's share of o's and down's
 inputs: a finer rounding than that on one device.
 """
 
-import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from tinier.errors import InputError
 from tinier.families import Geometry
-from tinier.kernels import StoredLinear
+from tinier.kernels import Peers, StoredLinear, open_peers
 from tinier.numerics import Quantized
+from tinier.ranks import meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class Share:
 
     rank: int = 0
     size: int = 1
+    peers: Peers | None = None
+    """Memory of all of them, where GPUs can read each other's"""
 
     def geometry(self, whole: Geometry) -> Geometry:
         """The sizes of this process's part. Raises InputError where they do not divide."""
@@ -70,9 +76,10 @@ class Share:
         return torch.cat(parts, dim=-1)
 
     def least(self, value: int) -> int:
-        """Smallest over the processes."""
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(value, device=device)
+        """Smallest over the processes, which must plan alike."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
@@ -101,21 +108,9 @@ class Share:
 ALONE = Share()
 
 
-def join(tensor_parallel: int, device: torch.device) -> Share:
-    """Meet the other processes; on GPUs this one takes its own.
-
-    Raises InputError unless torchrun started `tensor_parallel` processes.
-    """
-    if tensor_parallel == 1:
-        return ALONE
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != tensor_parallel:
-        raise InputError(
-            f"tensor_parallel={tensor_parallel} with {started} process{'es' * (started > 1)}. "
-            f"Start as many: torchrun --nproc-per-node {tensor_parallel} -m tinier …"
-        )
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Share(dist.get_rank(), tensor_parallel)
+def share_of(rank: int, size: int, store: Any, device: torch.device) -> Share:
+    """Meet the other processes, which know the same store, and open the memory that all can read."""
+    meet(rank, size, store, device)
+    share = Share(rank, size)
+    peers = open_peers(rank, size, device) if device.type == "cuda" else None
+    return replace(share, peers=peers)

@@ -164,6 +164,8 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Request:
+    number: int
+    """Of the engine's requests, from 1"""
     prompt: list[int]
     params: SamplingParams
     arrived: float

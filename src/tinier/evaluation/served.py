@@ -29,13 +29,16 @@ _ONLY_THESE = 100.0
 
 def measure_served(
     checkpoint: Checkpoint, tokenizer: Tokenizer, windows: Tensor, mmlu: Mmlu | None, shots: int,
-    device: str,
+    device: str, tensor_parallel: int = 1,
 ) -> tuple[Quality, MmluResult | None]:  # fmt: skip
     """Both measures on an engine with room for the longest window or question."""
     lengths = [windows.shape[1]]
     if mmlu:
         lengths += map(len, question_prompts(tokenizer, mmlu))
-    engine = Engine(checkpoint, EngineConfig(max_seq_len=max(lengths) + 1, device=device))
+    config = EngineConfig(
+        max_seq_len=max(lengths) + 1, device=device, tensor_parallel=tensor_parallel
+    )
+    engine = Engine(checkpoint, config)
     quality = evaluate_served(engine, windows)
     return quality, evaluate_mmlu_served(engine, tokenizer, mmlu, shots) if mmlu else None
 

@@ -22,6 +22,7 @@ from tinier.kernels.operators import (
     silu_mul,
     uses_triton,
 )
+from tinier.kernels.peers import Peers, open_peers
 from tinier.kernels.reference import (
     LONG_CONTEXT,
     Cache,
@@ -39,6 +40,7 @@ __all__ = [
     "Layer",
     "Linear",
     "PagedBatch",
+    "Peers",
     "StoredLinear",
     "add_rms_norm",
     "cached_attention",
@@ -48,6 +50,7 @@ __all__ = [
     "joined",
     "known_tokens",
     "make_linear",
+    "open_peers",
     "rms_norm",
     "round_activations",
     "silu_mul",

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tinier.kernels.machine import machine_of
+from tinier.kernels.peers import MOST_PEER_TOKENS, Peers
 from tinier.numerics import E4M3_MAX, Quantized
 
 CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -149,9 +150,40 @@ def _largest_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _over_processes(  # type: ignore[no-untyped-def]
+    value, addresses, flags, row, at, inside, SIZE: tl.constexpr, TURN: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """The sum of a row of float32 over all processes (peers.py)."""
+    number = TURN * ROWS + row
+    mine = tl.load(addresses + RANK).to(tl.pointer_type(tl.float32))
+    tl.store(mine + number * SIZE + at, value, mask=inside)
+    tl.debug_barrier()  # all of the row is written before one thread says so
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(theirs + number * RANKS + RANK, 1, sem="release", scope="sys")
+    own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            while tl.atomic_cas(own + number * RANKS + rank, 1, 0, sem="acquire", scope="sys") != 1:
+                pass
+    tl.debug_barrier()
+    total = tl.zeros_like(value)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            total += value
+        else:
+            other = tl.load(addresses + rank).to(tl.pointer_type(tl.float32))
+            total += tl.load(other + number * SIZE + at, mask=inside, other=0.0, volatile=True)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, summed, out, scales, eps, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
+    x, delta, weight, summed, out, scales, addresses, flags, eps, stride, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
+    TURN: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -161,7 +193,14 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
     begin(PDL)
     value = tl.load(x + row * SIZE + at, mask=inside, other=0.0)
     if PARTS > 0:
-        other = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, stored)
+        if RANKS == 1:
+            other = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, stored)
+        else:
+            part = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, tl.float32)
+            part = _over_processes(
+                part, addresses, flags, row, at, inside, SIZE, TURN, ROWS, RANK, RANKS
+            )
+            other = rounded(part, stored)
         value = (value.to(tl.float32) + other).to(stored)
         tl.store(summed + row * SIZE + at, value, mask=inside)
     y = value.to(tl.float32)
@@ -304,16 +343,23 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None
-) -> tuple[Tensor, Tensor | Quantized]:
-    """x + delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts."""
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None,
+    peers: Peers | None = None, turn: int = 0,
+) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
+    """x + delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts.
+
+    peers: delta is summed over the processes too. turn: 0 and 1 by turns (peers.py).
+    """
     tokens, size = x.shape
     summed = x if delta is None else torch.empty_like(x)
     out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _add_rms_norm[(tokens,)](
-        x, x if delta is None else delta, weight, summed, out, scales, eps, x.numel(), SIZE=size,
+        x, x if delta is None else delta, weight, summed, out, scales,
+        peers.addresses if peers else x, peers.flags if peers else x, eps, x.numel(), SIZE=size,
         BLOCK=triton.next_power_of_2(size), PARTS=0 if delta is None else parts_of(delta),
-        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size, tokens), **early_start(),
+        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
+        RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
+        num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
 

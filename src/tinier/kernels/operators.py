@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinier.kernels import reference
 from tinier.kernels.machine import HAS_TRITON, machine_of
+from tinier.kernels.peers import Peers
 from tinier.kernels.reference import Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
 
@@ -49,11 +50,13 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None = None
-) -> tuple[Tensor, Tensor | Quantized]:
-    """x + delta [T, hidden], and the norm of it."""
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None = None,
+    peers: Peers | None = None, turn: int = 0,
+) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
+    """x + delta [T, hidden], and the norm of it. peers: of GPUs, where delta is to be summed over the
+    processes too; turn: 0 and 1 by turns."""
     if uses_triton(x.device):
-        return fused.add_rms_norm(x, delta, weight, eps, takes)
+        return fused.add_rms_norm(x, delta, weight, eps, takes, peers, turn)
     if delta is not None:
         x = x + delta
     return x, reference.rms_norm(x, weight, eps)

@@ -21,8 +21,6 @@ from tinier.calibration import (
     DecoderWalk,
     InputStatistics,
     KeysAndValues,
-    Ranks,
-    join_ranks,
     observe,
 )
 from tinier.checkpoint import (
@@ -64,6 +62,7 @@ from tinier.quantization.plan import (
     prepare,
 )
 from tinier.quantization.scales import round_nearest, searched_scales
+from tinier.ranks import Ranks, join_ranks
 from tinier.schemes import Layout
 from tinier.text import Document, written_windows
 
@@ -326,9 +325,10 @@ class _Job:
         records = [self._parts.record(part) for part in range(last + 1)]
         layers: dict[str, dict[str, float | None]] = {}
         warnings = [f"left in 16 bit: {n}" for n in self._stage.parameters["left_in_16_bit"]]
+        told: list[str] = []
         for record in records:
             layers |= record["layers"]
-            warnings += record["warnings"]
+            told += record["warnings"]
         schemes = {name: preset.scheme for name, preset in self._presets.items()}
         layout = Layout(schemes=schemes, kv_cache=kv_grid(self._plan))
         write_config(self._folder, output_config(self._source, layout))
@@ -341,7 +341,7 @@ class _Job:
             device=self._device,
             layers=layers,
             measures=measures,
-            warnings=warnings + _poor(layers),
+            warnings=warnings + _gathered(told) + _poor(layers),
         ).write(self._folder)
 
     def _edge_tensors(self) -> dict[str, Tensor]:
@@ -384,10 +384,25 @@ def _targets_path(folder: Path, index: int) -> Path:
 
 
 def _poor(layers: dict[str, dict[str, float | None]]) -> list[str]:
-    """Warnings about weights that lost more than rounding to few bits should."""
-    warnings = []
-    for name, measures in layers.items():
-        ratio = measures.get("snr_db")
-        if ratio is not None and ratio < _POOR_SNR_DB:
-            warnings.append(f"weights of {name} keep only {ratio} dB of signal over rounding noise")
-    return warnings
+    """A warning about weights that lost more than rounding to 4 bits would cost them."""
+    ratios = {name: ratio for name, m in layers.items() if (ratio := m.get("snr_db")) is not None}
+    poor = {name: ratio for name, ratio in ratios.items() if ratio < _POOR_SNR_DB}
+    if not poor:
+        return []
+    worst = min(poor, key=lambda name: poor[name])
+    return [
+        f"weights of {len(poor)} of {len(ratios)} linear layers keep less than {_POOR_SNR_DB:g} dB of "
+        f"signal over rounding noise; the least is {poor[worst]} dB in {worst}"
+    ]
+
+
+def _gathered(warnings: list[str]) -> list[str]:
+    """Warnings `LAYER: what`, those that say the same of several layers as one."""
+    layers: dict[str, list[str]] = {}
+    for warning in warnings:
+        layer, _, what = warning.partition(": ")
+        layers.setdefault(what, []).append(layer)
+    return [
+        f"{found[0]}{f' and {len(found) - 1} more layers' if len(found) > 1 else ''}: {what}"
+        for what, found in layers.items()
+    ]

@@ -17,6 +17,8 @@ from tinier.checkpoint import Checkpoint, StagePlan
 from tinier.device import free_memory_bytes, model_flops, pick_device
 from tinier.distillation import DistillPlan, distill, plan_distill
 from tinier.engine import EngineConfig
+from tinier.engine.crew import crew_devices
+from tinier.engine.parallel import Share
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
@@ -88,7 +90,20 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     for name in recipe.order():
         planned[name] = plan_stage(recipe, name, models, parts)
         models[name] = replace(base, config=planned[name].output_config)
+    check_shared(models, recipe.measure.tensor_parallel, recipe.device)
     return PlannedRun(recipe, base, parts, windows, mmlu, workloads, loads, planned)
+
+
+def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: str) -> None:
+    """Raise InputError where a model's sizes cannot be shared, or there are too few GPUs for it."""
+    if tensor_parallel == 1:
+        return
+    crew_devices(tensor_parallel, pick_device(device))
+    for name, model in models.items():
+        try:
+            Share(0, tensor_parallel).geometry(geometry_of(model))
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def plan_stage(

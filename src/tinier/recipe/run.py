@@ -244,7 +244,7 @@ class _Measurements:
             inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
         else:
             asked_here = asked["serving"] if section == "serving" else asked["speed"]
-            inputs += [asked_here, *hardware]
+            inputs += [asked_here, asked["tensor_parallel"], *hardware]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def _decoder(self, name: str) -> Decoder:
@@ -264,7 +264,10 @@ class _Measurements:
 
     def _memory(self, name: str) -> dict[str, Any]:
         largest = max(self._run.workloads, key=lambda w: w.concurrency)
-        memory = measure_memory(self._models[name], largest, self._run.recipe.device)
+        memory = measure_memory(
+            self._models[name], largest, self._run.recipe.device,
+            self._run.recipe.measure.tensor_parallel,
+        )  # fmt: skip
         return asdict(memory)
 
     def _speed(self, name: str) -> dict[str, Any]:
@@ -278,6 +281,7 @@ class _Measurements:
                 repeats=self._run.recipe.measure.speed.repeats,
                 seed=self._run.recipe.seed,
                 device=self._run.recipe.device,
+                tensor_parallel=self._run.recipe.measure.tensor_parallel,
             )
             results["paths"] = measured[name].paths
             results["variant"].append(asdict(measured[name]))
@@ -287,7 +291,10 @@ class _Measurements:
     def _serving(self, name: str) -> list[dict[str, Any]]:
         """Each load on a server of this model alone, with the limits that `tinier serve` has."""
         folder = self._models[name].folder
-        engine = EngineConfig(max_batch_size=MAX_BATCH_SIZE, device=self._run.recipe.device)
+        engine = EngineConfig(
+            max_batch_size=MAX_BATCH_SIZE, device=self._run.recipe.device,
+            tensor_parallel=self._run.recipe.measure.tensor_parallel,
+        )  # fmt: skip
         with Service([f"{name}={folder}"], engine) as service:
             endpoint = Endpoint(url=service.url, model=name, tokenizer=folder)
             return [asdict(result) for result in load(endpoint, list(self._run.loads))]

@@ -144,6 +144,8 @@ class Measure(_Strict):
     mmlu: MmluMeasure | None = None
     speed: SpeedMeasure = SpeedMeasure()
     serving: ServingMeasure | None = None
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """GPUs that share each layer where memory, speed and serving are measured."""
 
 
 class Recipe(_Strict):
@@ -210,8 +212,9 @@ class Recipe(_Strict):
         return done
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe file. Raises RecipeError, naming the key and the nearest known one."""
+def load_recipe(path: Path, tensor_parallel: int | None = None) -> Recipe:
+    """Read and check a recipe file. tensor_parallel: instead of the recipe's. Raises RecipeError, naming
+    the key and the nearest known one."""
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist. Start from recipes/demo.yaml.")
     try:
@@ -221,6 +224,9 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys such as base and variants.")
     try:
+        if tensor_parallel is not None:
+            measure = values.get("measure")
+            values["measure"] = {**(measure or {}), "tensor_parallel": tensor_parallel}
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(e)}" for e in error.errors())

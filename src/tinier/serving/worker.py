@@ -199,7 +199,7 @@ class _Worker:
         )  # fmt: skip
 
     def _fail_without_numbers(self, request: Request) -> None:
-        where = self._engine.decoder.overflow(torch.tensor([request.prompt + request.output]))
+        where = self._engine.overflow(request.prompt + request.output)
         log.error("request %d fails: %s", self._ids[request], where)
         self._connection.send(
             Failed(self._ids[request], "the model's logits are no numbers (NaN or Inf)")
@@ -229,8 +229,8 @@ class _Worker:
         starts another.
         """
         log.error("the engine failed; its requests are computed again, one by one", exc_info=error)
-        if isinstance(error, torch.AcceleratorError):
-            raise error
+        if isinstance(error, torch.AcceleratorError) or self._engine.config.tensor_parallel > 1:
+            raise error  # the processes that share the model are not where this one is
         self._engine.reset()
         for request, id_ in list(self._ids.items()):
             del self._ids[request]

@@ -1,10 +1,13 @@
-"""Several processes under torchrun: each computes its share of the windows, all see the same sums.
+"""Processes that work together, one for each device: which one this is, and sums over all of them.
 
-Start at `join_ranks`. Without torchrun everything here does nothing, so callers need no second path.
+`join_ranks` is for those that torchrun started (quantize, distill): each computes its share of the windows,
+and all see the same sums. `meet` is for those that tinier started itself (engine/crew.py). Where there is
+one process everything here does nothing, so callers need no second path.
 """
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinier.errors import InputError
+
+# one process writes text, measures sensitivities or fills the teacher's store while the others wait for it,
+# for hours with large models. torchrun, or whoever started them, ends them all when one of them ends
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Ranks:
         return value
 
     def gather(self, value: Tensor) -> Tensor:
-        """The ranks' tensors one after the other along the first dimension, on the host."""
+        """The ranks' tensors one after the other along the first dimension."""
         if self.size == 1:
             return value
         parts: list[Any] = [None] * self.size
@@ -57,17 +64,30 @@ class Ranks:
         return torch.cat(parts).to(value.device)
 
     def wait(self) -> None:
-        """Return when every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+        """Return when every rank is here. A GPU is left alone meanwhile."""
+        self.max_(torch.zeros(()))
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """This process's place among those that torchrun started; alone without torchrun."""
+    """This process's place among those that torchrun started; alone without torchrun.
+
+    device: this process's own, as `pick_device` gives it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Ranks()
     if not dist.is_initialized():
-        # gloo moves host tensors too, which the gathered samples are
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(_backend(device), timeout=_PATIENCE)
     return Ranks(dist.get_rank(), size)
+
+
+def meet(rank: int, size: int, store: Any, device: torch.device) -> None:
+    """Join the processes that know `store`: this one is number `rank` of `size`."""
+    dist.init_process_group(
+        _backend(device), store=store, rank=rank, world_size=size, timeout=_PATIENCE
+    )
+
+
+def _backend(device: torch.device) -> str:
+    # gloo moves what is on the host: decisions, samples, and the waiting for each other
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
