@@ -19,8 +19,9 @@ def store(
 ) -> ModelStore:
     monkeypatch.setattr("tinier.serving.store.free_memory_bytes", lambda device: free)
     return ModelStore(
-        config, max_queue=1, memory_bytes=memory, metrics=Metrics(), log_level=logging.WARNING
-    )
+        config, replicas=1, max_queue=1, memory_bytes=memory, metrics=Metrics(),
+        log_level=logging.WARNING,
+    )  # fmt: skip
 
 
 def test_a_cpu_server_takes_a_gibibyte_of_cache_unless_told(

@@ -87,8 +87,10 @@ def serve(
     backend: Annotated[
         str, typer.Option("--backend", help="tinier, or vllm: start vLLM on the same model.")
     ] = "tinier",
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", help="vllm: GPUs that share each layer.")
+    tensor_parallel: options.TensorParallel = 1,
+    replicas: Annotated[
+        int,
+        typer.Option("--replicas", help="Engines of each model, on GPUs of their own, one queue."),
     ] = 1,
     pipeline_parallel: Annotated[
         int,
@@ -115,6 +117,8 @@ def serve(
       tinier serve base=smollm2-135m small=./smollm2-int4 --port 9000 --api-key SECRET
       tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
       tinier serve smollm2-135m --triton
+      tinier serve ./llama-fp8 --replicas 2
+      tinier serve ./llama --tensor-parallel 2
       tinier serve ./llama-fp8 --backend vllm --tensor-parallel 4 --pipeline-parallel 2 --ray
     """
     import logging
@@ -129,20 +133,22 @@ def serve(
     output.start(quiet=quiet, log_level=log_level)
     if backend not in ("tinier", "vllm"):
         raise InputError(f"backend {backend!r} is not known. Use tinier or vllm.")
-    if backend == "tinier" and (ray or tensor_parallel > 1 or pipeline_parallel > 1):
-        raise InputError("several GPUs are served by vLLM. Type: --backend vllm")
-    if backend == "vllm" and (triton or len(models) > 1):
-        raise InputError("--backend vllm serves one model, and not through Triton.")
+    if backend == "tinier" and (ray or pipeline_parallel > 1):
+        raise InputError("--ray and --pipeline-parallel are vLLM's. Type: --backend vllm")
+    if backend == "vllm" and (triton or len(models) > 1 or replicas > 1):
+        raise InputError("--backend vllm serves one model once, and not through Triton.")
     sources = [Source.parse(model) for model in models]
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
         max_step_tokens=max(max_step_tokens, max_batch_size), device=device,
+        tensor_parallel=1 if backend == "vllm" else tensor_parallel,
     )  # fmt: skip
     config = ServeConfig(
         host=host, port=port, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
         drain_seconds=drain, keep_alive=keep_alive, cors_origins=tuple(cors or ()),
         max_body_bytes=options.num_bytes(max_body),
-        memory_bytes=options.num_bytes(memory) if memory else None, load_folder=allow_load, triton=triton,
+        memory_bytes=options.num_bytes(memory) if memory else None, replicas=replicas,
+        load_folder=allow_load, triton=triton,
         log_level=getattr(logging, log_level.upper()),
     )  # fmt: skip
     if backend == "vllm":

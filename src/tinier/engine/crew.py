@@ -192,15 +192,16 @@ class Crew:
         os._exit(1)
 
 
-def crew_devices(size: int, first: torch.device) -> list[str]:
-    """The devices of a crew, by rank. Raises InputError where there are too few."""
+def crew_devices(size: int, first: torch.device, what: str = "") -> list[str]:
+    """`size` devices from the first one on. Raises InputError where there are too few for `what`."""
     if first.type == "cpu":
         return ["cpu"] * size
     assert first.index is not None
     count = torch.cuda.device_count()
     if first.index + size > count:
         raise InputError(
-            f"tensor_parallel={size} needs {size} GPUs from {first} on; torch sees {count}. Use fewer."
+            f"{what or f'tensor_parallel={size}'}: {size} GPUs are needed from {first} on, and torch sees "
+            f"{count}. Use fewer."
         )
     return [f"cuda:{first.index + rank}" for rank in range(size)]
 

@@ -40,6 +40,8 @@ class ServeConfig:
     when they send."""
     cors_origins: tuple[str, ...] = ()
     """Web pages (https://HOST) that may ask from a browser; `*`: all."""
+    replicas: int = 1
+    """Engines of each model, on GPUs of their own, behind one queue."""
     load_folder: Path | None = None
     """Models in it may be loaded over HTTP; None: none may."""
     triton: bool = False
@@ -49,7 +51,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("port", 0), ("max_queue", 0), ("timeout", 0.001), ("drain_seconds", 0),
-            ("max_body_bytes", 1000), ("keep_alive", 0),
+            ("max_body_bytes", 1000), ("keep_alive", 0), ("replicas", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")

@@ -4,10 +4,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tinier.serving.worker import Progress
-
 if TYPE_CHECKING:
-    from tinier.serving.model import Job
+    from tinier.serving.replica import Job
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _ITL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -70,12 +68,12 @@ class Metrics:
     def restarted(self, model: str) -> None:
         self._restarts.labels(model).inc()
 
-    def ended(self, model: str) -> None:
-        for gauge in (self._running, self._waiting, self._cache):
-            gauge.labels(model).set(0)
-
-    def stands(self, model: str, progress: Progress, num_blocks: int) -> None:
-        self._running.labels(model).set(progress.running)
-        self._waiting.labels(model).set(progress.waiting)
-        self._preemptions.labels(model).set(progress.preemptions)
-        self._cache.labels(model).set(1 - progress.free_blocks / num_blocks)
+    def stands(
+        self, model: str, *, running: int, waiting: int, preemptions: int, free_blocks: int,
+        num_blocks: int,
+    ) -> None:  # fmt: skip
+        """How the engines of a model are after a step; num_blocks 0: there are none."""
+        self._running.labels(model).set(running)
+        self._waiting.labels(model).set(waiting)
+        self._preemptions.labels(model).set(preemptions)
+        self._cache.labels(model).set(1 - free_blocks / num_blocks if num_blocks else 0)

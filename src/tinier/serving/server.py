@@ -98,8 +98,8 @@ async def run(
     with contextlib.closing(listener):
         metrics = Metrics()
         store = ModelStore(
-            engine, max_queue=config.max_queue, memory_bytes=config.memory_bytes, metrics=metrics,
-            log_level=config.log_level,
+            engine, replicas=config.replicas, max_queue=config.max_queue,
+            memory_bytes=config.memory_bytes, metrics=metrics, log_level=config.log_level,
         )  # fmt: skip
         server = Server(
             store,
@@ -174,8 +174,10 @@ def _announce(config: ServeConfig, engine: EngineConfig, port: int, http: HttpSe
     for model in http.models:
         if model.ready is not None:
             tokens, size = model.ready.num_blocks * engine.block_size, model.ready.cache_bytes
+            count = f"{len(model.replicas)} × " if len(model.replicas) > 1 else ""
             print(
-                f"{model.label}: KV cache of {tokens:,} tokens, {size / 2**30:.2f} GiB", flush=True
+                f"{model.label}: {count}KV cache of {tokens:,} tokens, {size / 2**30:.2f} GiB",
+                flush=True,
             )
     if config.triton:
         first = config.port

@@ -10,9 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine import EngineConfig
+from tinier.engine.crew import crew_devices
+from tinier.engine.parallel import Share
 from tinier.engine.text import stop_token_ids
 from tinier.errors import InputError
 from tinier.families import checkpoint_layout, geometry_of, open_model
@@ -56,22 +60,32 @@ class Source:
 
 class ModelStore:
     def __init__(
-        self, config: EngineConfig, *, max_queue: int, memory_bytes: int | None, metrics: Metrics,
-        log_level: int,
+        self, config: EngineConfig, *, replicas: int, max_queue: int, memory_bytes: int | None,
+        metrics: Metrics, log_level: int,
     ) -> None:  # fmt: skip
-        """memory_bytes: for weights and caches of all models; None: what is free now, nine tenths of it on
-        a GPU; half on a CPU, and caches of 1 GiB or one request's."""
+        """replicas: engines of each model. memory_bytes: for weights and caches of all models, on each GPU;
+        None: what is free now, nine tenths of it on a GPU; half on a CPU, and caches of 1 GiB or one
+        request's. Raises InputError where there are too few GPUs."""
         self._config = config
         self._max_queue = max_queue
         self._metrics = metrics
         self._log_level = log_level
         device = pick_device(config.device)
         self._device = device
+        processes = replicas * config.tensor_parallel
+        what = f"replicas={replicas}, tensor_parallel={config.tensor_parallel}"
+        # each replica's first
+        self._devices = crew_devices(processes, device, what)[:: config.tensor_parallel]
         self._is_modest = memory_bytes is None and device.type == "cpu"
         if memory_bytes is None:
             free = free_memory_bytes(device)
             memory_bytes = free * 9 // 10 if device.type == "cuda" else free // 2
-        self.memory_bytes = memory_bytes
+        # of one process: on a CPU all of them share it, and have their shares of its cores
+        self.memory_bytes = memory_bytes if device.type == "cuda" else memory_bytes // processes
+        cores = torch.get_num_threads()
+        self._threads = (
+            max(1, cores // processes) if device.type == "cpu" and processes > 1 else None
+        )
         self._models: dict[tuple[str, int], Model] = {}
         self._reserved: dict[tuple[str, int], int] = {}
         self._loading = asyncio.Lock()
@@ -142,16 +156,17 @@ class ModelStore:
         most = least * self._config.max_batch_size
         if self._is_modest:
             most = min(most, max(least, _CPU_CACHE_BYTES))
-        fixed = checkpoint.weight_bytes + _WORKING_BYTES[self._device.type]
-        return fixed, least, most
+        weights = checkpoint.weight_bytes // self._config.tensor_parallel
+        return weights + _WORKING_BYTES[self._device.type], least, most
 
     def _request_bytes(self, checkpoint: Checkpoint) -> int:
-        """Of the longest request's cache."""
+        """Of the longest request's cache, in one process."""
         geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
         positions = min(self._config.max_seq_len, geometry.max_positions)
         blocks = -(-positions // self._config.block_size)
-        return geometry.cached_numbers * item * blocks * self._config.block_size
+        numbers = geometry.cached_numbers // self._config.tensor_parallel
+        return numbers * item * blocks * self._config.block_size
 
     def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
         if cache < least:
@@ -167,14 +182,21 @@ class ModelStore:
         key = source.name, version
         if key in self._models:
             raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
+        Share(0, self._config.tensor_parallel).geometry(geometry_of(checkpoint))
         config = self._config
         if cache < self._request_bytes(checkpoint) * config.max_batch_size:
             config = dataclasses.replace(config, kv_cache_bytes=cache)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
-        spec = WorkerSpec(folder=checkpoint.folder, config=config, log_level=self._log_level)
+        specs = [
+            WorkerSpec(
+                folder=checkpoint.folder, config=dataclasses.replace(config, device=device),
+                threads=self._threads, log_level=self._log_level,
+            )
+            for device in self._devices
+        ]  # fmt: skip
         ends = stop_token_ids(checkpoint, tokenizer)
         model = Model(
-            source.name, version, spec, tokenizer, ends, self._max_queue, self._metrics
+            source.name, version, specs, tokenizer, ends, self._max_queue, self._metrics
         )  # fmt: skip
         self._reserved[key] = fixed + cache
         try:

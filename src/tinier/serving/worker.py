@@ -83,6 +83,8 @@ class WorkerSpec:
 
     folder: Path
     config: EngineConfig
+    threads: int | None = None
+    """Of torch, where several share a CPU; None: as torch chooses"""
     log_level: int = logging.WARNING
 
     def engine(self) -> Engine:
@@ -100,6 +102,8 @@ def run(connection: Connection, spec: WorkerSpec) -> None:
     logging.basicConfig(
         level=spec.log_level, format=f"%(levelname)s worker {os.getpid()}: %(message)s"
     )
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     try:
         engine = spec.engine()
     except TinierError as error:
