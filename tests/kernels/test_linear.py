@@ -119,6 +119,27 @@ def test_the_gpu_path_of_int4() -> None:
     assert isinstance(int4, WeightOnlyLinear)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("tokens", [1, 64, 65, 300])
+@pytest.mark.parametrize("preset", ["fp8", "int8"])
+def test_rows_that_16_does_not_divide(preset: str, tokens: int) -> None:
+    """A vocabulary of 32,001: cuBLASLt's products, of more than 64 tokens, take whole sixteens alone."""
+    scheme = preset_named(preset, None).scheme
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32_001, 512, generator=generator).bfloat16()
+    quantized = to_device(rtn(weight, scheme, torch.bfloat16), "cuda")
+    layer = make_linear([StoredLinear(quantized, None, scheme)], torch.bfloat16)
+    x = torch.randn(tokens, 512, generator=generator).bfloat16().cuda()
+    assert layer.takes is not None
+    codes, scales, *_ = encode_tokens(x, layer.takes)
+    expected = (codes.double() * scales) @ dequantize(quantized, torch.bfloat16).double().t()
+    out = joined(layer(x), torch.bfloat16)
+    assert out.shape == (tokens, 32_001)
+    assert (out.double() - expected).norm() / expected.norm() < 8e-3
+    assert (layer.float32(x).double() - expected).norm() / expected.norm() < 5e-3
+
+
 @pytest.mark.parametrize("left_out", [0, 1])
 @pytest.mark.parametrize("preset", ["fp8", "int8", "int4"])
 def test_parts_of_a_fused_layer_may_be_left_in_16_bit(preset: str, left_out: int) -> None:

@@ -211,3 +211,21 @@ def test_parts_are_summed(takes: str | None) -> None:
     gate_up = random(3, 5, 200, seed=3)
     plain = reference.silu_mul(gate_up.sum(dim=0).bfloat16())
     check_row(fused.silu_mul(gate_up, torch.bfloat16, takes), plain, takes)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocab", [1003, 70_001])
+def test_greedy_is_the_first_of_the_largest_or_no_token(vocab: int, dtype: torch.dtype) -> None:
+    logits = random(7, vocab, dtype=dtype)
+    logits[0, 900], logits[1, 1002] = torch.nan, torch.inf
+    logits[2], logits[3] = torch.nan, -torch.inf
+    logits[4, [17, 970]] = 100.0  # of equal ones the first
+    logits[5, -1] = 100.0
+    seats = torch.tensor([3, 1, 0, 2, 5, 6, 4], dtype=torch.int32, device=DEVICE)
+    sampled = torch.full((8,), 77, dtype=torch.int64, device=DEVICE)
+    tokens = fused.greedy(logits, seats, sampled)
+    expected = reference.greedy(logits.cpu())
+    assert expected[:6].tolist() == [-1, -1, -1, -1, 17, vocab - 1]
+    assert torch.equal(tokens.cpu(), expected)
+    assert torch.equal(sampled.cpu()[seats.cpu().long()], expected.clamp(min=0))
+    assert sampled[7] == 77

@@ -144,7 +144,7 @@ def _largest_of(  # type: ignore[no-untyped-def]
     place = tl.load(places + row * PARTS + part)
     top = tl.max(value, axis=0)
     token = tl.min(tl.where(value == top, place, 2**31 - 1), axis=0).to(tl.int64)
-    token = tl.where(top == float("inf"), -1, token)  # no numbers
+    token = tl.where(tl.abs(top) == float("inf"), -1, token)  # no numbers
     tl.store(tokens + row, token)
     tl.store(sampled + tl.load(seats + row), tl.maximum(token, 0))
 
