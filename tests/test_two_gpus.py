@@ -70,36 +70,34 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen3", "bf16"), *(("llama", name) for name in FORMATS)]
+)
 def test_a_shared_engine_has_the_logits_of_one(
-    tiny: TinyMaker, tmp_path: Path, name: str, family: str
+    tiny: TinyMaker, tmp_path: Path, family: str, name: str
 ) -> None:
-    if family == "qwen3" and name != "bf16":
-        pytest.skip("formats are the same for all families")
+    """In float32 the same; in 16 bit, where sums of other parts are rounded, as near to float32's."""
     model = made(tiny(family, **SIZES), name, tmp_path)
     asked = prompts(6, 400)
-    logits, outputs = [], []
-    for gpus in (1, 2):
+
+    def logits(gpus: int, dtype: torch.dtype) -> torch.Tensor:
         config = EngineConfig(
             max_batch_size=8, max_seq_len=512, max_step_tokens=600, tensor_parallel=gpus,
             device="cuda:0",
         )  # fmt: skip
-        engine = Engine(model, config)
+        engine = Engine(model, config, dtype=dtype)
         scored = [engine.add(p, SamplingParams(max_tokens=1, prompt_logits=True)) for p in asked]
         while engine.has_work:
             engine.step()
-        logits.append(torch.cat([torch.cat(request.prompt_logits) for request in scored]))
-        outputs.append(engine.generate(asked, SamplingParams(max_tokens=16)))
-        del engine
-    # rounded activations: a number on the border of two codes moves by a whole step
-    limit = {"bf16": 0.02, "int4": 0.05, "int4-32": 0.02}.get(name, 0.12)
-    assert apart(logits[1], logits[0]) < limit
-    same = [
-        a == b for one, two in zip(*outputs, strict=True) for a, b in zip(one, two, strict=True)
-    ]
-    print(f"{family} {name}: logits {apart(logits[1], logits[0]):.4f} apart, "
-          f"{sum(same) / len(same):.2f} of the tokens the same")  # fmt: skip
+        return torch.cat([torch.cat(request.prompt_logits) for request in scored])
+
+    exact = logits(1, torch.float32)
+    alone, shared = (apart(logits(gpus, torch.bfloat16), exact) for gpus in (1, 2))
+    in_float32 = apart(logits(2, torch.float32), exact)
+    print(f"{family} {name}: {alone:.4f}, shared {shared:.4f}; in float32 {in_float32:.6f}")
+    assert shared < 1.2 * alone + 0.005
+    if name in ("bf16", "int4-32"):  # nothing but weights is rounded
+        assert in_float32 < 1e-4
 
 
 def test_graphs_prefixes_and_preemption_of_a_shared_engine(tiny: TinyMaker) -> None:
@@ -134,18 +132,16 @@ def test_calibration_on_two_gpus_gives_the_bytes_of_one(tiny: TinyMaker, tmp_pat
     source = tiny(**SIZES | {"vocab_size": 264})
     text = tmp_path / "text.txt"
     text.write_text(" ".join(DOCUMENTS * 8))
-    presets = ("int4-gptq", "int4-awq", "int8-sq")
+    int4 = ["--preset", "int4-gptq", "--preset", "int4-awq", "--group-size", "64"]
     for gpus in (1, 2):
-        for preset in presets:
-            size = ["--group-size", "64"] if "int4" in preset else []
+        for words, out in ((int4, "int4"), (["--preset", "int8-sq"], "int8-sq")):
             run(
-                "-m", "tinier", "quantize", source.folder, "--preset", preset, *size, "--calibration",
-                text, "--sequences", 128, "--length", 64, "--quiet", "--out",
-                tmp_path / f"{preset}-{gpus}", gpus=gpus,
+                "-m", "tinier", "quantize", source.folder, *words, "--calibration", text, "--sequences",
+                128, "--length", 64, "--quiet", "--out", tmp_path / f"{gpus}-{out}", gpus=gpus,
             )  # fmt: skip
-    for preset in presets:
+    for preset in ("int4/int4-gptq", "int4/int4-awq", "int8-sq"):
         one, two = (
-            {n: t for path in sorted((tmp_path / f"{preset}-{gpus}").glob("*.safetensors"))
+            {n: t for path in sorted((tmp_path / f"{gpus}-{preset}").glob("*.safetensors"))
              for n, t in load_file(path).items()}
             for gpus in (1, 2)
         )  # fmt: skip
@@ -164,7 +160,9 @@ from tinier.quantization import QuantizePlan
 
 student, teacher, out = map(Path, sys.argv[1:4])
 grid, stop_at = sys.argv[4], int(sys.argv[5])
-quantize = QuantizePlan(preset=grid, group_size=32, sequences=4, length=32) if grid != "none" else None
+quantize = None
+if grid != "none":  # two batches, one for each process
+    quantize = QuantizePlan(preset=grid, group_size=32, sequences=160, length=32)
 plan = dataclasses.replace(PLAN, steps=20, eval_every=10, save_seconds=0.0, quantize=quantize)
 step = trainer.Trainer._step
 
