@@ -11,6 +11,7 @@ Peers' environments are made once, each with `pip install torch==2.13.0` first:
 
     python -m benchmarks.quantization_peers --envs ENVS --text wikitext-2/valid.txt --work DIR
         --out RESULT.json [--off-grid] [--rows fp8 int4] [--peers ours llmcompressor]
+        [--methods int4-gptq]
 
 The model's weights were a Q4_1 file once, so a 4-bit grid can find them again. --off-grid moves every
 one of them by a uniform random amount within half a step of that grid: INT4 figures of a model that
@@ -86,6 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="*", default=[], help="only formats that start like this")
     parser.add_argument("--peers", nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=[])
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     base = open_model(MODEL)
@@ -109,12 +111,10 @@ def main() -> None:
         steps = dict(zip(row.options[::2], row.options[1::2], strict=True)).get("--iterations")
         method = f"{row.method}, {steps} steps" if steps else row.method
         key = " · ".join((row.format, row.peer, method))
-        skipped = arguments.rows and not any(row.format.startswith(r) for r in arguments.rows)
-        if (
-            key in results["rows"]
-            or skipped
-            or (arguments.peers and row.peer not in arguments.peers)
-        ):
+        skipped = bool(arguments.rows) and not row.format.startswith(tuple(arguments.rows))
+        skipped |= bool(arguments.peers) and row.peer not in arguments.peers
+        skipped |= bool(arguments.methods) and row.method not in arguments.methods
+        if key in results["rows"] or skipped:
             continue
         print(key, file=sys.stderr, flush=True)
         if row.peer == "ours":
