@@ -1,5 +1,7 @@
 """What users may rely on: changing it is a decision, so it is written down here."""
 
+import json
+import re
 from pathlib import Path
 
 import tinier
@@ -23,6 +25,26 @@ def test_verbs_are_pinned() -> None:
         "run", "quantize", "prune", "distill", "eval", "compare", "generate", "bench", "serve",
         "report",
     ]  # fmt: skip
+
+
+def test_what_loads_in_vllm_is_what_was_measured() -> None:
+    """docs/loading.md has every preset, with the figures of the result file that it names."""
+    from tinier.schemes import PRESETS
+
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "loading.md").read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"benchmarks/results/(vllm-agreement\S*\.json)", page))
+    measured = json.loads((root / "benchmarks" / "results" / name).read_text())["rows"]
+    lines = [line.strip("| ").split("|") for line in page.splitlines() if line.startswith("| ")]
+    rows = {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
+    assert rows.keys() == measured.keys() >= set(PRESETS)
+    for preset, found in measured.items():
+        if not found["loads"]:
+            assert rows[preset][1].startswith("refused")
+            continue
+        figures = [found["perplexity_tinier"], found["perplexity_vllm"]]
+        difference = found["mean_abs_logprob_difference"]
+        assert rows[preset] == [*(f"{figure:.2f}" for figure in figures), f"{difference:.3f}"]
 
 
 def test_documented_help_is_the_help_of_the_program() -> None:

@@ -56,7 +56,8 @@ def test_manifest_says_how_it_was_made(tiny: Tiny, tmp_path: Path) -> None:
     assert all(10 < m["snr_db"] < 30 for m in linears.values())  # type: ignore[operator]
     assert all(m["output_snr_db"] > m["snr_db"] for m in linears.values())  # type: ignore[operator]
     assert {f"model.layers.{i}" for i in range(4)} == set(manifest.layers) - set(linears)
-    assert "left in 16 bit: model.layers.0.mlp.up_proj" in manifest.warnings
+    named = ", ".join(f"model.layers.{i}.mlp.up_proj" for i in range(3))
+    assert f"left in 16 bit: {named} and 1 more" in manifest.warnings
     assert manifest.seconds > 0
     assert manifest.peak_memory_bytes > 0
 
@@ -284,6 +285,19 @@ def test_more_damping_is_in_the_manifest(
     assert made.manifest is not None
     expected = "mlp.down_proj: the Hessian needed damping of 0.3 (usual: 0.01)"
     assert f"model.layers.0 and 3 more layers: {expected}" in made.manifest.warnings
+
+
+def test_what_loaders_refuse_is_said_beforehand(tiny: Tiny) -> None:
+    def told(**plan: Any) -> str:
+        return "\n".join(plan_quantize(tiny(), QuantizePlan(**plan), DOCUMENTS).warnings)
+
+    said = told(preset="int8", ignore=("*.3.self_attn.q_proj",))
+    assert "model.layers.3.self_attn.q_proj, model.layers.3.self_attn.k_proj" in said
+    assert "vLLM multiplies them as one matrix" in said
+    assert "one matrix" in told(preset="fp8", ignore=("*.up_proj",))
+    for whole in ((), ("*.self_attn.[qkv]_proj",), ("*.o_proj", "*.down_proj")):
+        assert told(preset="int8", ignore=whole) == ""
+    assert "reads all 8-bit floats as E4M3" in told(preset="fp8-e5m2")
 
 
 def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ def quantize(
 ) -> None:
     """Quantize a model's linear layers, and its head and KV cache if asked to.
 
-    Writes a compressed-tensors checkpoint, which transformers, vLLM and SGLang load. What one of them
-    cannot load of a preset is said before the work, and by --dry-run. A run that was stopped goes on
-    where it was when the same is typed again.
+    Writes a compressed-tensors checkpoint, which transformers, vLLM and SGLang read; docs/loading.md has
+    what was seen to load for each preset, and what is known to fail is said before the work, and by
+    --dry-run. A run that was stopped goes on where it was when the same is typed again.
 
     \b
     Presets:

@@ -324,7 +324,9 @@ class _Job:
         self._parts.close()
         records = [self._parts.record(part) for part in range(last + 1)]
         layers: dict[str, dict[str, float | None]] = {}
-        warnings = [f"left in 16 bit: {n}" for n in self._stage.parameters["left_in_16_bit"]]
+        left = self._stage.parameters["left_in_16_bit"]
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings = [f"left in 16 bit: {', '.join(left[:3])}{more}"] if left else []
         told: list[str] = []
         for record in records:
             layers |= record["layers"]

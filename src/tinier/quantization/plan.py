@@ -22,6 +22,7 @@ from tinier.families import (
     Geometry,
     check_length,
     geometry_of,
+    layer_name,
     linear_names,
 )
 from tinier.quantization.layer import LayerPresets
@@ -127,6 +128,17 @@ def prepare(
     return stage, windows
 
 
+def _split_groups(geometry: Geometry, presets: dict[str, Preset]) -> list[str]:
+    """Layers with the same input that have several formats, 16 bit counted as one."""
+    found = []
+    for index in range(geometry.layers):
+        for members in INPUT_GROUPS.values():
+            names = [f"{layer_name(index)}.{member}" for member in members]
+            if len({presets[name].scheme if name in presets else None for name in names}) > 1:
+                found.append(", ".join(names))
+    return found
+
+
 def _warnings(
     source: Checkpoint, plan: QuantizePlan, presets: dict[str, Preset], windows: Tensor | None
 ) -> list[str]:
@@ -141,6 +153,17 @@ def _warnings(
         warnings.append(
             "transformers from 5.23 cannot load zero points packed beside INT4 weights (a shape mismatch "
             "in it); this engine and vLLM can"
+        )
+    if any(grid.kind == "e5m2" for grid in grids):
+        warnings.append(
+            "vLLM reads all 8-bit floats as E4M3 and would not compute these E5M2 weights; transformers "
+            "and this engine do"
+        )
+    split = _split_groups(geometry_of(source), presets)
+    if split:
+        warnings.append(
+            f"{split[0]} are not all quantized in the same way: vLLM multiplies them as one matrix and "
+            "refuses that; transformers and this engine do not. Ignore all of them or none"
         )
     if source.dtype == torch.float16 and any(
         grid.kind == "float" and grid.bits == 4 for grid in grids
