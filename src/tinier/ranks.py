@@ -63,9 +63,21 @@ class Ranks:
         dist.all_gather_object(parts, value.cpu())
         return torch.cat(parts).to(value.device)
 
+    def collect(self, value: Any) -> list[Any]:
+        """What each rank has, at the first one; tensors must be on the host, as others cannot be sent.
+        Empty at the others."""
+        if self.size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.size
+        dist.gather_object(value, parts if self.writes else None)
+        return parts if self.writes else []
+
     def wait(self) -> None:
         """Return when every rank is here. A GPU is left alone meanwhile."""
         self.max_(torch.zeros(()))
+
+
+ALONE = Ranks()
 
 
 def join_ranks(device: torch.device) -> Ranks:

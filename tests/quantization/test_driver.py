@@ -17,7 +17,7 @@ from tinier.engine import load_decoder
 from tinier.errors import InputError, OutputError, SchemeError
 from tinier.families import checkpoint_layout, open_model
 from tinier.pruning import PrunePlan, prune
-from tinier.quantization import QuantizePlan, driver, plan_quantize, quantize, quantize_all
+from tinier.quantization import QuantizePlan, driver, layer, plan_quantize, quantize, quantize_all
 from tinier.schemes import PRESETS
 
 Tiny = Callable[..., Checkpoint]
@@ -186,6 +186,15 @@ def test_two_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
         one, two = (tensors_of(open_checkpoint(tmp_path / n / preset)) for n in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_groups_are_shared_out_evenly_and_the_writer_has_the_lightest() -> None:
+    work = {"qkv": 77, "o": 58, "gate and up": 184, "down": 756}
+    assert layer._owners(work, 1) == dict.fromkeys(work, 0)
+    assert layer._owners(work, 2) == {"down": 1, "gate and up": 0, "qkv": 0, "o": 0}
+    assert sorted(layer._owners(work, 4).values()) == [0, 1, 2, 3]
+    assert layer._owners(work, 4)["o"] == 0
+    assert set(layer._owners(work, 7).values()) <= set(range(7))
 
 
 def test_several_presets_in_one_walk_are_what_each_is_alone(tiny: Tiny, tmp_path: Path) -> None:

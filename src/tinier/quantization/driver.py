@@ -258,9 +258,11 @@ class _Job:
         inputs = outputs = None
         if self._hidden is not None and self._exact is not None:
             inputs, outputs = self._ranks.gather(self._hidden), self._ranks.gather(self._exact)
-        if not self._ranks.writes:
+        result = quantize_layer(
+            module, presets, statistics, self._geometry, self._source.dtype, self._ranks
+        )
+        if result is None:
             return
-        result = quantize_layer(module, presets, statistics, self._geometry, self._source.dtype)
         if inputs is not None and outputs is not None:
             self._learn(index, module, result, inputs, outputs)
         tensors = result.tensors(prefix)

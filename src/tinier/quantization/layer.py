@@ -26,6 +26,7 @@ from tinier.quantization.scales import (
     searched_scales,
 )
 from tinier.quantization.smoothquant import smooth_factors
+from tinier.ranks import ALONE, Ranks
 from tinier.schemes import Preset, Scheme
 
 LayerPresets = dict[str, Preset]
@@ -36,6 +37,11 @@ class QuantizedLinear(NamedTuple):
     weight: Quantized
     scheme: Scheme
     input_scale: Tensor | None
+
+    def to(self, device: torch.device) -> "QuantizedLinear":
+        weight = Quantized(*(None if part is None else part.to(device) for part in self.weight))  # type: ignore[arg-type]
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return QuantizedLinear(weight, self.scheme, scale)
 
 
 @dataclass(slots=True)
@@ -77,12 +83,15 @@ def quantize_layer(
     statistics: dict[str, InputStatistics],
     geometry: Geometry,
     dtype: torch.dtype,
-) -> QuantizedLayer:
+    ranks: Ranks = ALONE,
+) -> QuantizedLayer | None:
     """Quantize the linear layers of a decoder layer. Folding changes norms and biases of `layer`.
 
-    statistics: by input group; empty where no preset looks at the inputs. dtype: of stored scales.
+    statistics: by input group; empty where no preset looks at the inputs. dtype: of stored scales. ranks:
+    that share the work; the result is the first one's, None on the others.
     """
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in geometry.linears}
+    device = next(iter(weights.values())).device
     seen = dict(statistics)
     for group, linears in INPUT_GROUPS.items():
         preset = presets.get(linears[0])
@@ -95,10 +104,23 @@ def quantize_layer(
         seen[group] = seen[group].divided_by(applied)
     targets = {name: weight for name, weight in weights.items() if name in presets}
     result = QuantizedLayer({}, {}, targets, seen)
-    for group, linears in INPUT_GROUPS.items():
-        _quantize_group(
-            result, [n for n in linears if n in presets], presets, seen.get(group), dtype
-        )
+    groups = {
+        group: [n for n in linears if n in presets] for group, linears in INPUT_GROUPS.items()
+    }
+    owners = _owners({group: _work(targets, names) for group, names in groups.items()}, ranks.size)
+    made = {
+        group: _quantize_group(targets, names, presets, seen.get(group), dtype)
+        for group, names in groups.items()
+        if names and owners[group] == ranks.rank
+    }
+    if not ranks.writes:
+        ranks.collect({group: value.to(torch.device("cpu")) for group, value in made.items()})
+        return None
+    for others in ranks.collect({}):
+        made |= {group: value.to(device) for group, value in others.items()}
+    for group in (group for group in groups if group in made):  # in one order, whoever made it
+        result.linears |= made[group].linears
+        result.warnings += made[group].warnings
     folded = {f"{name}.weight": weights[name].to(dtype) for name in weights if name not in presets}
     kept = {n: t for n, t in layer.state_dict().items() if n.removesuffix(".weight") not in presets}
     result.others = kept | folded
@@ -124,16 +146,42 @@ def _factors(
     return shared(factors, group, geometry)
 
 
+def _work(targets: dict[str, Tensor], names: list[str]) -> int:
+    """About what a group costs: solving for its inputs, and the walk along its columns."""
+    if not names:
+        return 0
+    rows, columns = sum(targets[name].shape[0] for name in names), targets[names[0]].shape[1]
+    return columns**3 + rows * columns**2
+
+
+def _owners(work: dict[str, int], ranks: int) -> dict[str, int]:
+    """Which rank makes which group: the largest first, each to the one that has least, the last of equal
+    ones: the first rank writes, too."""
+    loads, owners = [0] * ranks, {}
+    for group in sorted(work, key=lambda group: -work[group]):
+        owner = min(reversed(range(ranks)), key=lambda rank: loads[rank])
+        owners[group] = owner
+        loads[owner] += work[group]
+    return owners
+
+
+class _Group(NamedTuple):
+    linears: dict[str, QuantizedLinear]
+    warnings: list[str]
+
+    def to(self, device: torch.device) -> "_Group":
+        return _Group({name: one.to(device) for name, one in self.linears.items()}, self.warnings)
+
+
 def _quantize_group(
-    result: QuantizedLayer,
+    targets: dict[str, Tensor],
     names: list[str],
     presets: LayerPresets,
     seen: InputStatistics | None,
     dtype: torch.dtype,
-) -> None:
-    """Quantize linear layers that share an input, into `result`."""
-    if not names:
-        return
+) -> _Group:
+    """Quantize linear layers that share an input."""
+    warnings = []
     preset = presets[names[0]]
     grid, algorithm = preset.scheme.weights, preset.algorithm
     activations = preset.scheme.activations
@@ -147,22 +195,25 @@ def _quantize_group(
         assert seen.moments is not None
         inverse = Inverse(seen.moments)
         if inverse.damp > DAMP:
-            result.warnings.append(
+            warnings.append(
                 f"{' '.join(names)}: the Hessian needed damping of {inverse.damp:g} (usual: {DAMP:g})"
             )
     importance = seen.mean_square if seen else None
     # as one matrix, in one walk along the columns. Servers multiply q, k, v and gate, up so, with one scale
     # for the whole tensor (FP8), or one over the scales (NVFP4), where the format has such: vLLM and
     # TensorRT-LLM take the largest of the parts' and would scale the others wrongly
-    target = torch.cat([result.targets[name] for name in names])
+    target = torch.cat([targets[name] for name in names])
     if algorithm.scales == "error":
         fit = searched_scales(target, grid, dtype, importance)
     else:
         fit = absmax_scales(target, grid, dtype)
     weight = gptq(target, inverse, fit, grid) if inverse else round_nearest(target, fit, grid)
-    rows = [result.targets[name].shape[0] for name in names]
-    for name, part in zip(names, _split(weight, rows), strict=True):
-        result.linears[name] = QuantizedLinear(part, preset.scheme, input_scale)
+    parts = _split(weight, [targets[name].shape[0] for name in names])
+    linears = {
+        name: QuantizedLinear(part, preset.scheme, input_scale)
+        for name, part in zip(names, parts, strict=True)
+    }
+    return _Group(linears, warnings)
 
 
 def _split(weight: Quantized, rows: list[int]) -> list[Quantized]:
