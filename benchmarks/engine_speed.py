@@ -25,7 +25,7 @@ from tinier.benchmark import environment
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.engine.decoder import Decoder, Layer
 from tinier.engine.rope import Rope
-from tinier.families import Geometry
+from tinier.families import Geometry, LayerKind
 from tinier.kernels import Linear, StoredLinear, make_linear
 from tinier.numerics import Quantized, cast_e4m3
 from tinier.schemes import PRESETS, Grid, Layout, Scheme
@@ -37,7 +37,7 @@ def geometry(layers: int) -> Geometry:
     return Geometry(
         layers=layers, hidden=3072, intermediate=8192, heads=24, kv_heads=8, head_dim=128,
         vocab=128_256, max_positions=131_072, norm_eps=1e-5, tied_head=True, qkv_bias=False,
-        out_bias=False, mlp_bias=False, qk_norm=False, hidden_in_heads=True, windows=(None,) * layers,
+        out_bias=False, mlp_bias=False, qk_norm=False, hidden_in_heads=True, kinds=(LayerKind(),) * layers,
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from tinier.checkpoint import Checkpoint
@@ -45,6 +47,7 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
@@ -104,7 +107,7 @@ def write_tiny(
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "head_dim": 16,
-        "sliding_window": None, "initializer_range": 0.12,
+        "sliding_window": None, "initializer_range": 0.12, "pad_token_id": None,
     }  # fmt: skip
     torch.manual_seed(seed)
     model = model_class(config_class(**(sizes | overrides)))

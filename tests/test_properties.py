@@ -23,6 +23,8 @@ from tinier.quantization import QuantizePlan, quantize
 from tinier.schemes import PRESETS
 
 CPU = torch.device("cpu")
+OTHERS = ["smollm3"]
+"""Families of the draws from 1,000 on"""
 NAMES = [None, *(name for name in PRESETS if name != "int4-best"), "int4-best"]
 
 
@@ -39,7 +41,7 @@ class Draw:
 def drawn(seed: int) -> Draw:
     """A legal combination. Sizes are small and odd: nothing is a power of two by design."""
     rng = random.Random(seed)
-    family = rng.choice(["llama", "mistral", "qwen2", "qwen3"])
+    family = rng.choice(OTHERS if seed >= 1000 else ["llama", "mistral", "qwen2", "qwen3"])
     dtype = rng.choice([torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
     kv_heads = rng.choice([1, 2, 3])
     heads = kv_heads * rng.choice([1, 2, 3])
@@ -56,10 +58,12 @@ def drawn(seed: int) -> Draw:
     }  # fmt: skip
     if family == "llama":
         sizes |= {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3}
-    if family == "qwen3":
+    if family in ("qwen3", "smollm3"):
         sizes["attention_bias"] = rng.random() < 0.3
     if family in ("mistral", "qwen2") and rng.random() < 0.4:
         sizes |= {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}
+    if family == "smollm3":
+        sizes["no_rope_layers"] = rng.choice([[1, 0], [0, 1]])
     return Draw(family, dtype, sizes, _drawn_plan(rng, sizes, unit))
 
 
@@ -179,13 +183,13 @@ def _loads(draw: Draw) -> bool:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(12), *range(1000, 1004)])
 def test_a_few_models(tmp_path: Path, seed: int, device: str) -> None:
     check(seed, tmp_path, device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", range(100, 340))
+@pytest.mark.parametrize("seed", [*range(100, 340), *range(1100, 1150)])
 def test_many_models(tmp_path: Path, seed: int, device: str) -> None:
     check(seed, tmp_path, device)

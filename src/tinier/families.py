@@ -8,7 +8,7 @@ FAMILIES.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import CONFIG_MAPPING
@@ -35,14 +35,36 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 HEAD_LINEAR = "lm_head"
 
-# linear layers that read the same input, and what stands before that input: where a factor for each
-# of its channels can be folded into. A norm's weight, or the rows of a linear layer
-INPUT_GROUPS: dict[str, tuple[str, ...]] = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.v_proj": ("self_attn.o_proj",),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.up_proj": ("mlp.down_proj",),
-}
+
+class Norms(NamedTuple):
+    """The norms of a layer by what they do, under their names inside it."""
+
+    attention_in: str = "input_layernorm"
+    mlp_in: str = "post_attention_layernorm"
+
+
+_USUAL = Norms()
+
+
+class LayerKind(NamedTuple):
+    """In what the layers of one model differ."""
+
+    window: int | None = None
+    """How many tokens back attention sees; None: all"""
+    rope: bool = True
+    """Whether q and k are turned by their positions"""
+
+
+class Input(NamedTuple):
+    """What some linear layers of a decoder layer read."""
+
+    name: str
+    readers: tuple[str, ...]
+    source: str
+    """What stands before it, where a factor for each channel can be folded into: a norm's weight, or the
+    rows of a linear layer"""
+    per_kv_head: bool = False
+    """Whether the source's rows serve all query heads of one KV head"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +79,9 @@ class Family:
     windows: Literal["none", "all", "layer_types"] = "none"
     """Which layers have the `sliding_window` of config.json: none, whatever it says; all; or those that
     its `layer_types` names."""
+    norms: Norms = _USUAL
+    some_without_rope: bool = False
+    """Whether `no_rope_layers` of config.json says which layers turn q and k (1) and which do not (0)."""
     hidden_in_heads: bool = False
     """Whether transformers wants the hidden size to be a multiple of the number of heads, even where
     the head size is given."""
@@ -93,6 +118,14 @@ FAMILIES = {
             qk_norm=True,
             windows="layer_types",
         ),
+        Family(
+            architecture="SmolLM3ForCausalLM",
+            qkv_bias="config",
+            mlp_bias="config",
+            qk_norm=False,
+            windows="layer_types",
+            some_without_rope=True,
+        ),
     )
 }
 
@@ -116,13 +149,30 @@ class Geometry:
     mlp_bias: bool
     qk_norm: bool
     hidden_in_heads: bool
-    windows: tuple[int | None, ...]
-    """For each layer how many tokens back attention sees; None: all."""
+    kinds: tuple[LayerKind, ...]
+    """Of each layer."""
+    norm_names: Norms = _USUAL
 
     @property
     def cached_numbers(self) -> int:
         """Numbers that the cache holds for a token: keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer's attention."""
+        return tuple(kind.window for kind in self.kinds)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What a layer's linear layers read, in the order that it is computed."""
+        heads = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        return (
+            Input("self_attn", heads, self.norm_names.attention_in),
+            Input("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.v_proj", per_kv_head=True),
+            Input("mlp", ("mlp.gate_proj", "mlp.up_proj"), self.norm_names.mlp_in),
+            Input("mlp.down_proj", ("mlp.down_proj",), "mlp.up_proj"),
+        )
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -141,10 +191,7 @@ class Geometry:
     @property
     def norms(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's norm weights, by their name inside the layer."""
-        norms = {
-            "input_layernorm.weight": (self.hidden,),
-            "post_attention_layernorm.weight": (self.hidden,),
-        }
+        norms = {f"{name}.weight": (self.hidden,) for name in self.norm_names}
         if self.qk_norm:
             norms["self_attn.q_norm.weight"] = (self.head_dim,)
             norms["self_attn.k_norm.weight"] = (self.head_dim,)
@@ -217,6 +264,10 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
             "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
         )
     notes = []
+    if family.some_without_rope and config.get("no_rope_layers") is None:
+        # said of each layer, so that it holds when some of them go
+        turned = hf_config(replace(checkpoint, config=config)).no_rope_layers
+        config["no_rope_layers"] = list(turned)
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
         notes.append(
@@ -364,7 +415,8 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         mlp_bias=mlp_bias if family.mlp_bias == "config" else family.mlp_bias,
         qk_norm=family.qk_norm,
         hidden_in_heads=family.hidden_in_heads,
-        windows=_windows(family, config),
+        kinds=_kinds(family, config),
+        norm_names=family.norms,
     )
 
 
@@ -403,11 +455,20 @@ def _positions(config: Any) -> int:
     return max(positions, int(original * rope.get("factor", 1.0)))
 
 
+def _kinds(family: Family, config: Any) -> tuple[LayerKind, ...]:
+    """What each layer is."""
+    windows = _windows(family, config)
+    turned = list(config.no_rope_layers) if family.some_without_rope else [1] * len(windows)
+    return tuple(LayerKind(w, bool(rope)) for w, rope in zip(windows, turned, strict=True))
+
+
 def _windows(family: Family, config: Any) -> tuple[int | None, ...]:
     layers = int(config.num_hidden_layers)
     if family.windows == "none":
         return (None,) * layers
     window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
     if family.windows == "all":
         return (window,) * layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers

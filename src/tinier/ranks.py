@@ -93,11 +93,16 @@ def join_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), size)
 
 
-def meet(rank: int, size: int, store: Any, device: torch.device) -> None:
-    """Join the processes that know `store`: this one is number `rank` of `size`."""
+def meet(rank: int, size: int, store: Any, device: torch.device) -> Any:
+    """Join the processes that know `store`, this one as number `rank` of `size`; returns torch's group."""
     dist.init_process_group(
         _backend(device), store=store, rank=rank, world_size=size, timeout=_PATIENCE
     )
+    group = dist.group.WORLD
+    # not torch's default group: compressed-tensors, Accelerate and others look for one, and would wait for
+    # processes that know nothing of what they do
+    dist.distributed_c10d._update_default_pg(None)
+    return group
 
 
 def _backend(device: torch.device) -> str:

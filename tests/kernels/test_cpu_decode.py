@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.device import bf16_products
-from tinier.families import Geometry
+from tinier.families import Geometry, LayerKind
 from tinier.kernels import Cache, HeadInputs, Layer, PagedBatch, StoredLinear, make_linear, native
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
@@ -71,7 +71,8 @@ def random_weights(
     geometry = Geometry(
         layers=2, hidden=HIDDEN, intermediate=INNER, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias, out_bias=bias,
-        mlp_bias=bias, qk_norm=qk_norm, hidden_in_heads=False, windows=(window, window),
+        mlp_bias=bias, qk_norm=qk_norm, hidden_in_heads=False,
+        kinds=(LayerKind(window), LayerKind(window, rope=False)),
     )  # fmt: skip
     return DecodeWeights(
         geometry=geometry,
@@ -95,7 +96,9 @@ class Step:
             [random(SLOTS, KV_HEADS, HEAD_DIM) for _ in range(2)] for _ in range(2)
         )
         angles = torch.rand(64, HEAD_DIM // 2, generator=generator).repeat(1, 2) * 6
-        self.rotation = (angles.cos().bfloat16(), angles.sin().bfloat16())
+        turned = (angles.cos().bfloat16(), angles.sin().bfloat16())
+        # the second layer does not turn
+        self.rotations = [turned, (torch.ones_like(turned[0]), torch.zeros_like(turned[1]))]
         blocks = torch.randperm(99, generator=generator).int()
         width = max(contexts) // BLOCK + 1
         self.tables = blocks[: width * len(contexts)].view(len(contexts), width)
@@ -107,7 +110,7 @@ class Step:
         self.tokens = torch.randint(VOCAB, (len(contexts),), generator=generator).int()
 
     def native(self, weights: DecodeWeights, rows: slice = slice(None)) -> Tensor:
-        decoder = CpuDecoder(weights, self.caches(weights), self.rotation, BLOCK)
+        decoder = CpuDecoder(weights, self.caches(weights), self.rotations, BLOCK)
         inputs = (self.tokens, self.positions, self.slots, self.contexts, self.tables)
         return decoder.step(*(t[rows] for t in inputs))
 
@@ -123,8 +126,9 @@ class Step:
         )  # fmt: skip
         x = F.embedding(self.tokens.long(), weights.embedding)
         with bf16_products(torch.device("cpu")):
-            for layer, cache in zip(weights.layers, self.caches(weights), strict=True):
-                inputs = HeadInputs(self.rotation, HEADS, layer.head_norms, eps)
+            parts = zip(weights.layers, self.caches(weights), self.rotations, strict=True)
+            for layer, cache, rotation in parts:
+                inputs = HeadInputs(rotation, HEADS, layer.head_norms, eps)
                 qkv = layer.qkv(rms_norm(x, layer.input_norm, eps))
                 x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
                 y = rms_norm(x, layer.post_norm, eps)

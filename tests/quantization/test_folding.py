@@ -8,7 +8,7 @@ from tests.conftest import FAMILIES
 
 from tinier.calibration import DecoderWalk, observe
 from tinier.checkpoint import Checkpoint
-from tinier.families import INPUT_GROUPS, geometry_of
+from tinier.families import geometry_of
 from tinier.numerics import dequantize
 from tinier.quantization.awq import awq_factors
 from tinier.quantization.folding import fold, shared
@@ -20,7 +20,7 @@ from tinier.schemes import PRESETS, preset_named
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("group", INPUT_GROUPS)
+@pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -34,7 +34,7 @@ def test_folding_leaves_the_output_unchanged(
     tiny: Callable[..., Checkpoint],
     family: str,
     overrides: dict[str, object],
-    group: str,
+    which: int,
     dtype: torch.dtype,
 ) -> None:
     checkpoint = tiny(family, dtype=dtype, **overrides)
@@ -44,15 +44,16 @@ def test_folding_leaves_the_output_unchanged(
     hidden = torch.randn(2, 16, geometry.hidden, generator=torch.Generator().manual_seed(0))
     positions = tuple(p.float() for p in walk.positions)
     before = layer(hidden, position_embeddings=positions)
+    read = geometry.inputs[which]
     names = geometry.linears
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in names}
-    channels = weights[INPUT_GROUPS[group][0]].shape[1]
+    channels = weights[read.readers[0]].shape[1]
     factors = torch.rand(channels, generator=torch.Generator().manual_seed(1)) * 3 + 0.3
     if dtype == torch.bfloat16:  # the norm as it will be stored
         for name, parameter in layer.named_parameters():
             if "norm" in name:
                 parameter.data = parameter.to(dtype)
-    applied = fold(layer, weights, group, shared(factors, group, geometry), geometry)
+    applied = fold(layer, weights, read, shared(factors, read, geometry), geometry)
     assert applied.min() > 0
     layer.float()
     for name, weight in weights.items():
@@ -70,14 +71,14 @@ def statistics(tiny: Callable[..., Checkpoint]):  # type: ignore[no-untyped-def]
     windows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
     hidden = walk.embed(windows)
     layer = walk.load(0)
-    seen, first = observe(walk, layer, hidden, 8, Ranks(), moments=True)
+    seen, first = observe(walk, layer, geometry_of(checkpoint), hidden, 8, Ranks(), moments=True)
     return layer, hidden, seen, first
 
 
 def test_statistics_are_those_of_the_inputs(tiny: Callable[..., Checkpoint]) -> None:
     layer, hidden, seen, first = statistics(tiny)
     x = layer.input_layernorm(hidden).flatten(0, 1)
-    own = seen["input_layernorm"]
+    own = seen["self_attn"]
     assert torch.allclose(own.moments, x.t() @ x / len(x), atol=1e-5)
     assert torch.allclose(own.mean_square, x.square().mean(dim=0), rtol=1e-5)
     assert torch.allclose(own.mean_abs, x.abs().mean(dim=0), rtol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinier.calibration.walk import DecoderWalk
 from tinier.errors import InputError
-from tinier.families import INPUT_GROUPS
+from tinier.families import Geometry
 from tinier.ranks import Ranks
 
 _SAMPLE_TOKENS = 256
@@ -83,6 +83,7 @@ class _Sums:
 def observe(
     walk: DecoderWalk,
     layer: nn.Module,
+    geometry: Geometry,
     hidden: Tensor,
     total_windows: int,
     ranks: Ranks,
@@ -90,8 +91,8 @@ def observe(
     moments: bool,
     cache: KeysAndValues | None = None,
 ) -> tuple[dict[str, InputStatistics], Tensor]:
-    """Statistics of the layer's four inputs by group (families.INPUT_GROUPS), and the layer's outputs
-    for the first batch.
+    """Statistics of the layer's inputs by name (Geometry.inputs), and the layer's outputs for the first
+    batch.
 
     hidden: this rank's windows [n, length, hidden]. total_windows: of all ranks. Sums go over all
     ranks.
@@ -100,15 +101,15 @@ def observe(
     per_window = max(1, _SAMPLE_TOKENS // total_windows)
     stride = max(1, hidden.shape[1] // per_window)
     handles = []
-    for group, linears in INPUT_GROUPS.items():
+    for read in geometry.inputs:
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], group: str = group) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], name: str = read.name) -> None:
             x = inputs[0]
-            own = sums.setdefault(group, _empty(x.shape[-1], x.device, moments))
+            own = sums.setdefault(name, _empty(x.shape[-1], x.device, moments))
             sample = x[:, ::stride][:, :per_window].flatten(0, 1)
             _add(own, x.flatten(0, 1), sample)
 
-        handles.append(layer.get_submodule(linears[0]).register_forward_pre_hook(hook))
+        handles.append(layer.get_submodule(read.readers[0]).register_forward_pre_hook(hook))
     first = None
     for batch in hidden.split(walk.batch_windows):
         output = walk.forward(layer, batch.to(walk.device, non_blocking=True), cache)
@@ -118,15 +119,16 @@ def observe(
     assert first is not None
     if cache is not None:
         ranks.max_(cache.absmax)
-    for group, own in sums.items():
+    for read in geometry.inputs:
+        own = sums[read.name]
         if not torch.isfinite(ranks.max_(own.absmax.clone())).all():
-            readers = ", ".join(INPUT_GROUPS[group])
+            readers = ", ".join(read.readers)
             raise InputError(
                 f"inputs of {readers} in layer {layer.self_attn.layer_idx} are no numbers (NaN or Inf): "  # type: ignore[union-attr]
                 "the model overflows its type there. A float16 model may need dtype bfloat16 in its "
                 "config.json."
             )
-    return {group: _finish(own, ranks) for group, own in sums.items()}, first
+    return {name: _finish(own, ranks) for name, own in sums.items()}, first
 
 
 def _empty(channels: int, device: torch.device, moments: bool) -> _Sums:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,8 +151,8 @@ class Crew:
                 process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with suppress(AttributeError, RuntimeError, ValueError):  # it never came about, or is gone
+            dist.destroy_process_group(self.share.group)
 
     def _tell(self, message: Build | Go | Drop | Call) -> None:
         while self._dropped:

@@ -42,6 +42,8 @@ from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
 from tinier.schemes import Layout
 
+Rotations = dict[bool, tuple[Tensor, Tensor]]
+"""By LayerKind.rope: cos and sin, each [T, head_dim]"""
 Attention = Callable[[int, Tensor], Tensor | Quantized]
 """(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim] or their parts) -> [T, heads·head_dim], codes if
 the layer's `out` takes them"""
@@ -147,14 +149,19 @@ class Decoder:
             return add_rms_norm(x, delta, weight, eps, takes, peers, turn)
         return add_rms_norm(x, self.share.sum(joined(delta, self.dtype)), weight, eps, takes)
 
-    def head_inputs(self, index: int, rotation: tuple[Tensor, Tensor]) -> HeadInputs:
+    def head_inputs(self, index: int, rotations: Rotations) -> HeadInputs:
         """What q and k of a layer go through."""
         g = self.geometry
+        rotation = rotations[g.kinds[index].rope]
         return HeadInputs(rotation, g.heads, self.layers[index].head_norms, g.norm_eps)
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of RoPE for positions [T], each [T, head_dim], in the computing type."""
-        return self._rope(positions, self.dtype)
+    def rotations(self, positions: Tensor) -> Rotations:
+        """For positions [T], in the computing type. Layers without RoPE turn by nothing: cos 1, sin 0."""
+        found = {True: self._rope(positions, self.dtype)}
+        if not all(kind.rope for kind in self.geometry.kinds):
+            cos, sin = found[True]
+            found[False] = torch.ones_like(cos), torch.zeros_like(sin)
+        return found
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -209,19 +216,23 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
     """Attention over `batch` sequences of `length` tokens, with nothing cached."""
     g = decoder.geometry
     positions = torch.arange(length, device=decoder.device).repeat(batch)
-    cos, sin = (t.unsqueeze(1) for t in decoder.rotation(positions))
+    rotations = {
+        rope: (cos.unsqueeze(1), sin.unsqueeze(1))
+        for rope, (cos, sin) in decoder.rotations(positions).items()
+    }
     dtype = decoder.cache_dtype
 
     def attend(index: int, qkv: Tensor) -> Tensor:
         layer = decoder.layers[index]
         qkv = joined(qkv, decoder.dtype)
-        q, k, v = split_heads(qkv, (cos, sin), layer.head_norms, g.norm_eps, g.heads, g.kv_heads)
+        rotation = rotations[g.kinds[index].rope]
+        q, k, v = split_heads(qkv, rotation, layer.head_norms, g.norm_eps, g.heads, g.kv_heads)
         if layer.kv_scales is not None:
             k, v = (
                 (encode(t, scale, dtype).float() * scale.float()).to(qkv.dtype)
                 for t, scale in zip((k, v), layer.kv_scales, strict=True)
             )
-        window = g.windows[index]
+        window = g.kinds[index].window
         mask = None
         if window is not None and length > window:
             at = torch.arange(length, device=q.device)
@@ -269,12 +280,12 @@ def load_decoder(
         def layer(name: str) -> Layer:
             attention = f"{name}.self_attn"
             return Layer(
-                input_norm=norm(f"{name}.input_layernorm"),
+                input_norm=norm(f"{name}.{geometry.norm_names.attention_in}"),
                 qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv"), cut=share.rows),
                 q_norm=norm(f"{attention}.q_norm") if geometry.qk_norm else None,
                 k_norm=norm(f"{attention}.k_norm") if geometry.qk_norm else None,
                 out=linear(f"{attention}.o_proj", cut=share.columns),
-                post_norm=norm(f"{name}.post_attention_layernorm"),
+                post_norm=norm(f"{name}.{geometry.norm_names.mlp_in}"),
                 gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", cut=share.rows),
                 down=linear(f"{name}.mlp.down_proj", cut=share.columns),
                 kv_scales=kv_scales(attention),

@@ -31,6 +31,8 @@ class Share:
 
     rank: int = 0
     size: int = 1
+    group: Any = None
+    """torch's, of the processes"""
     peers: Peers | None = None
     """Memory of all of them, where GPUs can read each other's"""
 
@@ -64,7 +66,7 @@ class Share:
     def sum(self, value: Tensor) -> Tensor:
         """Over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def side_by_side(self, value: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class Share:
         if self.size == 1:
             return value
         parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value.contiguous())
+        dist.all_gather(parts, value.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
     def least(self, value: int) -> int:
@@ -80,7 +82,7 @@ class Share:
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
 
     def _cut(self, weight: Tensor | Quantized, dim: int) -> Tensor | Quantized:
@@ -110,7 +112,6 @@ ALONE = Share()
 
 def share_of(rank: int, size: int, store: Any, device: torch.device) -> Share:
     """Meet the other processes, which know the same store, and open the memory that all can read."""
-    meet(rank, size, store, device)
-    share = Share(rank, size)
-    peers = open_peers(rank, size, device) if device.type == "cuda" else None
-    return replace(share, peers=peers)
+    group = meet(rank, size, store, device)
+    peers = open_peers(rank, size, device, group) if device.type == "cuda" else None
+    return Share(rank, size, group, peers)

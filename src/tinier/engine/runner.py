@@ -98,11 +98,11 @@ class Runner:
             keys, values = (
                 torch.zeros(shape, dtype=decoder.cache_dtype, device=device) for _ in range(2)
             )
-            return Cache(keys, values, decoder.layers[index].kv_scales, g.windows[index])
+            return Cache(keys, values, decoder.layers[index].kv_scales, g.kinds[index].window)
 
         self._caches = [cache(index) for index in range(g.layers)]
-        rotation = decoder.rotation(torch.arange(max_seq_len, device=device))
-        self._head_inputs = [decoder.head_inputs(index, rotation) for index in range(g.layers)]
+        rotations = decoder.rotations(torch.arange(max_seq_len, device=device))
+        self._head_inputs = [decoder.head_inputs(index, rotations) for index in range(g.layers)]
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)
         self._max_batch_size = max_batch_size
@@ -114,7 +114,7 @@ class Runner:
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Staging] = []
-        self._native = self._native_step(rotation) if device.type == "cpu" else None
+        self._native = self._native_step() if device.type == "cpu" else None
 
     @property
     def kv_bytes(self) -> int:
@@ -247,7 +247,7 @@ class Runner:
         self._staging.append(staging)
         return staging.packed[:size]
 
-    def _native_step(self, rotation: tuple[Tensor, Tensor]) -> CpuDecoder | None:
+    def _native_step(self) -> CpuDecoder | None:
         """The whole step as one native call, where the model and the machine allow it."""
         decoder = self.decoder
         weights = DecodeWeights(
@@ -260,7 +260,8 @@ class Runner:
         if reason is not None:
             log.info("decode steps run operator by operator: %s", reason)
             return None
-        return CpuDecoder(weights, self._caches, rotation, self._block_size)
+        rotations = [inputs.rotation for inputs in self._head_inputs]
+        return CpuDecoder(weights, self._caches, rotations, self._block_size)
 
     def _compute_natively(self, inputs: Tensor, count: int) -> Output:
         assert self._native is not None

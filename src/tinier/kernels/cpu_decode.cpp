@@ -48,11 +48,12 @@ struct Layer {
   const bf16 *input_norm, *q_norm, *k_norm, *post_norm;  // norms of q and k [D], or null
   Linear q, k, v, out, gate, up, down;
   bf16 *keys, *values;    // [slots, kv_heads, D]
+  const bf16 *cos, *sin;  // [positions, D]
   int32_t window;         // positions that a token sees, itself included; 0: all
 };
 
 struct Model {
-  const bf16 *embedding, *final_norm, *cos, *sin;  // cos, sin: [positions, D]
+  const bf16 *embedding, *final_norm;
   const Layer *layers;
   Linear head;
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
@@ -541,10 +542,10 @@ struct Worker {
   }
 
   // Norm, if any, and RoPE of one head
-  void rotate(const bf16 *x, const bf16 *norm, int position, bf16 *y) const {
+  void rotate(const Layer &layer, const bf16 *x, const bf16 *norm, int position, bf16 *y) const {
     const int n = model.head_dim, half = n / 2;
     if (norm) rms_norm(x, norm, n, model.eps, y), x = y;
-    const bf16 *cos = model.cos + size_t(position) * n, *sin = model.sin + size_t(position) * n;
+    const bf16 *cos = layer.cos + size_t(position) * n, *sin = layer.sin + size_t(position) * n;
     for (int c = 0; c < half; c += 8) {
       F8 a = read8(x + c), b = read8(x + half + c);
       write8(y + c, round8(a * read8(cos + c)) - round8(b * read8(sin + c)));
@@ -570,9 +571,9 @@ struct Worker {
     const bf16 *qkv = shared.qkv + size_t(m) * (model.heads + 2 * model.kv_heads) * n;
     bf16 *q = s.q.of(n), *k = s.k.of(n);
     const bf16 *v = qkv + (model.heads + model.kv_heads + kv) * n;
-    rotate(qkv + head * n, layer.q_norm, position, q);
+    rotate(layer, qkv + head * n, layer.q_norm, position, q);
     // each head of a group turns the key again, so that none waits for another to write the cache
-    rotate(qkv + (model.heads + kv) * n, layer.k_norm, position, k);
+    rotate(layer, qkv + (model.heads + kv) * n, layer.k_norm, position, k);
     const size_t row = size_t(model.kv_heads) * n;
     if (head % (model.heads / model.kv_heads) == 0) {
       memcpy(layer.keys + batch.slots[m] * row + kv * n, k, n * sizeof *k);

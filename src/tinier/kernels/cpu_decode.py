@@ -47,13 +47,13 @@ class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
         *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down")),
-        ("keys", c_void_p), ("values", c_void_p), ("window", c_int32),
+        *((name, c_void_p) for name in ("keys", "values", "cos", "sin")), ("window", c_int32),
     )  # fmt: skip
 
 
 class _Model(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("embedding", "final_norm", "cos", "sin")),
+        *((name, c_void_p) for name in ("embedding", "final_norm")),
         ("layers", POINTER(_Layer)), ("head", _Linear),
         *((name, c_int32) for name in (
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
@@ -77,10 +77,10 @@ class CpuDecoder:
         self,
         weights: DecodeWeights,
         caches: Sequence[Cache],
-        rotation: tuple[Tensor, Tensor],
+        rotations: Sequence[tuple[Tensor, Tensor]],
         block_size: int,
     ) -> None:
-        """caches: each layer's, in bf16. rotation: cos and sin of every position, each
+        """caches: each layer's, in bf16. rotations: each layer's cos and sin of every position, each
         [positions, head_dim], bf16. block_size: slots in one cache block."""
         reason = unsupported(weights, caches[0].keys.dtype)
         library = load_library()
@@ -90,11 +90,9 @@ class CpuDecoder:
         self._kept: list[Tensor] = []  # whatever the structs point into
         self._vocab = _rows(weights.head)
         w, g = weights, weights.geometry
-        layers = [
-            self._layer(g, layer, cache) for layer, cache in zip(w.layers, caches, strict=True)
-        ]
+        layers = [self._layer(g, *parts) for parts in zip(w.layers, caches, rotations, strict=True)]
         self._model = _Model(
-            self._at(w.embedding), self._at(w.final_norm), *map(self._at, rotation),
+            self._at(w.embedding), self._at(w.final_norm),
             (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
             len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
             torch.get_num_threads(), g.norm_eps,
@@ -118,7 +116,9 @@ class CpuDecoder:
             self._library.decode_step(ctypes.byref(self._model), ctypes.byref(batch))
         return logits
 
-    def _layer(self, g: Geometry, layer: Layer, cache: Cache) -> _Layer:
+    def _layer(
+        self, g: Geometry, layer: Layer, cache: Cache, rotation: tuple[Tensor, Tensor]
+    ) -> _Layer:
         q, kv, hidden, inner = (
             g.heads * g.head_dim,
             g.kv_heads * g.head_dim,
@@ -130,7 +130,7 @@ class CpuDecoder:
             *self._linears(layer.qkv, [q, kv, kv], hidden), *self._linears(layer.out, [hidden], q),
             *self._linears(layer.gate_up, [inner, inner], hidden),
             *self._linears(layer.down, [hidden], inner),
-            self._at(cache.keys), self._at(cache.values), cache.window or 0,
+            self._at(cache.keys), self._at(cache.values), *map(self._at, rotation), cache.window or 0,
         )  # fmt: skip
 
     def _at(self, tensor: Tensor | None) -> int | None:

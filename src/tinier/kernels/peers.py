@@ -11,6 +11,7 @@ told of the sum in between by all others, and so that they have read it.
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,16 +41,15 @@ class Peers:
         return tokens <= MOST_PEER_TOKENS and 2 * tokens * hidden * 4 <= _BYTES
 
 
-def open_peers(rank: int, size: int, device: torch.device) -> Peers | None:
-    """Memory that all processes of torch's default group can read; all must call it. None where their
-    GPUs cannot read each other's memory, or do not run Triton's kernels."""
+def open_peers(rank: int, size: int, device: torch.device, group: Any) -> Peers | None:
+    """Memory that all processes of a torch group can read; all must call it. None where their GPUs cannot
+    read each other's memory, or do not run Triton's kernels."""
     if not machine_of(device).runs_triton:
         return None
     import torch.distributed._symmetric_memory as symmetric
 
     flag_bytes = 2 * MOST_PEER_TOKENS * size * 4
-    handle, group = None, dist.group.WORLD
-    assert group is not None
+    handle = None
     try:
         memory = symmetric.empty(_BYTES + flag_bytes, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(memory.zero_(), group)
@@ -57,10 +57,10 @@ def open_peers(rank: int, size: int, device: torch.device) -> Peers | None:
         log.warning("sums over processes go through NCCL: %s", str(error).splitlines()[0])
     # all or none
     found = torch.tensor(int(handle is not None))
-    dist.all_reduce(found, dist.ReduceOp.MIN)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
     if handle is None or not found:
         return None
     torch.cuda.synchronize(device)  # the flags are zero
-    dist.all_reduce(found)
+    dist.all_reduce(found, group=group)
     starts = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
     return Peers(rank, size, starts, starts + _BYTES, (memory, handle))

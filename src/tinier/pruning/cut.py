@@ -15,7 +15,7 @@ from tinier.families import EMBEDDING, FINAL_NORM, HEAD, Geometry
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # entries of config.json that have one element per layer
-_PER_LAYER_KEYS = ("layer_types",)
+_PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class Cut:
 
     def layer_tensor(self, layer: int, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
         """A tensor of a decoder layer, cut. name: inside the layer."""
-        if name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        if name.removesuffix(".weight") in geometry.norm_names:
             return self._norm(tensor)
         linear, _, part = name.rpartition(".")
         if linear not in geometry.linears:  # norms inside attention: one entry per head channel

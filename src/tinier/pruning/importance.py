@@ -173,7 +173,8 @@ class _Seen:
         self._head_dim = geometry.head_dim
         for name in ("mlp.down_proj", "self_attn.o_proj"):
             layer.get_submodule(name).register_forward_pre_hook(self._hook(name, inputs=True))
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        self._norms = geometry.norm_names
+        for name in self._norms:
             layer.get_submodule(name).register_forward_hook(self._hook(name, inputs=False))
 
     def _hook(self, name: str, *, inputs: bool):  # type: ignore[no-untyped-def]
@@ -197,7 +198,7 @@ class _Seen:
         return self._sums["self_attn.o_proj"].view(-1, self._head_dim).sum(dim=1).sqrt()
 
     def norms(self) -> Tensor:
-        return self._sums["input_layernorm"].sqrt() + self._sums["post_attention_layernorm"].sqrt()
+        return torch.stack([self._sums[name].sqrt() for name in self._norms]).sum(dim=0)
 
 
 def _keep(path: Path, found: Importance) -> None:

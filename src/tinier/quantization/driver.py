@@ -252,7 +252,7 @@ class _Job:
         cache = KeysAndValues(None) if self._plan.kv else None
         if self._hidden is not None and self._windows is not None:
             statistics, first = observe(
-                self._walk, module, self._hidden, len(self._windows), self._sharing,
+                self._walk, module, self._geometry, self._hidden, len(self._windows), self._sharing,
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
             )  # fmt: skip
         inputs = outputs = None

@@ -9,44 +9,45 @@ one KV head), the up projection before down_proj.
 import torch
 from torch import Tensor, nn
 
-from tinier.families import INPUT_GROUPS, Geometry
+from tinier.families import Geometry, Input
 
 
-def shared(channels: Tensor, group: str, geometry: Geometry) -> Tensor:
+def shared(channels: Tensor, read: Input, geometry: Geometry) -> Tensor:
     """A statistic of an input's channels [in], averaged where channels can only be scaled together.
 
     The input of o_proj has a channel for each query head; the rows of v_proj that it comes from
     serve all query heads of one KV head.
     """
-    if group != "self_attn.v_proj":
+    if not read.per_kv_head:
         return channels
     heads = channels.view(geometry.kv_heads, -1, geometry.head_dim)
     return heads.mean(dim=1, keepdim=True).expand_as(heads).flatten()
 
 
 def fold(
-    layer: nn.Module, weights: dict[str, Tensor], group: str, factors: Tensor, geometry: Geometry
+    layer: nn.Module, weights: dict[str, Tensor], read: Input, factors: Tensor, geometry: Geometry
 ) -> Tensor:
-    """Divide the input of `group` (families.INPUT_GROUPS) by `factors`, and multiply its readers.
+    """Divide an input by `factors`, and multiply its readers.
 
     weights: float32 weights of the layer's linear layers by name, changed in place; norms and biases
     are changed in `layer`. factors: [in]. Returns the factors as they were applied: those of a norm
     are such that the norm's new weight is exact in its 16-bit type.
     """
-    if group in weights:
+    source = read.source
+    if source in weights:
         rows = factors
-        if group == "self_attn.v_proj":
+        if read.per_kv_head:
             rows = factors.view(geometry.kv_heads, -1, geometry.head_dim)[:, 0].flatten()
-        weights[group] = weights[group] / rows.unsqueeze(1)
-        if f"{group}.bias" in layer.state_dict():
-            bias = layer.get_parameter(f"{group}.bias")
+        weights[source] = weights[source] / rows.unsqueeze(1)
+        if f"{source}.bias" in layer.state_dict():
+            bias = layer.get_parameter(f"{source}.bias")
             bias.data = (bias.float() / rows).to(bias.dtype)
     else:
-        norm = layer.get_parameter(f"{group}.weight")
+        norm = layer.get_parameter(f"{source}.weight")
         divided = (norm.float() / factors).to(norm.dtype)
         # a channel that the norm closes stays closed, whatever the factor
         factors = torch.where(divided != 0, norm.float() / divided.float(), factors)
         norm.data = divided
-    for name in INPUT_GROUPS[group]:
+    for name in read.readers:
         weights[name] = weights[name] * factors
     return factors

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinier.calibration import InputStatistics
 from tinier.checkpoint import pack_linear, unpack_linear
-from tinier.families import INPUT_GROUPS, Geometry
+from tinier.families import Geometry, Input
 from tinier.kernels import round_activations, static_scale
 from tinier.numerics import Quantized, dequantize, power_db, snr_db
 from tinier.quantization.awq import awq_factors
@@ -54,7 +54,8 @@ class QuantizedLayer:
     targets: dict[str, Tensor]
     """float32 weights that the codes stand for: folded, not rounded"""
     statistics: dict[str, InputStatistics]
-    """Of the layer's inputs as they are after folding, by input group"""
+    """Of the layer's inputs as they are after folding, by name"""
+    inputs: tuple[Input, ...]
     warnings: list[str] = field(default_factory=list)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -68,9 +69,9 @@ class QuantizedLayer:
     def measures(self) -> dict[str, dict[str, float | None]]:
         """By linear layer: `snr_db` of its weight and, where its inputs were seen, of its output."""
         measured = {}
-        for group, linears in INPUT_GROUPS.items():
-            seen = self.statistics.get(group)
-            for name in linears:
+        for read in self.inputs:
+            seen = self.statistics.get(read.name)
+            for name in read.readers:
                 if name in self.linears:
                     measured[name] = _measure(self.targets[name], self.linears[name].weight, seen)
         return measured
@@ -87,26 +88,24 @@ def quantize_layer(
 ) -> QuantizedLayer | None:
     """Quantize the linear layers of a decoder layer. Folding changes norms and biases of `layer`.
 
-    statistics: by input group; empty where no preset looks at the inputs. dtype: of stored scales. ranks:
-    that share the work; the result is the first one's, None on the others.
+    statistics: by the input's name; empty where no preset looks at the inputs. dtype: of stored scales.
+    ranks: that share the work; the result is the first one's, None on the others.
     """
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in geometry.linears}
     device = next(iter(weights.values())).device
     seen = dict(statistics)
-    for group, linears in INPUT_GROUPS.items():
-        preset = presets.get(linears[0])
-        if preset is None or preset.algorithm.equalize == "none" or group not in seen:
+    for read in geometry.inputs:
+        preset = presets.get(read.readers[0])
+        if preset is None or preset.algorithm.equalize == "none" or read.name not in seen:
             continue
-        if group in weights and group not in presets:
+        if read.source in weights and read.source not in presets:
             continue  # the rows to fold into stay in 16 bit, where a factor would round them anew
-        factors = _factors(preset, weights, group, seen[group], geometry)
-        applied = fold(layer, weights, group, factors, geometry)
-        seen[group] = seen[group].divided_by(applied)
+        factors = _factors(preset, weights, read, seen[read.name], geometry)
+        applied = fold(layer, weights, read, factors, geometry)
+        seen[read.name] = seen[read.name].divided_by(applied)
     targets = {name: weight for name, weight in weights.items() if name in presets}
-    result = QuantizedLayer({}, {}, targets, seen)
-    groups = {
-        group: [n for n in linears if n in presets] for group, linears in INPUT_GROUPS.items()
-    }
+    result = QuantizedLayer({}, {}, targets, seen, geometry.inputs)
+    groups = {read.name: [n for n in read.readers if n in presets] for read in geometry.inputs}
     owners = _owners({group: _work(targets, names) for group, names in groups.items()}, ranks.size)
     made = {
         group: _quantize_group(targets, names, presets, seen.get(group), dtype)
@@ -130,20 +129,20 @@ def quantize_layer(
 def _factors(
     preset: Preset,
     weights: dict[str, Tensor],
-    group: str,
+    read: Input,
     seen: InputStatistics,
     geometry: Geometry,
 ) -> Tensor:
     """The equalization factors [in] of one input."""
-    weight = torch.cat([weights[name] for name in INPUT_GROUPS[group]])
+    weight = torch.cat([weights[name] for name in read.readers])
     if preset.algorithm.equalize == "smoothquant":
-        absmax = shared(seen.absmax, group, geometry)
+        absmax = shared(seen.absmax, read, geometry)
         factors = smooth_factors(weight, absmax, seen.sample, preset.scheme)
     else:
         assert seen.moments is not None
-        mean_abs = shared(seen.mean_abs, group, geometry)
+        mean_abs = shared(seen.mean_abs, read, geometry)
         factors = awq_factors(weight, seen.moments, mean_abs, preset.scheme.weights)
-    return shared(factors, group, geometry)
+    return shared(factors, read, geometry)
 
 
 def _work(targets: dict[str, Tensor], names: list[str]) -> int:

@@ -19,7 +19,7 @@ from tinier.families import (
     FINAL_NORM,
     HEAD,
     HEAD_LINEAR,
-    INPUT_GROUPS,
+    Geometry,
     geometry_of,
     layer_name,
 )
@@ -56,8 +56,8 @@ def measure_sensitivity(
             layer, prefix = walk.load(index), layer_name(index)
             for stream in streams.values():
                 walk.run(layer, stream, stream)
-            for linears in INPUT_GROUPS.values():
-                names = [n for n in linears if f"{prefix}.{n}" in presets]
+            for group in geometry.inputs:
+                names = [n for n in group.readers if f"{prefix}.{n}" in presets]
                 if names:
                     rounded = _rounded(layer, names, presets[f"{prefix}.{names[0]}"], source.dtype)
                     streams[f"{prefix}.{names[0]}"] = walk.run(
@@ -106,7 +106,7 @@ def pick_wide(
             f"Use a number between it and {sum(wide.values()) / weights:.2f}."
         )
     picked: set[str] = set()
-    members = {choice: _members(choice, layers) for choice in sensitivity}
+    members = {choice: _members(choice, layers, geometry) for choice in sensitivity}
     extra = {c: sum(wide[n] - narrow[n] for n in names) for c, names in members.items()}
     for choice in sorted(sensitivity, key=lambda c: sensitivity[c] / extra[c], reverse=True):
         if spent + extra[choice] <= bits * weights:
@@ -115,10 +115,10 @@ def pick_wide(
     return frozenset(picked)
 
 
-def _members(choice: str, layers: list[str]) -> list[str]:
+def _members(choice: str, layers: list[str], geometry: Geometry) -> list[str]:
     """The linear layers that share their input with the one that names the choice."""
     prefix, inside = ".".join(choice.split(".")[:3]), choice.split(".", 3)[3]
-    group = next(linears for linears in INPUT_GROUPS.values() if inside in linears)
+    group = next(read.readers for read in geometry.inputs if inside in read.readers)
     return [f"{prefix}.{name}" for name in group if f"{prefix}.{name}" in layers]
 
 

@@ -18,7 +18,6 @@ from tinier.checkpoint import Checkpoint, StagePlan, code_digest, quantization_c
 from tinier.errors import InputError, SchemeError
 from tinier.families import (
     HEAD_LINEAR,
-    INPUT_GROUPS,
     Geometry,
     check_length,
     geometry_of,
@@ -132,8 +131,8 @@ def _split_groups(geometry: Geometry, presets: dict[str, Preset]) -> list[str]:
     """Layers with the same input that have several formats, 16 bit counted as one."""
     found = []
     for index in range(geometry.layers):
-        for members in INPUT_GROUPS.values():
-            names = [f"{layer_name(index)}.{member}" for member in members]
+        for read in geometry.inputs:
+            names = [f"{layer_name(index)}.{reader}" for reader in read.readers]
             if len({presets[name].scheme if name in presets else None for name in names}) > 1:
                 found.append(", ".join(names))
     return found
@@ -327,7 +326,7 @@ def _flops(
     flops = 4.0 * linear * tokens
     algorithms = {p.algorithm for p in presets.values()}
     if any(a.needs_data for a in algorithms):
-        inputs = [geometry.linears[readers[0]][1] for readers in INPUT_GROUPS.values()]
+        inputs = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
         flops += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs)
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
