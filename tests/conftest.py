@@ -21,6 +21,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -48,6 +50,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
@@ -109,6 +112,9 @@ def write_tiny(
         "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257, "head_dim": 16,
         "sliding_window": None, "initializer_range": 0.12, "pad_token_id": None,
     }  # fmt: skip
+    if family == "granite":
+        sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5}
+        sizes |= {"attention_multiplier": 0.11}
     torch.manual_seed(seed)
     model = model_class(config_class(**(sizes | overrides)))
     for name, parameter in model.named_parameters():

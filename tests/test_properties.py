@@ -23,7 +23,7 @@ from tinier.quantization import QuantizePlan, quantize
 from tinier.schemes import PRESETS
 
 CPU = torch.device("cpu")
-OTHERS = ["smollm3"]
+OTHERS = ["smollm3", "granite"]
 """Families of the draws from 1,000 on"""
 NAMES = [None, *(name for name in PRESETS if name != "int4-best"), "int4-best"]
 
@@ -58,7 +58,7 @@ def drawn(seed: int) -> Draw:
     }  # fmt: skip
     if family == "llama":
         sizes |= {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3}
-    if family in ("qwen3", "smollm3"):
+    if family in ("qwen3", "smollm3", "granite"):
         sizes["attention_bias"] = rng.random() < 0.3
     if family in ("mistral", "qwen2") and rng.random() < 0.4:
         sizes |= {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}

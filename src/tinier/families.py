@@ -67,6 +67,21 @@ class Input(NamedTuple):
     """Whether the source's rows serve all query heads of one KV head"""
 
 
+class Multipliers(NamedTuple):
+    """Numbers that a model is multiplied with on the way."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    """What attention and the MLP add to the stream"""
+    logits: float = 1.0
+    """What they are divided by"""
+    attention: float | None = None
+    """The products of queries and keys; None: 1 / sqrt(head size)"""
+
+
+_NONE = Multipliers()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     architecture: str
@@ -82,6 +97,9 @@ class Family:
     norms: Norms = _USUAL
     some_without_rope: bool = False
     """Whether `no_rope_layers` of config.json says which layers turn q and k (1) and which do not (0)."""
+    multipliers: bool = False
+    """Whether config.json has Granite's `embedding_multiplier`, `residual_multiplier`, `logits_scaling` and
+    `attention_multiplier`."""
     hidden_in_heads: bool = False
     """Whether transformers wants the hidden size to be a multiple of the number of heads, even where
     the head size is given."""
@@ -126,6 +144,13 @@ FAMILIES = {
             windows="layer_types",
             some_without_rope=True,
         ),
+        Family(
+            architecture="GraniteForCausalLM",
+            qkv_bias="config",
+            mlp_bias="config",
+            qk_norm=False,
+            multipliers=True,
+        ),
     )
 }
 
@@ -152,6 +177,7 @@ class Geometry:
     kinds: tuple[LayerKind, ...]
     """Of each layer."""
     norm_names: Norms = _USUAL
+    multipliers: Multipliers = _NONE
 
     @property
     def cached_numbers(self) -> int:
@@ -417,6 +443,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         hidden_in_heads=family.hidden_in_heads,
         kinds=_kinds(family, config),
         norm_names=family.norms,
+        multipliers=_multipliers(config) if family.multipliers else _NONE,
     )
 
 
@@ -460,6 +487,13 @@ def _kinds(family: Family, config: Any) -> tuple[LayerKind, ...]:
     windows = _windows(family, config)
     turned = list(config.no_rope_layers) if family.some_without_rope else [1] * len(windows)
     return tuple(LayerKind(w, bool(rope)) for w, rope in zip(windows, turned, strict=True))
+
+
+def _multipliers(config: Any) -> Multipliers:
+    return Multipliers(
+        embedding=float(config.embedding_multiplier), residual=float(config.residual_multiplier),
+        logits=float(config.logits_scaling), attention=float(config.attention_multiplier),
+    )  # fmt: skip
 
 
 def _windows(family: Family, config: Any) -> tuple[int | None, ...]:

@@ -197,7 +197,17 @@ def test_embed_reads_tokens_that_are_on_the_device_alone() -> None:
     table = random(10, 24, dtype=torch.bfloat16)
     sampled = torch.tensor([7, 3, 9], device=DEVICE)
     tokens = torch.tensor([4, -1, 0, -3], dtype=torch.int32, device=DEVICE)
-    assert torch.equal(fused.embed(tokens, sampled, table).cpu(), table[[4, 7, 0, 9]].cpu())
+    for times in (1.0, 3.3):
+        expected = table[[4, 7, 0, 9]] * times
+        assert torch.equal(fused.embed(tokens, sampled, table, times), expected)
+
+
+def test_what_is_added_may_be_multiplied() -> None:
+    x, weight = random(5, 100, dtype=torch.bfloat16), random(100, dtype=torch.bfloat16, seed=1)
+    delta = random(5, 100, dtype=torch.bfloat16, seed=2)
+    summed, y = fused.add_rms_norm(x, delta, weight, 1e-5, None, 0.22)
+    assert torch.equal(summed, x + delta * 0.22)
+    check_row(y, reference.rms_norm(summed, weight, 1e-5), None)
 
 
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])

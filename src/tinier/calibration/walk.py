@@ -69,6 +69,8 @@ class DecoderWalk:
         """The hidden states that enter the first layer. windows: [n, length]. On the host."""
         with self._checkpoint.reader() as read:
             hidden = nn.functional.embedding(windows, read(EMBEDDING))
+        times = geometry_of(self._checkpoint).multipliers.embedding
+        hidden = hidden if times == 1 else hidden * times
         # pinned memory moves to and from a GPU several times faster
         return hidden.pin_memory() if self.device.type == "cuda" else hidden
 

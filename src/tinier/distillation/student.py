@@ -104,12 +104,17 @@ def hidden_states(
     layers: tuple[int, ...] = (),
     mode: str = "none",
 ) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [n, length, hidden] after the norm, and the outputs of `layers`.
+    """Final hidden states [n, length, hidden] after the norm, divided as the logits are, and the outputs
+    of `layers`.
 
     mode: what the backward pass computes again, as in DistillPlan.checkpointing.
     """
     base = model.model
+    # Granite's two numbers at the ends, which are 1 elsewhere
+    times = getattr(model.config, "embedding_multiplier", 1.0)
+    divisor = getattr(model.config, "logits_scaling", 1.0)
     hidden = base.embed_tokens(windows).to(dtype)
+    hidden = hidden if times == 1 else hidden * times
     positions = base.rotary_emb(hidden, torch.arange(windows.shape[1], device=windows.device)[None])
     kept = []
     for index, layer in enumerate(base.layers):
@@ -121,7 +126,8 @@ def hidden_states(
             hidden = checkpoint(run, hidden, use_reentrant=False, context_fn=contexts)
         if index in layers:
             kept.append(hidden)
-    return base.norm(hidden), kept
+    normed = base.norm(hidden)
+    return normed if divisor == 1 else normed / divisor, kept
 
 
 def _selective() -> Any:

@@ -120,7 +120,8 @@ class Decoder:
     def layer(
         self, index: int, x: Tensor, delta: Tensor | None, attend: Attention
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer over the hidden states x + delta [T, hidden]; returns such a pair.
+        """One decoder layer over the hidden states x + delta [T, hidden], of which delta is still to be
+        multiplied by the family's factor; returns such a pair.
 
         What a block adds is left apart, in parts and on its process, so that adding it is part of the norm
         that reads the sum.
@@ -143,17 +144,19 @@ class Decoder:
     ) -> tuple[Tensor, Tensor | Quantized]:
         """x + delta, which is summed over all processes first, and the norm of it."""
         peers, eps = self.share.peers, self.geometry.norm_eps
+        times = self.geometry.multipliers.residual
         if delta is None or self.share.size == 1:
-            return add_rms_norm(x, delta, weight, eps, takes)
+            return add_rms_norm(x, delta, weight, eps, takes, times)
         if peers is not None and peers.holds(*x.shape):
-            return add_rms_norm(x, delta, weight, eps, takes, peers, turn)
-        return add_rms_norm(x, self.share.sum(joined(delta, self.dtype)), weight, eps, takes)
+            return add_rms_norm(x, delta, weight, eps, takes, times, peers, turn)
+        return add_rms_norm(x, self.share.sum(joined(delta, self.dtype)), weight, eps, takes, times)
 
     def head_inputs(self, index: int, rotations: Rotations) -> HeadInputs:
         """What q and k of a layer go through."""
         g = self.geometry
         rotation = rotations[g.kinds[index].rope]
-        return HeadInputs(rotation, g.heads, self.layers[index].head_norms, g.norm_eps)
+        norms, scale = self.layers[index].head_norms, g.multipliers.attention
+        return HeadInputs(rotation, g.heads, norms, g.norm_eps, scale)
 
     def rotations(self, positions: Tensor) -> Rotations:
         """For positions [T], in the computing type. Layers without RoPE turn by nothing: cos 1, sin 0."""
@@ -170,13 +173,26 @@ class Decoder:
             flat = joined(self.head(hidden.reshape(-1, hidden.shape[-1])), self.dtype)
         if self._head_is_shared:
             flat = self.share.side_by_side(flat)
-        return flat.reshape(*hidden.shape[:-1], -1)
+        return self._divided(flat).reshape(*hidden.shape[:-1], -1)
+
+    def _divided(self, logits: Tensor) -> Tensor:
+        divisor = self.geometry.multipliers.logits
+        return logits if divisor == 1 else logits / divisor
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer, [T, hidden], for tokens [T]."""
+        rows, times = F.embedding(tokens, self.embedding), self.geometry.multipliers.embedding
+        return rows if times == 1 else rows * times
+
+    def summed(self, x: Tensor, delta: Tensor) -> Tensor:
+        """The hidden states of what `layer` returns, on one process."""
+        return x + joined(delta, self.dtype) * self.geometry.multipliers.residual
 
     @torch.inference_mode()
     def logits_float32(self, hidden: Tensor) -> Tensor:
         """The same for [T, hidden], multiplied out in float32 and not rounded: for measuring."""
         flat = self.head.float32(hidden)
-        return self.share.side_by_side(flat) if self._head_is_shared else flat
+        return self._divided(self.share.side_by_side(flat) if self._head_is_shared else flat)
 
     def hidden_states(self, windows: Tensor) -> Tensor:
         """Causal forward of whole windows. windows: [batch, length]. Returns [batch, length, hidden].
@@ -186,7 +202,7 @@ class Decoder:
         batch, length = windows.shape
         attend = causal_windows(self, batch, length)
         tokens = windows.to(self.device).reshape(-1)
-        flat = self.forward(F.embedding(tokens, self.embedding), attend)
+        flat = self.forward(self.embed(tokens), attend)
         if not torch.isfinite(flat).all():
             raise InputError(self.overflow(windows))
         return flat.view(batch, length, -1)
@@ -196,7 +212,7 @@ class Decoder:
         """Where windows [batch, length] of token ids stop being numbers, for people."""
         batch, length = windows.shape
         attend = causal_windows(self, batch, length)
-        x, delta = F.embedding(windows.to(self.device).reshape(-1), self.embedding), None
+        x, delta = self.embed(windows.to(self.device).reshape(-1)), None
         name = str(self.dtype).removeprefix("torch.")
         advice = (
             f"{name} is too narrow for this model: set dtype to bfloat16 or float32 in its config.json."
@@ -240,8 +256,9 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
         # [batch, heads, length, head_dim]
         q, k, v = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True,
+            scale=g.multipliers.attention,
+        )  # fmt: skip
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
     return attend

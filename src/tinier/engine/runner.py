@@ -296,7 +296,9 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        hidden = decoder.forward(embed(tokens, self._sampled, decoder.embedding), attend)
+        times = decoder.geometry.multipliers.embedding
+        entering = embed(tokens, self._sampled, decoder.embedding, times)
+        hidden = decoder.forward(entering, attend)
         last = hidden if rows == sequences else hidden[starts[1:].long() - 1]
         logits = decoder.logits(last)
         return Output(logits, greedy(logits, seats, self._sampled), hidden)

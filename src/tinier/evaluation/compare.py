@@ -8,7 +8,6 @@ the second model has by then (what has piled up).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
@@ -16,7 +15,6 @@ from tinier.engine import Decoder, load_decoder
 from tinier.engine.decoder import causal_windows
 from tinier.evaluation.quality import Quality, evaluate, reference_states
 from tinier.families import layer_name
-from tinier.kernels import joined
 from tinier.numerics import power_db
 from tinier.progress import bar
 
@@ -77,12 +75,12 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
     with bar("compare", len(windows)) as advance:
         for batch in windows.split(max(1, _BATCH_TOKENS // length)):
             tokens = batch.to(one.device).flatten()
-            x, y = (F.embedding(tokens, model.embedding) for model in (one, other))
+            x, y = (model.embed(tokens) for model in (one, other))
             attends = [causal_windows(model, len(batch), length) for model in (one, other)]
             for i in range(count):
-                exact = _sum(*one.layer(i, x, None, attends[0]))
-                alone = _sum(*other.layer(i, x, None, attends[1]))
-                y = _sum(*other.layer(i, y, None, attends[1]))
+                exact = one.summed(*one.layer(i, x, None, attends[0]))
+                alone = other.summed(*other.layer(i, x, None, attends[1]))
+                y = other.summed(*other.layer(i, y, None, attends[1]))
                 terms = (exact - x, alone - exact, exact, y - exact)
                 powers[i] += torch.stack([t.double().square().sum() for t in terms]).cpu()
                 x = exact
@@ -96,7 +94,3 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
         )
         for i, (added, error, stream, stream_error) in enumerate(powers.tolist())
     )
-
-
-def _sum(x: Tensor, delta: Tensor) -> Tensor:
-    return x + joined(delta, x.dtype)

@@ -30,6 +30,8 @@ class Reference(NamedTuple):
     """Hidden states [T, hidden] to logits [T, vocab]; the rest of the model need not stay"""
     device: torch.device
     """Where it computes them"""
+    divisor: float
+    """What they are divided by"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class Quality:
 def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
     """Run the original once over the windows [n, length]."""
     hidden = [h.cpu() for h in _batches(decoder, windows, "original model")]
-    return Reference(torch.cat(hidden), decoder.head, decoder.device)
+    divisor = decoder.geometry.multipliers.logits
+    return Reference(torch.cat(hidden), decoder.head, decoder.device, divisor)
 
 
 def evaluate(decoder: Decoder, windows: Tensor, reference: Reference | None = None) -> Quality:
@@ -94,7 +97,7 @@ def _window_sums(
         if reference is None:
             continue
         states = reference.hidden[index][rows].to(reference.device)
-        original = reference.head.float32(states)
+        original = reference.head.float32(states) / reference.divisor
         # one may be padded to more tokens than the other
         common = min(logits.shape[1], original.shape[1])
         own = torch.log_softmax(logits[:, :common], dim=-1)

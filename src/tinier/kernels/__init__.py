@@ -30,6 +30,7 @@ from tinier.kernels.reference import (
     PagedBatch,
     joined,
     known_tokens,
+    output_logits,
     rms_norm,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "known_tokens",
     "make_linear",
     "open_peers",
+    "output_logits",
     "rms_norm",
     "round_activations",
     "silu_mul",

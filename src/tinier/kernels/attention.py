@@ -356,7 +356,7 @@ def cached_attention(
     out = torch.empty_like(q).flatten(1)
     # sequences of one new token once more: their k and v are written twice, and are the same
     _decode_all(qkv, inputs, cache, batch, None, out)
-    prefill_attention(q, cache, batch, out)
+    prefill_attention(q, cache, batch, out, inputs.scale)
     return out if takes is None else encode_rows(out, takes)
 
 
@@ -388,7 +388,8 @@ def _decode_all(
     _decode[(tokens, kv_heads, splits)](
         qkv, *inputs.rotation, batch.positions, batch.slots, q_norm, k_norm, inputs.eps, cache.keys,
         cache.values, *pairs, batch.tables, batch.contexts, batch.decodes, k_scale, v_scale, out, sums,
-        qkv.shape[-2] * qkv.shape[-1], batch.tables.stride(0), size**-0.5 * _LOG2_E, H=heads, K=kv_heads,
+        qkv.shape[-2] * qkv.shape[-1], batch.tables.stride(0), (inputs.scale or size**-0.5) * _LOG2_E,
+        H=heads, K=kv_heads,
         D=size, WIDE=_wide(size), GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK_SIZE=batch.block_size, KEYS=_KEYS, SPLITS=splits, WINDOW=cache.window or 0,
         PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
@@ -412,9 +413,11 @@ def _decode_all(
     return joined if takes is None else Quantized(joined, scales)
 
 
-def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, out: Tensor) -> None:
+def prefill_attention(
+    q: Tensor, cache: Cache, batch: PagedBatch, out: Tensor, scale: float | None = None
+) -> None:
     """Causal attention of q [T, H, D] over the cache, which has its keys, to out [T, H·D]; the first
-    `batch.decodes` sequences are left out."""
+    `batch.decodes` sequences are left out. scale: as HeadInputs'."""
     tokens, heads, size = q.shape
     sequences = len(batch.counts)
     kv_heads = cache.keys.shape[1]
@@ -424,7 +427,8 @@ def prefill_attention(q: Tensor, cache: Cache, batch: PagedBatch, out: Tensor) -
     most = tokens // queries + min(sequences, tokens // 2)
     _prefill[(most, heads)](
         q, cache.keys, cache.values, batch.tables, batch.contexts, batch.starts, batch.decodes, k_scale,
-        v_scale, out, batch.tables.stride(0), size**-0.5 * _LOG2_E, sequences, H=heads, K=kv_heads,
+        v_scale, out, batch.tables.stride(0), (scale or size**-0.5) * _LOG2_E, sequences, H=heads,
+        K=kv_heads,
         D=size, WIDE=_wide(size), BLOCK_SIZE=batch.block_size, QUERIES=queries,
         KEYS=64 if queries == 128 else 32, SEQUENCES=triton.next_power_of_2(sequences),
         WINDOW=cache.window or 0, CODED=cache.scales is not None, num_warps=8, num_stages=2,

@@ -58,6 +58,7 @@ struct Model {
   Linear head;
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
   float eps;
+  float times_embedding, times_residual, times_attention, logits_by;  // the family's multipliers
 };
 
 struct Batch {
@@ -598,7 +599,7 @@ struct Worker {
     for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
     F8 most = load<F8>(scores);
     for (int i = 8; i < padded; i += 8) most = larger(most, load<F8>(scores + i));
-    const F8 peak = all(largest(most)), scale = all(1.0f / std::sqrt(float(n)));
+    const F8 peak = all(largest(most)), scale = all(model.times_attention);
     F8 sums = all(0.0f);
     for (int i = 0; i < padded; i += 8) {
       F8 weight = exp8((load<F8>(scores + i) - peak) * scale);
@@ -636,8 +637,10 @@ struct Worker {
   void add_norm(const bf16 *delta, const bf16 *weight) {
     const int n = model.hidden;
     bf16 *x = s.x.of(size_t(batch.rows) * n), *y = s.y.of(size_t(batch.rows) * n);
+    const F8 times = all(model.times_residual);
     if (delta)
-      for (int i = 0; i < batch.rows * n; i += 8) write8(x + i, read8(x + i) + read8(delta + i));
+      for (int i = 0; i < batch.rows * n; i += 8)
+        write8(x + i, read8(x + i) + round8(read8(delta + i) * times));
     for (int m = 0; m < batch.rows; ++m) rms_norm(x + m * n, weight, n, model.eps, y + m * n);
     s.in.set(y, batch.rows, n);
   }
@@ -647,7 +650,7 @@ struct Worker {
     find_cached();
     bf16 *x = s.x.of(batch.rows * n);
     for (int m = 0; m < batch.rows; ++m)
-      memcpy(x + m * n, model.embedding + batch.tokens[m] * n, n * sizeof *x);
+      scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, x + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
       add_norm(i ? shared.delta : nullptr, layer.input_norm);
@@ -667,6 +670,18 @@ struct Worker {
     }
     add_norm(shared.delta, model.final_norm);
     project({&model.head}, batch.logits);
+    if (model.logits_by == 1) return;
+    shared.barrier.wait(threads);
+    const size_t vocab = model.head.out;  // rows are shared out, whole ones
+    for (int m = thread; m < batch.rows; m += threads)
+      for (size_t i = 0; i < vocab; ++i) {
+        bf16 *logit = batch.logits + m * vocab + i;
+        *logit = to_bf16(to_float(*logit) / model.logits_by);
+      }
+  }
+
+  static void scaled(const bf16 *x, F8 times, size_t n, bf16 *y) {
+    for (size_t i = 0; i < n; i += 8) write8(y + i, read8(x + i) * times);
   }
 };
 

@@ -59,7 +59,9 @@ class _Model(Structure):
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
             "threads",
         )),
-        ("eps", c_float),
+        *((name, c_float) for name in (
+            "eps", "times_embedding", "times_residual", "times_attention", "logits_by"
+        )),
     )  # fmt: skip
 
 
@@ -89,13 +91,14 @@ class CpuDecoder:
         self._library = library
         self._kept: list[Tensor] = []  # whatever the structs point into
         self._vocab = _rows(weights.head)
-        w, g = weights, weights.geometry
+        w, g, m = weights, weights.geometry, weights.geometry.multipliers
         layers = [self._layer(g, *parts) for parts in zip(w.layers, caches, rotations, strict=True)]
         self._model = _Model(
             self._at(w.embedding), self._at(w.final_norm),
             (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
             len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
-            torch.get_num_threads(), g.norm_eps,
+            torch.get_num_threads(), g.norm_eps, m.embedding, m.residual,
+            g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
 
     def step(

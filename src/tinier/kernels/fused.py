@@ -93,7 +93,8 @@ def store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _embed(  # type: ignore[no-untyped-def]
-    tokens, sampled, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    tokens, sampled, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -102,7 +103,10 @@ def _embed(  # type: ignore[no-untyped-def]
     token = tl.load(tokens + row).to(tl.int64)
     if token < 0:
         token = tl.load(sampled - 1 - token)
-    tl.store(out + row * SIZE + at, tl.load(table + token * SIZE + at, mask=inside), mask=inside)
+    value = tl.load(table + token * SIZE + at, mask=inside)
+    if TIMES != 1.0:
+        value = (value.to(tl.float32) * TIMES).to(value.dtype)
+    tl.store(out + row * SIZE + at, value, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -182,8 +186,9 @@ def _over_processes(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
     x, delta, weight, summed, out, scales, addresses, flags, eps, stride, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
-    TURN: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr, TAKES: tl.constexpr,
+    LARGEST: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -201,6 +206,8 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
                 part, addresses, flags, row, at, inside, SIZE, TURN, ROWS, RANK, RANKS
             )
             other = rounded(part, stored)
+        if TIMES != 1.0:
+            other = rounded(other * TIMES, stored)
         value = (value.to(tl.float32) + other).to(stored)
         tl.store(summed + row * SIZE + at, value, mask=inside)
     y = value.to(tl.float32)
@@ -308,13 +315,13 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     tl.store(to_v + D // 2, high, mask=is_v & there)
 
 
-def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
-    """Rows of table [vocab, hidden] for tokens [T]; token -1 - i is sampled[i]."""
+def embed(tokens: Tensor, sampled: Tensor, table: Tensor, times: float) -> Tensor:
+    """Rows of table [vocab, hidden], times a number, for tokens [T]; token -1 - i is sampled[i]."""
     count, size = tokens.shape[0], table.shape[1]
     out = torch.empty(count, size, dtype=table.dtype, device=table.device)
     _embed[(count,)](
-        tokens, sampled, table, out, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=4,
-        **early_start(),
+        tokens, sampled, table, out, SIZE=size, BLOCK=triton.next_power_of_2(size), TIMES=times,
+        num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 
@@ -343,10 +350,10 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None,
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None, times: float = 1.0,
     peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
-    """x + delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts.
+    """x + times · delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts.
 
     peers: delta is summed over the processes too. turn: 0 and 1 by turns (peers.py).
     """
@@ -357,7 +364,7 @@ def add_rms_norm(
         x, x if delta is None else delta, weight, summed, out, scales,
         peers.addresses if peers else x, peers.flags if peers else x, eps, x.numel(), SIZE=size,
         BLOCK=triton.next_power_of_2(size), PARTS=0 if delta is None else parts_of(delta),
-        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
+        TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
         RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
         num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip

@@ -30,11 +30,12 @@ def captures(device: torch.device, cache_dtype: torch.dtype) -> bool:
     return machine_of(device).caches(cache_dtype)
 
 
-def embed(tokens: Tensor, sampled: Tensor, table: Tensor) -> Tensor:
-    """Rows of table [vocab, hidden] for tokens [T]; token -1 - i stands for sampled[i]."""
+def embed(tokens: Tensor, sampled: Tensor, table: Tensor, times: float = 1.0) -> Tensor:
+    """Rows of table [vocab, hidden], times a number, for tokens [T]; token -1 - i stands for sampled[i]."""
     if uses_triton(table.device):
-        return fused.embed(tokens, sampled, table)
-    return F.embedding(reference.known_tokens(tokens, sampled), table)
+        return fused.embed(tokens, sampled, table, times)
+    rows = F.embedding(reference.known_tokens(tokens, sampled), table)
+    return rows if times == 1 else rows * times
 
 
 def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
@@ -51,14 +52,14 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None = None,
-    peers: Peers | None = None, turn: int = 0,
+    times: float = 1.0, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
-    """x + delta [T, hidden], and the norm of it. peers: of GPUs, where delta is to be summed over the
-    processes too; turn: 0 and 1 by turns."""
+    """x + times · delta [T, hidden], and the norm of it. peers: of GPUs, where delta is to be summed over
+    the processes too; turn: 0 and 1 by turns."""
     if uses_triton(x.device):
-        return fused.add_rms_norm(x, delta, weight, eps, takes, peers, turn)
+        return fused.add_rms_norm(x, delta, weight, eps, takes, times, peers, turn)
     if delta is not None:
-        x = x + delta
+        x = x + (delta if times == 1 else delta * times)
     return x, reference.rms_norm(x, weight, eps)
 
 

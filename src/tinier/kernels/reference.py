@@ -120,6 +120,17 @@ class HeadInputs(NamedTuple):
     norms: tuple[Tensor, Tensor] | None = None
     """Weights [D] of q's and k's norm"""
     eps: float = 0.0
+    scale: float | None = None
+    """What products of queries and keys are multiplied with; None: 1 / sqrt(D)"""
+
+
+def output_logits(
+    states: Tensor, norm: Tensor, head: Tensor, eps: float, divisor: float = 1.0
+) -> Tensor:
+    """Logits [T, vocab] of the last layer's outputs [T, hidden]: final norm, head [vocab, hidden], and what
+    the model divides them by."""
+    logits = F.linear(rms_norm(states, norm, eps), head)
+    return logits if divisor == 1 else logits / divisor
 
 
 def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,13 +166,16 @@ def cached_attention(qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: Paged
     k_scale, v_scale = cache.scales or (None, None)
     store(cache.keys, slots, k, k_scale)
     store(cache.values, slots, v, v_scale)
-    return paged_attention(q, cache, batch).flatten(1)
+    return paged_attention(q, cache, batch, inputs.scale).flatten(1)
 
 
-def paged_attention(q: Tensor, cache: Cache, batch: PagedBatch) -> Tensor:
+def paged_attention(
+    q: Tensor, cache: Cache, batch: PagedBatch, scale: float | None = None
+) -> Tensor:
     """Causal attention of new tokens over their sequences' cached keys and values.
 
-    q: [T, H, D]; the new tokens' entries are in the cache already. Returns [T, H, D].
+    q: [T, H, D]; the new tokens' entries are in the cache already. scale: as HeadInputs'. Returns
+    [T, H, D].
     """
     keys, values, scales, window = cache
     k_scale, v_scale = scales or (None, None)
@@ -174,7 +188,7 @@ def paged_attention(q: Tensor, cache: Cache, batch: PagedBatch) -> Tensor:
     if all(count == 1 for count in batch.counts):
         slots = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)  # [B, longest]
         k, v = _fetch(keys, slots, k_scale, q.dtype), _fetch(values, slots, v_scale, q.dtype)
-        return _decode_attention(q, k, v, batch.contexts, window)
+        return _decode_attention(q, k, v, batch.contexts, window, scale)
     outputs = []
     start = 0
     for slots, context, count in zip(tables, contexts, batch.counts, strict=True):
@@ -187,6 +201,7 @@ def paged_attention(q: Tensor, cache: Cache, batch: PagedBatch) -> Tensor:
             _fetch(values, slots, v_scale, q.dtype).transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
             is_causal=mask is None and count > 1,
+            scale=scale,
             enable_gqa=True,
         )
         outputs.append(out.squeeze(0).transpose(0, 1))  # [count, H, D]
@@ -207,7 +222,7 @@ def _causal_mask(
 
 
 def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, contexts: Tensor, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, contexts: Tensor, window: int | None, scale: float | None
 ) -> Tensor:
     """One new token per sequence, the contexts padded to one length. k, v: [B, longest, K, D]."""
     key = torch.arange(k.shape[1], device=q.device)
@@ -219,6 +234,7 @@ def _decode_attention(
         k.transpose(1, 2),  # [B, K, longest, D]
         v.transpose(1, 2),
         attn_mask=visible[:, None, None, :],
+        scale=scale,
         enable_gqa=True,
     )
     return out.squeeze(2)

@@ -73,6 +73,7 @@ def refitted(
                 beyond = None
                 if name == _MLP and following[index] > index + 1:
                     beyond = _products_beyond(walk, layer, hidden, outputs, reached)
+                    beyond /= geometry.multipliers.residual  # what the layer writes is multiplied
                 rows, columns = cut.linear_channels(index, name, geometry)
                 solved = _solve(inputs, beyond, _linear(layer, name).weight, columns)
                 solved = take(solved, 0, rows)

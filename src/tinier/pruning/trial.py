@@ -14,7 +14,7 @@ from torch import Tensor
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
 from tinier.families import EMBEDDING, FINAL_NORM, HEAD, geometry_of
-from tinier.kernels import rms_norm
+from tinier.kernels import output_logits
 from tinier.progress import bar
 from tinier.pruning.cut import Cut
 
@@ -69,8 +69,9 @@ def _divergences(
     flat = exact.flatten(0, 1)
     for start in range(0, len(flat), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        states = rms_norm(flat[rows].to(device), norm, geometry.norm_eps)
-        original = F.log_softmax(F.linear(states, head).float(), dim=-1)
+        divisor = geometry.multipliers.logits
+        found = output_logits(flat[rows].to(device), norm, head, geometry.norm_eps, divisor)
+        original = F.log_softmax(found.float(), dim=-1)
         for number, stream in enumerate(streams):
             hidden = alive[stream.past(last)].flatten(0, 1)[rows].to(device)
             own = F.log_softmax(stream.logits(hidden, norm, head).float(), dim=-1)
@@ -108,5 +109,6 @@ class _Stream:
         return self.walk.module(index, weights)
 
     def logits(self, hidden: Tensor, norm: Tensor, head: Tensor) -> Tensor:
-        states = rms_norm(hidden, self.cut.tensor(FINAL_NORM, norm, self._geometry), self._eps)
-        return F.linear(states, self.cut.tensor(HEAD, head, self._geometry))
+        norm = self.cut.tensor(FINAL_NORM, norm, self._geometry)
+        head = self.cut.tensor(HEAD, head, self._geometry)
+        return output_logits(hidden, norm, head, self._eps, self._geometry.multipliers.logits)

@@ -23,7 +23,7 @@ from tinier.families import (
     geometry_of,
     layer_name,
 )
-from tinier.kernels import rms_norm
+from tinier.kernels import output_logits
 from tinier.numerics import dequantize
 from tinier.progress import bar
 from tinier.quantization.plan import MIXED_HIGH, linear_shape, stored_bytes
@@ -69,8 +69,9 @@ def measure_sensitivity(
         norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD)
 
     def logits(hidden: Tensor) -> Tensor:
-        states = rms_norm(hidden.to(walk.device), norm, geometry.norm_eps)
-        return F.log_softmax(F.linear(states, head).float(), dim=-1)
+        eps, divisor = geometry.norm_eps, geometry.multipliers.logits
+        found = output_logits(hidden.to(walk.device), norm, head, eps, divisor)
+        return F.log_softmax(found.float(), dim=-1)
 
     divergences = dict.fromkeys(streams, 0.0)
     flat = exact.flatten(0, 1)
