@@ -57,7 +57,8 @@ def test_the_package_decompresses_to_our_values(name: str, columns: int) -> None
 def test_what_was_packed_is_unpacked(name: str, columns: int) -> None:
     scheme = SCHEMES[name]
     values, tensors = packed(scheme, columns)
-    quantized, input_scale = unpack_linear(tensors.get, scheme)
+    stored = {f"a.{part}": tensor for part, tensor in tensors.items()}
+    quantized, input_scale = unpack_linear(stored.get, "a", scheme)
     assert torch.equal(dequantize(quantized, torch.bfloat16), values)
     assert (input_scale is None) == (not {"input_scale", "input_global_scale"} & set(tensors))
     shapes = {part: tuple(t.shape) for part, t in tensors.items() if part != "weight_shape"}

@@ -146,11 +146,16 @@ def pack_linear(
 
 
 def unpack_linear(
-    read: Callable[[str], Tensor | None], scheme: Scheme
+    read: Callable[[str], Tensor | None], name: str, scheme: Scheme
 ) -> tuple[Quantized, Tensor | None]:
-    """The codes and the input scale of one linear layer. read(name): a stored tensor or None."""
+    """The codes and the input scale of the linear layer `name`. read: gives a stored tensor by its full
+    name, None where there is none (Checkpoint.optional)."""
+
+    def part(tensor: str) -> Tensor | None:
+        return read(f"{name}.{tensor}")
+
     grid = scheme.weights
-    scale, packed = read("weight_scale"), read("weight_packed")
+    scale, packed = part("weight_scale"), part("weight_packed")
     assert scale is not None
     scale = scale.reshape(1, 1) if grid.granularity == "tensor" else scale
     zero_point = None
@@ -159,21 +164,21 @@ def unpack_linear(
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
         codes = e2m1_values(nibbles)
     elif grid.bits == 8:
-        weight = read("weight")
+        weight = part("weight")
         assert weight is not None
         codes = weight
     else:
         assert packed is not None
         columns = scale.shape[1] * (grid.group_size or 1)
         codes = _unpack(packed, grid.bits, torch.Size((packed.shape[0], columns)))
-        zeros = read("weight_zero_point")
+        zeros = part("weight_zero_point")
         if zeros is not None:
             zero_point = _unpack(zeros, grid.bits, scale.shape, packed_dim=0)
     if grid.scale_format == "e8m0":
         ones = torch.ones(scale.shape, device=scale.device)
         scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
-    input_scale = read(scheme.input_scale_name) if scheme.input_scale_name else None
-    return Quantized(codes, scale, zero_point, read("weight_global_scale")), input_scale
+    input_scale = part(scheme.input_scale_name) if scheme.input_scale_name else None
+    return Quantized(codes, scale, zero_point, part("weight_global_scale")), input_scale
 
 
 def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

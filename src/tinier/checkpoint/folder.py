@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,6 +137,10 @@ class Checkpoint:
             return tensor
 
         yield read
+
+    def optional(self, read: TensorReader) -> Callable[[str], Tensor | None]:
+        """`read`, which gives None for a tensor that is not there."""
+        return lambda name: read(name) if name in self.tensors else None
 
     def _check_numbers(self, name: str, tensor: Tensor) -> None:
         """Raise CheckpointError for NaN and Inf among the numbers of a tensor."""

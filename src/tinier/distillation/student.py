@@ -199,12 +199,7 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
             here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}
             kept = read_targets(targets, index) if here else {}
             for name, scheme in here.items():
-
-                def stored(part: str, name: str = name) -> Tensor | None:
-                    full = f"{name}.{part}"
-                    return read(full) if full in quantized.tensors else None
-
-                codes, input_scale = unpack_linear(stored, scheme)
+                codes, input_scale = unpack_linear(quantized.optional(read), name, scheme)
                 linear = model.get_submodule(name)
                 target = kept[name.removeprefix(f"{prefix}.")].to(device)
                 linear.weight.data = trainable_weight(target, codes, scheme.weights)
@@ -224,12 +219,7 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
 
 def _install_head(model: Any, quantized: Checkpoint, read: TensorReader, scheme: Scheme) -> None:
     """The head that the codes stand for, apart from the embedding, and its inputs rounded."""
-
-    def stored(part: str) -> Tensor | None:
-        full = f"{HEAD_LINEAR}.{part}"
-        return read(full) if full in quantized.tensors else None
-
-    codes, input_scale = unpack_linear(stored, scheme)
+    codes, input_scale = unpack_linear(quantized.optional(read), HEAD_LINEAR, scheme)
     embedding = model.get_parameter(EMBEDDING)
     weight = dequantize(codes, embedding.dtype)
     model.lm_head.weight = nn.Parameter(weight.to(embedding.device), requires_grad=False)

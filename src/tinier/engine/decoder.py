@@ -329,15 +329,11 @@ def _stored(
     checkpoint: Checkpoint, read: TensorReader, name: str, layout: Layout | None, dtype: torch.dtype
 ) -> StoredLinear:
     """One linear layer as the checkpoint has it, on the reader's device."""
-
-    def part(tensor: str) -> Tensor | None:
-        full = f"{name}.{tensor}"
-        return read(full) if full in checkpoint.tensors else None
-
-    bias = part("bias")
+    find = checkpoint.optional(read)
+    bias = find(f"{name}.bias")
     bias = None if bias is None else bias.to(dtype)
     scheme = layout.schemes.get(name) if layout else None
     if scheme is None:
         return StoredLinear(read(f"{name}.weight"), bias)
-    weight, input_scale = unpack_linear(part, scheme)
+    weight, input_scale = unpack_linear(find, name, scheme)
     return StoredLinear(weight, bias, scheme, input_scale)

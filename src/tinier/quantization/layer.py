@@ -270,11 +270,7 @@ def install(
         layer.get_parameter(inside).data = tensor
     for name, scheme in schemes.items():
         weight = layer.get_parameter(f"{name}.weight")
-
-        def stored(part: str, name: str = name) -> Tensor | None:
-            return tensors.get(f"{prefix}.{name}.{part}")
-
-        quantized, input_scale = unpack_linear(stored, scheme)
+        quantized, input_scale = unpack_linear(tensors.get, f"{prefix}.{name}", scheme)
         weight.data = dequantize(quantized, weight.dtype)
         if scheme.activations is not None:
             rounding = _rounding(scheme, input_scale)
