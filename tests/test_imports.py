@@ -11,8 +11,8 @@ import tinier
 
 ROOT = Path(tinier.__file__).parent
 ORDER = [
-    "errors", "numerics", "progress", "device", "schemes", "checkpoint", "families", "tokenizer", "kernels",
-    "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
+    "errors", "numerics", "progress", "device", "ranks", "schemes", "checkpoint", "families", "tokenizer",
+    "kernels", "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
     "benchmark", "serving", "search", "recipe", "report", "cli",
 ]  # fmt: skip
 

@@ -47,6 +47,7 @@ def test_quantize_prints_the_result_and_keeps_progress_apart(tiny: Tiny, tmp_pat
     assert "quantize fp8: about 0.0 GB of memory" in done.stderr
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(tiny: Tiny, tmp_path: Path) -> None:
     done = tinier("quantize", tiny().folder, "--preset", "int8", "--out", tmp_path / "q", "--quiet")
     assert done.returncode == 0
@@ -193,6 +194,7 @@ def test_text_streams_hold_back_incomplete_characters() -> None:
     assert broken.close() == "�"
 
 
+@pytest.mark.slow
 def test_compare_names_the_layers_that_hurt_most(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny()
     made = quantize_tiny(source, "int4", tmp_path / "q", ignore=("*.1.*", "*.2.*", "*.3.*"))
@@ -252,6 +254,7 @@ def test_bytes_that_are_no_text_are_an_error(tiny: Tiny) -> None:
         assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii(tiny: Tiny) -> None:
     import os
 

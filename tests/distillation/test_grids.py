@@ -181,6 +181,7 @@ def test_a_checkpoint_that_is_not_the_trained_model_is_a_failure() -> None:
             check_written(written, 0.1)
 
 
+@pytest.mark.slow
 def test_a_wider_vocabulary_learns_from_a_narrower_one(tiny: Tiny, tmp_path: Path) -> None:
     """Padded to different sizes, one tokenizer: what both know is trained, either way round."""
     narrow, wide = tiny(), tiny(name="wide", vocab_size=320, seed=1)

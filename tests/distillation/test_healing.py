@@ -22,6 +22,7 @@ def run(source: Checkpoint, plan: PrunePlan, heal: HealPlan, out: Path) -> Check
     )
 
 
+@pytest.mark.slow
 def test_layers_go_in_rounds_and_a_killed_run_goes_on(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_groups_are_shared_out_evenly_and_the_writer_has_the_lightest() -> None:
     assert set(layer._owners(work, 7).values()) <= set(range(7))
 
 
+@pytest.mark.slow
 def test_several_presets_in_one_walk_are_what_each_is_alone(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny()
     plans = {

@@ -189,6 +189,7 @@ def test_what_is_done_is_not_done_again(
     }
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_does_not_lose_the_others(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +234,7 @@ def test_the_base_s_failure_is_the_run_s(
         run_recipe(recipe_of(values, tmp_path), tmp_path / "run", command="")
 
 
+@pytest.mark.slow
 def test_an_old_variant_stays_until_the_new_one_is_there(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +357,7 @@ def test_a_layer_that_pruning_removed_is_out_of_range(
         plan_recipe(recipe_of(values, tmp_path))
 
 
+@pytest.mark.slow
 def test_sizes_for_a_target_are_such_that_later_stages_can_store_them(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -392,6 +395,7 @@ def test_a_folder_that_distillation_needs_is_no_variant_s_name(
         recipe_of(values, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["cpu_cores", "torch_threads"])
 def test_speed_is_measured_again_on_other_cores(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
