@@ -4,12 +4,15 @@ decode    tensor parallelism in the engine: tokens/s of 1 and 64 requests in ste
           requests/s with 64 in flight, 512 tokens in and 128 out; bf16, and FP8 with an FP8 head
 replicas  requests/s over HTTP with 64 in flight for each engine, the same requests, FP8
 quantize  int4-gptq of 128 windows of 2,048 tokens: seconds of the command's stage
+profile   (not unless asked) where a decode step's time goes, by kernel
 distill   28 layers teach 21, windows of 2,048, global batch 64: training tokens/s
 
 Llama-3.2-3B's weights are gated; its shape is not. Quality of random weights means nothing and is left out.
 
-    python -m benchmarks.two_gpus --work DIR --out RESULT.json [--parts decode replicas quantize distill]
-        [--rounds 3] [--steps 4] [--shape 8b]        8b: decode alone, of Llama-3.1-8B's shape
+    python -m benchmarks.two_gpus --work DIR --out RESULT.json [--rounds 3] [--steps 4] [--shape 8b]
+        [--parts decode replicas quantize distill profile]
+
+8b: decode alone, of Llama-3.1-8B's shape.
 """
 
 import argparse
@@ -89,6 +92,44 @@ def decoding(model: Checkpoint, rounds: int) -> dict[str, Any]:
     result["requests/s, 64 in flight"] = by_turns(work, rounds)
     for name, row in result.items():
         print(name, {k: v["median"] for k, v in row.items() if k in "12"}, row["ratio"], flush=True)
+    return result
+
+
+def profiled(model: Checkpoint) -> dict[str, Any]:
+    """Where a decode step's time goes: microseconds a step of each kernel of the leading process, on one
+    GPU and on two. Kernels overlap a little at their ends."""
+    result: dict[str, Any] = {}
+    for gpus in (1, 2):
+        config = EngineConfig(
+            max_batch_size=64, max_seq_len=1024, max_step_tokens=4096, reuse_prefixes=False,
+            tensor_parallel=gpus, device="cuda:0", kv_cache_bytes=(10 << 30) // gpus,
+        )  # fmt: skip
+        engine = Engine(model, config)
+        for batch in (1, 64):
+            decode(engine, batch, 384, 20)
+            for ids in prompts(batch, 384):
+                engine.add(ids, SamplingParams(max_tokens=120))
+            while engine.num_waiting:
+                engine.step()
+            for _ in range(10):
+                engine.step()
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
+                for _ in range(50):
+                    engine.step()
+                torch.cuda.synchronize()
+            while engine.has_work:
+                engine.step()
+            kernels = sorted(
+                profile.key_averages(), key=lambda event: -event.self_device_time_total
+            )
+            result[f"{gpus}, batch {batch}"] = {
+                event.key[:60]: [round(event.self_device_time_total / 50, 1), event.count // 50]
+                for event in kernels[:14]
+            }
+            print(gpus, batch, json.dumps(result[f"{gpus}, batch {batch}"], indent=1), flush=True)
+        del engine
     return result
 
 
@@ -199,6 +240,8 @@ def measure_all() -> None:
     if "quantize" in a.parts:
         for gpus in (1, 2):
             keep(f"quantize, {gpus}", child(gpus, "--quantize", base.folder, a.work))
+    if "profile" in a.parts:
+        keep("profile, bf16", profiled(base))
     if "decode" in a.parts:
         keep("decode, bf16", decoding(base, a.rounds))
     if a.shape == "3b" and ("decode" in a.parts or "replicas" in a.parts):
