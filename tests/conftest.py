@@ -21,6 +21,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -51,6 +53,7 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
@@ -115,11 +118,17 @@ def write_tiny(
     if family == "granite":
         sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.5}
         sizes |= {"attention_multiplier": 0.11}
+    if family == "gemma3":
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512}
+        sizes |= {"query_pre_attn_scalar": 24}
     torch.manual_seed(seed)
+    if "num_hidden_layers" in overrides and "layer_types" in sizes:
+        del sizes["layer_types"]
     model = model_class(config_class(**(sizes | overrides)))
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # ones and zeros would hide mistakes
-            torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.2)
+            mean = 0.0 if "bias" in name or family == "gemma3" else 1.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.2)
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return open_model(folder)

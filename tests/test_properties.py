@@ -23,7 +23,7 @@ from tinier.quantization import QuantizePlan, quantize
 from tinier.schemes import PRESETS
 
 CPU = torch.device("cpu")
-OTHERS = ["smollm3", "granite"]
+OTHERS = ["smollm3", "granite", "gemma3"]
 """Families of the draws from 1,000 on"""
 NAMES = [None, *(name for name in PRESETS if name != "int4-best"), "int4-best"]
 
@@ -47,7 +47,7 @@ def drawn(seed: int) -> Draw:
     heads = kv_heads * rng.choice([1, 2, 3])
     unit = rng.choice([16, 32, 64])
     hidden = unit * rng.choice([1, 2, 3, 5])
-    if family == "llama":  # transformers wants the heads to divide it
+    if family in ("llama", "gemma3"):  # transformers wants the heads to divide it
         hidden *= heads
     sizes: dict[str, Any] = {
         "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
@@ -62,6 +62,8 @@ def drawn(seed: int) -> Draw:
         sizes["attention_bias"] = rng.random() < 0.3
     if family in ("mistral", "qwen2") and rng.random() < 0.4:
         sizes |= {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}
+    if family == "gemma3":
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
     if family == "smollm3":
         sizes["no_rope_layers"] = rng.choice([[1, 0], [0, 1]])
     return Draw(family, dtype, sizes, _drawn_plan(rng, sizes, unit))

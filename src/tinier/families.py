@@ -2,8 +2,8 @@
 
 Start at `open_model`: it resolves a model, verifies its folder and checks that its tensors are those
 that the configuration calls for, each of the right shape and type, and no others. A new architecture
-that is a dense pre-norm decoder with RoPE, grouped query attention and SwiGLU is one more row in
-FAMILIES.
+that is a dense decoder with RoPE and grouped query attention is one more row in FAMILIES, where fields say
+what its layers are made of.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from tinier.checkpoint import (
@@ -25,6 +26,9 @@ from tinier.errors import CheckpointError, InputError
 from tinier.progress import warn
 from tinier.schemes import Layout
 
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # buffers that older files carry and every loader computes for itself
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
@@ -41,6 +45,9 @@ class Norms(NamedTuple):
 
     attention_in: str = "input_layernorm"
     mlp_in: str = "post_attention_layernorm"
+    attention_out: str | None = None
+    """Over what attention adds to the stream, before it is added"""
+    mlp_out: str | None = None
 
 
 _USUAL = Norms()
@@ -51,8 +58,9 @@ class LayerKind(NamedTuple):
 
     window: int | None = None
     """How many tokens back attention sees; None: all"""
-    rope: bool = True
-    """Whether q and k are turned by their positions"""
+    rope: str | None = ""
+    """Which entry of config.json's `rope_parameters` turns q and k by their positions; "": there is only
+    one; None: nothing does"""
 
 
 class Input(NamedTuple):
@@ -95,11 +103,15 @@ class Family:
     """Which layers have the `sliding_window` of config.json: none, whatever it says; all; or those that
     its `layer_types` names."""
     norms: Norms = _USUAL
-    some_without_rope: bool = False
-    """Whether `no_rope_layers` of config.json says which layers turn q and k (1) and which do not (0)."""
-    multipliers: bool = False
-    """Whether config.json has Granite's `embedding_multiplier`, `residual_multiplier`, `logits_scaling` and
-    `attention_multiplier`."""
+    norm_offset: float = 0.0
+    """Added to a stored norm weight. Where it is not 0 the sum is in float32, and rounded after it was
+    multiplied with."""
+    per_layer: tuple[str, ...] = ()
+    """Entries of config.json that say something of each layer, and have a default that is written out:
+    `no_rope_layers` (1: q and k are turned, 0: not), `layer_types`."""
+    multipliers: Literal["none", "granite", "gemma"] = "none"
+    """granite: config.json has all four; gemma: the root of the hidden size, rounded to the model's type,
+    and `query_pre_attn_scalar`."""
     hidden_in_heads: bool = False
     """Whether transformers wants the hidden size to be a multiple of the number of heads, even where
     the head size is given."""
@@ -142,14 +154,30 @@ FAMILIES = {
             mlp_bias="config",
             qk_norm=False,
             windows="layer_types",
-            some_without_rope=True,
+            per_layer=("no_rope_layers",),
         ),
         Family(
             architecture="GraniteForCausalLM",
             qkv_bias="config",
             mlp_bias="config",
             qk_norm=False,
-            multipliers=True,
+            multipliers="granite",
+        ),
+        Family(
+            architecture="Gemma3ForCausalLM",
+            qkv_bias="config",
+            mlp_bias=False,
+            qk_norm=True,
+            windows="layer_types",
+            per_layer=("layer_types",),
+            norms=Norms(
+                mlp_in="pre_feedforward_layernorm",
+                attention_out="post_attention_layernorm",
+                mlp_out="post_feedforward_layernorm",
+            ),
+            norm_offset=1.0,
+            multipliers="gemma",
+            hidden_in_heads=True,
         ),
     )
 }
@@ -177,7 +205,11 @@ class Geometry:
     kinds: tuple[LayerKind, ...]
     """Of each layer."""
     norm_names: Norms = _USUAL
+    norm_offset: float = 0.0
     multipliers: Multipliers = _NONE
+    embedding_by_root: bool = False
+    """Whether `multipliers.embedding` is the root of the hidden size."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
     @property
     def cached_numbers(self) -> int:
@@ -217,7 +249,7 @@ class Geometry:
     @property
     def norms(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's norm weights, by their name inside the layer."""
-        norms = {f"{name}.weight": (self.hidden,) for name in self.norm_names}
+        norms = {f"{name}.weight": (self.hidden,) for name in self.norm_names if name}
         if self.qk_norm:
             norms["self_attn.q_norm.weight"] = (self.head_dim,)
             norms["self_attn.k_norm.weight"] = (self.head_dim,)
@@ -246,6 +278,11 @@ class Geometry:
         """Parameters of the whole model; a tied head counts once."""
         embeddings = self.vocab * self.hidden * (1 if self.tied_head else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden
+
+
+def norm_weight(stored: Tensor, geometry: Geometry) -> Tensor:
+    """What a norm multiplies with: the stored weight, or its sum with the family's offset in float32."""
+    return stored if geometry.norm_offset == 0 else stored.float() + geometry.norm_offset
 
 
 def layer_name(index: int) -> str:
@@ -290,10 +327,9 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
             "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
         )
     notes = []
-    if family.some_without_rope and config.get("no_rope_layers") is None:
-        # said of each layer, so that it holds when some of them go
-        turned = hf_config(replace(checkpoint, config=config)).no_rope_layers
-        config["no_rope_layers"] = list(turned)
+    for key in family.per_layer:
+        if config.get(key) is None:  # said of each layer, so that it holds when some of them go
+            config[key] = list(getattr(hf_config(replace(checkpoint, config=config)), key))
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
         notes.append(
@@ -414,13 +450,27 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
     """Sizes of a checkpoint's decoder. Raises CheckpointError for what tinier cannot run."""
     family = family_of(checkpoint)
     config = hf_config(checkpoint)
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
+    for key in rope_keys(config):
+        rope_type = rope_parameters(config, key).get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
+            )
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
+            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}."
         )
-    if config.hidden_act != "silu":
-        raise CheckpointError(f"{checkpoint.folder} uses {config.hidden_act!r}, not SwiGLU.")
+    for name in (
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+    ):
+        if getattr(config, name, None):
+            raise CheckpointError(
+                f"{checkpoint.folder} has {name}={getattr(config, name)} in config.json, which tinier "
+                "does not compute."
+            )
     _check_sizes(checkpoint, config)
     bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
@@ -443,7 +493,10 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         hidden_in_heads=family.hidden_in_heads,
         kinds=_kinds(family, config),
         norm_names=family.norms,
-        multipliers=_multipliers(config) if family.multipliers else _NONE,
+        norm_offset=family.norm_offset,
+        multipliers=_multipliers(family, config, checkpoint.dtype),
+        embedding_by_root=family.multipliers == "gemma",
+        activation=_ACTIVATIONS[activation],
     )
 
 
@@ -474,7 +527,7 @@ def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:
 def _positions(config: Any) -> int:
     """How long a sequence may be. Under YaRN `max_position_embeddings` is often left at what the model
     was trained on; what it reaches is that times the factor (arXiv 2309.00071)."""
-    rope = config.rope_parameters or {}
+    rope = rope_parameters(config, rope_keys(config)[-1])
     positions = int(config.max_position_embeddings)
     if rope.get("rope_type") != "yarn":
         return positions
@@ -485,11 +538,34 @@ def _positions(config: Any) -> int:
 def _kinds(family: Family, config: Any) -> tuple[LayerKind, ...]:
     """What each layer is."""
     windows = _windows(family, config)
-    turned = list(config.no_rope_layers) if family.some_without_rope else [1] * len(windows)
-    return tuple(LayerKind(w, bool(rope)) for w, rope in zip(windows, turned, strict=True))
+    ropes: list[str | None] = [""] * len(windows)
+    if "no_rope_layers" in family.per_layer:
+        ropes = ["" if turned else None for turned in config.no_rope_layers]
+    if rope_keys(config) != ("",):
+        ropes = list(config.layer_types)
+    return tuple(map(LayerKind, windows, ropes))
 
 
-def _multipliers(config: Any) -> Multipliers:
+def rope_keys(config: Any) -> tuple[str, ...]:
+    """The kinds of layers that have a RoPE of their own; ("",): all have one."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    if not any(isinstance(value, dict) for value in found.values()):
+        return ("",)
+    return tuple(key for key in found if key in config.layer_types)
+
+
+def rope_parameters(config: Any, key: str) -> dict[str, Any]:
+    """Of one of `rope_keys`."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    return found[key] if key else found
+
+
+def _multipliers(family: Family, config: Any, dtype: torch.dtype) -> Multipliers:
+    if family.multipliers == "none":
+        return _NONE
+    if family.multipliers == "gemma":
+        root = torch.tensor(config.hidden_size**0.5).to(dtype).item()
+        return Multipliers(embedding=root, attention=config.query_pre_attn_scalar**-0.5)
     return Multipliers(
         embedding=float(config.embedding_multiplier), residual=float(config.residual_multiplier),
         logits=float(config.logits_scaling), attention=float(config.attention_multiplier),

@@ -14,7 +14,7 @@ from tinier.families import Geometry, LayerKind
 from tinier.kernels import Cache, HeadInputs, Layer, PagedBatch, StoredLinear, make_linear, native
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
-from tinier.kernels.reference import cached_attention, rms_norm, silu_mul
+from tinier.kernels.reference import cached_attention, gated, rms_norm
 from tinier.numerics import Quantized, dequantize
 from tinier.quantization.scales import absmax_scales, round_nearest
 from tinier.schemes import preset_named
@@ -72,7 +72,7 @@ def random_weights(
         layers=2, hidden=HIDDEN, intermediate=INNER, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias, out_bias=bias,
         mlp_bias=bias, qk_norm=qk_norm, hidden_in_heads=False,
-        kinds=(LayerKind(window), LayerKind(window, rope=False)),
+        kinds=(LayerKind(window), LayerKind(window, rope=None)),
     )  # fmt: skip
     return DecodeWeights(
         geometry=geometry,
@@ -132,7 +132,7 @@ class Step:
                 qkv = layer.qkv(rms_norm(x, layer.input_norm, eps))
                 x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
                 y = rms_norm(x, layer.post_norm, eps)
-                x = x + layer.down(silu_mul(layer.gate_up(y)))
+                x = x + layer.down(gated(layer.gate_up(y)))
             return weights.head(rms_norm(x, weights.final_norm, eps))
 
 

@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from tinier.kernels.reference import Cache, PagedBatch, paged_attention, rms_norm, rotate, silu_mul
+from tinier.kernels.reference import Cache, PagedBatch, gated, paged_attention, rms_norm, rotate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,7 +33,7 @@ def test_rotate_is_transformers_own() -> None:
 def test_silu_mul() -> None:
     # rows of whole vectors: torch's scalar code for what is left over differs in the last bit
     gate, up = torch.randn(3, 64), torch.randn(3, 64)
-    assert torch.equal(silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up)
+    assert torch.equal(gated(torch.cat((gate, up), dim=1)), F.silu(gate) * up)
 
 
 def naive_attention(

@@ -85,17 +85,19 @@ def test_add_rms_norm(dtype: torch.dtype, takes: str | None, with_delta: bool) -
 
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_silu_mul(dtype: torch.dtype, takes: str | None) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(activation: str, dtype: torch.dtype, takes: str | None) -> None:
     gate_up = random(5, 2 * 100, dtype=dtype)
-    check_row(fused.silu_mul(gate_up, dtype, takes), reference.silu_mul(gate_up), takes)
+    made = fused.gated(gate_up, dtype, takes, activation)
+    check_row(made, reference.gated(gate_up, activation), takes)
 
 
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn, torch.int8])
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [False, True, "in float32"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", [16, 24, 80])
 def test_rotate_and_store(
-    dtype: torch.dtype, normed: bool, cache: torch.dtype | None, size: int
+    dtype: torch.dtype, normed: bool | str, cache: torch.dtype | None, size: int
 ) -> None:
     heads, kv_heads, tokens = 6, 2, 5
     qkv = random(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
@@ -103,9 +105,8 @@ def test_rotate_and_store(
     rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
     positions = torch.tensor([3, 39, 0, 7, 7], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([9, 1, 4, 0, 30], dtype=torch.int32, device=DEVICE)
-    norms = (
-        (random(size, dtype=dtype, seed=2), random(size, dtype=dtype, seed=3)) if normed else None
-    )
+    kept = torch.float32 if normed == "in float32" else dtype
+    norms = (random(size, dtype=kept, seed=2), random(size, dtype=kept, seed=3)) if normed else None
     steps = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.03], device=DEVICE))
     scales = steps if cache else None
     caches = [
@@ -167,9 +168,8 @@ def test_cached_attention(
             reference.encode(t, s, cache) for t, s in zip((keys, values), scales, strict=True)
         )
     angles = random(64, size // 2, seed=1).repeat(1, 2)
-    norms = (
-        (random(size, dtype=dtype, seed=2), random(size, dtype=dtype, seed=3)) if normed else None
-    )
+    kept = torch.float32 if size == 24 else dtype
+    norms = (random(size, dtype=kept, seed=2), random(size, dtype=kept, seed=3)) if normed else None
     inputs = HeadInputs((angles.cos().to(dtype), angles.sin().to(dtype)), 6, norms, 1e-5)
     qkv = random(sum(counts), 10 * size, dtype=dtype, seed=2)
     ours, plain = (Cache(keys.clone(), values.clone(), scales, window) for _ in range(2))
@@ -202,6 +202,18 @@ def test_embed_reads_tokens_that_are_on_the_device_alone() -> None:
         assert torch.equal(fused.embed(tokens, sampled, table, times), expected)
 
 
+@pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
+def test_what_is_added_may_go_through_a_norm(takes: str | None) -> None:
+    """Gemma's norms: behind attention and the MLP, and of weights that are kept in float32."""
+    x, parts = random(5, 100, dtype=torch.bfloat16), random(2, 5, 100, seed=2)
+    weight, between = random(100, seed=1), random(100, seed=3)
+    summed, y = fused.add_rms_norm(x, parts, weight, 1e-5, takes, 1.0, between)
+    delta = reference.rms_norm(parts.sum(dim=0).bfloat16(), between, 1e-5)
+    assert delta.dtype == torch.bfloat16
+    assert apart(summed, x + delta) < 2e-3
+    check_row(y, reference.rms_norm(x + delta, weight, 1e-5), takes)
+
+
 def test_what_is_added_may_be_multiplied() -> None:
     x, weight = random(5, 100, dtype=torch.bfloat16), random(100, dtype=torch.bfloat16, seed=1)
     delta = random(5, 100, dtype=torch.bfloat16, seed=2)
@@ -219,8 +231,8 @@ def test_parts_are_summed(takes: str | None) -> None:
     assert apart(summed, expected) < 1e-3
     check_row(y, reference.rms_norm(expected, weight, 1e-5), takes)
     gate_up = random(3, 5, 200, seed=3)
-    plain = reference.silu_mul(gate_up.sum(dim=0).bfloat16())
-    check_row(fused.silu_mul(gate_up, torch.bfloat16, takes), plain, takes)
+    plain = reference.gated(gate_up.sum(dim=0).bfloat16())
+    check_row(fused.gated(gate_up, torch.bfloat16, takes), plain, takes)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -55,9 +55,13 @@ def test_it_brings_the_model_nearer(
     made = prune(source, plan, tmp_path / "refit", documents=TEXT)
     without = prune(source, plain, tmp_path / "plain", documents=TEXT)
     windows = calibration_windows(source, plan, TEXT)
-    assert divergence(source, made, windows) < divergence(source, without, windows)
     assert made.manifest is not None
     assert without.manifest is not None
+    if family == "gemma3" and set(cut) == {"drop_layers"}:  # behind a norm: it says so
+        assert made.manifest.measures["refitted"] == []
+        assert any("goes through a norm" in warning for warning in made.manifest.warnings)
+        return
+    assert divergence(source, made, windows) < divergence(source, without, windows)
     assert made.manifest.measures["refitted"]
     assert without.manifest.measures["refitted"] == []
 

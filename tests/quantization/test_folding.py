@@ -42,7 +42,7 @@ def test_folding_leaves_the_output_unchanged(
     walk = DecoderWalk(checkpoint, 16, CPU)
     layer = walk.load(0).float()
     hidden = torch.randn(2, 16, geometry.hidden, generator=torch.Generator().manual_seed(0))
-    positions = tuple(p.float() for p in walk.positions)
+    positions = tuple(p.float() for p in walk.positions(layer))
     before = layer(hidden, position_embeddings=positions)
     read = geometry.inputs[which]
     names = geometry.linears

@@ -4,7 +4,14 @@ Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
 """
 
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
-from tinier.calibration.walk import DecoderWalk, LayerStep, check_attention_window, load_whole, walk
+from tinier.calibration.walk import (
+    DecoderWalk,
+    LayerStep,
+    check_attention_window,
+    load_whole,
+    turns,
+    walk,
+)
 
 __all__ = [
     "DecoderWalk",
@@ -15,5 +22,6 @@ __all__ = [
     "load_whole",
     "observe",
     "second_moments",
+    "turns",
     "walk",
 ]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tinier.checkpoint import Checkpoint
 from tinier.device import bf16_products
 from tinier.errors import InputError, TextError
-from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name
+from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name, rope_keys
 from tinier.progress import bar
 
 BATCH_TOKENS = 4096
@@ -61,8 +61,15 @@ class DecoderWalk:
         # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
         rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         sample = torch.empty(1, dtype=checkpoint.dtype, device=device)
-        self.positions = rotary(sample, torch.arange(length, device=device).unsqueeze(0))
+        at = torch.arange(length, device=device).unsqueeze(0)
+        kinds = geometry_of(checkpoint).kinds
+        turned = turns(rotary, sample, at, model.config)
+        self._positions = [turned[kind.rope or next(iter(turned))] for kind in kinds]
         self.batch_windows = max(1, BATCH_TOKENS // length)
+
+    def positions(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """cos and sin that a layer takes, each [1, length, head_dim]; one without RoPE looks at none."""
+        return self._positions[layer.self_attn.layer_idx]  # type: ignore[union-attr,index]
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
@@ -114,8 +121,21 @@ class DecoderWalk:
     def forward(self, layer: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
         """One batch [windows, length, hidden] on the device through a layer."""
         with bf16_products(self.device):
-            output: Tensor = layer(batch, position_embeddings=self.positions, past_key_values=cache)
+            output: Tensor = layer(
+                batch, position_embeddings=self.positions(layer), past_key_values=cache
+            )
         return output
+
+
+def turns(
+    rotary: nn.Module, sample: Tensor, positions: Tensor, config: Any
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What transformers' rotary embedding gives for positions [1, length], by families.rope_keys. sample:
+    of the type to give it in."""
+    return {
+        key: rotary(sample, positions, key) if key else rotary(sample, positions)
+        for key in rope_keys(config)
+    }
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from tinier.calibration import KeysAndValues, load_whole
+from tinier.calibration import KeysAndValues, load_whole, turns
 from tinier.checkpoint import Checkpoint, TensorReader, pack_linear, unpack_linear
 from tinier.distillation.losses import RowsLoss, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan
@@ -115,10 +115,12 @@ def hidden_states(
     divisor = getattr(model.config, "logits_scaling", 1.0)
     hidden = base.embed_tokens(windows).to(dtype)
     hidden = hidden if times == 1 else hidden * times
-    positions = base.rotary_emb(hidden, torch.arange(windows.shape[1], device=windows.device)[None])
+    at = torch.arange(windows.shape[1], device=windows.device)[None]
+    turned = turns(base.rotary_emb, hidden, at, model.config)
     kept = []
     for index, layer in enumerate(base.layers):
-        run = partial(layer, position_embeddings=positions)
+        key = model.config.layer_types[index] if "" not in turned else ""
+        run = partial(layer, position_embeddings=turned[key])
         if mode == "none" or not torch.is_grad_enabled():
             hidden = run(hidden)
         else:

@@ -27,6 +27,8 @@ from tinier.families import (
     geometry_of,
     hf_config,
     layer_name,
+    norm_weight,
+    rope_keys,
 )
 from tinier.kernels import (
     HeadInputs,
@@ -34,15 +36,16 @@ from tinier.kernels import (
     Linear,
     StoredLinear,
     add_rms_norm,
+    gated,
     joined,
     make_linear,
-    silu_mul,
+    rms_norm,
 )
 from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
 from tinier.schemes import Layout
 
-Rotations = dict[bool, tuple[Tensor, Tensor]]
+Rotations = dict[str | None, tuple[Tensor, Tensor]]
 """By LayerKind.rope: cos and sin, each [T, head_dim]"""
 Attention = Callable[[int, Tensor], Tensor | Quantized]
 """(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim] or their parts) -> [T, heads·head_dim], codes if
@@ -59,11 +62,11 @@ class Decoder:
         layers: list[Layer],
         final_norm: Tensor,
         head: Linear,
-        rope: Rope,
+        ropes: dict[str, Rope],
         layout: Layout | None,
         share: Share = ALONE,
     ) -> None:
-        """geometry: of this process's share."""
+        """geometry: of this process's share. ropes: by LayerKind.rope."""
         self.geometry = geometry
         self.share = share
         self.embedding = embedding
@@ -71,7 +74,7 @@ class Decoder:
         self.final_norm = final_norm
         self.head = head
         self.layout = layout
-        self._rope = rope
+        self._ropes = ropes
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +115,7 @@ class Decoder:
         delta: Tensor | None = None
         for index in range(self.geometry.layers):
             x, delta = self.layer(index, x, delta, attend)
-        _, y = self._add_norm(x, delta, self.final_norm)
+        _, y = self._add_norm(x, delta, self.final_norm, between=self.layers[-1].mlp_out_norm)
         assert isinstance(y, Tensor)
         return y
 
@@ -120,36 +123,38 @@ class Decoder:
     def layer(
         self, index: int, x: Tensor, delta: Tensor | None, attend: Attention
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer over the hidden states x + delta [T, hidden], of which delta is still to be
-        multiplied by the family's factor; returns such a pair.
+        """One decoder layer over the hidden states that x and delta [T, hidden] stand for (`summed`);
+        returns such a pair.
 
         What a block adds is left apart, in parts and on its process, so that adding it is part of the norm
         that reads the sum.
         """
         layer = self.layers[index]
         with bf16_products(self.device):
-            x, y = self._add_norm(x, delta, layer.input_norm, layer.qkv.takes)
+            before = self.layers[index - 1].mlp_out_norm if index else None
+            x, y = self._add_norm(x, delta, layer.input_norm, layer.qkv.takes, between=before)
             delta = layer.out(attend(index, layer.qkv(y)))
-            x, y = self._add_norm(x, delta, layer.post_norm, layer.gate_up.takes, turn=1)
-            act = silu_mul(layer.gate_up(y), self.dtype, layer.down.takes)
+            x, y = self._add_norm(
+                x, delta, layer.post_norm, layer.gate_up.takes, layer.attention_out_norm, turn=1
+            )
+            activation = self.geometry.activation
+            act = gated(layer.gate_up(y), self.dtype, layer.down.takes, activation)
             return x, layer.down(act)
 
     def _add_norm(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        takes: str | None = None,
-        turn: int = 0,
-    ) -> tuple[Tensor, Tensor | Quantized]:
-        """x + delta, which is summed over all processes first, and the norm of it."""
+        self, x: Tensor, delta: Tensor | None, weight: Tensor, takes: str | None = None,
+        between: Tensor | None = None, turn: int = 0,
+    ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
+        """x + delta, which is summed over all processes first and goes through the norm `between`, and the
+        norm of the sum."""
         peers, eps = self.share.peers, self.geometry.norm_eps
         times = self.geometry.multipliers.residual
         if delta is None or self.share.size == 1:
-            return add_rms_norm(x, delta, weight, eps, takes, times)
+            return add_rms_norm(x, delta, weight, eps, takes, times, between)
         if peers is not None and peers.holds(*x.shape):
-            return add_rms_norm(x, delta, weight, eps, takes, times, peers, turn)
-        return add_rms_norm(x, self.share.sum(joined(delta, self.dtype)), weight, eps, takes, times)
+            return add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
+        delta = self.share.sum(joined(delta, self.dtype))
+        return add_rms_norm(x, delta, weight, eps, takes, times, between)
 
     def head_inputs(self, index: int, rotations: Rotations) -> HeadInputs:
         """What q and k of a layer go through."""
@@ -160,11 +165,9 @@ class Decoder:
 
     def rotations(self, positions: Tensor) -> Rotations:
         """For positions [T], in the computing type. Layers without RoPE turn by nothing: cos 1, sin 0."""
-        found = {True: self._rope(positions, self.dtype)}
-        if not all(kind.rope for kind in self.geometry.kinds):
-            cos, sin = found[True]
-            found[False] = torch.ones_like(cos), torch.zeros_like(sin)
-        return found
+        found: Rotations = {key: rope(positions, self.dtype) for key, rope in self._ropes.items()}
+        cos, sin = next(iter(found.values()))
+        return found | {None: (torch.ones_like(cos), torch.zeros_like(sin))}
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -184,9 +187,12 @@ class Decoder:
         rows, times = F.embedding(tokens, self.embedding), self.geometry.multipliers.embedding
         return rows if times == 1 else rows * times
 
-    def summed(self, x: Tensor, delta: Tensor) -> Tensor:
-        """The hidden states of what `layer` returns, on one process."""
-        return x + joined(delta, self.dtype) * self.geometry.multipliers.residual
+    def summed(self, index: int, x: Tensor, delta: Tensor) -> Tensor:
+        """The hidden states that `layer` returned as a pair, on one process."""
+        delta, norm = joined(delta, self.dtype), self.layers[index].mlp_out_norm
+        if norm is not None:
+            delta = rms_norm(delta, norm, self.geometry.norm_eps)
+        return x + delta * self.geometry.multipliers.residual
 
     @torch.inference_mode()
     def logits_float32(self, hidden: Tensor) -> Tensor:
@@ -287,7 +293,7 @@ def load_decoder(
             return make_linear([cut(part) for part in stored], dtype)
 
         def norm(name: str) -> Tensor:
-            return read(f"{name}.weight").to(dtype)
+            return norm_weight(read(f"{name}.weight").to(dtype), geometry)
 
         def kv_scales(attention: str) -> tuple[Tensor, Tensor] | None:
             if layout is None or layout.kv_cache is None:
@@ -296,28 +302,34 @@ def load_decoder(
 
         def layer(name: str) -> Layer:
             attention = f"{name}.self_attn"
+            names = geometry.norm_names
             return Layer(
-                input_norm=norm(f"{name}.{geometry.norm_names.attention_in}"),
+                input_norm=norm(f"{name}.{names.attention_in}"),
                 qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv"), cut=share.rows),
                 q_norm=norm(f"{attention}.q_norm") if geometry.qk_norm else None,
                 k_norm=norm(f"{attention}.k_norm") if geometry.qk_norm else None,
                 out=linear(f"{attention}.o_proj", cut=share.columns),
-                post_norm=norm(f"{name}.{geometry.norm_names.mlp_in}"),
+                post_norm=norm(f"{name}.{names.mlp_in}"),
                 gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", cut=share.rows),
                 down=linear(f"{name}.mlp.down_proj", cut=share.columns),
+                attention_out_norm=norm(f"{name}.{names.attention_out}")
+                if names.attention_out
+                else None,
+                mlp_out_norm=norm(f"{name}.{names.mlp_out}") if names.mlp_out else None,
                 kv_scales=kv_scales(attention),
             )
 
         layers = [layer(layer_name(i)) for i in range(geometry.layers)]
         embedding = read(EMBEDDING).to(dtype)
-        final_norm = read(FINAL_NORM).to(dtype)
+        final_norm = norm_weight(read(FINAL_NORM).to(dtype), geometry)
         cut = share.rows if _shares_head(geometry, share) else ALONE.rows
         if geometry.tied_head:
             head = make_linear([cut(StoredLinear(embedding, None))], dtype)
         else:
             head = linear(HEAD_LINEAR, cut=cut)
-    rope = Rope(hf_config(checkpoint), device)
-    return Decoder(geometry, embedding, layers, final_norm, head, rope, layout, share)
+    config = hf_config(checkpoint)
+    ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
+    return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
 
 
 def _shares_head(geometry: Geometry, share: Share) -> bool:

@@ -8,17 +8,22 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tinier.families import rope_parameters
+
 
 class Rope:
-    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
-        kind = config.rope_parameters["rope_type"]
+    def __init__(self, config: PretrainedConfig, device: torch.device, key: str = "") -> None:
+        """key: one of families.rope_keys."""
+        parameters = rope_parameters(config, key)
+        kind = parameters["rope_type"]
         if kind == "default":
             size = getattr(config, "head_dim", None)
             size = size or config.hidden_size // config.num_attention_heads
             exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-            frequencies, self._scale = 1 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+            frequencies, self._scale = 1 / parameters["rope_theta"] ** exponents, 1.0
         else:
-            frequencies, self._scale = ROPE_INIT_FUNCTIONS[kind](config)
+            named = {"layer_type": key} if key else {}
+            frequencies, self._scale = ROPE_INIT_FUNCTIONS[kind](config, **named)
         self._frequencies = frequencies.float().to(device)  # [head_dim / 2]
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -78,9 +78,9 @@ def _layers(one: Decoder, other: Decoder, windows: Tensor) -> tuple[LayerDiffere
             x, y = (model.embed(tokens) for model in (one, other))
             attends = [causal_windows(model, len(batch), length) for model in (one, other)]
             for i in range(count):
-                exact = one.summed(*one.layer(i, x, None, attends[0]))
-                alone = other.summed(*other.layer(i, x, None, attends[1]))
-                y = other.summed(*other.layer(i, y, None, attends[1]))
+                exact = one.summed(i, *one.layer(i, x, None, attends[0]))
+                alone = other.summed(i, *other.layer(i, x, None, attends[1]))
+                y = other.summed(i, *other.layer(i, y, None, attends[1]))
                 terms = (exact - x, alone - exact, exact, y - exact)
                 powers[i] += torch.stack([t.double().square().sum() for t in terms]).cpu()
                 x = exact

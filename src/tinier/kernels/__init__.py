@@ -18,8 +18,8 @@ from tinier.kernels.operators import (
     cached_attention,
     captures,
     embed,
+    gated,
     greedy,
-    silu_mul,
     uses_triton,
 )
 from tinier.kernels.peers import Peers, open_peers
@@ -47,6 +47,7 @@ __all__ = [
     "cached_attention",
     "captures",
     "embed",
+    "gated",
     "greedy",
     "joined",
     "known_tokens",
@@ -55,7 +56,6 @@ __all__ = [
     "output_logits",
     "rms_norm",
     "round_activations",
-    "silu_mul",
     "static_scale",
     "uses_triton",
 ]

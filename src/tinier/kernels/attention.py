@@ -28,6 +28,7 @@ from tinier.kernels.fused import (
     rounded,
     summed_parts,
     token_scale,
+    weighted,
 )
 from tinier.kernels.reference import LONG_CONTEXT, Cache, HeadInputs, PagedBatch
 from tinier.numerics import Quantized
@@ -109,11 +110,10 @@ def _turned(  # type: ignore[no-untyped-def]
     y = summed_parts(qkv, at + heads * D + other, inside, stride, PARTS, dtype)
     if NORM:
         turn = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        x = rounded(
-            rounded(x * turn, dtype) * tl.load(norm + d, mask=there, other=0.0).to(tl.float32),
-            dtype,
-        )
-        y = rounded(rounded(y * turn, dtype) * tl.load(norm + other).to(tl.float32), dtype)
+        kept: tl.constexpr = norm.dtype.element_ty
+        w = tl.load(norm + d, mask=there, other=0.0).to(tl.float32)
+        x = weighted(x * turn, w, kept, dtype)
+        y = weighted(y * turn, tl.load(norm + other).to(tl.float32), kept, dtype)
     y = rounded(y * tl.load(sin + d, mask=there, other=0.0).to(tl.float32), dtype)
     x = rounded(x * tl.load(cos + d, mask=there, other=0.0).to(tl.float32), dtype)
     return (x + tl.where(d < D // 2, -y, y)).to(dtype)

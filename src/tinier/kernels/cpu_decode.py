@@ -173,6 +173,8 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
         return library
     if weights.geometry.hidden % 32 or weights.geometry.head_dim % 16:
         return "the hidden size must be a multiple of 32, the head size of 16"
+    if weights.geometry.norm_offset or weights.geometry.activation != "silu":
+        return "its norms or its activation are not among the native step's"
     linears = [linear for layer in weights.layers for linear in layer.linears]
     for linear in (*linears, weights.head):
         reason = _unsupported_linear(linear)

@@ -53,6 +53,15 @@ def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def weighted(y, w, kept: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A normed row times the norm's weight, which is kept in that type, as float32 rounded to `dtype`; it
+    is rounded before too, unless the weight is kept wider (reference.rms_norm)."""
+    if kept == dtype:
+        y = rounded(y, dtype)
+    return rounded(w * y, dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def summed_parts(source, at, inside, stride, PARTS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """What lies at `source + at`, or the sum of PARTS such, as float32 rounded to `dtype`."""
     value = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
@@ -185,10 +194,10 @@ def _over_processes(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, summed, out, scales, addresses, flags, eps, stride, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr, TAKES: tl.constexpr,
-    LARGEST: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, PDL: tl.constexpr,
+    x, delta, weight, between, summed, out, scales, addresses, flags, eps, stride, SIZE: tl.constexpr,
+    BETWEEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr,
+    TAKES: tl.constexpr, LARGEST: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -206,22 +215,27 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
                 part, addresses, flags, row, at, inside, SIZE, TURN, ROWS, RANK, RANKS
             )
             other = rounded(part, stored)
+        if BETWEEN:
+            v = tl.load(between + at, mask=inside, other=0.0).to(tl.float32)
+            other = other * tl.rsqrt(tl.sum(other * other, axis=0) / SIZE + eps)
+            other = weighted(other, v, between.dtype.element_ty, stored)
         if TIMES != 1.0:
             other = rounded(other * TIMES, stored)
         value = (value.to(tl.float32) + other).to(stored)
         tl.store(summed + row * SIZE + at, value, mask=inside)
     y = value.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + eps)
-    y = (w.to(tl.float32) * y.to(stored).to(tl.float32)).to(stored)
+    y = weighted(y, w.to(tl.float32), weight.dtype.element_ty, stored).to(stored)
     if TAKES is not None:
         y = y.to(tl.float32)
     store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul(  # type: ignore[no-untyped-def]
+def _gated(  # type: ignore[no-untyped-def]
     gate_up, out, scales, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    stored: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
+    stored: tl.constexpr, GELU: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -229,7 +243,10 @@ def _silu_mul(  # type: ignore[no-untyped-def]
     inside = at < SIZE
     gate = summed_parts(gate_up, row * 2 * SIZE + at, inside, stride, PARTS, stored)
     up = summed_parts(gate_up, row * 2 * SIZE + SIZE + at, inside, stride, PARTS, stored)
-    y = gate / (1.0 + tl.exp(-gate))
+    inner = gate
+    if GELU:  # the tanh form, as a sigmoid
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    y = gate / (1.0 + tl.exp(-inner))
     y = (y.to(stored).to(tl.float32) * up).to(stored)
     if TAKES is not None:
         y = y.to(tl.float32)
@@ -255,7 +272,7 @@ def _normed(x, turn, q_norm, k_norm, at, there, is_q, dtype: tl.constexpr):  # t
     q_weight = tl.load(q_norm + at, mask=there, other=0.0)
     k_weight = tl.load(k_norm + at, mask=there, other=0.0)
     w = tl.where(is_q, q_weight, k_weight).to(tl.float32)
-    return rounded(rounded(x * turn[:, None], dtype) * w, dtype)
+    return weighted(x * turn[:, None], w, q_norm.dtype.element_ty, dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -351,19 +368,21 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None, times: float = 1.0,
-    peers: Peers | None = None, turn: int = 0,
+    between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
     """x + times · delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts.
 
-    peers: delta is summed over the processes too. turn: 0 and 1 by turns (peers.py).
+    between: weight of a norm that delta goes through first. peers: delta is summed over the processes
+    too. turn: 0 and 1 by turns (peers.py).
     """
     tokens, size = x.shape
     summed = x if delta is None else torch.empty_like(x)
     out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _add_rms_norm[(tokens,)](
-        x, x if delta is None else delta, weight, summed, out, scales,
+        x, x if delta is None else delta, weight, x if between is None else between, summed, out, scales,
         peers.addresses if peers else x, peers.flags if peers else x, eps, x.numel(), SIZE=size,
-        BLOCK=triton.next_power_of_2(size), PARTS=0 if delta is None else parts_of(delta),
+        BETWEEN=between is not None, BLOCK=triton.next_power_of_2(size),
+        PARTS=0 if delta is None else parts_of(delta),
         TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
         RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
         num_warps=_warps(size, tokens), **early_start(),
@@ -371,14 +390,17 @@ def add_rms_norm(
     return summed, out if takes is None else Quantized(out, scales)
 
 
-def silu_mul(gate_up: Tensor, dtype: torch.dtype, takes: str | None) -> Tensor | Quantized:
-    """silu(gate) · up of a fused [T, 2·intermediate] or its parts, as the next layer takes it."""
+def gated(
+    gate_up: Tensor, dtype: torch.dtype, takes: str | None, activation: str = "silu"
+) -> Tensor | Quantized:
+    """silu(gate) · up, or gelu_tanh, of a fused [T, 2·intermediate] or its parts, as the next layer takes
+    it."""
     tokens, size = gate_up.shape[-2], gate_up.shape[-1] // 2
     out, scales = _row_buffers(tokens, size, dtype, gate_up.device, takes)
-    _silu_mul[(tokens,)](
+    _gated[(tokens,)](
         gate_up, out, scales, 2 * tokens * size, SIZE=size, BLOCK=triton.next_power_of_2(size),
-        PARTS=parts_of(gate_up), stored=TRITON_TYPES[dtype], TAKES=takes,
-        LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size, tokens), **early_start(),
+        PARTS=parts_of(gate_up), stored=TRITON_TYPES[dtype], GELU=activation == "gelu_tanh",
+        TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return out if takes is None else Quantized(out, scales)
 

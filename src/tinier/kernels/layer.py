@@ -19,6 +19,8 @@ class Layer:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+    attention_out_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
     kv_scales: tuple[Tensor, Tensor] | None = None
     """Of keys and of values, each [1], where the cache is quantized."""
 

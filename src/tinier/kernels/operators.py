@@ -52,22 +52,27 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None = None,
-    times: float = 1.0, peers: Peers | None = None, turn: int = 0,
+    times: float = 1.0, between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
-    """x + times · delta [T, hidden], and the norm of it. peers: of GPUs, where delta is to be summed over
+    """x + times · delta [T, hidden], and the norm of it. between: weight of a norm that delta goes through
+    first. peers: of GPUs, where delta is to be summed over
     the processes too; turn: 0 and 1 by turns."""
     if uses_triton(x.device):
-        return fused.add_rms_norm(x, delta, weight, eps, takes, times, peers, turn)
+        return fused.add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
+    if delta is not None and between is not None:
+        delta = reference.rms_norm(delta, between, eps)
     if delta is not None:
         x = x + (delta if times == 1 else delta * times)
     return x, reference.rms_norm(x, weight, eps)
 
 
-def silu_mul(gate_up: Tensor, dtype: torch.dtype, takes: str | None = None) -> Tensor | Quantized:
-    """silu(gate) · up of a fused [T, 2·intermediate], in dtype."""
+def gated(
+    gate_up: Tensor, dtype: torch.dtype, takes: str | None = None, activation: str = "silu"
+) -> Tensor | Quantized:
+    """silu(gate) · up, or gelu_tanh, of a fused [T, 2·intermediate], in dtype."""
     if uses_triton(gate_up.device):
-        return fused.silu_mul(gate_up, dtype, takes)
-    return reference.silu_mul(gate_up)
+        return fused.gated(gate_up, dtype, takes, activation)
+    return reference.gated(gate_up, activation)
 
 
 def cached_attention(

@@ -33,10 +33,13 @@ def greedy(logits: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
 
-    arXiv 1910.07467. Rounds to x's type before the weight multiplies, as transformers does.
+    arXiv 1910.07467. Rounds to x's type before the weight multiplies, as transformers does; after it where
+    the weight is wider than x (Gemma).
     """
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+    if weight.dtype != x.dtype:
+        return (weight * y).to(x.dtype)
     return weight * y.to(x.dtype)
 
 
@@ -46,10 +49,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of a fused [T, 2·intermediate]. arXiv 2002.05202."""
+def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """silu(gate) · up, or gelu, of a fused [T, 2·intermediate]. arXiv 2002.05202."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return active * up
 
 
 def split_heads(

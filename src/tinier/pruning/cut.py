@@ -85,13 +85,13 @@ class Cut:
         """A tensor of the source, cut. name: its full name there."""
         match = _LAYER.fullmatch(name)
         if match is None:
-            return self._edge(name, tensor)
+            return self._edge(name, tensor, geometry)
         return self.layer_tensor(int(match[1]), match[2], tensor, geometry)
 
     def layer_tensor(self, layer: int, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
         """A tensor of a decoder layer, cut. name: inside the layer."""
         if name.removesuffix(".weight") in geometry.norm_names:
-            return self._norm(tensor)
+            return self._norm(tensor, geometry.norm_offset)
         linear, _, part = name.rpartition(".")
         if linear not in geometry.linears:  # norms inside attention: one entry per head channel
             return tensor
@@ -138,19 +138,29 @@ class Cut:
             pruned["head_dim"] = geometry.head_dim  # no longer hidden / heads
         return pruned
 
-    def _edge(self, name: str, tensor: Tensor) -> Tensor:
+    def _edge(self, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
+        # an embedding that is multiplied by the root of the hidden size makes up for the smaller one; a
+        # head that is the same matrix then does what the final norm would have to
+        rooted = geometry.embedding_by_root and self.hidden is not None
+        if name == EMBEDDING and rooted:
+            assert self.hidden is not None
+            factor = (tensor.shape[1] / len(self.hidden)) ** 0.5
+            grown: Tensor = take(tensor, 1, self.hidden).float() * factor
+            return grown.to(tensor.dtype)
         if name in (EMBEDDING, HEAD):
             return take(tensor, 1, self.hidden)
-        return self._norm(tensor) if name == FINAL_NORM else tensor
+        if name == FINAL_NORM and rooted and geometry.tied_head:
+            return take(tensor, 0, self.hidden)
+        return self._norm(tensor, geometry.norm_offset) if name == FINAL_NORM else tensor
 
-    def _norm(self, weight: Tensor) -> Tensor:
+    def _norm(self, weight: Tensor, offset: float) -> Tensor:
         """A norm over fewer channels divides by the root of another mean: as if those that are gone
         had been zero, it is larger by the root of the ratio of their numbers, and the weight makes up
         for it (the norm's epsilon in `config` likewise)."""
         if self.hidden is None:
             return weight
         factor = (len(weight) / len(self.hidden)) ** 0.5
-        scaled: Tensor = take(weight, 0, self.hidden).float() * factor
+        scaled: Tensor = (take(weight, 0, self.hidden).float() + offset) * factor - offset
         return scaled.to(weight.dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint, cache_folder, code_digest, new_file
-from tinier.families import FINAL_NORM, Geometry, geometry_of
+from tinier.families import FINAL_NORM, Geometry, geometry_of, norm_weight
 from tinier.kernels import rms_norm
 from tinier.progress import bar, say
 from tinier.pruning.cut import Cut, Sizes
@@ -160,7 +160,7 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
                 angular[before, index + 1] = turn.mean()
             advance(1)
     with checkpoint.reader() as read:
-        normed = rms_norm(hidden, read(FINAL_NORM), geometry.norm_eps)
+        normed = rms_norm(hidden, norm_weight(read(FINAL_NORM), geometry), geometry.norm_eps)
     channels += normed.float().abs().mean(dim=1).square().sum(dim=0).sqrt()
     return Importance(influence, angular, neurons, heads, channels)
 
@@ -173,7 +173,8 @@ class _Seen:
         self._head_dim = geometry.head_dim
         for name in ("mlp.down_proj", "self_attn.o_proj"):
             layer.get_submodule(name).register_forward_pre_hook(self._hook(name, inputs=True))
-        self._norms = geometry.norm_names
+        names = geometry.norm_names
+        self._norms = (names.attention_in, names.mlp_in)
         for name in self._norms:
             layer.get_submodule(name).register_forward_hook(self._hook(name, inputs=False))
 

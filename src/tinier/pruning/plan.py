@@ -174,11 +174,24 @@ def prepare(
         + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
         flops=2.0 * geometry.parameters * tokens * passes,
         code=code_digest("tinier.pruning.driver"),
-        warnings=()
-        if windows is None
-        else tuple(shortfall(windows, plan.sequences, geometry.intermediate if solves else 0)),
+        warnings=tuple(_warnings(plan, geometry, windows, solves=solves)),
     )
     return stage, windows
+
+
+def _warnings(
+    plan: PrunePlan, geometry: Geometry, windows: Tensor | None, *, solves: bool
+) -> list[str]:
+    warnings = []
+    if windows is not None:
+        widest = geometry.intermediate if solves else 0
+        warnings += shortfall(windows, plan.sequences, widest)
+    if plan.refit and geometry.norm_names.mlp_out is not None:
+        warnings.append(
+            "nothing stands in for layers that are dropped: what the MLP adds goes through a norm, so no "
+            "linear layer can be solved for (neurons and heads that go are made up for)"
+        )
+    return warnings
 
 
 def _sizes_for_plan(source: Checkpoint, plan: PrunePlan) -> Sizes:

@@ -32,7 +32,9 @@ def linears_to_refit(cut: Cut, geometry: Geometry) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for layer, following in _following(cut, geometry).items():
         names = [_ATTENTION] if cut.heads else []
-        if cut.neurons or following > layer + 1:
+        # behind a norm what the dropped layers wrote is no linear function of the weights
+        dropped = following > layer + 1 and geometry.norm_names.mlp_out is None
+        if cut.neurons or dropped:
             names.append(_MLP)
         if names:
             found[layer] = names
@@ -71,7 +73,8 @@ def refitted(
                 reached = walk.run(walk.load(dropped), reached, torch.empty_like(reached))
             for name, inputs in moments.items():
                 beyond = None
-                if name == _MLP and following[index] > index + 1:
+                behind_norm = geometry.norm_names.mlp_out is not None
+                if name == _MLP and following[index] > index + 1 and not behind_norm:
                     beyond = _products_beyond(walk, layer, hidden, outputs, reached)
                     beyond /= geometry.multipliers.residual  # what the layer writes is multiplied
                 rows, columns = cut.linear_channels(index, name, geometry)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
-from tinier.families import EMBEDDING, FINAL_NORM, HEAD, geometry_of
+from tinier.families import EMBEDDING, FINAL_NORM, HEAD, geometry_of, norm_weight
 from tinier.kernels import output_logits
 from tinier.progress import bar
 from tinier.pruning.cut import Cut
@@ -70,7 +70,8 @@ def _divergences(
     for start in range(0, len(flat), _CHUNK):
         rows = slice(start, start + _CHUNK)
         divisor = geometry.multipliers.logits
-        found = output_logits(flat[rows].to(device), norm, head, geometry.norm_eps, divisor)
+        weight = norm_weight(norm, geometry)
+        found = output_logits(flat[rows].to(device), weight, head, geometry.norm_eps, divisor)
         original = F.log_softmax(found.float(), dim=-1)
         for number, stream in enumerate(streams):
             hidden = alive[stream.past(last)].flatten(0, 1)[rows].to(device)
@@ -109,6 +110,7 @@ class _Stream:
         return self.walk.module(index, weights)
 
     def logits(self, hidden: Tensor, norm: Tensor, head: Tensor) -> Tensor:
-        norm = self.cut.tensor(FINAL_NORM, norm, self._geometry)
-        head = self.cut.tensor(HEAD, head, self._geometry)
+        norm = norm_weight(self.cut.tensor(FINAL_NORM, norm, self._geometry), self._geometry)
+        name = EMBEDDING if self._geometry.tied_head else HEAD
+        head = self.cut.tensor(name, head, self._geometry)
         return output_logits(hidden, norm, head, self._eps, self._geometry.multipliers.logits)

@@ -44,9 +44,12 @@ def fold(
             bias.data = (bias.float() / rows).to(bias.dtype)
     else:
         norm = layer.get_parameter(f"{source}.weight")
-        divided = (norm.float() / factors).to(norm.dtype)
+        offset = geometry.norm_offset
+        whole = norm.float() + offset
+        divided = (whole / factors - offset).to(norm.dtype)
         # a channel that the norm closes stays closed, whatever the factor
-        factors = torch.where(divided != 0, norm.float() / divided.float(), factors)
+        left = divided.float() + offset
+        factors = torch.where(left != 0, whole / left, factors)
         norm.data = divided
     for name in read.readers:
         weights[name] = weights[name] * factors

@@ -147,6 +147,6 @@ def _error(
         torch.stack([hidden[i].to(walk.device, non_blocking=True) for i in windows.tolist()])
         for hidden in (inputs, outputs)
     )
-    arguments = {"position_embeddings": walk.positions}
+    arguments = {"position_embeddings": walk.positions(layer)}
     output: Tensor = torch.func.functional_call(layer, parameters, (sent,), arguments)
     return torch.mean((output.float() - wanted.float()).square())

@@ -22,6 +22,7 @@ from tinier.families import (
     Geometry,
     geometry_of,
     layer_name,
+    norm_weight,
 )
 from tinier.kernels import output_logits
 from tinier.numerics import dequantize
@@ -66,7 +67,8 @@ def measure_sensitivity(
             walk.run(layer, exact, exact)
             advance(1)
     with source.reader(walk.device) as read:
-        norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD)
+        norm = norm_weight(read(FINAL_NORM), geometry)
+        head = read(EMBEDDING if geometry.tied_head else HEAD)
 
     def logits(hidden: Tensor) -> Tensor:
         eps, divisor = geometry.norm_eps, geometry.multipliers.logits
