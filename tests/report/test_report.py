@@ -10,7 +10,7 @@ from tinier.errors import InputError, OutputError
 from tinier.recipe import add_endpoint, load_results
 from tinier.report import write_report
 
-DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-25.json"
+DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-26.json"
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:
