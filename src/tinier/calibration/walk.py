@@ -152,7 +152,13 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     model.tie_weights()
     # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if hasattr(
+        model.model.embed_tokens, "embed_scale"
+    ):  # Gemma's, rounded as the checkpoint's type rounds it
+        times = geometry_of(checkpoint).multipliers.embedding
+        model.model.embed_tokens.embed_scale = torch.tensor(times, device=device)
+    values = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, value in values if value.is_meta]
     assert not left, left
     return model.requires_grad_(False)
 
