@@ -152,7 +152,13 @@ def test_bad_grids_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("head", "kv"), [("fp8", None), ("int8", "fp8"), (None, "int8")])
+@pytest.mark.parametrize(
+    ("head", "kv"),
+    [
+        ("int8", "fp8"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("fp8", None), (None, "int8"))),
+    ],
+)
 def test_head_and_cache_are_trained_with_as_they_are_written(
     tiny: Tiny, tmp_path: Path, head: str | None, kv: str | None, tied: bool
 ) -> None:

@@ -78,7 +78,9 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping() -> None:
         Inverse(indefinite)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n == "int4" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_the_gpu_kernel_rounds_as_the_loop_does(kernel_device: str, name: str) -> None:
     grid = PRESETS[name].scheme.weights
     x = correlated(128).to(kernel_device)
