@@ -149,14 +149,19 @@ def decode(engine: Engine, batch: int, prompt: int, output: int) -> list[float]:
     return times[-(output - 2) :]
 
 
-def idle_share(engine: Engine) -> float:
-    """Share of 100 decode steps of 64 requests in which the GPU does nothing."""
-    for ids in prompts(64, 384):
-        engine.add(ids, SamplingParams(max_tokens=140))
+def start_decoding(engine: Engine, batch: int, output: int) -> None:
+    """Bring requests to where each step is a token of all of them."""
+    for ids in prompts(batch, 384):
+        engine.add(ids, SamplingParams(max_tokens=output))
     while engine.num_waiting:
         engine.step()
     for _ in range(10):
         engine.step()
+
+
+def idle_share(engine: Engine) -> float:
+    """Share of 100 decode steps of 64 requests in which the GPU does nothing."""
+    start_decoding(engine, 64, 140)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(100):

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from benchmarks import guide_shape
-from benchmarks.engine_speed import decode, prompts, requests
+from benchmarks.engine_speed import decode, prompts, requests, start_decoding
 from benchmarks.serving_speed import completion, over_http
 from transformers import LlamaConfig
 
@@ -68,15 +68,19 @@ def by_turns(work: dict[str, Any], rounds: int) -> dict[str, Any]:
     }
 
 
+def engine_on(model: Checkpoint, gpus: int) -> Engine:
+    config = EngineConfig(
+        max_batch_size=64, max_seq_len=1024, max_step_tokens=4096, reuse_prefixes=False,
+        tensor_parallel=gpus, device="cuda:0", kv_cache_bytes=(10 << 30) // gpus,
+    )  # fmt: skip
+    return Engine(model, config)
+
+
 def decoding(model: Checkpoint, rounds: int) -> dict[str, Any]:
     engines = {}
     for gpus in (1, 2):
-        config = EngineConfig(
-            max_batch_size=64, max_seq_len=1024, max_step_tokens=4096, reuse_prefixes=False,
-            tensor_parallel=gpus, device="cuda:0", kv_cache_bytes=(10 << 30) // gpus,
-        )  # fmt: skip
         begun = time.monotonic()
-        engines[gpus] = Engine(model, config)
+        engines[gpus] = engine_on(model, gpus)
         engines[gpus].generate(prompts(2, 20), SamplingParams(max_tokens=4))
         print(f"{gpus}: first tokens after {time.monotonic() - begun:.1f} s", flush=True)
     assert engines[2].decoder.share.peers is not None, "the GPUs cannot read each other's memory"
@@ -100,19 +104,10 @@ def profiled(model: Checkpoint) -> dict[str, Any]:
     GPU and on two. Kernels overlap a little at their ends."""
     result: dict[str, Any] = {}
     for gpus in (1, 2):
-        config = EngineConfig(
-            max_batch_size=64, max_seq_len=1024, max_step_tokens=4096, reuse_prefixes=False,
-            tensor_parallel=gpus, device="cuda:0", kv_cache_bytes=(10 << 30) // gpus,
-        )  # fmt: skip
-        engine = Engine(model, config)
+        engine = engine_on(model, gpus)
         for batch in (1, 64):
             decode(engine, batch, 384, 20)
-            for ids in prompts(batch, 384):
-                engine.add(ids, SamplingParams(max_tokens=120))
-            while engine.num_waiting:
-                engine.step()
-            for _ in range(10):
-                engine.step()
+            start_decoding(engine, batch, 120)
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CUDA]
             ) as profile:

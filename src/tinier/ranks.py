@@ -87,7 +87,7 @@ def join_ranks(device: torch.device) -> Ranks:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Ranks()
+        return ALONE
     if not dist.is_initialized():
         dist.init_process_group(_backend(device), timeout=_PATIENCE)
     return Ranks(dist.get_rank(), size)

@@ -62,9 +62,10 @@ class DecoderWalk:
         rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         sample = torch.empty(1, dtype=checkpoint.dtype, device=device)
         at = torch.arange(length, device=device).unsqueeze(0)
-        kinds = geometry_of(checkpoint).kinds
+        geometry = geometry_of(checkpoint)
+        self._times = geometry.multipliers.embedding
         turned = turns(rotary, sample, at, model.config)
-        self._positions = [turned[kind.rope or next(iter(turned))] for kind in kinds]
+        self._positions = [turned[kind.rope or next(iter(turned))] for kind in geometry.kinds]
         self.batch_windows = max(1, BATCH_TOKENS // length)
 
     def positions(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -76,8 +77,7 @@ class DecoderWalk:
         """The hidden states that enter the first layer. windows: [n, length]. On the host."""
         with self._checkpoint.reader() as read:
             hidden = nn.functional.embedding(windows, read(EMBEDDING))
-        times = geometry_of(self._checkpoint).multipliers.embedding
-        hidden = hidden if times == 1 else hidden * times
+        hidden = hidden if self._times == 1 else hidden * self._times
         # pinned memory moves to and from a GPU several times faster
         return hidden.pin_memory() if self.device.type == "cuda" else hidden
 
@@ -152,11 +152,12 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     model.tie_weights()
     # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    embedding = model.model.embed_tokens
     if hasattr(
-        model.model.embed_tokens, "embed_scale"
-    ):  # Gemma's, rounded as the checkpoint's type rounds it
+        embedding, "embed_scale"
+    ):  # Gemma's factor, rounded as the checkpoint's type rounds it
         times = geometry_of(checkpoint).multipliers.embedding
-        model.model.embed_tokens.embed_scale = torch.tensor(times, device=device)
+        embedding.embed_scale = torch.tensor(times, device=device)
     values = (*model.named_parameters(), *model.named_buffers())
     left = [name for name, value in values if value.is_meta]
     assert not left, left

@@ -166,8 +166,10 @@ class Decoder:
     def rotations(self, positions: Tensor) -> Rotations:
         """For positions [T], in the computing type. Layers without RoPE turn by nothing: cos 1, sin 0."""
         found: Rotations = {key: rope(positions, self.dtype) for key, rope in self._ropes.items()}
-        cos, sin = next(iter(found.values()))
-        return found | {None: (torch.ones_like(cos), torch.zeros_like(sin))}
+        if any(kind.rope is None for kind in self.geometry.kinds):
+            cos, sin = next(iter(found.values()))
+            found[None] = torch.ones_like(cos), torch.zeros_like(sin)
+        return found
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

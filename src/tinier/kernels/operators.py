@@ -55,8 +55,7 @@ def add_rms_norm(
     times: float = 1.0, between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
     """x + times · delta [T, hidden], and the norm of it. between: weight of a norm that delta goes through
-    first. peers: of GPUs, where delta is to be summed over
-    the processes too; turn: 0 and 1 by turns."""
+    first. peers: of GPUs, where delta is to be summed over the processes too; turn: 0 and 1 by turns."""
     if uses_triton(x.device):
         return fused.add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
     if delta is not None and between is not None:

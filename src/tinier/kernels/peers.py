@@ -1,6 +1,6 @@
 """Memory of several GPUs of one host that all of them can read, for sums of few tokens over processes.
 
-A library's all-reduce takes 10 µs and more, twice a layer, and then a norm reads what it wrote. Here
+A library's all-reduce is a kernel of its own, twice a layer, and then a norm reads what it wrote. Here
 the norm itself makes the sum (fused.py): the program of a token writes its own part where the others can
 read it, tells them, waits for theirs, and adds all in the order of the ranks, so that every process has
 the same bits. It reads from each of the others once, so it is for few processes and few tokens.

@@ -143,7 +143,9 @@ class Replica:
         self._metrics = metrics
         self._stands, self._lost = stands, lost
         self._jobs: dict[int, Job] = {}
-        self._prefixes = Prefixes(1, 0)
+        self._prefixes: Prefixes | None = None
+        """Where there are several replicas to choose from"""
+        self._chosen_from = number > 0
         self._closing = False
         self._crashes = 0
         self._settled = asyncio.Event()  # it is ready, or will never be
@@ -162,14 +164,15 @@ class Replica:
 
     def cached(self, prompt: list[int]) -> int:
         """Tokens of the prompt that are in this engine's cache, as far as is known."""
-        return self._prefixes.length(prompt)
+        return self._prefixes.length(prompt) if self._prefixes else 0
 
     def submit(self, jobs: list[Job], prompt: list[int], params: SamplingParams) -> None:
         """Send a request to the engine, which is ready. jobs: one for each of its `n` outputs."""
         for job in jobs:
             job.attempts += 1
             self._jobs[job.id] = job
-        self._prefixes.add(prompt)
+        if self._prefixes:
+            self._prefixes.add(prompt)
         self._outbox.put(Add([job.id for job in jobs], prompt, params))
 
     def cancel(self, job: Job) -> bool:
@@ -226,7 +229,8 @@ class Replica:
             self._take_progress(message)
         elif isinstance(message, Ready):
             self.ready = message
-            self._prefixes = Prefixes(self.spec.config.block_size, message.num_blocks)
+            if self._chosen_from:
+                self._prefixes = Prefixes(self.spec.config.block_size, message.num_blocks)
             log.info("%s is ready: %s", self.label, "; ".join(message.notes))
             self._settled.set()
         elif message.id is None:
@@ -258,7 +262,8 @@ class Replica:
             job._news.set()
             if update.finished:
                 del self._jobs[update.id]
-                self._prefixes.add(job.prompt + job.output)  # the next turn of a conversation
+                if self._prefixes:
+                    self._prefixes.add(job.prompt + job.output)  # the next turn of a conversation
                 self._metrics.finished(self.model, job, now)
         self.standing = progress
         self._stands()
