@@ -6,11 +6,12 @@ replicas  requests/s over HTTP with 64 in flight for each engine, the same reque
 quantize  int4-gptq of 128 windows of 2,048 tokens: seconds of the command's stage
 profile   (not unless asked) where a decode step's time goes, by kernel
 distill   28 layers teach 21, windows of 2,048, global batch 64: training tokens/s
+          (--compile: of compiled layers)
 
 Llama-3.2-3B's weights are gated; its shape is not. Quality of random weights means nothing and is left out.
 
     python -m benchmarks.two_gpus --work DIR --out RESULT.json [--rounds 3] [--steps 4] [--shape 8b]
-        [--parts decode replicas quantize distill profile]
+        [--parts decode replicas quantize distill profile] [--compile]
 
 8b: decode alone, of Llama-3.1-8B's shape.
 """
@@ -169,10 +170,12 @@ def quantizing(model: Checkpoint, work: Path) -> dict[str, Any]:
     return {"seconds": time.monotonic() - begun, "hash": made.hash}
 
 
-def distilling(student: Checkpoint, teacher: Checkpoint, work: Path, steps: int) -> dict[str, Any]:
+def distilling(
+    student: Checkpoint, teacher: Checkpoint, work: Path, steps: int, compiles: bool
+) -> dict[str, Any]:
     plan = DistillPlan(
         steps=steps, batch=64, micro_batch=4, length=2048, warmup_steps=1, lr=1e-6, min_lr=1e-6,
-        eval_every=10**9, save_seconds=1e9, compile=True,
+        eval_every=10**9, save_seconds=1e9, compile=compiles,
     )  # fmt: skip
     out = work / "distilled"
     for folder in (out, out.with_name("distilled-last")):
@@ -192,7 +195,9 @@ def main() -> None:
         result = quantizing(open_model(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1:2] == ["--distill"]:
         models = (open_model(folder) for folder in sys.argv[2:4])
-        result = distilling(*models, Path(sys.argv[4]), int(sys.argv[5]))
+        result = distilling(
+            *models, Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6:] == ["--compile"]
+        )
     else:
         measure_all()
         return
@@ -206,6 +211,7 @@ def measure_all() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--shape", choices=["3b", "8b"], default="3b")
     parser.add_argument("--parts", nargs="+", default=["decode", "replicas", "quantize", "distill"])
     a = parser.parse_args()
@@ -230,8 +236,8 @@ def measure_all() -> None:
             prune(base, dropped, folder, device="cuda")
         release_memory()
         for gpus in (1, 2):
-            words = ("--distill", folder, base.folder, a.work, a.steps)
-            keep(f"distill, {gpus}", child(gpus, *words))
+            words = [folder, base.folder, a.work, a.steps, *(["--compile"] if a.compile else [])]
+            keep(f"distill, {gpus}", child(gpus, "--distill", *words))
     if "quantize" in a.parts:
         for gpus in (1, 2):
             keep(f"quantize, {gpus}", child(gpus, "--quantize", base.folder, a.work))

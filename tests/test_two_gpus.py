@@ -4,6 +4,7 @@ gloo is tested beside each part (tests/engine/test_parallel.py, …)."""
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,10 @@ def test_training_on_two_gpus_is_that_of_one(tiny: TinyMaker, tmp_path: Path, gr
     plans = {"one": [(1, -1)], "two": [(2, -1)], "two then one": [(2, 8), (1, -1)]}
     if grid == "none":
         plans |= {"two then two": [(2, 8), (2, -1)], "one then two": [(1, 8), (2, -1)]}
-    for name, parts in plans.items():
+
+    def train(name: str) -> None:
         out = tmp_path / name.replace(" ", "-")
-        for gpus, stop_at in parts:
+        for gpus, stop_at in plans[name]:
             words = (script, student.folder, teacher.folder, out, grid, stop_at)
             if stop_at < 0:
                 run(*words, gpus=gpus)
@@ -197,6 +199,10 @@ def test_training_on_two_gpus_is_that_of_one(tiny: TinyMaker, tmp_path: Path, gr
                 run(*words, gpus=gpus)
             assert not out.exists()
         folders[name] = open_model(out)
+
+    with ThreadPoolExecutor() as pool:  # most of it is the start of Python
+        list(pool.map(train, plans))
+    for name in plans:
         manifest = folders[name].manifest
         assert manifest is not None
         losses[name] = manifest.measures["loss"]

@@ -59,13 +59,50 @@ class Ranks:
         """The ranks' tensors one after the other along the first dimension."""
         if self.size == 1:
             return value
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, value.cpu())
-        return torch.cat(parts).to(value.device)
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(value)]))
+        most = max(int(count) for count in counts)
+        own = value.new_zeros(most, *value.shape[1:])
+        own[: len(value)] = value
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)])
+
+    def merge(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The tensors of all ranks at the first one, on the device where they all have theirs. Empty at
+        the others."""
+        described = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        merged = dict(tensors) if self.writes else {}
+        for rank, found in enumerate(self.collect(described)):
+            for name, (shape, dtype) in found.items() if rank else ():
+                size = shape.numel() * dtype.itemsize
+                sent = torch.empty(size, dtype=torch.uint8, device=device)
+                dist.recv(sent, rank)
+                merged[name] = sent.view(dtype).view(shape)
+        if not self.writes:
+            for tensor in tensors.values():
+                dist.send(tensor.contiguous().flatten().view(torch.uint8), 0)
+        return merged
+
+    def spread(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The first rank's tensors, which all have on their device, at all."""
+        if self.size == 1:
+            return tensors
+        described = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
+        dist.broadcast_object_list(described)
+        found = {}
+        for name, (shape, dtype) in described[0].items():
+            size = shape.numel() * dtype.itemsize
+            if self.writes:
+                sent = tensors[name].contiguous().flatten().view(torch.uint8)
+            else:
+                sent = torch.empty(size, dtype=torch.uint8, device=device)
+            dist.broadcast(sent, 0)
+            found[name] = sent.view(dtype).view(shape)
+        return found
 
     def collect(self, value: Any) -> list[Any]:
-        """What each rank has, at the first one; tensors must be on the host, as others cannot be sent.
-        Empty at the others."""
+        """What each rank has, at the first one; no tensors. Empty at the others."""
         if self.size == 1:
             return [value]
         parts: list[Any] = [None] * self.size

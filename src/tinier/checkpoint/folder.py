@@ -11,6 +11,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -226,14 +227,17 @@ def finished_checkpoint(folder: Path, key: str) -> Checkpoint | None:
 def content_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that make the model what it is."""
     digest = hashlib.sha256()
-    files = {path for pattern in _CONTENT_PATTERNS for path in folder.glob(pattern)}
-    for path in sorted(files):
-        if path.name == MANIFEST_NAME:
-            continue
-        with path.open("rb") as stream:
-            file_digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{path.name}\0{file_digest}\n".encode())
+    found = {path for pattern in _CONTENT_PATTERNS for path in folder.glob(pattern)}
+    files = sorted(path for path in found if path.name != MANIFEST_NAME)
+    with ThreadPoolExecutor() as pool:
+        for path, one in zip(files, pool.map(_file_hash, files), strict=True):
+            digest.update(f"{path.name}\0{one}\n".encode())
     return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Decoder:
         times = self.geometry.multipliers.residual
         if delta is None or self.share.size == 1:
             return add_rms_norm(x, delta, weight, eps, takes, times, between)
-        if peers is not None and peers.holds(*x.shape):
+        if peers is not None and peers.sums(*x.shape):
             return add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
         delta = self.share.sum(joined(delta, self.dtype))
         return add_rms_norm(x, delta, weight, eps, takes, times, between)

@@ -72,7 +72,7 @@ class Engine:
         self.num_blocks = self._num_blocks()
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
-            self.max_seq_len,
+            self.max_seq_len, self.config.max_step_tokens,
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap

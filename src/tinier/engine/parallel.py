@@ -4,8 +4,8 @@ q, k, v, gate and up are cut by rows, o and down by columns (arXiv 1909.08053), 
 vocabulary. A layer's two results are summed over the processes, the logits put side by side. Every process
 runs the same engine on the same requests (crew.py), so nothing else is exchanged.
 
-The sums of few tokens are made by the norm that reads them, out of memory that the GPUs share
-(kernels/peers.py); those of many, and where GPUs cannot read each other's memory, by NCCL.
+What few tokens exchange goes through memory that the GPUs share (kernels/peers.py), their sums inside the
+norm that reads them; what many do, and where GPUs cannot reach each other's memory, through NCCL.
 
 Activations that are rounded with a scale per token get one for each process's share of o's and down's
 inputs: a finer rounding than that on one device.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinier.errors import InputError
 from tinier.families import Geometry
-from tinier.kernels import Peers, StoredLinear, open_peers
+from tinier.kernels import Peers, StoredLinear, open_peers, side_by_side
 from tinier.numerics import Quantized
 from tinier.ranks import meet
 
@@ -34,7 +34,7 @@ class Share:
     group: Any = None
     """torch's, of the processes"""
     peers: Peers | None = None
-    """Memory of all of them, where GPUs can read each other's"""
+    """Memory of all of them, where GPUs reach each other's"""
 
     def geometry(self, whole: Geometry) -> Geometry:
         """The sizes of this process's part. Raises InputError where they do not divide."""
@@ -73,8 +73,11 @@ class Share:
         """The processes' [n, part] as [n, whole]."""
         if self.size == 1:
             return value
+        value = value.contiguous()
+        if self.peers is not None and self.peers.carries(value):
+            return side_by_side(value, self.peers)
         parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value.contiguous(), group=self.group)
+        dist.all_gather(parts, value, group=self.group)
         return torch.cat(parts, dim=-1)
 
     def least(self, value: int) -> int:

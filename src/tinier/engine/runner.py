@@ -2,7 +2,7 @@
 
 A step is the same few hundred kernels every time, so on a GPU it is captured as a CUDA graph for each of a
 few sizes, and what it computes is padded to the next of them: steps of one token per sequence, and steps
-with prompts up to 2,048 tokens. Larger ones are launched operator by operator. Tokens that were
+with prompts up to 4,096 tokens. Larger ones are launched operator by operator. Tokens that were
 sampled but are not known to the host yet are read on the device, from the seat of their request.
 """
 
@@ -84,6 +84,7 @@ class Runner:
         block_size: int,
         max_batch_size: int,
         max_seq_len: int,
+        max_step_tokens: int,
     ) -> None:
         self.decoder = decoder
         self._block_size = block_size
@@ -108,7 +109,7 @@ class Runner:
         self._max_batch_size = max_batch_size
         self._batch_sizes, self._row_counts = (
             _batch_sizes(max_batch_size),
-            _row_counts(max_batch_size),
+            _row_counts(max_batch_size, max_step_tokens),
         )
         self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
@@ -344,7 +345,9 @@ def _batch_sizes(largest: int) -> list[int]:
     return [*sizes, *range(8, largest, 8), largest]
 
 
-def _row_counts(sequences: int) -> list[int]:
-    """Numbers of tokens with prompts among them that are captured."""
-    sizes = [16, 32, 64, *range(128, 1024, 64), *range(1024, 2049, 128)]
-    return [size for size in sizes if size > sequences]
+def _row_counts(sequences: int, largest: int) -> list[int]:
+    """Numbers of tokens with prompts among them that are captured: the smallest holds more than
+    `sequences`, the last one `largest`, where that is not too many."""
+    sizes = [16, 32, 64, *range(128, 1024, 64), *range(1024, 2048, 128), *range(2048, 4097, 256)]
+    smaller = [size for size in sizes if size < largest]
+    return [size for size in [*smaller, *sizes[len(smaller) :][:1]] if size > sequences]

@@ -20,6 +20,7 @@ from tinier.kernels.operators import (
     embed,
     gated,
     greedy,
+    side_by_side,
     uses_triton,
 )
 from tinier.kernels.peers import Peers, open_peers
@@ -56,6 +57,7 @@ __all__ = [
     "output_logits",
     "rms_norm",
     "round_activations",
+    "side_by_side",
     "static_scale",
     "uses_triton",
 ]

@@ -23,6 +23,8 @@ from tinier.kernels.peers import MOST_PEER_TOKENS, Peers
 from tinier.numerics import E4M3_MAX, Quantized
 
 CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+# a place of peers.py where nothing is: the smallest int32, which as a float32 is -0.0
+EMPTY = tl.constexpr(-(2**31))
 LARGEST = {"e4m3": E4M3_MAX, "int8": 127.5}
 
 
@@ -163,38 +165,69 @@ def _largest_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _send(bits, addresses, at, inside, RANK: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write int32 to `at` in the memory of all other processes (peers.py)."""
+    bits = tl.where(bits == EMPTY, 0, bits)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int32))
+            tl.store(theirs + at, bits, mask=inside)
+
+
+@triton.jit
+def _received(place, inside):  # type: ignore[no-untyped-def]
+    """The int32 that another process sends to these places of ours, which are empty again."""
+    bits = tl.load(place, mask=inside, other=0, volatile=True)
+    while tl.min(bits, axis=0) == EMPTY:
+        bits = tl.load(place, mask=inside, other=0, volatile=True)
+    tl.store(place, tl.full(bits.shape, EMPTY, tl.int32), mask=inside)
+    return bits
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _over_processes(  # type: ignore[no-untyped-def]
-    value, addresses, flags, row, at, inside, SIZE: tl.constexpr, TURN: tl.constexpr,
-    ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    value, addresses, row, at, inside, SIZE: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """The sum of a row of float32 over all processes (peers.py)."""
-    number = TURN * ROWS + row
-    mine = tl.load(addresses + RANK).to(tl.pointer_type(tl.float32))
-    tl.store(mine + number * SIZE + at, value, mask=inside)
-    tl.debug_barrier()  # all of the row is written before one thread says so
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            theirs = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(theirs + number * RANKS + RANK, 1, sem="release", scope="sys")
-    own = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            while tl.atomic_cas(own + number * RANKS + rank, 1, 0, sem="acquire", scope="sys") != 1:
-                pass
-    tl.debug_barrier()
+    at += (TURN * RANKS * ROWS + row) * SIZE
+    _send(value.to(tl.int32, bitcast=True), addresses, RANK * ROWS * SIZE + at, inside, RANK, RANKS)
+    mine = tl.load(addresses + RANK).to(tl.pointer_type(tl.int32))
     total = tl.zeros_like(value)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += value
         else:
-            other = tl.load(addresses + rank).to(tl.pointer_type(tl.float32))
-            total += tl.load(other + number * SIZE + at, mask=inside, other=0.0, volatile=True)
+            got = _received(mine + rank * ROWS * SIZE + at, inside)
+            total += got.to(tl.float32, bitcast=True)
     return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _side_by_side(  # type: ignore[no-untyped-def]
+    part, out, addresses, first, room, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of WIDTH int32 of every process, one after the other. A process's begin `first` into the
+    memory and have `room`."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    own = tl.load(part + row * WIDTH + at, mask=inside, other=0)
+    place = first + row * WIDTH + at
+    _send(own, addresses, place + RANK * room, inside, RANK, RANKS)
+    mine = tl.load(addresses + RANK).to(tl.pointer_type(tl.int32))
+    for rank in tl.static_range(RANKS):
+        value = own
+        if rank != RANK:
+            value = _received(mine + place + rank * room, inside)
+        tl.store(out + (row * RANKS + rank) * WIDTH + at, value, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, between, summed, out, scales, addresses, flags, eps, stride, SIZE: tl.constexpr,
+    x, delta, weight, between, summed, out, scales, addresses, eps, stride, SIZE: tl.constexpr,
     BETWEEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr,
     TAKES: tl.constexpr, LARGEST: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
@@ -211,9 +244,7 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
             other = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, stored)
         else:
             part = summed_parts(delta, row * SIZE + at, inside, stride, PARTS, tl.float32)
-            part = _over_processes(
-                part, addresses, flags, row, at, inside, SIZE, TURN, ROWS, RANK, RANKS
-            )
+            part = _over_processes(part, addresses, row, at, inside, SIZE, TURN, ROWS, RANK, RANKS)
             other = rounded(part, stored)
         if BETWEEN:
             v = tl.load(between + at, mask=inside, other=0.0).to(tl.float32)
@@ -380,7 +411,7 @@ def add_rms_norm(
     out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _add_rms_norm[(tokens,)](
         x, x if delta is None else delta, weight, x if between is None else between, summed, out, scales,
-        peers.addresses if peers else x, peers.flags if peers else x, eps, x.numel(), SIZE=size,
+        peers.addresses if peers else x, eps, x.numel(), SIZE=size,
         BETWEEN=between is not None, BLOCK=triton.next_power_of_2(size),
         PARTS=0 if delta is None else parts_of(delta),
         TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
@@ -388,6 +419,19 @@ def add_rms_norm(
         num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
+
+
+def side_by_side(part: Tensor, peers: Peers) -> Tensor:
+    """[T, whole] of the processes' [T, N], for which `peers` has room (Peers.carries)."""
+    rows, columns = part.shape
+    out = torch.empty(rows, peers.size * columns, dtype=part.dtype, device=part.device)
+    words = part.view(torch.int32)
+    width = words.shape[1]
+    _side_by_side[(rows, triton.cdiv(width, 2048))](
+        words, out.view(torch.int32), peers.addresses, *peers.next_places(), WIDTH=width, BLOCK=2048,
+        RANK=peers.rank, RANKS=peers.size, num_warps=8, **early_start(),
+    )  # fmt: skip
+    return out
 
 
 def gated(

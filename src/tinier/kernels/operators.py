@@ -65,6 +65,11 @@ def add_rms_norm(
     return x, reference.rms_norm(x, weight, eps)
 
 
+def side_by_side(part: Tensor, peers: Peers) -> Tensor:
+    """[T, whole] of the processes' [T, N], on GPUs that reach each other's memory."""
+    return fused.side_by_side(part, peers)
+
+
 def gated(
     gate_up: Tensor, dtype: torch.dtype, takes: str | None = None, activation: str = "silu"
 ) -> Tensor | Quantized:

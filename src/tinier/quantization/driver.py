@@ -1,14 +1,15 @@
 """Quantize a checkpoint: folder in, folder out, one decoder layer in memory at a time.
 
 Start at `quantize`. Calibration windows flow through the decoder layer by layer; each layer is
-quantized on the inputs that the quantized layers before it give, written, and only then run to make
-the inputs of the next. A run that was stopped finds the layers that it wrote and sends the windows
-through them again, so it goes on with the very numbers that it would have had.
+quantized on the inputs that the quantized layers before it give, written, and run to make the inputs of
+the next, meanwhile. A run that was stopped finds the layers that it wrote and sends the windows through
+them again, so it goes on with the very numbers that it would have had.
 """
 
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ class _Job:
         self._sensitivity: dict[str, float] = {}
         self._hidden: Tensor | None = None
         self._exact: Tensor | None = None
+        self._written: Future[None] | None = None
 
     def start(self, stack: ExitStack) -> None:
         """Open the folder to write and bring the windows in front of the first layer."""
@@ -189,6 +191,10 @@ class _Job:
         if not self._ranks.writes:
             self._folder = unfinished_folder(self._out)
         self._parts = PartFiles(self._folder, self._geometry.layers + 1)
+        # written in order; seen alike by all processes while none writes
+        self._done = sum(map(self._parts.has, range(self._geometry.layers)))
+        self._ranks.wait()
+        self._writer = stack.enter_context(ThreadPoolExecutor(1))
         plan = self._plan
         if plan.self_text:
             self._windows = self._write_text()
@@ -236,16 +242,20 @@ class _Job:
         presets = layer_presets(self._presets, prefix)
         if self._exact is not None:
             self._walk.run(self._walk.load(index), self._exact, self._exact)
-        if not self._parts.has(index):
-            self._quantize(index, presets)
-        self._ranks.wait()
-        if self._hidden is None or index + 1 == self._geometry.layers:
+        last = index + 1 == self._geometry.layers
+        if index >= self._done:
+            tensors = self._quantize(index, presets)
+        elif self._hidden is not None and not last:
+            tensors = self._parts.read(index, self._device)
+        if self._hidden is None or last:
             return
-        module, tensors = self._walk.load(index), self._parts.read(index, self._device)
+        tensors = self._ranks.spread(tensors, self._device)
+        module = self._walk.load(index)
         install(module, prefix, tensors, presets)
         self._walk.run(module, self._hidden, self._hidden, self._cache(prefix, tensors))
 
-    def _quantize(self, index: int, presets: LayerPresets) -> None:
+    def _quantize(self, index: int, presets: LayerPresets) -> dict[str, Tensor]:
+        """The tensors of a layer, quantized, and on their way to the disk; empty but at the first rank."""
         prefix, module = layer_name(index), self._walk.load(index)
         statistics: dict[str, InputStatistics] = {}
         first = None
@@ -262,7 +272,7 @@ class _Job:
             module, presets, statistics, self._geometry, self._source.dtype, self._ranks
         )
         if result is None:
-            return
+            return {}
         if inputs is not None and outputs is not None:
             self._learn(index, module, result, inputs, outputs)
         tensors = result.tensors(prefix)
@@ -281,9 +291,17 @@ class _Job:
         if self._targets is not None:
             # before the layer itself, which counts as done once it is there
             write_targets(self._targets, index, result.targets, self._source.dtype)
-        self._parts.write(index, tensors, {"layers": measures, "warnings": warnings})
+        self._wait_for_disk()
+        record = {"layers": measures, "warnings": warnings}
+        self._written = self._writer.submit(self._parts.write, index, tensors, record)
         if self._exact is not None:
             release_memory()  # autograd leaves cycles behind
+        return tensors
+
+    def _wait_for_disk(self) -> None:
+        """Until the layer before is written. Raises what kept it from that."""
+        if self._written is not None:
+            self._written.result()
 
     def _learn(
         self, index: int, module: nn.Module, result: QuantizedLayer, inputs: Tensor, outputs: Tensor
@@ -320,6 +338,7 @@ class _Job:
         """Write what is not in a decoder layer, the configuration and the manifest."""
         if not self._ranks.writes:
             return
+        self._wait_for_disk()
         last = self._geometry.layers
         if not self._parts.has(last):
             self._parts.write(last, self._edge_tensors(), {"layers": {}, "warnings": []})

@@ -38,10 +38,16 @@ class QuantizedLinear(NamedTuple):
     scheme: Scheme
     input_scale: Tensor | None
 
-    def to(self, device: torch.device) -> "QuantizedLinear":
-        weight = Quantized(*(None if part is None else part.to(device) for part in self.weight))  # type: ignore[arg-type]
-        scale = None if self.input_scale is None else self.input_scale.to(device)
-        return QuantizedLinear(weight, self.scheme, scale)
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        parts = {**self.weight._asdict(), "input_scale": self.input_scale}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], name: str, scheme: Scheme) -> "QuantizedLinear":
+        """The linear layer that `tensors` has under NAME.PART."""
+        parts = {part: tensors.get(f"{name}.{part}") for part in Quantized._fields}
+        return cls(Quantized(**parts), scheme, tensors.get(f"{name}.input_scale"))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -112,14 +118,19 @@ def quantize_layer(
         for group, names in groups.items()
         if names and owners[group] == ranks.rank
     }
+    tensors = ranks.merge(
+        {f"{name}.{part}": tensor for group in made.values()
+         for name, linear in group.linears.items() for part, tensor in linear.tensors().items()},
+        device,
+    )  # fmt: skip
+    told = ranks.collect({group: value.warnings for group, value in made.items()})
     if not ranks.writes:
-        ranks.collect({group: value.to(torch.device("cpu")) for group, value in made.items()})
         return None
-    for others in ranks.collect({}):
-        made |= {group: value.to(device) for group, value in others.items()}
-    for group in (group for group in groups if group in made):  # in one order, whoever made it
-        result.linears |= made[group].linears
-        result.warnings += made[group].warnings
+    warnings = {group: found for each in told for group, found in each.items()}
+    for group, names in groups.items():  # in one order, whoever made it
+        for name in names:
+            result.linears[name] = QuantizedLinear.of(tensors, name, presets[name].scheme)
+        result.warnings += warnings.get(group, [])
     folded = {f"{name}.weight": weights[name].to(dtype) for name in weights if name not in presets}
     kept = {n: t for n, t in layer.state_dict().items() if n.removesuffix(".weight") not in presets}
     result.others = kept | folded
@@ -167,9 +178,6 @@ def _owners(work: dict[str, int], ranks: int) -> dict[str, int]:
 class _Group(NamedTuple):
     linears: dict[str, QuantizedLinear]
     warnings: list[str]
-
-    def to(self, device: torch.device) -> "_Group":
-        return _Group({name: one.to(device) for name, one in self.linears.items()}, self.warnings)
 
 
 def _quantize_group(
