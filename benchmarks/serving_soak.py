@@ -39,7 +39,10 @@ async def ask(url: str, path: str, raw: bytes, *, leave_after: int | None = None
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
     try:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Content-Length: {len(raw)}\r\n\r\n"
+        )
         writer.write(head.encode() + raw)
         await writer.drain()
         status = int((await reader.readline()).split()[1])

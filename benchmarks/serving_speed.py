@@ -35,7 +35,7 @@ async def one(url: str, body: dict[str, Any]) -> tuple[float, int]:
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
     content = json.dumps(body).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n"
     )
     begun = time.perf_counter()

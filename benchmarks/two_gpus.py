@@ -11,7 +11,7 @@ distill   28 layers teach 21, windows of 2,048, global batch 64: training tokens
 Llama-3.2-3B's weights are gated; its shape is not. Quality of random weights means nothing and is left out.
 
     python -m benchmarks.two_gpus --work DIR --out RESULT.json [--rounds 3] [--steps 4] [--shape 8b]
-        [--parts decode replicas quantize distill profile] [--compile]
+        [--parts decode replicas quantize distill profile] [--formats bf16 fp8] [--compile]
 
 8b: decode alone, of Llama-3.1-8B's shape.
 """
@@ -213,11 +213,12 @@ def measure_all() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--shape", choices=["3b", "8b"], default="3b")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8"], help="of the decode part")
     parser.add_argument("--parts", nargs="+", default=["decode", "replicas", "quantize", "distill"])
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     if a.shape == "8b":
-        guide_shape.SHAPE, a.parts = SHAPE_8B, ["decode"]
+        guide_shape.SHAPE, a.parts, a.formats = SHAPE_8B, ["decode"], ["bf16"]
     base = guide_shape.random_llama(a.work / a.shape, guide_shape.SHAPE.num_hidden_layers)
     record: dict[str, Any] = {
         "model": f"Llama's {a.shape} shape, random weights", "command": " ".join(sys.argv),
@@ -243,14 +244,15 @@ def measure_all() -> None:
             keep(f"quantize, {gpus}", child(gpus, "--quantize", base.folder, a.work))
     if "profile" in a.parts:
         keep("profile, bf16", profiled(base))
-    if "decode" in a.parts:
+    decodes = a.formats if "decode" in a.parts else []
+    if "bf16" in decodes:
         keep("decode, bf16", decoding(base, a.rounds))
-    if a.shape == "3b" and ("decode" in a.parts or "replicas" in a.parts):
+    if "fp8" in decodes or "replicas" in a.parts:
         fp8 = a.work / "fp8"
         if not fp8.exists():
             quantize(base, QuantizePlan(preset="fp8", head="fp8"), fp8, device="cuda")
         release_memory()
-        if "decode" in a.parts:
+        if "fp8" in decodes:
             keep("decode, fp8", decoding(open_model(fp8), a.rounds))
         if "replicas" in a.parts:
             keep("replicas, fp8", replicas(open_model(fp8), a.rounds))

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinier.checkpoint import TensorWriter, check_disk, new_file, sync_folder, write_atomically
@@ -41,6 +42,8 @@ from tinier.ranks import Ranks
 _STATE_BYTES = 12
 _VALUE, _MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 _CHUNK_TOKENS = 512
+# a sharded student's parameters stay gathered within a step if they are no more than this of a GPU's memory
+_KEPT_SHARE = 1 / 6
 # a held-out loss that rose by as much as it was, and by this many nats at least, is no noise
 _DIVERGED = 1.0
 
@@ -101,6 +104,7 @@ class Trainer:
             for layer in model.model.layers:
                 layer.compile()
         student = Student(model.train(), plan, dtype, mode)
+        self._whole_bytes = sum(p.numel() * p.element_size() for p in student.parameters())
         trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=ranks.size == 1
@@ -249,6 +253,7 @@ class Trainer:
         for number, rows in enumerate(micros):
             windows = self._windows["training"][rows].to(self._device)
             last = number + 1 == len(micros)
+            self._keep_whole(forward=True, backward=not last)
             # gradients are exchanged once a step
             quiet = nullcontext() if last else self._accelerator.no_sync(self._student)
             with quiet:
@@ -258,9 +263,22 @@ class Trainer:
                 part = value * (len(rows) / len(share))
                 self._accelerator.backward(part)
             total += part.detach()
+        self._keep_whole(forward=False, backward=False)
         if self._ranks.size > 1:
             total = self._ranks.sum_(total) / self._ranks.size
         return total.item()
+
+    def _keep_whole(self, *, forward: bool, backward: bool) -> None:
+        """Whether parameters that were gathered over the processes stay so after a pass: within a step
+        nothing changes them, so they need to come but once where there is room."""
+        if not isinstance(self._student, FSDPModule):
+            return
+        if self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            if self._whole_bytes > total * _KEPT_SHARE:
+                return
+        self._student.set_reshard_after_forward(not forward)
+        self._student.set_reshard_after_backward(not backward)
 
     def _with_text(self, loss: RowsLoss, windows: Tensor) -> RowsLoss:
         """The loss with its share of cross-entropy."""

@@ -416,7 +416,8 @@ def add_rms_norm(
         PARTS=0 if delta is None else parts_of(delta),
         TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
         RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
-        num_warps=_warps(size, tokens), **early_start(),
+        # many threads wait for a row's parts better: 8 µs against 15 with 128 rows of 3,072
+        num_warps=32 if peers and size > 2048 else _warps(size, tokens), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
 
