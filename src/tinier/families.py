@@ -43,14 +43,15 @@ HEAD_LINEAR = "lm_head"
 class Norms(NamedTuple):
     """The norms of a layer by what they do, under their names inside it."""
 
-    attention_in: str = "input_layernorm"
-    mlp_in: str = "post_attention_layernorm"
+    attention_in: str | None = "input_layernorm"
+    mlp_in: str | None = "post_attention_layernorm"
     attention_out: str | None = None
     """Over what attention adds to the stream, before it is added"""
     mlp_out: str | None = None
 
 
 _USUAL = Norms()
+_BEHIND = Norms(None, None, "post_attention_layernorm", "post_feedforward_layernorm")
 
 
 class LayerKind(NamedTuple):
@@ -68,9 +69,9 @@ class Input(NamedTuple):
 
     name: str
     readers: tuple[str, ...]
-    source: str
+    source: str | None
     """What stands before it, where a factor for each channel can be folded into: a norm's weight, or the
-    rows of a linear layer"""
+    rows of a linear layer; None: nothing does"""
     per_kv_head: bool = False
     """Whether the source's rows serve all query heads of one KV head"""
 
@@ -89,6 +90,9 @@ class Multipliers(NamedTuple):
 
 _NONE = Multipliers()
 
+HeadNorms = Literal["none", "each", "all"]
+"""RMSNorm of q and k before RoPE: none, over each head, or over all heads' channels together"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -97,15 +101,17 @@ class Family:
     qkv_bias: bool | Literal["config"]
     """Whether q, k and v have a bias; `config`: as `attention_bias` says, and then o has one too."""
     mlp_bias: bool | Literal["config"]
-    qk_norm: bool
-    """RMSNorm over each head of q and k before RoPE."""
+    head_norms: HeadNorms = "none"
     windows: Literal["none", "all", "layer_types"] = "none"
     """Which layers have the `sliding_window` of config.json: none, whatever it says; all; or those that
     its `layer_types` names."""
     norms: Norms = _USUAL
     norm_offset: float = 0.0
-    """Added to a stored norm weight. Where it is not 0 the sum is in float32, and rounded after it was
-    multiplied with."""
+    """Added to a stored norm weight."""
+    norms_in_float32: bool = False
+    """Whether norms multiply with their weight before they round to the model's type, not after."""
+    rope_in_float32: bool = False
+    """Whether q and k are turned in float32 and rounded once, not product by product."""
     per_layer: tuple[str, ...] = ()
     """Entries of config.json that say something of each layer, and have a default that is written out:
     `no_rope_layers` (1: q and k are turned, 0: not), `layer_types`."""
@@ -124,35 +130,31 @@ FAMILIES = {
             architecture="LlamaForCausalLM",
             qkv_bias="config",
             mlp_bias="config",
-            qk_norm=False,
             hidden_in_heads=True,
         ),
         Family(
             architecture="MistralForCausalLM",
             qkv_bias=False,
             mlp_bias=False,
-            qk_norm=False,
             windows="all",
         ),
         Family(
             architecture="Qwen2ForCausalLM",
             qkv_bias=True,
             mlp_bias=False,
-            qk_norm=False,
             windows="layer_types",
         ),
         Family(
             architecture="Qwen3ForCausalLM",
             qkv_bias="config",
             mlp_bias=False,
-            qk_norm=True,
+            head_norms="each",
             windows="layer_types",
         ),
         Family(
             architecture="SmolLM3ForCausalLM",
             qkv_bias="config",
             mlp_bias="config",
-            qk_norm=False,
             windows="layer_types",
             per_layer=("no_rope_layers",),
         ),
@@ -160,14 +162,13 @@ FAMILIES = {
             architecture="GraniteForCausalLM",
             qkv_bias="config",
             mlp_bias="config",
-            qk_norm=False,
             multipliers="granite",
         ),
         Family(
             architecture="Gemma3ForCausalLM",
             qkv_bias="config",
             mlp_bias=False,
-            qk_norm=True,
+            head_norms="each",
             windows="layer_types",
             per_layer=("layer_types",),
             norms=Norms(
@@ -176,8 +177,18 @@ FAMILIES = {
                 mlp_out="post_feedforward_layernorm",
             ),
             norm_offset=1.0,
+            norms_in_float32=True,
             multipliers="gemma",
             hidden_in_heads=True,
+        ),
+        Family(
+            architecture="Olmo2ForCausalLM",
+            qkv_bias="config",
+            mlp_bias=False,
+            head_norms="all",
+            norms=_BEHIND,
+            norms_in_float32=True,
+            rope_in_float32=True,
         ),
     )
 }
@@ -200,12 +211,14 @@ class Geometry:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool
     hidden_in_heads: bool
     kinds: tuple[LayerKind, ...]
     """Of each layer."""
+    head_norms: HeadNorms = "none"
     norm_names: Norms = _USUAL
     norm_offset: float = 0.0
+    norms_in_float32: bool = False
+    rope_in_float32: bool = False
     multipliers: Multipliers = _NONE
     embedding_by_root: bool = False
     """Whether `multipliers.embedding` is the root of the hidden size."""
@@ -250,9 +263,10 @@ class Geometry:
     def norms(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's norm weights, by their name inside the layer."""
         norms = {f"{name}.weight": (self.hidden,) for name in self.norm_names if name}
-        if self.qk_norm:
-            norms["self_attn.q_norm.weight"] = (self.head_dim,)
-            norms["self_attn.k_norm.weight"] = (self.head_dim,)
+        if self.head_norms != "none":
+            q, k = (self.heads, self.kv_heads) if self.head_norms == "all" else (1, 1)
+            norms["self_attn.q_norm.weight"] = (q * self.head_dim,)
+            norms["self_attn.k_norm.weight"] = (k * self.head_dim,)
         return norms
 
     @property
@@ -281,8 +295,9 @@ class Geometry:
 
 
 def norm_weight(stored: Tensor, geometry: Geometry) -> Tensor:
-    """What a norm multiplies with: the stored weight, or its sum with the family's offset in float32."""
-    return stored if geometry.norm_offset == 0 else stored.float() + geometry.norm_offset
+    """What a norm multiplies with: the stored weight with the family's offset, in float32 where the norm
+    rounds after that (kernels.rms_norm)."""
+    return stored.float() + geometry.norm_offset if geometry.norms_in_float32 else stored
 
 
 def layer_name(index: int) -> str:
@@ -489,11 +504,13 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         qkv_bias=bias if family.qkv_bias == "config" else family.qkv_bias,
         out_bias=bias if family.qkv_bias == "config" else False,
         mlp_bias=mlp_bias if family.mlp_bias == "config" else family.mlp_bias,
-        qk_norm=family.qk_norm,
+        head_norms=family.head_norms,
         hidden_in_heads=family.hidden_in_heads,
         kinds=_kinds(family, config),
         norm_names=family.norms,
         norm_offset=family.norm_offset,
+        norms_in_float32=family.norms_in_float32,
+        rope_in_float32=family.rope_in_float32,
         multipliers=_multipliers(family, config, checkpoint.dtype),
         embedding_by_root=family.multipliers == "gemma",
         activation=_ACTIVATIONS[activation],

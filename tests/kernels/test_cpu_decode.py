@@ -71,7 +71,7 @@ def random_weights(
     geometry = Geometry(
         layers=2, hidden=HIDDEN, intermediate=INNER, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias, out_bias=bias,
-        mlp_bias=bias, qk_norm=qk_norm, hidden_in_heads=False,
+        mlp_bias=bias, head_norms="each" if qk_norm else "none", hidden_in_heads=False,
         kinds=(LayerKind(window), LayerKind(window, rope=None)),
     )  # fmt: skip
     return DecodeWeights(
@@ -128,7 +128,7 @@ class Step:
         with bf16_products(torch.device("cpu")):
             parts = zip(weights.layers, self.caches(weights), self.rotations, strict=True)
             for layer, cache, rotation in parts:
-                inputs = HeadInputs(rotation, HEADS, layer.head_norms, eps)
+                inputs = HeadInputs(rotation, HEADS, torch.bfloat16, layer.head_norms, eps)
                 qkv = layer.qkv(rms_norm(x, layer.input_norm, eps))
                 x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
                 y = rms_norm(x, layer.post_norm, eps)

@@ -72,15 +72,33 @@ def test_encode_rows(dtype: torch.dtype, takes: str) -> None:
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("with_delta", [False, True])
-def test_add_rms_norm(dtype: torch.dtype, takes: str | None, with_delta: bool) -> None:
+@pytest.mark.parametrize("normed", [True, False])
+def test_add_rms_norm(
+    dtype: torch.dtype, takes: str | None, with_delta: bool, normed: bool
+) -> None:
     x, weight = random(5, 100, dtype=dtype), random(100, dtype=dtype, seed=1)
     delta = random(5, 100, dtype=dtype, seed=2) if with_delta else None
     before = x.clone()
-    summed, y = fused.add_rms_norm(x, delta, weight, 1e-5, takes)
+    summed, y = fused.add_rms_norm(x, delta, weight if normed else None, 1e-5, takes)
     expected = x if delta is None else x + delta
     assert torch.equal(x, before)
     assert apart(summed, expected) <= (limit(dtype) if INTERPRETED else 0)
-    check_row(y, reference.rms_norm(expected, weight, 1e-5), takes)
+    check_row(y, reference.rms_norm(expected, weight, 1e-5) if normed else expected, takes)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_norm_all_heads(kept: torch.dtype, parts: int) -> None:
+    qkv = random(5, (6 + 2 * 2) * 24, dtype=torch.bfloat16)
+    norms = (random(6 * 24, dtype=kept, seed=2), random(2 * 24, dtype=kept, seed=3))
+    expected = reference.norm_all_heads(qkv, norms, 1e-5)
+    given = (
+        qkv
+        if parts == 1
+        else torch.stack([qkv.float() - 3, *[torch.full_like(qkv.float(), 1.5)] * 2])
+    )
+    made = fused.norm_all_heads(given, norms, 1e-5, torch.bfloat16)
+    assert apart(made, expected) < limit(torch.bfloat16)
 
 
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
@@ -101,8 +119,10 @@ def test_rotate_and_store(
 ) -> None:
     heads, kv_heads, tokens = 6, 2, 5
     qkv = random(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
-    angles = random(40, size // 2, seed=1).repeat(1, 2)
-    rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+    turning = 48 if size == 80 else size  # the first channels of a head
+    angles = random(40, turning // 2, seed=1).repeat(1, 2)
+    turned_in = torch.float32 if size == 24 else dtype
+    rotation = (angles.cos().to(turned_in), angles.sin().to(turned_in))
     positions = torch.tensor([3, 39, 0, 7, 7], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([9, 1, 4, 0, 30], dtype=torch.int32, device=DEVICE)
     kept = torch.float32 if normed == "in float32" else dtype
@@ -113,7 +133,7 @@ def test_rotate_and_store(
         torch.zeros(32, kv_heads, size, dtype=cache or dtype, device=DEVICE) for _ in range(2)
     ]
     q = fused.rotate_and_store(
-        qkv, rotation, positions, slots, norms, 1e-5, heads, *caches, scales
+        qkv, rotation, positions, slots, norms, 1e-5, heads, dtype, *caches, scales
     )  # fmt: skip
     turns = tuple(t[positions.long()].unsqueeze(1) for t in rotation)
     plain_q, plain_k, plain_v = reference.split_heads(qkv, turns, norms, 1e-5, heads, kv_heads)  # type: ignore[arg-type]
@@ -167,10 +187,11 @@ def test_cached_attention(
         keys, values = (
             reference.encode(t, s, cache) for t, s in zip((keys, values), scales, strict=True)
         )
-    angles = random(64, size // 2, seed=1).repeat(1, 2)
+    turning = 48 if size == 80 else size
+    angles = random(64, turning // 2, seed=1).repeat(1, 2)
     kept = torch.float32 if size == 24 else dtype
     norms = (random(size, dtype=kept, seed=2), random(size, dtype=kept, seed=3)) if normed else None
-    inputs = HeadInputs((angles.cos().to(dtype), angles.sin().to(dtype)), 6, norms, 1e-5)
+    inputs = HeadInputs((angles.cos().to(kept), angles.sin().to(kept)), 6, dtype, norms, 1e-5)
     qkv = random(sum(counts), 10 * size, dtype=dtype, seed=2)
     ours, plain = (Cache(keys.clone(), values.clone(), scales, window) for _ in range(2))
     expected = reference.cached_attention(qkv, inputs, plain, batch)

@@ -45,6 +45,8 @@ def test_folding_leaves_the_output_unchanged(
     positions = tuple(p.float() for p in walk.positions(layer))
     before = layer(hidden, position_embeddings=positions)
     read = geometry.inputs[which]
+    if read.source is None:
+        pytest.skip("nothing stands before this input")
     names = geometry.linears
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in names}
     channels = weights[read.readers[0]].shape[1]

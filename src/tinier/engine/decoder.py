@@ -39,6 +39,8 @@ from tinier.kernels import (
     gated,
     joined,
     make_linear,
+    norm_all_heads,
+    reference,
     rms_norm,
 )
 from tinier.kernels.reference import encode, split_heads
@@ -46,7 +48,7 @@ from tinier.numerics import Quantized
 from tinier.schemes import Layout
 
 Rotations = dict[str | None, tuple[Tensor, Tensor]]
-"""By LayerKind.rope: cos and sin, each [T, head_dim]"""
+"""By LayerKind.rope: cos and sin, each [T, R] for the R channels of a head that turn"""
 Attention = Callable[[int, Tensor], Tensor | Quantized]
 """(layer, fused q, k, v [T, (heads + 2·kv_heads)·head_dim] or their parts) -> [T, heads·head_dim], codes if
 the layer's `out` takes them"""
@@ -133,7 +135,10 @@ class Decoder:
         with bf16_products(self.device):
             before = self.layers[index - 1].mlp_out_norm if index else None
             x, y = self._add_norm(x, delta, layer.input_norm, layer.qkv.takes, between=before)
-            delta = layer.out(attend(index, layer.qkv(y)))
+            qkv = layer.qkv(y)
+            if layer.norms_all_heads:
+                qkv = self._norm_all_heads(layer, qkv)
+            delta = layer.out(attend(index, qkv))
             x, y = self._add_norm(
                 x, delta, layer.post_norm, layer.gate_up.takes, layer.attention_out_norm, turn=1
             )
@@ -142,11 +147,11 @@ class Decoder:
             return x, layer.down(act)
 
     def _add_norm(
-        self, x: Tensor, delta: Tensor | None, weight: Tensor, takes: str | None = None,
+        self, x: Tensor, delta: Tensor | None, weight: Tensor | None, takes: str | None = None,
         between: Tensor | None = None, turn: int = 0,
     ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
         """x + delta, which is summed over all processes first and goes through the norm `between`, and the
-        norm of the sum."""
+        norm of the sum; weight None: the sum itself."""
         peers, eps = self.share.peers, self.geometry.norm_eps
         times = self.geometry.multipliers.residual
         if delta is None or self.share.size == 1:
@@ -156,16 +161,31 @@ class Decoder:
         delta = self.share.sum(joined(delta, self.dtype))
         return add_rms_norm(x, delta, weight, eps, takes, times, between)
 
+    def _norm_all_heads(self, layer: Layer, qkv: Tensor) -> Tensor:
+        """q and k normed over the heads of all processes."""
+        assert layer.q_norm is not None
+        assert layer.k_norm is not None
+        norms, eps = (layer.q_norm, layer.k_norm), self.geometry.norm_eps
+        if self.share.size == 1:
+            return norm_all_heads(qkv, norms, eps, self.dtype)
+        qkv = joined(qkv, self.dtype)
+        sizes = [len(norm) for norm in norms]
+        parts = qkv.float().split([*sizes, sizes[1]], dim=-1)
+        means = [part.square().mean(dim=-1) / self.share.size for part in parts[:2]]
+        return reference.norm_all_heads(qkv, norms, eps, self.share.sum(torch.stack(means, dim=-1)))
+
     def head_inputs(self, index: int, rotations: Rotations) -> HeadInputs:
         """What q and k of a layer go through."""
         g = self.geometry
         rotation = rotations[g.kinds[index].rope]
         norms, scale = self.layers[index].head_norms, g.multipliers.attention
-        return HeadInputs(rotation, g.heads, norms, g.norm_eps, scale)
+        return HeadInputs(rotation, g.heads, self.dtype, norms, g.norm_eps, scale)
 
     def rotations(self, positions: Tensor) -> Rotations:
-        """For positions [T], in the computing type. Layers without RoPE turn by nothing: cos 1, sin 0."""
-        found: Rotations = {key: rope(positions, self.dtype) for key, rope in self._ropes.items()}
+        """For positions [T], in the computing type, or in float32 where the family multiplies so. Layers
+        without RoPE turn by nothing: cos 1, sin 0."""
+        dtype = torch.float32 if self.geometry.rope_in_float32 else self.dtype
+        found: Rotations = {key: rope(positions, dtype) for key, rope in self._ropes.items()}
         if any(kind.rope is None for kind in self.geometry.kinds):
             cos, sin = next(iter(found.values()))
             found[None] = torch.ones_like(cos), torch.zeros_like(sin)
@@ -297,6 +317,14 @@ def load_decoder(
         def norm(name: str) -> Tensor:
             return norm_weight(read(f"{name}.weight").to(dtype), geometry)
 
+        def layer_norm(layer: str, name: str | None) -> Tensor | None:
+            return norm(f"{layer}.{name}") if name else None
+
+        def head_norm(name: str) -> Tensor | None:
+            if geometry.head_norms == "none":
+                return None
+            return share.part(norm(name)) if geometry.head_norms == "all" else norm(name)
+
         def kv_scales(attention: str) -> tuple[Tensor, Tensor] | None:
             if layout is None or layout.kv_cache is None:
                 return None
@@ -306,18 +334,17 @@ def load_decoder(
             attention = f"{name}.self_attn"
             names = geometry.norm_names
             return Layer(
-                input_norm=norm(f"{name}.{names.attention_in}"),
+                input_norm=layer_norm(name, names.attention_in),
                 qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv"), cut=share.rows),
-                q_norm=norm(f"{attention}.q_norm") if geometry.qk_norm else None,
-                k_norm=norm(f"{attention}.k_norm") if geometry.qk_norm else None,
+                q_norm=head_norm(f"{attention}.q_norm"),
+                k_norm=head_norm(f"{attention}.k_norm"),
+                norms_all_heads=geometry.head_norms == "all",
                 out=linear(f"{attention}.o_proj", cut=share.columns),
-                post_norm=norm(f"{name}.{names.mlp_in}"),
+                post_norm=layer_norm(name, names.mlp_in),
                 gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", cut=share.rows),
                 down=linear(f"{name}.mlp.down_proj", cut=share.columns),
-                attention_out_norm=norm(f"{name}.{names.attention_out}")
-                if names.attention_out
-                else None,
-                mlp_out_norm=norm(f"{name}.{names.mlp_out}") if names.mlp_out else None,
+                attention_out_norm=layer_norm(name, names.attention_out),
+                mlp_out_norm=layer_norm(name, names.mlp_out),
                 kv_scales=kv_scales(attention),
             )
 

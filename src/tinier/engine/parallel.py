@@ -49,6 +49,10 @@ class Share:
             intermediate=whole.intermediate // self.size,
         )  # fmt: skip
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a tensor."""
+        return tensor if self.size == 1 else self._part(tensor, 0)
+
     def rows(self, stored: StoredLinear) -> StoredLinear:
         """This process's outputs of a layer."""
         if self.size == 1:

@@ -20,6 +20,7 @@ from tinier.kernels.operators import (
     embed,
     gated,
     greedy,
+    norm_all_heads,
     side_by_side,
     uses_triton,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "joined",
     "known_tokens",
     "make_linear",
+    "norm_all_heads",
     "open_peers",
     "output_logits",
     "rms_norm",

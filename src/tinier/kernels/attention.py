@@ -98,14 +98,18 @@ def _cached(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _turned(  # type: ignore[no-untyped-def]
-    qkv, at, heads, inside, cos, sin, norm, eps, stride, D: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr,
+    qkv, at, heads, inside, cos, sin, norm, eps, stride, D: tl.constexpr, R: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Heads [n, 1] of the token at `at`, normed and rotated [n, WIDE] (reference.split_heads)."""
     d = tl.arange(0, WIDE)[None, :]
     inside = _columns(inside, d, D, WIDE)
     there = _columns(d >= 0, d, D, WIDE)
-    other = (d + D // 2) % D
+    other = (d + R // 2) % R
+    turning = there
+    if R < D:
+        turning = d < R
+        other = tl.where(turning, other, d)
     x = summed_parts(qkv, at + heads * D + d, inside, stride, PARTS, dtype)
     y = summed_parts(qkv, at + heads * D + other, inside, stride, PARTS, dtype)
     if NORM:
@@ -113,20 +117,23 @@ def _turned(  # type: ignore[no-untyped-def]
         kept: tl.constexpr = norm.dtype.element_ty
         w = tl.load(norm + d, mask=there, other=0.0).to(tl.float32)
         x = weighted(x * turn, w, kept, dtype)
-        y = weighted(y * turn, tl.load(norm + other).to(tl.float32), kept, dtype)
-    y = rounded(y * tl.load(sin + d, mask=there, other=0.0).to(tl.float32), dtype)
-    x = rounded(x * tl.load(cos + d, mask=there, other=0.0).to(tl.float32), dtype)
-    return (x + tl.where(d < D // 2, -y, y)).to(dtype)
+        y = weighted(
+            y * turn, tl.load(norm + other, mask=there, other=0.0).to(tl.float32), kept, dtype
+        )
+    wide: tl.constexpr = cos.dtype.element_ty
+    y = rounded(y * tl.load(sin + d, mask=turning, other=0.0).to(tl.float32), wide)
+    x = rounded(x * tl.load(cos + d, mask=turning, other=1.0).to(tl.float32), wide)
+    return (x + tl.where(d < R // 2, -y, y)).to(dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, eps, k_cache, v_cache, k_pairs, v_pairs,
     tables, contexts, decodes, k_scale, v_scale, out, sums, stride, width, scale,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr,
-    PAIRED: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    CODED: tl.constexpr, PAIRED: tl.constexpr, MIXED: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
@@ -147,11 +154,11 @@ def _decode(  # type: ignore[no-untyped-def]
     inside = (row < GROUP)[:, None]
     at = sequence * (H + 2 * K) * D
     position = tl.load(positions + sequence)
-    cos += position * D
-    sin += position * D
+    cos += position * R
+    sin += position * R
     queries = _turned(
-        qkv, at, (head * GROUP + row)[:, None], inside, cos, sin, q_norm, eps, stride, D, WIDE, PARTS,
-        NORM, dtype,
+        qkv, at, (head * GROUP + row)[:, None], inside, cos, sin, q_norm, eps, stride, D, R, WIDE,
+        PARTS, NORM, dtype,
     )  # fmt: skip
     if CODED:
         scale = scale * tl.load(k_scale)
@@ -163,7 +170,8 @@ def _decode(  # type: ignore[no-untyped-def]
         always = one == 0
         stored_columns = _columns(always, d[None, :], D, WIDE)
         key = _turned(
-            qkv, at, one + H + head, always, cos, sin, k_norm, eps, stride, D, WIDE, PARTS, NORM, dtype
+            qkv, at, one + H + head, always, cos, sin, k_norm, eps, stride, D, R, WIDE, PARTS, NORM,
+            dtype,
         )  # fmt: skip
         value = summed_parts(
             qkv, at + (H + K + head) * D + one + d[None, :], stored_columns, stride, PARTS, dtype
@@ -351,7 +359,7 @@ def cached_attention(
         return _decode_all(qkv, inputs, cache, batch, takes)
     q = rotate_and_store(
         qkv, inputs.rotation, batch.positions, batch.slots, inputs.norms, inputs.eps, inputs.heads,
-        cache.keys, cache.values, cache.scales,
+        inputs.dtype, cache.keys, cache.values, cache.scales,
     )  # fmt: skip
     out = torch.empty_like(q).flatten(1)
     # sequences of one new token once more: their k and v are written twice, and are the same
@@ -367,7 +375,7 @@ def _decode_all(
     """One new token of each sequence; or of the first `batch.decodes`, to the first rows of `mixed`."""
     _, kv_heads, size = cache.keys.shape
     tokens = len(batch.counts)
-    heads, dtype = inputs.heads, inputs.rotation[0].dtype
+    heads, dtype = inputs.heads, inputs.dtype
     # of a mixed batch's sequences any number may be such
     splits = _splits((tokens if mixed is None else min(tokens, 16)) * kv_heads, batch.longest)
     if splits == 1 and mixed is not None:
@@ -389,8 +397,8 @@ def _decode_all(
         qkv, *inputs.rotation, batch.positions, batch.slots, q_norm, k_norm, inputs.eps, cache.keys,
         cache.values, *pairs, batch.tables, batch.contexts, batch.decodes, k_scale, v_scale, out, sums,
         qkv.shape[-2] * qkv.shape[-1], batch.tables.stride(0), (inputs.scale or size**-0.5) * _LOG2_E,
-        H=heads, K=kv_heads,
-        D=size, WIDE=_wide(size), GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        H=heads, K=kv_heads, D=size, R=inputs.rotation[0].shape[1], WIDE=_wide(size), GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK_SIZE=batch.block_size, KEYS=_KEYS, SPLITS=splits, WINDOW=cache.window or 0,
         PARTS=parts_of(qkv), NORM=inputs.norms is not None, CODED=cache.scales is not None,
         PAIRED=paired, MIXED=mixed is not None, dtype=TRITON_TYPES[dtype], num_warps=_WARPS,

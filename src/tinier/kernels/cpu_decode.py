@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinier.errors import TinierError
-from tinier.families import Geometry
+from tinier.families import Geometry, Norms
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import DenseLinear, Int4NativeLinear, Int8Linear, Linear, StackedLinear
 from tinier.kernels.native import load_library
@@ -173,8 +173,11 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
         return library
     if weights.geometry.hidden % 32 or weights.geometry.head_dim % 16:
         return "the hidden size must be a multiple of 32, the head size of 16"
-    if weights.geometry.norm_offset or weights.geometry.activation != "silu":
-        return "its norms or its activation are not among the native step's"
+    g = weights.geometry
+    if g.norms_in_float32 or g.norm_names != Norms() or g.head_norms == "all":
+        return "its norms are not among the native step's"
+    if g.activation != "silu" or g.rope_in_float32:
+        return "its activation or its RoPE is not the native step's"
     linears = [linear for layer in weights.layers for linear in layer.linears]
     for linear in (*linears, weights.head):
         reason = _unsupported_linear(linear)

@@ -228,15 +228,16 @@ def _side_by_side(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm(  # type: ignore[no-untyped-def]
     x, delta, weight, between, summed, out, scales, addresses, eps, stride, SIZE: tl.constexpr,
-    BETWEEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TIMES: tl.constexpr,
-    TAKES: tl.constexpr, LARGEST: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, BETWEEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    TIMES: tl.constexpr, TAKES: tl.constexpr, LARGEST: tl.constexpr, TURN: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     stored = x.dtype.element_ty
-    w = tl.load(weight + at, mask=inside, other=0.0)
+    if NORM:
+        w = tl.load(weight + at, mask=inside, other=0.0)
     begin(PDL)
     value = tl.load(x + row * SIZE + at, mask=inside, other=0.0)
     if PARTS > 0:
@@ -254,12 +255,38 @@ def _add_rms_norm(  # type: ignore[no-untyped-def]
             other = rounded(other * TIMES, stored)
         value = (value.to(tl.float32) + other).to(stored)
         tl.store(summed + row * SIZE + at, value, mask=inside)
-    y = value.to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + eps)
-    y = weighted(y, w.to(tl.float32), weight.dtype.element_ty, stored).to(stored)
+    y = value
+    if NORM:
+        y = y.to(tl.float32)
+        y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + eps)
+        y = weighted(y, w.to(tl.float32), weight.dtype.element_ty, stored).to(stored)
     if TAKES is not None:
         y = y.to(tl.float32)
     store_row(y, out + row * SIZE, scales, row, at, inside, TAKES, LARGEST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_all_heads(  # type: ignore[no-untyped-def]
+    qkv, q_norm, k_norm, out, eps, stride, Q: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """q, k or v of a token, Q or K channels; q and k normed."""
+    begin(PDL)
+    which = tl.program_id(1)
+    size = tl.where(which == 0, Q, K)
+    begun = tl.where(which == 0, 0, Q + (which - 1) * K)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < size
+    at = tl.program_id(0).to(tl.int64) * (Q + 2 * K) + begun + channel
+    stored = out.dtype.element_ty
+    x = summed_parts(qkv, at, inside, stride, PARTS, stored)
+    if which < 2:
+        kept: tl.constexpr = q_norm.dtype.element_ty
+        w = tl.load(q_norm + channel, mask=channel < tl.where(which == 0, Q, 0), other=0.0)
+        w += tl.load(k_norm + channel, mask=channel < tl.where(which == 1, K, 0), other=0.0)
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+        x = weighted(x, w.to(tl.float32), kept, stored)
+    tl.store(out + at, x.to(stored), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -309,9 +336,11 @@ def _normed(x, turn, q_norm, k_norm, at, there, is_q, dtype: tl.constexpr):  # t
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_and_store(  # type: ignore[no-untyped-def]
     qkv, cos, sin, positions, slots, q_norm, k_norm, k_scale, v_scale, q_out, k_cache, v_cache, eps,
-    stride, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr, PDL: tl.constexpr,
+    stride, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CODED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """Of each head the first R channels turn, in halves, the others stay."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -321,46 +350,65 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     is_v = (head >= H + K) & (head < H + 2 * K)
     inside = head < H + 2 * K
     there = half >= 0
-    if HALF * 2 != D:  # the size of a head is no power of two
-        there = half < D // 2
-        inside = inside & there
-    at = row * (H + 2 * K) * D + head * D + half
+    if HALF * 2 != R:  # no power of two
+        there = half < R // 2
+    at = row * (H + 2 * K) * D + head * D
     stored = q_out.dtype.element_ty
-    first = summed_parts(qkv, at, inside, stride, PARTS, stored)
-    second = summed_parts(qkv, at + D // 2, inside, stride, PARTS, stored)
+    first = summed_parts(qkv, at + half, inside & there, stride, PARTS, stored)
+    second = summed_parts(qkv, at + R // 2 + half, inside & there, stride, PARTS, stored)
+    if R < D:
+        beyond = R + tl.arange(0, REST)[None, :]
+        rest = summed_parts(qkv, at + beyond, inside & (beyond < D), stride, PARTS, stored)
     if NORM:
-        turn = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / D + eps)
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        if R < D:
+            squares += tl.sum(rest * rest, axis=1)
+        turn = tl.rsqrt(squares / D + eps)
         first = tl.where(
             is_v, first, _normed(first, turn, q_norm, k_norm, half, there, is_q, stored)
         )
         second = tl.where(
-            is_v, second, _normed(second, turn, q_norm, k_norm, half + D // 2, there, is_q, stored)
+            is_v, second, _normed(second, turn, q_norm, k_norm, half + R // 2, there, is_q, stored)
         )
+        if R < D:
+            rest = tl.where(
+                is_v, rest, _normed(rest, turn, q_norm, k_norm, beyond, beyond < D, is_q, stored)
+            )
     position = tl.load(positions + row)
-    c = tl.load(cos + position * D + half, mask=there, other=0.0).to(tl.float32)
-    s = tl.load(sin + position * D + half, mask=there, other=0.0).to(tl.float32)
-    turned = rounded(first * c, stored) - rounded(second * s, stored)
-    low = tl.where(is_v, first, turned).to(stored)
-    turned = rounded(second * c, stored) + rounded(first * s, stored)
-    high = tl.where(is_v, second, turned).to(stored)
-    target = q_out + row * H * D + head * D + half
-    tl.store(target, low, mask=is_q & there)
-    tl.store(target + D // 2, high, mask=is_q & there)
+    wide: tl.constexpr = cos.dtype.element_ty
+    c = tl.load(cos + position * R + half, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sin + position * R + half, mask=there, other=0.0).to(tl.float32)
+    turned = rounded(first * c, wide) - rounded(second * s, wide)
+    low = tl.where(is_v, first, turned)
+    turned = rounded(second * c, wide) + rounded(first * s, wide)
+    high = tl.where(is_v, second, turned)
     slot = tl.load(slots + row).to(tl.int64)
+    to_q = q_out + row * H * D + head * D
+    to_k = k_cache + slot * K * D + (head - H) * D
+    to_v = v_cache + slot * K * D + (head - H - K) * D
+    scale = 1.0
     if CODED:
         scale = tl.where(is_k, tl.load(k_scale), tl.load(v_scale))
-        low = code(
-            tl.div_rn(low.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
-        )
-        high = code(
-            tl.div_rn(high.to(tl.float32), scale + tl.zeros_like(first)), k_cache.dtype.element_ty
-        )
-    to_k = k_cache + slot * K * D + (head - H) * D + half
-    tl.store(to_k, low, mask=is_k & there)
-    tl.store(to_k + D // 2, high, mask=is_k & there)
-    to_v = v_cache + slot * K * D + (head - H - K) * D + half
-    tl.store(to_v, low, mask=is_v & there)
-    tl.store(to_v + D // 2, high, mask=is_v & there)
+    _store_heads(low, half, there, to_q, to_k, to_v, is_q, is_k, is_v, scale, CODED)
+    _store_heads(high, half + R // 2, there, to_q, to_k, to_v, is_q, is_k, is_v, scale, CODED)
+    if R < D:
+        _store_heads(rest, beyond, beyond < D, to_q, to_k, to_v, is_q, is_k, is_v, scale, CODED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_heads(  # type: ignore[no-untyped-def]
+    x, at, there, to_q, to_k, to_v, is_q, is_k, is_v, scale, CODED: tl.constexpr
+):  # fmt: skip
+    """Channels `at` of each head [heads, channels] to where it belongs, k and v as codes of the cache's
+    type."""
+    x = x.to(to_q.dtype.element_ty)
+    tl.store(to_q + at, x, mask=is_q & there)
+    kept = x
+    if CODED:
+        x = x.to(tl.float32)
+        kept = code(tl.div_rn(x, scale + tl.zeros_like(x)), to_k.dtype.element_ty)
+    tl.store(to_k + at, kept, mask=is_k & there)
+    tl.store(to_v + at, kept, mask=is_v & there)
 
 
 def embed(tokens: Tensor, sampled: Tensor, table: Tensor, times: float) -> Tensor:
@@ -398,21 +446,24 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None, times: float = 1.0,
-    between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, takes: str | None,
+    times: float = 1.0, between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
     """x + times · delta [T, hidden], and its norm as the next layer takes it. delta: [T, hidden] or parts.
 
-    between: weight of a norm that delta goes through first. peers: delta is summed over the processes
-    too. turn: 0 and 1 by turns (peers.py).
+    weight: None: the sum itself as the next layer takes it. between: weight of a norm that delta goes
+    through first. peers: delta is summed over the processes too. turn: 0 and 1 by turns (peers.py).
     """
     tokens, size = x.shape
+    if delta is None and weight is None and takes is None:
+        return x, x
     summed = x if delta is None else torch.empty_like(x)
     out, scales = _row_buffers(tokens, size, x.dtype, x.device, takes)
     _add_rms_norm[(tokens,)](
-        x, x if delta is None else delta, weight, x if between is None else between, summed, out, scales,
+        x, x if delta is None else delta, x if weight is None else weight,
+        x if between is None else between, summed, out, scales,
         peers.addresses if peers else x, eps, x.numel(), SIZE=size,
-        BETWEEN=between is not None, BLOCK=triton.next_power_of_2(size),
+        NORM=weight is not None, BETWEEN=between is not None, BLOCK=triton.next_power_of_2(size),
         PARTS=0 if delta is None else parts_of(delta),
         TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
         RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
@@ -431,6 +482,21 @@ def side_by_side(part: Tensor, peers: Peers) -> Tensor:
     _side_by_side[(rows, triton.cdiv(width, 2048))](
         words, out.view(torch.int32), peers.addresses, *peers.next_places(), WIDTH=width, BLOCK=2048,
         RANK=peers.rank, RANKS=peers.size, num_warps=8, **early_start(),
+    )  # fmt: skip
+    return out
+
+
+def norm_all_heads(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype
+) -> Tensor:
+    """q and k of a fused [T, (H + 2K)·D], or of its parts, normed, each over all its heads' channels
+    together; in dtype."""
+    tokens, whole = qkv.shape[-2:]
+    q, k = len(norms[0]), len(norms[1])
+    out = torch.empty(tokens, whole, dtype=dtype, device=qkv.device)
+    _norm_all_heads[(tokens, 3)](
+        qkv, *norms, out, eps, tokens * whole, Q=q, K=k, BLOCK=triton.next_power_of_2(max(q, k)),
+        PARTS=parts_of(qkv), num_warps=8, **early_start(),
     )  # fmt: skip
     return out
 
@@ -463,18 +529,19 @@ def encode_rows(x: Tensor, takes: str) -> Quantized:
 
 def rotate_and_store(
     qkv: Tensor, rotation: tuple[Tensor, Tensor], positions: Tensor, slots: Tensor,
-    norms: tuple[Tensor, Tensor] | None, eps: float, heads: int,
+    norms: tuple[Tensor, Tensor] | None, eps: float, heads: int, dtype: torch.dtype,
     keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
     """q with its norm and RoPE; k, the same, and v written to their cache slots.
 
-    qkv: [T, (heads + 2·kv_heads)·D], or its parts. rotation: cos and sin of every position [P, D].
+    qkv: [T, (heads + 2·kv_heads)·D], or its parts. rotation: cos and sin of every position [P, R].
     positions: [T], slots: [T]. norms: of q and k [D], where the model has them. keys, values:
     [slots, kv_heads, D], codes where the `scales` of keys and values are given. Returns [T, heads, D].
     """
     tokens = qkv.shape[-2]
     _, kv_heads, size = keys.shape
-    q = torch.empty(tokens, heads, size, dtype=rotation[0].dtype, device=qkv.device)
+    turning = rotation[0].shape[1]
+    q = torch.empty(tokens, heads, size, dtype=dtype, device=qkv.device)
     q_norm, k_norm = norms or (q, q)
     k_scale, v_scale = scales or (q, q)
     every = heads + 2 * kv_heads
@@ -483,7 +550,8 @@ def rotate_and_store(
     _rotate_and_store[(tokens, triton.cdiv(every, held))](
         qkv, *rotation, positions, slots, q_norm, k_norm, k_scale, v_scale, q, keys, values, eps,
         tokens * every * size, H=heads, K=kv_heads, D=size,
-        HALF=triton.next_power_of_2(size // 2), HEADS=held, PARTS=parts_of(qkv),
+        R=turning, HALF=triton.next_power_of_2(turning // 2),
+        REST=triton.next_power_of_2(max(1, size - turning)), HEADS=held, PARTS=parts_of(qkv),
         NORM=norms is not None, CODED=scales is not None, num_warps=4, **early_start(),
     )  # fmt: skip
     return q

@@ -11,14 +11,16 @@ from tinier.kernels.linear import Linear
 class Layer:
     """Weights of one decoder layer."""
 
-    input_norm: Tensor
+    input_norm: Tensor | None
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Linear
-    post_norm: Tensor
+    post_norm: Tensor | None
     gate_up: Linear
     down: Linear
+    norms_all_heads: bool = False
+    """Whether q_norm and k_norm, [H·D] and [K·D], are over all heads together"""
     attention_out_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
     kv_scales: tuple[Tensor, Tensor] | None = None
@@ -26,8 +28,8 @@ class Layer:
 
     @property
     def head_norms(self) -> tuple[Tensor, Tensor] | None:
-        """Norms of q and of k, where the model has them."""
-        if self.q_norm is None or self.k_norm is None:
+        """Norms [D] of each head of q and of k, where the model has them."""
+        if self.q_norm is None or self.k_norm is None or self.norms_all_heads:
             return None
         return self.q_norm, self.k_norm
 

@@ -51,23 +51,33 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, takes: str | None = None,
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, takes: str | None = None,
     times: float = 1.0, between: Tensor | None = None, peers: Peers | None = None, turn: int = 0,
 ) -> tuple[Tensor, Tensor | Quantized]:  # fmt: skip
-    """x + times · delta [T, hidden], and the norm of it. between: weight of a norm that delta goes through
-    first. peers: of GPUs, where delta is to be summed over the processes too; turn: 0 and 1 by turns."""
+    """x + times · delta [T, hidden], and the norm of it; weight None: itself. between: weight of a norm
+    that delta goes through first. peers: of GPUs, where delta is to be summed over the processes too; turn:
+    0 and 1 by turns."""
     if uses_triton(x.device):
         return fused.add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
     if delta is not None and between is not None:
         delta = reference.rms_norm(delta, between, eps)
     if delta is not None:
         x = x + (delta if times == 1 else delta * times)
-    return x, reference.rms_norm(x, weight, eps)
+    return x, x if weight is None else reference.rms_norm(x, weight, eps)
 
 
 def side_by_side(part: Tensor, peers: Peers) -> Tensor:
     """[T, whole] of the processes' [T, N], on GPUs that reach each other's memory."""
     return fused.side_by_side(part, peers)
+
+
+def norm_all_heads(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype
+) -> Tensor:
+    """q and k of a fused [T, (H + 2K)·D] normed, each over all its heads' channels together, in dtype."""
+    if uses_triton(qkv.device):
+        return fused.norm_all_heads(qkv, norms, eps, dtype)
+    return reference.norm_all_heads(qkv, norms, eps)
 
 
 def gated(

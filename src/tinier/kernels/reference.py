@@ -30,23 +30,45 @@ def greedy(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(largest), tokens, -1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32 inside.
 
     arXiv 1910.07467. Rounds to x's type before the weight multiplies, as transformers does; after it where
-    the weight is wider than x (Gemma).
+    the weight is wider than x (Gemma). mean: of the squares, [..., 1], if not that of x.
     """
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+    mean = y.square().mean(dim=-1, keepdim=True) if mean is None else mean
+    y = y * torch.rsqrt(mean + eps)
     if weight.dtype != x.dtype:
         return (weight * y).to(x.dtype)
     return weight * y.to(x.dtype)
 
 
+def norm_all_heads(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], eps: float, means: Tensor | None = None
+) -> Tensor:
+    """q and k of a fused [T, (H + 2K)·D] normed, each over all its heads' channels together (OLMo 2).
+
+    norms: weights [H·D] and [K·D]. means: of the squares of q and of k, [T, 2], where more heads count than
+    are here.
+    """
+    sizes = [len(norms[0]), len(norms[1])]
+    q, k, v = qkv.split([*sizes, sizes[1]], dim=-1)
+    of_q, of_k = (None, None) if means is None else means.split(1, dim=-1)
+    return torch.cat(
+        [rms_norm(q, norms[0], eps, of_q), rms_norm(k, norms[1], eps, of_k), v], dim=-1
+    )
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, arXiv 2104.09864, halves rotated against each other. x: [T, heads, D]; cos, sin: [T, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """RoPE, arXiv 2104.09864, halves of the first R channels rotated against each other, the others left.
+
+    x: [T, heads, D]; cos, sin: [T, 1, R], in x's type, or wider: it is rounded once then.
+    """
+    turning, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -62,7 +84,7 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q [T, H, D], k and v [T, K, D] of a fused [T, (H + 2K)·D]: q and k normed and rotated.
 
-    rotation: cos and sin of each token, [T, 1, D]. norms: weights [D] of q's and k's norm, if any.
+    rotation: cos and sin of each token, [T, 1, R]. norms: weights [D] of q's and k's norm, if any.
     """
     size = qkv.shape[-1] // (heads + 2 * kv_heads)
     joined = qkv.unflatten(-1, (-1, size))
@@ -119,8 +141,10 @@ class HeadInputs(NamedTuple):
     """What q and k go through before attention."""
 
     rotation: tuple[Tensor, Tensor]
-    """cos and sin of every position, each [positions, D]"""
+    """cos and sin of every position, each [positions, R], in the computing type or in float32 (`rotate`)"""
     heads: int
+    dtype: torch.dtype
+    """What is computed in"""
     norms: tuple[Tensor, Tensor] | None = None
     """Weights [D] of q's and k's norm"""
     eps: float = 0.0
@@ -164,7 +188,7 @@ def cached_attention(qkv: Tensor, inputs: HeadInputs, cache: Cache, batch: Paged
     cos, sin = inputs.rotation
     positions, slots = batch.positions.long(), batch.slots.long()
     q, k, v = split_heads(
-        joined(qkv, cos.dtype), (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)),
+        joined(qkv, inputs.dtype), (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)),
         inputs.norms, inputs.eps, inputs.heads, cache.keys.shape[1],
     )  # fmt: skip
     k_scale, v_scale = cache.scales or (None, None)

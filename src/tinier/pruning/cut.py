@@ -91,10 +91,13 @@ class Cut:
     def layer_tensor(self, layer: int, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
         """A tensor of a decoder layer, cut. name: inside the layer."""
         if name.removesuffix(".weight") in geometry.norm_names:
-            return self._norm(tensor, geometry.norm_offset)
+            return _of_fewer(tensor, self.hidden, geometry.norm_offset)
         linear, _, part = name.rpartition(".")
-        if linear not in geometry.linears:  # norms inside attention: one entry per head channel
-            return tensor
+        if linear in ("self_attn.q_norm", "self_attn.k_norm"):
+            if geometry.head_norms == "each":  # one entry per channel of a head
+                return tensor
+            rows, _ = self.linear_channels(layer, linear.replace("_norm", "_proj"), geometry)
+            return _of_fewer(tensor, rows, geometry.norm_offset)
         rows, columns = self.linear_channels(layer, linear, geometry)
         tensor = take(tensor, 0, rows)
         return tensor if part == "bias" else take(tensor, 1, columns)
@@ -151,17 +154,20 @@ class Cut:
             return take(tensor, 1, self.hidden)
         if name == FINAL_NORM and rooted and geometry.tied_head:
             return take(tensor, 0, self.hidden)
-        return self._norm(tensor, geometry.norm_offset) if name == FINAL_NORM else tensor
+        if name != FINAL_NORM:
+            return tensor
+        return _of_fewer(tensor, self.hidden, geometry.norm_offset)
 
-    def _norm(self, weight: Tensor, offset: float) -> Tensor:
-        """A norm over fewer channels divides by the root of another mean: as if those that are gone
-        had been zero, it is larger by the root of the ratio of their numbers, and the weight makes up
-        for it (the norm's epsilon in `config` likewise)."""
-        if self.hidden is None:
-            return weight
-        factor = (len(weight) / len(self.hidden)) ** 0.5
-        scaled: Tensor = (take(weight, 0, self.hidden).float() + offset) * factor - offset
-        return scaled.to(weight.dtype)
+
+def _of_fewer(weight: Tensor, kept: Tensor | None, offset: float) -> Tensor:
+    """The weight of a norm over fewer channels, which divides by the root of another mean: as if those that
+    are gone had been zero, it is larger by the root of the ratio of their numbers, and the weight makes up
+    for it (the norm's epsilon in `config` likewise, for the hidden states)."""
+    if kept is None:
+        return weight
+    factor = (len(weight) / len(kept)) ** 0.5
+    scaled: Tensor = (take(weight, 0, kept).float() + offset) * factor - offset
+    return scaled.to(weight.dtype)
 
 
 def _expand(heads: Tensor, head_dim: int) -> Tensor:

@@ -8,6 +8,7 @@ model and text, so that another target costs no second pass.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -171,21 +172,15 @@ class _Seen:
     def __init__(self, layer: nn.Module, geometry: Geometry) -> None:
         self._sums: dict[str, Tensor] = {}
         self._head_dim = geometry.head_dim
-        for name in ("mlp.down_proj", "self_attn.o_proj"):
-            layer.get_submodule(name).register_forward_pre_hook(self._hook(name, inputs=True))
-        names = geometry.norm_names
-        self._norms = (names.attention_in, names.mlp_in)
-        for name in self._norms:
-            layer.get_submodule(name).register_forward_hook(self._hook(name, inputs=False))
+        # what enters attention and the MLP: after the norm before them, where there is one
+        self._entrances = [
+            read.readers[0] for read in geometry.inputs if read.name in ("self_attn", "mlp")
+        ]
+        for name in ("mlp.down_proj", "self_attn.o_proj", *self._entrances):
+            layer.get_submodule(name).register_forward_pre_hook(self._hook(name))
 
-    def _hook(self, name: str, *, inputs: bool):  # type: ignore[no-untyped-def]
-        def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            self._add(name, given[0])
-
-        def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._add(name, output)
-
-        return before if inputs else after
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: self._add(name, given[0])
 
     def _add(self, name: str, x: Tensor) -> None:
         """x: [windows, length, channels]."""
@@ -199,7 +194,7 @@ class _Seen:
         return self._sums["self_attn.o_proj"].view(-1, self._head_dim).sum(dim=1).sqrt()
 
     def norms(self) -> Tensor:
-        return torch.stack([self._sums[name].sqrt() for name in self._norms]).sum(dim=0)
+        return torch.stack([self._sums[name].sqrt() for name in self._entrances]).sum(dim=0)
 
 
 def _keep(path: Path, found: Importance) -> None:

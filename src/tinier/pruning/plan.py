@@ -191,6 +191,10 @@ def _warnings(
             "nothing stands in for layers that are dropped: what the MLP adds goes through a norm, so no "
             "linear layer can be solved for (neurons and heads that go are made up for)"
         )
+    if geometry.head_norms == "all" and (plan.heads or plan.kv_heads):
+        warnings.append(
+            "heads that stay change as others go: q and k are normed over all heads together"
+        )
     return warnings
 
 

@@ -34,6 +34,7 @@ def fold(
     are such that the norm's new weight is exact in its 16-bit type.
     """
     source = read.source
+    assert source is not None
     if source in weights:
         rows = factors
         if read.per_kv_head:

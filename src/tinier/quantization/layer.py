@@ -104,6 +104,8 @@ def quantize_layer(
         preset = presets.get(read.readers[0])
         if preset is None or preset.algorithm.equalize == "none" or read.name not in seen:
             continue
+        if read.source is None:
+            continue  # nothing stands before it that could take the factors
         if read.source in weights and read.source not in presets:
             continue  # the rows to fold into stay in 16 bit, where a factor would round them anew
         factors = _factors(preset, weights, read, seen[read.name], geometry)

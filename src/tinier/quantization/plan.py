@@ -171,6 +171,12 @@ def _warnings(
             "transformers unpacks FP4 weights to bfloat16 and cannot run them in a float16 model; this "
             "engine can"
         )
+    equalized = any(preset.algorithm.equalize != "none" for preset in presets.values())
+    if equalized and geometry_of(source).norm_names.attention_in is None:
+        warnings.append(
+            "the inputs of attention and MLP are not equalized: no norm stands before them that could take "
+            "the factors (o_proj and down_proj are)"
+        )
     return warnings
 
 
