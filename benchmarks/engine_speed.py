@@ -35,7 +35,7 @@ KV8 = Grid(kind="float", bits=8, granularity="tensor")
 
 def geometry(layers: int) -> Geometry:
     return Geometry(
-        layers=layers, hidden=3072, intermediate=8192, heads=24, kv_heads=8, head_dim=128,
+        layers=layers, hidden=3072, intermediate=8192, heads=24, kv_heads=8, head_dim=128, turning=128,
         vocab=128_256, max_positions=131_072, norm_eps=1e-5, tied_head=True, qkv_bias=False,
         out_bias=False, mlp_bias=False, hidden_in_heads=True, kinds=(LayerKind(),) * layers,
     )  # fmt: skip

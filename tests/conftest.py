@@ -31,6 +31,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -57,6 +59,7 @@ FAMILIES = {
     "granite": (GraniteConfig, GraniteForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
 }
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
@@ -124,6 +127,10 @@ def write_tiny(
     if family == "gemma3":
         sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512}
         sizes |= {"query_pre_attn_scalar": 24}
+    if family == "phi3":
+        sizes["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+        }  # fmt: skip
     torch.manual_seed(seed)
     if "num_hidden_layers" in overrides and "layer_types" in sizes:
         del sizes["layer_types"]

@@ -28,6 +28,7 @@ DRAWN = {
     0: ["llama", "mistral", "qwen2", "qwen3"],
     1000: ["smollm3", "granite", "gemma3"],
     2000: ["olmo2"],
+    3000: ["phi3"],
 }
 """Families of the draws from 1,000 on"""
 NAMES = [None, *(name for name in PRESETS if name != "int4-best"), "int4-best"]
@@ -69,6 +70,11 @@ def drawn(seed: int) -> Draw:
         sizes |= {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}
     if family == "gemma3":
         sizes |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    if family == "phi3":
+        part = rng.choice([0.25, 0.5, 0.75, 1.0])
+        sizes["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part,
+        }  # fmt: skip
     if family == "smollm3":
         sizes["no_rope_layers"] = rng.choice([[1, 0], [0, 1]])
     return Draw(family, dtype, sizes, _drawn_plan(rng, sizes, unit))
@@ -190,7 +196,9 @@ def _loads(draw: Draw) -> bool:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", [*range(12), *range(1000, 1004), *range(2000, 2004)])
+@pytest.mark.parametrize(
+    "seed", [*range(12), *range(1000, 1004), *range(2000, 2004), *range(3000, 3004)]
+)
 def test_a_few_models(tmp_path: Path, seed: int, device: str) -> None:
     check(seed, tmp_path, device)
 

@@ -29,7 +29,7 @@ from tinier.schemes import Layout
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # buffers that older files carry and every loader computes for itself
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 # what a weight of 16 bits or more may be stored in
@@ -74,6 +74,8 @@ class Input(NamedTuple):
     rows of a linear layer; None: nothing does"""
     per_kv_head: bool = False
     """Whether the source's rows serve all query heads of one KV head"""
+    first_row: int = 0
+    """Of a linear layer that is the source: where the rows begin that make this input"""
 
 
 class Multipliers(NamedTuple):
@@ -90,6 +92,8 @@ class Multipliers(NamedTuple):
 
 _NONE = Multipliers()
 
+Channels = Literal["q", "k", "v", "gate", "up", "hidden"]
+"""What an output of a linear layer is"""
 HeadNorms = Literal["none", "each", "all"]
 """RMSNorm of q and k before RoPE: none, over each head, or over all heads' channels together"""
 
@@ -112,6 +116,8 @@ class Family:
     """Whether norms multiply with their weight before they round to the model's type, not after."""
     rope_in_float32: bool = False
     """Whether q and k are turned in float32 and rounded once, not product by product."""
+    fused: bool = False
+    """Whether q, k and v are one linear layer, and gate and up another."""
     per_layer: tuple[str, ...] = ()
     """Entries of config.json that say something of each layer, and have a default that is written out:
     `no_rope_layers` (1: q and k are turned, 0: not), `layer_types`."""
@@ -190,6 +196,13 @@ FAMILIES = {
             norms_in_float32=True,
             rope_in_float32=True,
         ),
+        Family(
+            architecture="Phi3ForCausalLM",
+            qkv_bias=False,
+            mlp_bias=False,
+            windows="all",
+            fused=True,
+        ),
     )
 }
 
@@ -204,6 +217,8 @@ class Geometry:
     heads: int
     kv_heads: int
     head_dim: int
+    turning: int
+    """Channels of a head that RoPE turns, the first ones"""
     vocab: int
     max_positions: int
     norm_eps: float
@@ -219,6 +234,7 @@ class Geometry:
     norm_offset: float = 0.0
     norms_in_float32: bool = False
     rope_in_float32: bool = False
+    fused: bool = False
     multipliers: Multipliers = _NONE
     embedding_by_root: bool = False
     """Whether `multipliers.embedding` is the root of the hidden size."""
@@ -237,26 +253,49 @@ class Geometry:
     @property
     def inputs(self) -> tuple[Input, ...]:
         """What a layer's linear layers read, in the order that it is computed."""
-        heads = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        norms, q, kv = self.norm_names, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+        if self.fused:
+            qkv, gate_up = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
+        values, up = (q + kv, self.intermediate) if self.fused else (0, 0)
         return (
-            Input("self_attn", heads, self.norm_names.attention_in),
-            Input("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.v_proj", per_kv_head=True),
-            Input("mlp", ("mlp.gate_proj", "mlp.up_proj"), self.norm_names.mlp_in),
-            Input("mlp.down_proj", ("mlp.down_proj",), "mlp.up_proj"),
+            Input("self_attn", qkv, norms.attention_in),
+            Input("self_attn.o_proj", ("self_attn.o_proj",), qkv[-1], True, values),
+            Input("mlp", gate_up, norms.mlp_in),
+            Input("mlp.down_proj", ("mlp.down_proj",), gate_up[-1], first_row=up),
         )
+
+    @property
+    def outputs(self) -> dict[str, tuple[tuple[Channels, int], ...]]:
+        """What the rows of a layer's linear layers are, one after the other, and how many of each, by
+        the name inside the layer."""
+        q, kv, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
+        (*qkv, out), (*gate_up, down) = (
+            [name for read in self.inputs for name in read.readers if name.startswith(block)]
+            for block in ("self_attn", "mlp")
+        )
+        attention: list[tuple[Channels, int]] = [("q", q), ("k", kv), ("v", kv)]
+        mlp: list[tuple[Channels, int]] = [("gate", inner), ("up", inner)]
+        found: dict[str, tuple[tuple[Channels, int], ...]] = {}
+        for names, parts, last in ((qkv, attention, out), (gate_up, mlp, down)):
+            if self.fused:
+                found[names[0]] = tuple(parts)
+            else:
+                found |= {name: (part,) for name, part in zip(names, parts, strict=True)}
+            found[last] = (("hidden", self.hidden),)
+        return found
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [out, in] of a layer's linear layers, by their name inside the layer."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = {
+            "self_attn.o_proj": self.heads * self.head_dim,
+            "mlp.down_proj": self.intermediate,
+        }
         return {
-            "self_attn.q_proj": (q, self.hidden),
-            "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, q),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
+            name: (sum(count for _, count in parts), inner.get(name, self.hidden))
+            for name, parts in self.outputs.items()
         }
 
     @property
@@ -272,13 +311,14 @@ class Geometry:
     @property
     def biases(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's biases, by their name inside the layer."""
-        biased = []
+        biased: list[str] = []
+        attention, out, mlp, down = (read.readers for read in self.inputs)
         if self.qkv_bias:
-            biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+            biased += attention
         if self.out_bias:
-            biased += ["self_attn.o_proj"]
+            biased += out
         if self.mlp_bias:
-            biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+            biased += mlp + down
         return {f"{name}.bias": (self.linears[name][0],) for name in biased}
 
     @property
@@ -495,8 +535,8 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        head_dim=_head_dim(config),
+        turning=_turning(config),
         vocab=config.vocab_size,
         max_positions=_positions(config),
         norm_eps=config.rms_norm_eps,
@@ -511,6 +551,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         norm_offset=family.norm_offset,
         norms_in_float32=family.norms_in_float32,
         rope_in_float32=family.rope_in_float32,
+        fused=family.fused,
         multipliers=_multipliers(family, config, checkpoint.dtype),
         embedding_by_root=family.multipliers == "gemma",
         activation=_ACTIVATIONS[activation],
@@ -533,20 +574,33 @@ def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:
             f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV "
             "heads. The second divides the first."
         )
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if size < 2 or size % 2:
-        raise CheckpointError(f"{path} has heads of size {size}. RoPE turns pairs: it is even.")
+    size, turning = _head_dim(config), _turning(config)
+    if turning < 2 or turning % 2:
+        raise CheckpointError(
+            f"{path} has heads of size {size}, of which {turning} turn. RoPE turns pairs: that is even."
+        )
     epsilon = config.rms_norm_eps
     if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
         raise CheckpointError(f"{path} has rms_norm_eps={epsilon!r}. It is small, such as 1e-5.")
 
 
+def _head_dim(config: Any) -> int:
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
+
+
+def _turning(config: Any) -> int:
+    rope = rope_parameters(config, rope_keys(config)[-1])
+    return int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+
+
 def _positions(config: Any) -> int:
-    """How long a sequence may be. Under YaRN `max_position_embeddings` is often left at what the model
-    was trained on; what it reaches is that times the factor (arXiv 2309.00071)."""
+    """How long a sequence may be. Under YaRN (arXiv 2309.00071) and dynamic scaling
+    `max_position_embeddings` is often left at what the model was trained on; what it reaches is that times
+    the factor."""
     rope = rope_parameters(config, rope_keys(config)[-1])
     positions = int(config.max_position_embeddings)
-    if rope.get("rope_type") != "yarn":
+    if rope.get("rope_type") not in ("yarn", "dynamic"):
         return positions
     original = rope.get("original_max_position_embeddings") or positions
     return max(positions, int(original * rope.get("factor", 1.0)))

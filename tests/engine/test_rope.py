@@ -1,33 +1,106 @@
-"""RoPE is transformers', for every scaling that checkpoints may ask for."""
+"""RoPE is transformers', for every scaling that checkpoints may ask for, at 16,384 tokens."""
+
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tests.conftest import TinyMaker
+from tests.engine.test_decoder import distance, logits_of_both
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.engine.rope import Rope
 
-SCALINGS = {
+LENGTH = 16_384
+SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "linear": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+    "linear": {"factor": 8.0},
+    "dynamic": {"factor": 8.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 2048},
     "llama3": {
         "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 512,
+        "original_max_position_embeddings": 2048,
     },
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("length", [1000, LENGTH])
 @pytest.mark.parametrize("kind", SCALINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotations_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
+def test_rotations_are_those_of_transformers(kind: str, dtype: torch.dtype, length: int) -> None:
     config = LlamaConfig(
         hidden_size=256, num_attention_heads=8, max_position_embeddings=2048,
         rope_parameters={"rope_type": kind, "rope_theta": 5e5, **SCALINGS[kind]},
     )  # fmt: skip
-    positions = torch.arange(2048)
-    ours = Rope(config, torch.device("cpu"))(positions, dtype)
-    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=dtype), positions.unsqueeze(0))
-    for one, other in zip(ours, theirs, strict=True):
+    check(Rope(config, torch.device("cpu")), LlamaRotaryEmbedding(config), dtype, length)
+
+
+@pytest.mark.parametrize("length", [1000, LENGTH])
+@pytest.mark.parametrize("partial", [1.0, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_longrope_turns_short_and_long_sequences_in_two_ways(
+    dtype: torch.dtype, partial: float, length: int
+) -> None:
+    config = Phi3Config(
+        hidden_size=256, num_attention_heads=8, max_position_embeddings=LENGTH,
+        original_max_position_embeddings=2048, rope_parameters=longrope(16, partial, 2048),
+    )  # fmt: skip
+    check(Rope(config, torch.device("cpu")), Phi3RotaryEmbedding(config), dtype, length)
+
+
+def longrope(pairs: int, partial: float, original: int) -> dict[str, Any]:
+    """For heads of `pairs` pairs of channels."""
+    generator = torch.Generator().manual_seed(0)
+    short, long = (torch.rand(2, int(pairs * partial), generator=generator) * 3 + 1).tolist()
+    return {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long,
+        "original_max_position_embeddings": original, "partial_rotary_factor": partial,
+    }  # fmt: skip
+
+
+def check(rope: Rope, module: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
+    positions = torch.arange(length)
+    theirs = module(torch.zeros(1, dtype=dtype), positions.unsqueeze(0))
+    for one, other in zip(rope(positions, length, dtype), theirs, strict=True):
         assert one.dtype == dtype
         assert torch.equal(one, other.squeeze(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*SCALINGS, "longrope"])
+def test_a_long_window_has_the_logits_of_transformers(tiny: TinyMaker, kind: str) -> None:
+    """16,384 tokens of a model made for 2,048."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, **SCALINGS.get(kind, {})}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": LENGTH}
+    if kind in ("linear", "dynamic"):
+        sizes["max_position_embeddings"] = 2048
+    if kind == "longrope":
+        rope = longrope(8, 0.75, 2048)
+        sizes["original_max_position_embeddings"] = 2048
+    model = tiny("phi3" if kind == "longrope" else "llama", rope_parameters=rope, **sizes)
+    assert distance(*logits_of_both(model, length=LENGTH)) < 1e-4
+
+
+def test_an_engine_for_long_sequences_turns_all_in_the_long_way(tiny: TinyMaker) -> None:
+    """transformers looks at each call's length; a cache cannot, so `max_seq_len` decides."""
+    sizes = {"rope_parameters": longrope(8, 1.0, 32), "original_max_position_embeddings": 32}
+    model = tiny("phi3", **sizes)
+    prompt = torch.randint(0, 256, (1, 60), generator=torch.Generator().manual_seed(0))
+    found = []
+    for length in (60, 20):
+        ours, theirs = logits_of_both(model, length=length)
+        assert distance(ours, theirs) < 1e-5
+    for longest in (32, 128):
+        engine = Engine(model, EngineConfig(max_seq_len=longest, device="cpu"))
+        params = SamplingParams(max_tokens=1, prompt_logits=True)
+        request = engine.add(prompt[0, :20].tolist(), params)
+        while engine.has_work:
+            engine.step()
+        found.append(torch.cat(request.prompt_logits))
+    short = engine.decoder.logits(engine.decoder.hidden_states(prompt[:, :20]))[0]
+    assert distance(found[0], short) < 1e-5
+    assert distance(found[1], short) > 1e-3
+    long = engine.decoder.logits(engine.decoder.hidden_states(prompt))[0, :20]
+    assert distance(found[1], long) < 1e-5

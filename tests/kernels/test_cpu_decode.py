@@ -70,7 +70,8 @@ def random_weights(
 
     geometry = Geometry(
         layers=2, hidden=HIDDEN, intermediate=INNER, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
-        vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias, out_bias=bias,
+        turning=HEAD_DIM, vocab=VOCAB, max_positions=64, norm_eps=1e-5, tied_head=False, qkv_bias=bias,
+        out_bias=bias,
         mlp_bias=bias, head_norms="each" if qk_norm else "none", hidden_in_heads=False,
         kinds=(LayerKind(window), LayerKind(window, rope=None)),
     )  # fmt: skip

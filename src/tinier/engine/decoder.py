@@ -181,11 +181,13 @@ class Decoder:
         norms, scale = self.layers[index].head_norms, g.multipliers.attention
         return HeadInputs(rotation, g.heads, self.dtype, norms, g.norm_eps, scale)
 
-    def rotations(self, positions: Tensor) -> Rotations:
-        """For positions [T], in the computing type, or in float32 where the family multiplies so. Layers
-        without RoPE turn by nothing: cos 1, sin 0."""
+    def rotations(self, positions: Tensor, longest: int) -> Rotations:
+        """For positions [T] of sequences of up to `longest` tokens, in the computing type, or in float32
+        where the family multiplies so. Layers without RoPE turn by nothing: cos 1, sin 0."""
         dtype = torch.float32 if self.geometry.rope_in_float32 else self.dtype
-        found: Rotations = {key: rope(positions, dtype) for key, rope in self._ropes.items()}
+        found: Rotations = {
+            key: rope(positions, longest, dtype) for key, rope in self._ropes.items()
+        }
         if any(kind.rope is None for kind in self.geometry.kinds):
             cos, sin = next(iter(found.values()))
             found[None] = torch.ones_like(cos), torch.zeros_like(sin)
@@ -262,7 +264,7 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
     positions = torch.arange(length, device=decoder.device).repeat(batch)
     rotations = {
         rope: (cos.unsqueeze(1), sin.unsqueeze(1))
-        for rope, (cos, sin) in decoder.rotations(positions).items()
+        for rope, (cos, sin) in decoder.rotations(positions, length).items()
     }
     dtype = decoder.cache_dtype
 
@@ -301,7 +303,8 @@ def load_decoder(
     dtype: what to compute in; None: the checkpoint's. Raises CheckpointError for a quantization that the
     engine cannot run, InputError where the model cannot be shared so.
     """
-    geometry = share.geometry(geometry_of(checkpoint))
+    whole = geometry_of(checkpoint)
+    geometry = share.geometry(whole)
     layout = checkpoint_layout(checkpoint)
     dtype = dtype or checkpoint.dtype
     check_memory(
@@ -313,6 +316,14 @@ def load_decoder(
         def linear(*names: str, cut: Callable[[StoredLinear], StoredLinear]) -> Linear:
             stored = (_stored(checkpoint, read, n, layout, dtype) for n in names)
             return make_linear([cut(part) for part in stored], dtype)
+
+        def rows(layer: str, readers: tuple[str, ...]) -> Linear:
+            """This process's outputs of the linear layers that read one input."""
+            parts = []
+            for name in readers:
+                stored = _stored(checkpoint, read, f"{layer}.{name}", layout, dtype)
+                parts.append(share.rows(stored, [count for _, count in whole.outputs[name]]))
+            return make_linear(parts, dtype)
 
         def norm(name: str) -> Tensor:
             return norm_weight(read(f"{name}.weight").to(dtype), geometry)
@@ -335,13 +346,13 @@ def load_decoder(
             names = geometry.norm_names
             return Layer(
                 input_norm=layer_norm(name, names.attention_in),
-                qkv=linear(*(f"{attention}.{p}_proj" for p in "qkv"), cut=share.rows),
+                qkv=rows(name, geometry.inputs[0].readers),
                 q_norm=head_norm(f"{attention}.q_norm"),
                 k_norm=head_norm(f"{attention}.k_norm"),
                 norms_all_heads=geometry.head_norms == "all",
                 out=linear(f"{attention}.o_proj", cut=share.columns),
                 post_norm=layer_norm(name, names.mlp_in),
-                gate_up=linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", cut=share.rows),
+                gate_up=rows(name, geometry.inputs[2].readers),
                 down=linear(f"{name}.mlp.down_proj", cut=share.columns),
                 attention_out_norm=layer_norm(name, names.attention_out),
                 mlp_out_norm=layer_norm(name, names.mlp_out),

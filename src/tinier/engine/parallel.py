@@ -53,12 +53,13 @@ class Share:
         """This process's rows of a tensor."""
         return tensor if self.size == 1 else self._part(tensor, 0)
 
-    def rows(self, stored: StoredLinear) -> StoredLinear:
-        """This process's outputs of a layer."""
+    def rows(self, stored: StoredLinear, parts: list[int] | None = None) -> StoredLinear:
+        """This process's outputs of a layer: its share of each of the parts, of so many rows, that lie one
+        after the other in it."""
         if self.size == 1:
             return stored
-        bias = None if stored.bias is None else self._part(stored.bias, 0)
-        return stored._replace(weight=self._cut(stored.weight, 0), bias=bias)
+        bias = None if stored.bias is None else self._part(stored.bias, 0, parts)
+        return stored._replace(weight=self._cut(stored.weight, 0, parts), bias=bias)
 
     def columns(self, stored: StoredLinear) -> StoredLinear:
         """A layer over this process's inputs; the first one adds the bias."""
@@ -92,26 +93,33 @@ class Share:
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
 
-    def _cut(self, weight: Tensor | Quantized, dim: int) -> Tensor | Quantized:
+    def _cut(
+        self, weight: Tensor | Quantized, dim: int, parts: list[int] | None = None
+    ) -> Tensor | Quantized:
         if isinstance(weight, Tensor):
-            return self._part(weight, dim)
+            return self._part(weight, dim, parts)
         zero = weight.zero_point
         return weight._replace(
-            codes=self._part(weight.codes, dim),
-            scale=self._part(weight.scale, dim),
-            zero_point=None if zero is None else self._part(zero, dim),
+            codes=self._part(weight.codes, dim, parts),
+            scale=self._part(weight.scale, dim, parts),
+            zero_point=None if zero is None else self._part(zero, dim, parts),
         )
 
-    def _part(self, tensor: Tensor, dim: int) -> Tensor:
+    def _part(self, tensor: Tensor, dim: int, parts: list[int] | None = None) -> Tensor:
         length = tensor.shape[dim]
         if length == 1:  # one scale for all
             return tensor
-        if length % self.size:
-            raise InputError(
-                f"tensor_parallel={self.size} does not divide the {length} groups or rows of a layer."
-            )
-        part = length // self.size
-        return tensor.narrow(dim, self.rank * part, part).contiguous()
+        pieces = [tensor]
+        if parts is not None:  # a scale may be that of several rows
+            pieces = list(tensor.split([part * length // sum(parts) for part in parts], dim))
+        for piece in pieces:
+            if piece.shape[dim] % self.size:
+                raise InputError(
+                    f"tensor_parallel={self.size} does not divide the {piece.shape[dim]} groups or rows of "
+                    "a layer."
+                )
+        own = [piece.chunk(self.size, dim)[self.rank] for piece in pieces]
+        return torch.cat(own, dim).contiguous()
 
 
 ALONE = Share()

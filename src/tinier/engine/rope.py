@@ -14,21 +14,33 @@ from tinier.families import rope_parameters
 class Rope:
     def __init__(self, config: PretrainedConfig, device: torch.device, key: str = "") -> None:
         """key: one of families.rope_keys."""
-        parameters = rope_parameters(config, key)
-        kind = parameters["rope_type"]
-        if kind == "default":
-            size = getattr(config, "head_dim", None)
-            size = size or config.hidden_size // config.num_attention_heads
-            exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-            frequencies, self._scale = 1 / parameters["rope_theta"] ** exponents, 1.0
-        else:
-            named = {"layer_type": key} if key else {}
-            frequencies, self._scale = ROPE_INIT_FUNCTIONS[kind](config, **named)
-        self._frequencies = frequencies.float().to(device)  # [head_dim / 2]
+        self._config, self._device, self._key = config, device, key
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions [T], each [T, head_dim], halves alike."""
-        angles = positions.float().unsqueeze(-1) * self._frequencies
+    def __call__(
+        self, positions: Tensor, longest: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions [T], each [T, R] for the R channels of a head that turn, halves alike.
+
+        longest: no sequence is longer. Dynamic scaling and LongRoPE (arXiv 2402.13753) turn longer ones
+        in another way, all of their tokens, so that a cache must know it beforehand.
+        """
+        frequencies, scale = self._frequencies(longest)
+        angles = positions.float().unsqueeze(-1) * frequencies.float().to(self._device)
         angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        cos, sin = angles.cos() * scale, angles.sin() * scale
         return cos.to(dtype), sin.to(dtype)
+
+    def _frequencies(self, longest: int) -> tuple[Tensor, float]:
+        """[R / 2], and what cos and sin are multiplied with."""
+        config, parameters = self._config, rope_parameters(self._config, self._key)
+        kind = parameters["rope_type"]
+        if kind != "default":
+            named = {"layer_type": self._key} if self._key else {}
+            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](
+                config, seq_len=longest, **named
+            )
+            return found
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        turning = int(size * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, turning, 2, dtype=torch.float32) / turning
+        return 1 / parameters["rope_theta"] ** exponents, 1.0

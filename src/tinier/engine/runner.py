@@ -102,7 +102,7 @@ class Runner:
             return Cache(keys, values, decoder.layers[index].kv_scales, g.kinds[index].window)
 
         self._caches = [cache(index) for index in range(g.layers)]
-        rotations = decoder.rotations(torch.arange(max_seq_len, device=device))
+        rotations = decoder.rotations(torch.arange(max_seq_len, device=device), max_seq_len)
         self._head_inputs = [decoder.head_inputs(index, rotations) for index in range(g.layers)]
         # a seat for padded rows too
         self._sampled = torch.zeros(max_batch_size + 1, dtype=torch.int64, device=device)

@@ -176,7 +176,7 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     g = weights.geometry
     if g.norms_in_float32 or g.norm_names != Norms() or g.head_norms == "all":
         return "its norms are not among the native step's"
-    if g.activation != "silu" or g.rope_in_float32:
+    if g.activation != "silu" or g.rope_in_float32 or g.turning != g.head_dim:
         return "its activation or its RoPE is not the native step's"
     linears = [linear for layer in weights.layers for linear in layer.linears]
     for linear in (*linears, weights.head):

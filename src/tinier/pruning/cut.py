@@ -96,7 +96,8 @@ class Cut:
         if linear in ("self_attn.q_norm", "self_attn.k_norm"):
             if geometry.head_norms == "each":  # one entry per channel of a head
                 return tensor
-            rows, _ = self.linear_channels(layer, linear.replace("_norm", "_proj"), geometry)
+            heads = self.heads if linear == "self_attn.q_norm" else self.kv_heads
+            rows = _expand(heads[layer], geometry.head_dim) if heads else None
             return _of_fewer(tensor, rows, geometry.norm_offset)
         rows, columns = self.linear_channels(layer, linear, geometry)
         tensor = take(tensor, 0, rows)
@@ -107,16 +108,17 @@ class Cut:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which outputs and which inputs of a linear layer are kept; None: all. linear: its name
         inside the layer."""
-        inner = None
-        if linear in ("self_attn.q_proj", "self_attn.o_proj") and self.heads:
-            inner = _expand(self.heads[layer], geometry.head_dim)
-        elif linear in ("self_attn.k_proj", "self_attn.v_proj") and self.kv_heads:
-            inner = _expand(self.kv_heads[layer], geometry.head_dim)
-        elif linear in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") and self.neurons:
-            inner = self.neurons[layer]
-        if linear in ("self_attn.o_proj", "mlp.down_proj"):
-            return self.hidden, inner
-        return inner, self.hidden
+        heads, kv_heads, neurons = (
+            None if not kept else kept[layer] for kept in (self.heads, self.kv_heads, self.neurons)
+        )
+        q = None if heads is None else _expand(heads, geometry.head_dim)
+        kv = None if kv_heads is None else _expand(kv_heads, geometry.head_dim)
+        kept: dict[str, Tensor | None] = {
+            "q": q, "k": kv, "v": kv, "gate": neurons, "up": neurons, "hidden": self.hidden,
+        }  # fmt: skip
+        rows = _one_after_another([(kept[part], count) for part, count in geometry.outputs[linear]])
+        columns = {"self_attn.o_proj": q, "mlp.down_proj": neurons}.get(linear, self.hidden)
+        return rows, columns
 
     def config(self, config: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
         """config.json of the result."""
@@ -168,6 +170,17 @@ def _of_fewer(weight: Tensor, kept: Tensor | None, offset: float) -> Tensor:
     factor = (len(weight) / len(kept)) ** 0.5
     scaled: Tensor = (take(weight, 0, kept).float() + offset) * factor - offset
     return scaled.to(weight.dtype)
+
+
+def _one_after_another(parts: list[tuple[Tensor | None, int]]) -> Tensor | None:
+    """Indices of what is kept of several parts, each with its number of rows; None: all."""
+    if all(kept is None for kept, _ in parts):
+        return None
+    found, begun = [], 0
+    for kept, count in parts:
+        found.append(begun + (torch.arange(count) if kept is None else kept))
+        begun += count
+    return torch.cat(found)
 
 
 def _expand(heads: Tensor, head_dim: int) -> Tensor:

@@ -39,10 +39,13 @@ def fold(
         rows = factors
         if read.per_kv_head:
             rows = factors.view(geometry.kv_heads, -1, geometry.head_dim)[:, 0].flatten()
-        weights[source] = weights[source] / rows.unsqueeze(1)
+        made = slice(read.first_row, read.first_row + len(rows))
+        divided = weights[source].clone()
+        divided[made] /= rows.unsqueeze(1)
+        weights[source] = divided
         if f"{source}.bias" in layer.state_dict():
             bias = layer.get_parameter(f"{source}.bias")
-            bias.data = (bias.float() / rows).to(bias.dtype)
+            bias.data[made] = (bias[made].float() / rows).to(bias.dtype)
     else:
         norm = layer.get_parameter(f"{source}.weight")
         offset = geometry.norm_offset
