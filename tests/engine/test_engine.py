@@ -1,15 +1,17 @@
 """The whole engine: greedy text is transformers', whatever the schedule."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, quantize_tiny
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import InputError
+from tinier.kernels.native import load_library
 
 Tiny = Callable[..., Checkpoint]
 
@@ -43,6 +45,41 @@ def test_greedy_text_is_that_of_transformers(tiny: Tiny, family: str) -> None:
     for prompt in prompts(3):
         (ours,) = engine(checkpoint).generate([prompt], params)
         assert ours == transformers_greedy(checkpoint, prompt, 24)
+
+
+@pytest.mark.skipif(isinstance(load_library(), str), reason=str(load_library()))
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_native_step_computes_every_family(
+    tiny: Tiny, tmp_path: Path, family: str, kind: str
+) -> None:
+    """Beside the same steps operator by operator."""
+    checkpoint = tiny(
+        family, dtype=torch.bfloat16, head_dim=64, hidden_size=128, initializer_range=0.2
+    )
+    if kind != "bf16":
+        checkpoint = quantize_tiny(checkpoint, kind, tmp_path / kind)
+    params = SamplingParams(max_tokens=6, logprobs=20)
+    found = []
+    for native in (True, False):
+        made = engine(checkpoint)
+        assert made.runner._native is not None
+        if not native:
+            made.runner._native = None
+        requests = [made.add(prompt, params) for prompt in prompts(4)]
+        while made.has_work:
+            made.step()
+        found.append(requests)
+    apart = []
+    for ours, theirs in zip(*found, strict=True):
+        for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            both = [token for token in one.top if token in other.top]
+            apart += [one.top[token] - other.top[token] for token in both]
+            if one.token != other.token:
+                break
+    # nats; what is left is sums in another order, rounded to bf16 (and to codes)
+    limit = {"bf16": 0.06, "int4": 0.1, "int8": 0.16}[kind]
+    assert torch.tensor(apart).square().mean().sqrt() < limit
 
 
 def test_batched_text_is_that_of_single_requests(tiny: Tiny) -> None:

@@ -45,7 +45,8 @@ def test_two_processes_answer_as_one(tiny: Tiny, tmp_path: Path) -> None:
     ]
     fused = tiny("phi3", name="fused")  # each process takes rows of q, of k and of v
     models += [
-        quantize_tiny(fused, preset, tmp_path / f"fused-{preset}") for preset in ("int4", "fp8-static")
+        quantize_tiny(fused, preset, tmp_path / f"fused-{preset}")
+        for preset in ("int4", "fp8-static")
     ]
     for model in models:
         alone, shared = answers(model, 1), answers(model, 2)

@@ -44,19 +44,24 @@ struct Linear {
   int32_t out, in, format, group;
 };
 
+// Weights of norms are bf16 or, where they multiply before the rounding, float32; null: no norm
 struct Layer {
-  const bf16 *input_norm, *q_norm, *k_norm, *post_norm;  // norms of q and k [D], or null
+  const void *input_norm, *attention_out_norm, *post_norm, *mlp_out_norm;  // [hidden]
+  const void *q_norm, *k_norm;  // [D], or [heads · D] and [kv_heads · D]: over all heads together
   Linear q, k, v, out, gate, up, down;
   bf16 *keys, *values;    // [slots, kv_heads, D]
-  const bf16 *cos, *sin;  // [positions, D]
+  const void *cos, *sin;  // [positions, R]: of the first R channels of a head, which turn; bf16 or float32
   int32_t window;         // positions that a token sees, itself included; 0: all
 };
 
 struct Model {
-  const bf16 *embedding, *final_norm;
+  const bf16 *embedding;
+  const void *final_norm;
   const Layer *layers;
   Linear head;
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
+  int32_t turning;  // R
+  int32_t norms_in_float32, rope_in_float32, norms_all_heads, gelu;  // 0 or 1
   float eps;
   float times_embedding, times_residual, times_attention, logits_by;  // the family's multipliers
 };
@@ -481,7 +486,7 @@ struct Shared {
 };
 
 struct Scratch {
-  Buffer<bf16> x, y, q, k;
+  Buffer<bf16> x, y, z, q, k;
   Buffer<Bf16Dot::Value> query;
   Buffer<float> scores;
   Buffer<F8> tile;
@@ -489,11 +494,22 @@ struct Scratch {
   Input in;
 };
 
-void rms_norm(const bf16 *x, const bf16 *weight, int n, float eps, bf16 *y) {
+// What a norm over n numbers multiplies them with before its weight
+float rms_factor(const bf16 *x, int n, float eps) {
   F8 squares = all(0.0f);
   for (int c = 0; c < n; c += 8) squares += read8(x + c) * read8(x + c);
-  F8 factor = all(1.0f / std::sqrt(sum(squares) / float(n) + eps));
-  for (int c = 0; c < n; c += 8) write8(y + c, round8(read8(x + c) * factor) * read8(weight + c));
+  return 1.0f / std::sqrt(sum(squares) / float(n) + eps);
+}
+
+// y = x · factor · weight[first..first + n]; a float32 weight multiplies before the rounding
+void weighted(const bf16 *x, float factor, const void *weight, int first, bool wide, int n, bf16 *y) {
+  if (wide) {
+    const float *w = (const float *)weight + first;
+    for (int c = 0; c < n; c += 8) write8(y + c, read8(x + c) * all(factor) * load<F8>(w + c));
+  } else {
+    const bf16 *w = (const bf16 *)weight + first;
+    for (int c = 0; c < n; c += 8) write8(y + c, round8(read8(x + c) * all(factor)) * read8(w + c));
+  }
 }
 
 struct Worker {
@@ -536,21 +552,46 @@ struct Worker {
       multiply(layer.gate, tile, s.in, gate);
       multiply(layer.up, tile, s.in, up);
       for (int m = 0; m < batch.rows; ++m) {
-        F8 silu = round8(gate[m] / (all(1.0f) + exp8(-gate[m])));
-        write8(shared.act + size_t(m) * model.intermediate + tile * TILE, silu * up[m]);
+        F8 inner = gate[m];
+        if (model.gelu)  // the tanh form, as a sigmoid
+          inner = all(1.5957691216057308f) * (inner + all(0.044715f) * inner * inner * inner);
+        F8 active = round8(gate[m] / (all(1.0f) + exp8(-inner)));
+        write8(shared.act + size_t(m) * model.intermediate + tile * TILE, active * up[m]);
       }
     });
   }
 
-  // Norm, if any, and RoPE of one head
-  void rotate(const Layer &layer, const bf16 *x, const bf16 *norm, int position, bf16 *y) const {
-    const int n = model.head_dim, half = n / 2;
-    if (norm) rms_norm(x, norm, n, model.eps, y), x = y;
-    const bf16 *cos = layer.cos + size_t(position) * n, *sin = layer.sin + size_t(position) * n;
+  // Norm, if any, and RoPE of one of the heads [count, D]
+  void turn(const Layer &layer, const bf16 *heads, int head, int count, const void *norm, int position,
+            bf16 *y) const {
+    const int n = model.head_dim, turning = model.turning;
+    const bf16 *x = heads + head * n;
+    if (norm) {
+      const bool all_heads = model.norms_all_heads;
+      float factor = all_heads ? rms_factor(heads, count * n, model.eps) : rms_factor(x, n, model.eps);
+      weighted(x, factor, norm, all_heads ? head * n : 0, model.norms_in_float32, n, y), x = y;
+    }
+    const size_t at = size_t(position) * turning;
+    if (model.rope_in_float32) {
+      const float *cos = (const float *)layer.cos + at, *sin = (const float *)layer.sin + at;
+      rotate(x, [&](int c) { return load<F8>(cos + c); }, [&](int c) { return load<F8>(sin + c); },
+             [](F8 v) { return v; }, y);
+    } else {
+      const bf16 *cos = (const bf16 *)layer.cos + at, *sin = (const bf16 *)layer.sin + at;
+      rotate(x, [&](int c) { return read8(cos + c); }, [&](int c) { return read8(sin + c); }, round8, y);
+    }
+    if (y != x)
+      for (int c = turning; c < n; c += 8) write8(y + c, read8(x + c));
+  }
+
+  // Halves of the first R channels turn against each other; each product is rounded by `rounded`
+  template <class Cos, class Sin, class Rounded>
+  void rotate(const bf16 *x, Cos cos, Sin sin, Rounded rounded, bf16 *y) const {
+    const int half = model.turning / 2;
     for (int c = 0; c < half; c += 8) {
       F8 a = read8(x + c), b = read8(x + half + c);
-      write8(y + c, round8(a * read8(cos + c)) - round8(b * read8(sin + c)));
-      write8(y + half + c, round8(b * read8(cos + half + c)) + round8(a * read8(sin + half + c)));
+      write8(y + c, rounded(a * cos(c)) - rounded(b * sin(c)));
+      write8(y + half + c, rounded(b * cos(half + c)) + rounded(a * sin(half + c)));
     }
   }
 
@@ -572,9 +613,9 @@ struct Worker {
     const bf16 *qkv = shared.qkv + size_t(m) * (model.heads + 2 * model.kv_heads) * n;
     bf16 *q = s.q.of(n), *k = s.k.of(n);
     const bf16 *v = qkv + (model.heads + model.kv_heads + kv) * n;
-    rotate(layer, qkv + head * n, layer.q_norm, position, q);
+    turn(layer, qkv, head, model.heads, layer.q_norm, position, q);
     // each head of a group turns the key again, so that none waits for another to write the cache
-    rotate(layer, qkv + (model.heads + kv) * n, layer.k_norm, position, k);
+    turn(layer, qkv + model.heads * n, kv, model.kv_heads, layer.k_norm, position, k);
     const size_t row = size_t(model.kv_heads) * n;
     if (head % (model.heads / model.kv_heads) == 0) {
       memcpy(layer.keys + batch.slots[m] * row + kv * n, k, n * sizeof *k);
@@ -633,16 +674,21 @@ struct Worker {
       }
   }
 
-  // x += delta, then its norm is the next input
-  void add_norm(const bf16 *delta, const bf16 *weight) {
+  // x += delta, which goes through the norm `between` first, if any; then its norm, if any, is the next input
+  void add_norm(const bf16 *delta, const void *between, const void *weight) {
     const int n = model.hidden;
-    bf16 *x = s.x.of(size_t(batch.rows) * n), *y = s.y.of(size_t(batch.rows) * n);
+    const bool wide = model.norms_in_float32;
+    bf16 *x = s.x.of(size_t(batch.rows) * n), *y = s.y.of(size_t(batch.rows) * n), *z = s.z.of(n);
     const F8 times = all(model.times_residual);
-    if (delta)
-      for (int i = 0; i < batch.rows * n; i += 8)
-        write8(x + i, read8(x + i) + round8(read8(delta + i) * times));
-    for (int m = 0; m < batch.rows; ++m) rms_norm(x + m * n, weight, n, model.eps, y + m * n);
-    s.in.set(y, batch.rows, n);
+    for (int m = 0; m < batch.rows; ++m, x += n, y += n) {
+      if (delta) {
+        const bf16 *d = delta + size_t(m) * n;
+        if (between) weighted(d, rms_factor(d, n, model.eps), between, 0, wide, n, z), d = z;
+        for (int i = 0; i < n; i += 8) write8(x + i, read8(x + i) + round8(read8(d + i) * times));
+      }
+      if (weight) weighted(x, rms_factor(x, n, model.eps), weight, 0, wide, n, y);
+    }
+    s.in.set(weight ? s.y.of(0) : s.x.of(0), batch.rows, n);
   }
 
   void run() {
@@ -653,7 +699,7 @@ struct Worker {
       scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, x + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
-      add_norm(i ? shared.delta : nullptr, layer.input_norm);
+      add_norm(i ? shared.delta : nullptr, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
       project({&layer.q, &layer.k, &layer.v}, shared.qkv);
       shared.barrier.wait(threads);
       attend(layer);
@@ -661,14 +707,14 @@ struct Worker {
       s.in.set(shared.attended, batch.rows, model.heads * model.head_dim);
       project({&layer.out}, shared.delta);
       shared.barrier.wait(threads);
-      add_norm(shared.delta, layer.post_norm);
+      add_norm(shared.delta, layer.attention_out_norm, layer.post_norm);
       gate_up(layer);
       shared.barrier.wait(threads);
       s.in.set(shared.act, batch.rows, model.intermediate);
       project({&layer.down}, shared.delta);
       shared.barrier.wait(threads);
     }
-    add_norm(shared.delta, model.final_norm);
+    add_norm(shared.delta, model.layers[model.num_layers - 1].mlp_out_norm, model.final_norm);
     project({&model.head}, batch.logits);
     if (model.logits_by == 1) return;
     shared.barrier.wait(threads);

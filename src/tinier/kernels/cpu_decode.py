@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinier.errors import TinierError
-from tinier.families import Geometry, Norms
+from tinier.families import Geometry
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import DenseLinear, Int4NativeLinear, Int8Linear, Linear, StackedLinear
 from tinier.kernels.native import load_library
@@ -45,7 +45,9 @@ class _Linear(Structure):
 
 class _Layer(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, c_void_p) for name in (
+            "input_norm", "attention_out_norm", "post_norm", "mlp_out_norm", "q_norm", "k_norm",
+        )),
         *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down")),
         *((name, c_void_p) for name in ("keys", "values", "cos", "sin")), ("window", c_int32),
     )  # fmt: skip
@@ -57,7 +59,7 @@ class _Model(Structure):
         ("layers", POINTER(_Layer)), ("head", _Linear),
         *((name, c_int32) for name in (
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
-            "threads",
+            "threads", "turning", "norms_in_float32", "rope_in_float32", "norms_all_heads", "gelu",
         )),
         *((name, c_float) for name in (
             "eps", "times_embedding", "times_residual", "times_attention", "logits_by"
@@ -83,7 +85,8 @@ class CpuDecoder:
         block_size: int,
     ) -> None:
         """caches: each layer's, in bf16. rotations: each layer's cos and sin of every position, each
-        [positions, head_dim], bf16. block_size: slots in one cache block."""
+        [positions, R], bf16, or float32 where the family multiplies so. block_size: slots in one cache
+        block."""
         reason = unsupported(weights, caches[0].keys.dtype)
         library = load_library()
         if reason is not None or isinstance(library, str):
@@ -97,7 +100,8 @@ class CpuDecoder:
             self._at(w.embedding), self._at(w.final_norm),
             (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
             len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
-            torch.get_num_threads(), g.norm_eps, m.embedding, m.residual,
+            torch.get_num_threads(), g.turning, g.norms_in_float32, g.rope_in_float32,
+            g.head_norms == "all", g.activation == "gelu_tanh", g.norm_eps, m.embedding, m.residual,
             g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
 
@@ -129,7 +133,10 @@ class CpuDecoder:
             g.intermediate,
         )
         return _Layer(
-            *map(self._at, (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm)),
+            *map(self._at, (
+                layer.input_norm, layer.attention_out_norm, layer.post_norm, layer.mlp_out_norm,
+                layer.q_norm, layer.k_norm,
+            )),
             *self._linears(layer.qkv, [q, kv, kv], hidden), *self._linears(layer.out, [hidden], q),
             *self._linears(layer.gate_up, [inner, inner], hidden),
             *self._linears(layer.down, [hidden], inner),
@@ -171,13 +178,9 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     library = load_library()
     if isinstance(library, str):
         return library
-    if weights.geometry.hidden % 32 or weights.geometry.head_dim % 16:
-        return "the hidden size must be a multiple of 32, the head size of 16"
     g = weights.geometry
-    if g.norms_in_float32 or g.norm_names != Norms() or g.head_norms == "all":
-        return "its norms are not among the native step's"
-    if g.activation != "silu" or g.rope_in_float32 or g.turning != g.head_dim:
-        return "its activation or its RoPE is not the native step's"
+    if g.hidden % 32 or g.head_dim % 16 or g.turning % 16:
+        return "the hidden size must be a multiple of 32, that of a head, and of its part that turns, of 16"
     linears = [linear for layer in weights.layers for linear in layer.linears]
     for linear in (*linears, weights.head):
         reason = _unsupported_linear(linear)
