@@ -1,13 +1,23 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import FAMILIES
-from transformers import AutoModelForCausalLM
+from tests.conftest import DOCUMENTS, FAMILIES, VOCAB, byte_tokenizer, quantize_tiny, write_tiny
+from tests.engine.test_decoder import distance, logits_of_both
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MinistralConfig,
+    MinistralForCausalLM,
+)
 
 from tinier.checkpoint import Checkpoint
+from tinier.engine import load_decoder
 from tinier.families import FAMILIES as ROWS
-from tinier.families import geometry_of
+from tinier.families import Family, geometry_of, open_model
+from tinier.pruning import PrunePlan, prune
 
 Tiny = Callable[..., Checkpoint]
 
@@ -33,6 +43,53 @@ def test_layer_tensors_are_exactly_the_stored_ones(tiny: Tiny, family: str) -> N
     stored = {n.removeprefix(prefix) for n in checkpoint.tensors if n.startswith(prefix)}
     linears = {f"{name}.weight" for name in geometry.linears}
     assert stored == linears | set(geometry.norms) | set(geometry.biases)
+
+
+def test_a_family_without_a_new_operator_is_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one of ours: transformers' Ministral, windows in some layers. Nothing else is said of it."""
+    row = Family(
+        architecture="MinistralForCausalLM", qkv_bias=False, mlp_bias=False, windows="layer_types"
+    )
+    monkeypatch.setitem(ROWS, row.architecture, row)
+    monkeypatch.setitem(FAMILIES, "ministral", (MinistralConfig, MinistralForCausalLM))
+    kinds = ["sliding_attention", "full_attention"] * 2
+    source = write_tiny(
+        tmp_path / "tiny", "ministral", dtype=torch.float32, sliding_window=16, layer_types=kinds
+    )
+    assert geometry_of(source).windows == (16, None, 16, None)
+    assert distance(*logits_of_both(source)) < 1e-5
+    plan = PrunePlan(drop_layers=(1,), intermediate=64, refit=False, sequences=2, length=16)
+    pruned = prune(source, plan, tmp_path / "pruned", documents=DOCUMENTS)
+    made = quantize_tiny(pruned, "fp8", tmp_path / "fp8")
+    assert geometry_of(made).windows == (16, 16, None)
+    assert distance(*logits_of_both(made)) < 1e-5
+
+
+def test_the_language_model_of_one_that_sees_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 64,
+        "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=1)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save_pretrained(tmp_path / "whole")
+    model = open_model(tmp_path / "whole")
+    assert any("its language model is taken" in note for note in model.notes)
+    made = quantize_tiny(model, None, tmp_path / "text", head="fp8")
+    windows = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(0))
+    decoder = load_decoder(model, device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = whole(input_ids=windows, token_type_ids=torch.zeros_like(windows)).logits
+    assert distance(decoder.logits(decoder.hidden_states(windows)), expected) < 1e-5
+    assert made.config["architectures"] == ["Gemma3ForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained(made.folder) is not None
 
 
 def test_llama_with_biases(tiny: Tiny) -> None:

@@ -34,6 +34,12 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 # what a weight of 16 bits or more may be stored in
 _WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
+# models that see pictures too, and what their language model alone is; of config.json's outer part it needs
+_TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+_OUTER_KEYS = (
+    "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "quantization_config", "transformers_version",
+)  # fmt: skip
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -372,6 +378,7 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
 
 def _canonical(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose tensors have the usual names and are all that its configuration calls for."""
+    checkpoint, notes = _text_part(checkpoint)
     family = family_of(checkpoint)
     config = dict(checkpoint.config)
     if config.get("quantization_config", ...) is None:
@@ -381,7 +388,6 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
             f"{checkpoint.folder} is quantized in an old layout of compressed-tensors "
             "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
         )
-    notes = []
     for key in family.per_layer:
         if config.get(key) is None:  # said of each layer, so that it holds when some of them go
             config[key] = list(getattr(hf_config(replace(checkpoint, config=config)), key))
@@ -433,6 +439,26 @@ def _tied_by_default(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str
         return config
     tied = bool(hf_config(replace(checkpoint, config=config)).tie_word_embeddings)
     return config | {"tie_word_embeddings": tied}
+
+
+def _text_part(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Of a model that sees pictures too, the language model; any other as it is. With what was left out,
+    for people."""
+    architecture = (checkpoint.config.get("architectures") or [""])[0]
+    causal = _TEXT_PARTS.get(architecture)
+    if causal is None:
+        return checkpoint, []
+    whole, tensors = checkpoint.config, {}
+    for name, info in checkpoint.tensors.items():
+        own = name.replace("language_model.", "", 1)
+        if own != name or own == HEAD:
+            tensors[own] = info
+    outer = {key: whole[key] for key in _OUTER_KEYS if whole.get(key) is not None}
+    config = outer | whole["text_config"] | {"architectures": [causal]}
+    left = len(checkpoint.tensors) - len(tensors)
+    return replace(checkpoint, config=config, tensors=tensors), [
+        f"a {architecture}: its language model is taken, and {left} tensors that see pictures are left out"
+    ]
 
 
 def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
