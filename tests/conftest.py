@@ -29,6 +29,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -38,6 +40,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -60,7 +64,10 @@ FAMILIES = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
 }
+MIXTURES = ("qwen3-moe", "mixtral")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCAB = 264
 # results on CPU depend on the number of threads: one, here and in the processes that tests start
@@ -127,6 +134,9 @@ def write_tiny(
     if family == "gemma3":
         sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512}
         sizes |= {"query_pre_attn_scalar": 24}
+    if family in MIXTURES:
+        sizes |= {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
+        sizes |= {"moe_intermediate_size": 96, "norm_topk_prob": True}
     if family == "phi3":
         sizes["rope_parameters"] = {
             "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75,

@@ -42,7 +42,8 @@ def test_layer_tensors_are_exactly_the_stored_ones(tiny: Tiny, family: str) -> N
     prefix = "model.layers.0."
     stored = {n.removeprefix(prefix) for n in checkpoint.tensors if n.startswith(prefix)}
     linears = {f"{name}.weight" for name in geometry.linears}
-    assert stored == linears | set(geometry.norms) | set(geometry.biases)
+    routers = {f"{geometry.router}.weight"} if geometry.router else set()
+    assert stored == linears | routers | set(geometry.norms) | set(geometry.biases)
 
 
 def test_a_family_without_a_new_operator_is_one_row(

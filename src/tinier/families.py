@@ -7,6 +7,7 @@ what its layers are made of.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -98,6 +99,26 @@ class Multipliers(NamedTuple):
 
 _NONE = Multipliers()
 
+
+class Mixture(NamedTuple):
+    """Experts instead of one MLP: each is an MLP, and a router chooses some for each token."""
+
+    block: str
+    """Name of all of it inside a layer; `BLOCK.gate` is the router"""
+    gate: str
+    up: str
+    down: str
+    """Names inside `BLOCK.experts.N`"""
+    count_key: str
+    width_key: str
+    """Entries of config.json: how many experts, and how wide each is"""
+    in_float32: bool
+    """Whether an expert's output is multiplied with its share in float32"""
+    sums_to_one: Literal["config"] | bool
+    """Whether the shares of a token's experts are divided by their sum; `config`: as its
+    `norm_topk_prob` says"""
+
+
 Channels = Literal["q", "k", "v", "gate", "up", "hidden"]
 """What an output of a linear layer is"""
 HeadNorms = Literal["none", "each", "all"]
@@ -124,6 +145,7 @@ class Family:
     """Whether q and k are turned in float32 and rounded once, not product by product."""
     fused: bool = False
     """Whether q, k and v are one linear layer, and gate and up another."""
+    mixture: Mixture | None = None
     per_layer: tuple[str, ...] = ()
     """Entries of config.json that say something of each layer, and have a default that is written out:
     `no_rope_layers` (1: q and k are turned, 0: not), `layer_types`."""
@@ -209,6 +231,39 @@ FAMILIES = {
             windows="all",
             fused=True,
         ),
+        Family(
+            architecture="Qwen3MoeForCausalLM",
+            qkv_bias="config",
+            mlp_bias=False,
+            windows="all",
+            head_norms="each",
+            mixture=Mixture(
+                "mlp",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "num_experts",
+                "moe_intermediate_size",
+                in_float32=False,
+                sums_to_one="config",
+            ),
+        ),
+        Family(
+            architecture="MixtralForCausalLM",
+            qkv_bias=False,
+            mlp_bias=False,
+            windows="all",
+            mixture=Mixture(
+                "block_sparse_moe",
+                "w1",
+                "w3",
+                "w2",
+                "num_local_experts",
+                "intermediate_size",
+                in_float32=True,
+                sums_to_one=True,
+            ),
+        ),
     )
 }
 
@@ -241,6 +296,13 @@ class Geometry:
     norms_in_float32: bool = False
     rope_in_float32: bool = False
     fused: bool = False
+    mixture: Mixture | None = None
+    experts: int = 0
+    """How many; 0: one MLP"""
+    top_k: int = 0
+    """How many of them a token goes through"""
+    shares_sum_to_one: bool = True
+    """Whether the shares of a token's experts are divided by their sum"""
     multipliers: Multipliers = _NONE
     embedding_by_root: bool = False
     """Whether `multipliers.embedding` is the root of the hidden size."""
@@ -256,7 +318,7 @@ class Geometry:
         """Of each layer's attention."""
         return tuple(kind.window for kind in self.kinds)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """What a layer's linear layers read, in the order that it is computed."""
         norms, q, kv = self.norm_names, self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -265,44 +327,57 @@ class Geometry:
         if self.fused:
             qkv, gate_up = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
         values, up = (q + kv, self.intermediate) if self.fused else (0, 0)
-        return (
+        attention = (
             Input("self_attn", qkv, norms.attention_in),
             Input("self_attn.o_proj", ("self_attn.o_proj",), qkv[-1], True, values),
-            Input("mlp", gate_up, norms.mlp_in),
-            Input("mlp.down_proj", ("mlp.down_proj",), gate_up[-1], first_row=up),
         )
+        if self.mixture is None:
+            return (
+                *attention,
+                Input("mlp", gate_up, norms.mlp_in),
+                Input("mlp.down_proj", ("mlp.down_proj",), gate_up[-1], first_row=up),
+            )
+        experts: list[Input] = []
+        for name in (f"{self.mixture.block}.experts.{i}" for i in range(self.experts)):
+            first, second, third = (f"{name}.{part}" for part in self.mixture[1:4])
+            # a factor on the norm would be one for the router and all experts
+            experts += [Input(name, (first, second), None), Input(third, (third,), second)]
+        return (*attention, *experts)
 
     @property
+    def router(self) -> str | None:
+        """Name of the linear layer that chooses experts, inside a layer."""
+        return None if self.mixture is None else f"{self.mixture.block}.gate"
+
+    @cached_property
     def outputs(self) -> dict[str, tuple[tuple[Channels, int], ...]]:
         """What the rows of a layer's linear layers are, one after the other, and how many of each, by
         the name inside the layer."""
         q, kv, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
-        (*qkv, out), (*gate_up, down) = (
-            [name for read in self.inputs for name in read.readers if name.startswith(block)]
-            for block in ("self_attn", "mlp")
-        )
         attention: list[tuple[Channels, int]] = [("q", q), ("k", kv), ("v", kv)]
         mlp: list[tuple[Channels, int]] = [("gate", inner), ("up", inner)]
         found: dict[str, tuple[tuple[Channels, int], ...]] = {}
-        for names, parts, last in ((qkv, attention, out), (gate_up, mlp, down)):
+        for number, read in enumerate(self.inputs):
+            if number % 2:  # what writes to the stream
+                found[read.readers[0]] = (("hidden", self.hidden),)
+                continue
+            parts = attention if number == 0 else mlp
             if self.fused:
-                found[names[0]] = tuple(parts)
+                found[read.readers[0]] = tuple(parts)
             else:
-                found |= {name: (part,) for name, part in zip(names, parts, strict=True)}
-            found[last] = (("hidden", self.hidden),)
+                found |= {name: (part,) for name, part in zip(read.readers, parts, strict=True)}
         return found
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Shapes [out, in] of a layer's linear layers, by their name inside the layer."""
-        inner = {
-            "self_attn.o_proj": self.heads * self.head_dim,
-            "mlp.down_proj": self.intermediate,
-        }
-        return {
-            name: (sum(count for _, count in parts), inner.get(name, self.hidden))
-            for name, parts in self.outputs.items()
-        }
+        """Shapes [out, in] of a layer's linear layers, by their name inside the layer; not the router."""
+        found = {}
+        for number, read in enumerate(self.inputs):
+            inner = self.heads * self.head_dim if number == 1 else self.intermediate
+            for name in read.readers:
+                rows = sum(count for _, count in self.outputs[name])
+                found[name] = (rows, inner if number % 2 else self.hidden)
+        return found
 
     @property
     def norms(self) -> dict[str, tuple[int]]:
@@ -318,19 +393,20 @@ class Geometry:
     def biases(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's biases, by their name inside the layer."""
         biased: list[str] = []
-        attention, out, mlp, down = (read.readers for read in self.inputs)
+        attention, out, *mlp = (read.readers for read in self.inputs)
         if self.qkv_bias:
             biased += attention
         if self.out_bias:
             biased += out
         if self.mlp_bias:
-            biased += mlp + down
+            biased += (name for readers in mlp for name in readers)
         return {f"{name}.bias": (self.linears[name][0],) for name in biased}
 
     @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         linear = sum(rows * columns for rows, columns in self.linears.values())
+        linear += self.experts * self.hidden
         return linear + sum(n for (n,) in (self.norms | self.biases).values())
 
     @property
@@ -352,14 +428,20 @@ def layer_name(index: int) -> str:
 
 
 def linear_names(geometry: Geometry) -> list[str]:
-    """Every linear layer of the model by its full name, the head last."""
+    """Every linear layer that may be quantized, by its full name, the head last."""
     layers = [f"{layer_name(i)}.{n}" for i in range(geometry.layers) for n in geometry.linears]
     return [*layers, HEAD_LINEAR]
 
 
+def module_names(geometry: Geometry) -> list[str]:
+    """Those, and the routers: all that other loaders take for a linear layer."""
+    routers = [f"{layer_name(i)}.{geometry.router}" for i in range(geometry.layers)]
+    return [*(routers if geometry.router else []), *linear_names(geometry)]
+
+
 def checkpoint_layout(checkpoint: Checkpoint) -> Layout | None:
     """How the checkpoint is quantized; None if it is not. Raises CheckpointError."""
-    return layout_of(checkpoint.config, linear_names(geometry_of(checkpoint)))
+    return layout_of(checkpoint.config, module_names(geometry_of(checkpoint)))
 
 
 def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
@@ -553,12 +635,14 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
                 "does not compute."
             )
     _check_sizes(checkpoint, config)
+    mixture = family.mixture
+    _check_mixture(checkpoint, mixture, config)
     bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
     return Geometry(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, mixture.width_key if mixture else "intermediate_size"),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
@@ -578,10 +662,35 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         norms_in_float32=family.norms_in_float32,
         rope_in_float32=family.rope_in_float32,
         fused=family.fused,
+        mixture=mixture,
+        experts=getattr(config, mixture.count_key) if mixture else 0,
+        top_k=config.num_experts_per_tok if mixture else 0,
+        shares_sum_to_one=_shares_sum_to_one(mixture, config),
         multipliers=_multipliers(family, config, checkpoint.dtype),
         embedding_by_root=family.multipliers == "gemma",
         activation=_ACTIVATIONS[activation],
     )
+
+
+def _shares_sum_to_one(mixture: Mixture | None, config: Any) -> bool:
+    if mixture is None or mixture.sums_to_one != "config":
+        return True
+    return bool(config.norm_topk_prob)
+
+
+def _check_mixture(checkpoint: Checkpoint, mixture: Mixture | None, config: Any) -> None:
+    """Raise CheckpointError for experts that tinier does not compute."""
+    if mixture is None:
+        return
+    path = checkpoint.folder / "config.json"
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise CheckpointError(
+            f"{path} has layers without experts among those with (mlp_only_layers, decoder_sparse_step). "
+            "tinier knows models of one kind of layer."
+        )
+    count, chosen = getattr(config, mixture.count_key), config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise CheckpointError(f"{path} sends a token to {chosen} of {count} experts.")
 
 
 def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:
@@ -759,6 +868,11 @@ def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tu
             continue
         stored = stored_shapes(schemes[name], shape)
         shapes.update({f"{name}.{part}": size for part, size in stored.items()})
+    if geometry.router is not None:
+        router = (geometry.experts, geometry.hidden)
+        shapes |= {
+            f"{layer_name(i)}.{geometry.router}.weight": router for i in range(geometry.layers)
+        }
     for i in range(geometry.layers):
         for name, vector in (geometry.norms | geometry.biases).items():
             shapes[f"{layer_name(i)}.{name}"] = vector

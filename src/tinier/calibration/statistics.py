@@ -31,7 +31,9 @@ class InputStatistics:
     moments: Tensor | None
     """[in, in] float32, mean of x xᵀ; None unless asked for"""
     sample: Tensor
-    """[tokens, in], evenly spaced tokens of all windows"""
+    """[tokens, in], evenly spaced tokens of all windows; of an expert the first that reached it"""
+    tokens: int
+    """How many were seen; none: the numbers above are zero"""
 
     def divided_by(self, factors: Tensor) -> "InputStatistics":
         """The statistics of x / factors. factors: [in]."""
@@ -44,6 +46,7 @@ class InputStatistics:
             self.absmax / factors,
             moments,
             self.sample / factors,
+            self.tokens,
         )
 
 
@@ -102,12 +105,16 @@ def observe(
     stride = max(1, hidden.shape[1] // per_window)
     handles = []
     for read in geometry.inputs:
+        columns = geometry.linears[read.readers[0]][1]
+        sums[read.name] = _empty(columns, walk.device, moments)
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], name: str = read.name) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], own: _Sums = sums[read.name]) -> None:
             x = inputs[0]
-            own = sums.setdefault(name, _empty(x.shape[-1], x.device, moments))
-            sample = x[:, ::stride][:, :per_window].flatten(0, 1)
-            _add(own, x.flatten(0, 1), sample)
+            if x.ndim == 3:
+                sample = x[:, ::stride][:, :per_window].flatten(0, 1)
+            else:  # an expert's: those of its tokens that come first
+                sample = x[: max(0, _SAMPLE_TOKENS - sum(map(len, own.samples)))]
+            _add(own, x.flatten(0, -2), sample)
 
         handles.append(layer.get_submodule(read.readers[0]).register_forward_pre_hook(hook))
     first = None
@@ -161,7 +168,8 @@ def second_moments(x: Tensor) -> Tensor:
 
 
 def _finish(sums: _Sums, ranks: Ranks) -> InputStatistics:
-    tokens = int(ranks.sum_(torch.tensor(sums.tokens)))
+    seen = int(ranks.sum_(torch.tensor(sums.tokens)))
+    tokens = max(1, seen)
     moments = None
     if sums.moments is not None:
         moments = ranks.sum_(sums.moments).div_(tokens).float()
@@ -170,5 +178,8 @@ def _finish(sums: _Sums, ranks: Ranks) -> InputStatistics:
         (ranks.sum_(sums.abs) / tokens).float(),
         ranks.max_(sums.absmax).float(),
         moments,
-        ranks.gather(torch.cat(sums.samples)),
+        ranks.gather(
+            torch.cat([sums.square.new_zeros(0, len(sums.square)).float(), *sums.samples])
+        ),
+        seen,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tinier.calibration.experts import unfuse
 from tinier.checkpoint import Checkpoint
 from tinier.device import bf16_products
 from tinier.errors import InputError, TextError
@@ -53,16 +54,18 @@ class DecoderWalk:
 
     def __init__(self, checkpoint: Checkpoint, length: int, device: torch.device) -> None:
         check_attention_window(checkpoint, length)
+        geometry = geometry_of(checkpoint)
         self._checkpoint = checkpoint
         self.device = device
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
+            for layer in model.model.layers:
+                unfuse(layer, geometry, model.config)
         self._layers = model.model.layers
         # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
         rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         sample = torch.empty(1, dtype=checkpoint.dtype, device=device)
         at = torch.arange(length, device=device).unsqueeze(0)
-        geometry = geometry_of(checkpoint)
         self._times = geometry.multipliers.embedding
         turned = turns(rotary, sample, at, model.config)
         self._positions = [turned[kind.rope or next(iter(turned))] for kind in geometry.kinds]
@@ -144,8 +147,11 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
     Its weights come from our reader and not from transformers', so that every stage sees the same ones.
     """
+    geometry = geometry_of(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=dtype)
+        for layer in model.model.layers:
+            unfuse(layer, geometry, model.config)
     with checkpoint.reader(device) as read:
         weights = {name: read(name).to(dtype) for name in checkpoint.tensors}
     model.load_state_dict(weights, assign=True, strict=False)
@@ -156,7 +162,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     if hasattr(
         embedding, "embed_scale"
     ):  # Gemma's factor, rounded as the checkpoint's type rounds it
-        times = geometry_of(checkpoint).multipliers.embedding
+        times = geometry.multipliers.embedding
         embedding.embed_scale = torch.tensor(times, device=device)
     values = (*model.named_parameters(), *model.named_buffers())
     left = [name for name, value in values if value.is_meta]

@@ -31,6 +31,7 @@ from tinier.families import (
     rope_keys,
 )
 from tinier.kernels import (
+    Experts,
     HeadInputs,
     Layer,
     Linear,
@@ -139,12 +140,20 @@ class Decoder:
             if layer.norms_all_heads:
                 qkv = self._norm_all_heads(layer, qkv)
             delta = layer.out(attend(index, qkv))
+            takes = layer.gate_up.takes if layer.gate_up else None
             x, y = self._add_norm(
-                x, delta, layer.post_norm, layer.gate_up.takes, layer.attention_out_norm, turn=1
+                x, delta, layer.post_norm, takes, layer.attention_out_norm, turn=1
             )
-            activation = self.geometry.activation
-            act = gated(layer.gate_up(y), self.dtype, layer.down.takes, activation)
-            return x, layer.down(act)
+            return x, self._mlp(layer, y)
+
+    def _mlp(self, layer: Layer, y: Tensor | Quantized) -> Tensor:
+        if layer.experts is not None:
+            assert isinstance(y, Tensor)
+            return layer.experts(y)
+        assert layer.gate_up is not None
+        assert layer.down is not None
+        act = gated(layer.gate_up(y), self.dtype, layer.down.takes, self.geometry.activation)
+        return layer.down(act)
 
     def _add_norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor | None, takes: str | None = None,
@@ -325,6 +334,23 @@ def load_decoder(
                 parts.append(share.rows(stored, [count for _, count in whole.outputs[name]]))
             return make_linear(parts, dtype)
 
+        def columns(layer: str, readers: tuple[str, ...]) -> Linear:
+            return linear(*(f"{layer}.{name}" for name in readers), cut=share.columns)
+
+        def experts(layer: str) -> Experts | None:
+            if geometry.mixture is None:
+                return None
+            read_by = [each.readers for each in geometry.inputs[2:]]
+            return Experts(
+                router=read(f"{layer}.{geometry.router}.weight").to(dtype),
+                gate_up=[rows(layer, readers) for readers in read_by[::2]],
+                down=[columns(layer, readers) for readers in read_by[1::2]],
+                top_k=geometry.top_k,
+                sums_to_one=geometry.shares_sum_to_one,
+                in_float32=geometry.mixture.in_float32,
+                activation=geometry.activation,
+            )
+
         def norm(name: str) -> Tensor:
             return norm_weight(read(f"{name}.weight").to(dtype), geometry)
 
@@ -350,10 +376,11 @@ def load_decoder(
                 q_norm=head_norm(f"{attention}.q_norm"),
                 k_norm=head_norm(f"{attention}.k_norm"),
                 norms_all_heads=geometry.head_norms == "all",
-                out=linear(f"{attention}.o_proj", cut=share.columns),
+                out=columns(name, geometry.inputs[1].readers),
                 post_norm=layer_norm(name, names.mlp_in),
-                gate_up=rows(name, geometry.inputs[2].readers),
-                down=linear(f"{name}.mlp.down_proj", cut=share.columns),
+                gate_up=None if geometry.mixture else rows(name, geometry.inputs[2].readers),
+                down=None if geometry.mixture else columns(name, geometry.inputs[3].readers),
+                experts=experts(name),
                 attention_out_norm=layer_norm(name, names.attention_out),
                 mlp_out_norm=layer_norm(name, names.mlp_out),
                 kv_scales=kv_scales(attention),

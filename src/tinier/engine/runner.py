@@ -91,7 +91,8 @@ class Runner:
         self._num_blocks = num_blocks
         self.width = -(-max_seq_len // block_size)
         g, device = decoder.geometry, decoder.device
-        self._captures = captures(device, decoder.cache_dtype)
+        # which experts a step needs is known on the device alone
+        self._captures = captures(device, decoder.cache_dtype) and decoder.geometry.mixture is None
         # one block past those that are handed out: where a graph's padded rows write
         shape = ((num_blocks + self._captures) * block_size, g.kv_heads, g.head_dim)
 

@@ -5,6 +5,7 @@ device at hand, and the layer says which way it took. `operators.py` has norms, 
 the paged KV cache: Triton's on a GPU (fused.py, attention.py), reference.py's elsewhere.
 """
 
+from tinier.kernels.experts import Experts
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
     Linear,
@@ -34,11 +35,13 @@ from tinier.kernels.reference import (
     known_tokens,
     output_logits,
     rms_norm,
+    route,
 )
 
 __all__ = [
     "LONG_CONTEXT",
     "Cache",
+    "Experts",
     "HeadInputs",
     "Layer",
     "Linear",
@@ -59,6 +62,7 @@ __all__ = [
     "output_logits",
     "rms_norm",
     "round_activations",
+    "route",
     "side_by_side",
     "static_scale",
     "uses_triton",

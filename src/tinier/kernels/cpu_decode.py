@@ -132,6 +132,8 @@ class CpuDecoder:
             g.hidden,
             g.intermediate,
         )
+        assert layer.gate_up is not None
+        assert layer.down is not None
         return _Layer(
             *map(self._at, (
                 layer.input_norm, layer.attention_out_norm, layer.post_norm, layer.mlp_out_norm,
@@ -179,6 +181,8 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     if isinstance(library, str):
         return library
     g = weights.geometry
+    if g.mixture is not None:
+        return "mixtures of experts are not among the native step's"
     if g.hidden % 32 or g.head_dim % 16 or g.turning % 16:
         return "the hidden size must be a multiple of 32, that of a head, and of its part that turns, of 16"
     linears = [linear for layer in weights.layers for linear in layer.linears]

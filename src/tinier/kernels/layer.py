@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tinier.kernels.experts import Experts
 from tinier.kernels.linear import Linear
 
 
@@ -17,8 +18,10 @@ class Layer:
     k_norm: Tensor | None
     out: Linear
     post_norm: Tensor | None
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | None
+    down: Linear | None
+    experts: Experts | None = None
+    """Instead of those two"""
     norms_all_heads: bool = False
     """Whether q_norm and k_norm, [H·D] and [K·D], are over all heads together"""
     attention_out_norm: Tensor | None = None
@@ -35,4 +38,8 @@ class Layer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.out, self.gate_up, self.down)
+        """All but the router."""
+        mlp = [self.gate_up, self.down]
+        if self.experts is not None:
+            mlp = [*self.experts.gate_up, *self.experts.down]
+        return (self.qkv, self.out, *(linear for linear in mlp if linear is not None))

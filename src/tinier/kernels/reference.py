@@ -78,6 +78,16 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return active * up
 
 
+def route(logits: Tensor, top_k: int, *, sums_to_one: bool) -> tuple[Tensor, Tensor]:
+    """Which experts each token goes through: the share of each in the sum, [T, k] float32, and their
+    numbers, [T, k] int64.
+
+    logits: [T, experts]. The shares are the softmax over all experts; sums_to_one: divided by their sum.
+    """
+    shares, chosen = F.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
+    return (shares / shares.sum(dim=-1, keepdim=True) if sums_to_one else shares), chosen
+
+
 def split_heads(
     qkv: Tensor, rotation: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float,
     heads: int, kv_heads: int,

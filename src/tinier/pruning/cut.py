@@ -99,6 +99,8 @@ class Cut:
             heads = self.heads if linear == "self_attn.q_norm" else self.kv_heads
             rows = _expand(heads[layer], geometry.head_dim) if heads else None
             return _of_fewer(tensor, rows, geometry.norm_offset)
+        if linear == geometry.router:
+            return take(tensor, 1, self.hidden)
         rows, columns = self.linear_channels(layer, linear, geometry)
         tensor = take(tensor, 0, rows)
         return tensor if part == "bias" else take(tensor, 1, columns)
@@ -117,7 +119,9 @@ class Cut:
             "q": q, "k": kv, "v": kv, "gate": neurons, "up": neurons, "hidden": self.hidden,
         }  # fmt: skip
         rows = _one_after_another([(kept[part], count) for part, count in geometry.outputs[linear]])
-        columns = {"self_attn.o_proj": q, "mlp.down_proj": neurons}.get(linear, self.hidden)
+        columns = self.hidden
+        if geometry.outputs[linear][0][0] == "hidden":  # what writes to the stream
+            columns = q if linear == "self_attn.o_proj" else neurons
         return rows, columns
 
     def config(self, config: dict[str, Any], geometry: Geometry) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
     with bar("importance", total) as advance:
         for index in range(total):
             layer = walk.load(index)
-            seen = _Seen(layer, geometry)
+            seen = _Seen(layer, geometry, windows.shape[1])
             outputs = walk.run(layer, hidden, torch.empty_like(hidden))
             neurons[index], heads[index] = seen.neurons(), seen.heads()
             channels += seen.norms()
@@ -169,26 +169,31 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
 class _Seen:
     """What flows through one layer, window by window."""
 
-    def __init__(self, layer: nn.Module, geometry: Geometry) -> None:
+    def __init__(self, layer: nn.Module, geometry: Geometry, length: int) -> None:
+        """length: tokens of a window."""
+        self._length = length
         self._sums: dict[str, Tensor] = {}
         self._head_dim = geometry.head_dim
         # what enters attention and the MLP: after the norm before them, where there is one
-        self._entrances = [
-            read.readers[0] for read in geometry.inputs if read.name in ("self_attn", "mlp")
-        ]
-        for name in ("mlp.down_proj", "self_attn.o_proj", *self._entrances):
+        attention, _, mlp, *_ = geometry.inputs
+        self._entrances = (attention.readers[0], geometry.router or mlp.readers[0])
+        self._has_experts = geometry.mixture is not None
+        inner = ["self_attn.o_proj"] if self._has_experts else ["self_attn.o_proj", "mlp.down_proj"]
+        for name in (*inner, *self._entrances):
             layer.get_submodule(name).register_forward_pre_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, given: self._add(name, given[0])
 
     def _add(self, name: str, x: Tensor) -> None:
-        """x: [windows, length, channels]."""
+        """x: [windows, length, channels], or before a router [windows · length, channels]."""
+        x = x.view(-1, self._length, x.shape[-1])
         squares = x.float().abs().mean(dim=1).square().sum(dim=0).cpu()
         self._sums[name] = self._sums.get(name, torch.zeros_like(squares)) + squares
 
-    def neurons(self) -> Tensor:
-        return self._sums["mlp.down_proj"].sqrt()
+    def neurons(self) -> Tensor | float:
+        """Of experts none are scored: 0."""
+        return 0.0 if self._has_experts else self._sums["mlp.down_proj"].sqrt()
 
     def heads(self) -> Tensor:
         return self._sums["self_attn.o_proj"].view(-1, self._head_dim).sum(dim=1).sqrt()

@@ -191,6 +191,11 @@ def _warnings(
             "nothing stands in for layers that are dropped: what the MLP adds goes through a norm, so no "
             "linear layer can be solved for (neurons and heads that go are made up for)"
         )
+    if plan.refit and geometry.mixture is not None:
+        warnings.append(
+            "nothing stands in for layers that are dropped: in a mixture of experts no single linear layer "
+            "writes for all tokens (heads that go are made up for)"
+        )
     if geometry.head_norms == "all" and (plan.heads or plan.kv_heads):
         warnings.append(
             "heads that stay change as others go: q and k are normed over all heads together"
@@ -253,6 +258,11 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
             "nothing to remove. Give --drop-layers 21-27, --layers 25%, --hidden, --intermediate, "
             "--heads, --kv-heads or --target 100M."
         )
+    if plan.intermediate is not None and geometry.mixture is not None:
+        raise InputError(
+            f"--intermediate: {name} is a mixture of experts, and their neurons are not pruned. Use "
+            "--layers, --heads, --kv-heads or --hidden."
+        )
     outside = [layer for layer in plan.drop_layers if not 0 <= layer < total]
     if outside:
         raise InputError(f"layers {outside} do not exist: {name} has layers 0 to {total - 1}.")
@@ -299,7 +309,9 @@ def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
         step = hidden_step(geometry, heads, plan.align)
         for hidden, intermediate in product(
             multiples(geometry.hidden, step) if width else [geometry.hidden],
-            multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
+            multiples(geometry.intermediate, plan.align)
+            if width and geometry.mixture is None
+            else [geometry.intermediate],
         ):
             if geometry.hidden_in_heads and hidden % heads:
                 continue

@@ -32,8 +32,10 @@ def linears_to_refit(cut: Cut, geometry: Geometry) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for layer, following in _following(cut, geometry).items():
         names = [_ATTENTION] if cut.heads else []
-        # behind a norm what the dropped layers wrote is no linear function of the weights
-        dropped = following > layer + 1 and geometry.norm_names.mlp_out is None
+        # behind a norm what the dropped layers wrote is no linear function of the weights, and no one
+        # expert writes for all tokens
+        linear = geometry.norm_names.mlp_out is None and geometry.mixture is None
+        dropped = following > layer + 1 and linear
         if cut.neurons or dropped:
             names.append(_MLP)
         if names:

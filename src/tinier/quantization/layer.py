@@ -6,7 +6,7 @@ layers that share an input are worked on as one matrix, with one Hessian.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -104,8 +104,8 @@ def quantize_layer(
         preset = presets.get(read.readers[0])
         if preset is None or preset.algorithm.equalize == "none" or read.name not in seen:
             continue
-        if read.source is None:
-            continue  # nothing stands before it that could take the factors
+        if read.source is None or not seen[read.name].tokens:
+            continue  # nothing stands before it that could take the factors; an expert that saw nothing
         if read.source in weights and read.source not in presets:
             continue  # the rows to fold into stay in 16 bit, where a factor would round them anew
         factors = _factors(preset, weights, read, seen[read.name], geometry)
@@ -113,6 +113,9 @@ def quantize_layer(
         seen[read.name] = seen[read.name].divided_by(applied)
     targets = {name: weight for name, weight in weights.items() if name in presets}
     result = QuantizedLayer({}, {}, targets, seen, geometry.inputs)
+    if geometry.mixture is not None and seen:
+        _share_ranges(seen, geometry)
+        result.warnings += _strangers(seen, geometry)
     groups = {read.name: [n for n in read.readers if n in presets] for read in geometry.inputs}
     owners = _owners({group: _work(targets, names) for group, names in groups.items()}, ranks.size)
     made = {
@@ -137,6 +140,32 @@ def quantize_layer(
     kept = {n: t for n, t in layer.state_dict().items() if n.removesuffix(".weight") not in presets}
     result.others = kept | folded
     return result
+
+
+def _share_ranges(seen: dict[str, InputStatistics], geometry: Geometry) -> None:
+    """Give the experts of a layer one range of inputs: those that few tokens reach do not know theirs, and
+    servers multiply them with one static scale."""
+    experts = [read.name for read in geometry.inputs[2:]]
+    for alike in (experts[::2], experts[1::2]):
+        most = torch.stack([seen[name].absmax.max() for name in alike]).max()
+        for name in alike:
+            seen[name] = replace(seen[name], absmax=most.expand_as(seen[name].absmax))
+
+
+def _strangers(seen: dict[str, InputStatistics], geometry: Geometry) -> list[str]:
+    """A warning about experts that saw fewer tokens than they have inputs."""
+    few = {
+        number: seen[read.name].tokens
+        for number, read in enumerate(geometry.inputs[2::2])
+        if seen[read.name].tokens < geometry.hidden
+    }
+    if not few:
+        return []
+    return [
+        f"experts {', '.join(map(str, few))} of {geometry.experts} saw fewer tokens than their "
+        f"{geometry.hidden} inputs (at least {min(few.values())}): they fit this text, or are rounded "
+        "without any. Give more"
+    ]
 
 
 def _factors(
@@ -189,8 +218,9 @@ def _quantize_group(
     seen: InputStatistics | None,
     dtype: torch.dtype,
 ) -> _Group:
-    """Quantize linear layers that share an input."""
+    """Quantize linear layers that share an input; one that was never seen without looking at it."""
     warnings = []
+    blind = seen is not None and not seen.tokens
     preset = presets[names[0]]
     grid, algorithm = preset.scheme.weights, preset.algorithm
     activations = preset.scheme.activations
@@ -199,7 +229,7 @@ def _quantize_group(
         assert seen is not None
         input_scale = static_scale(seen.absmax.max(), activations)
     inverse = None
-    if algorithm.rounding != "nearest":
+    if algorithm.rounding != "nearest" and not blind:
         assert seen is not None
         assert seen.moments is not None
         inverse = Inverse(seen.moments)
@@ -207,7 +237,7 @@ def _quantize_group(
             warnings.append(
                 f"{' '.join(names)}: the Hessian needed damping of {inverse.damp:g} (usual: {DAMP:g})"
             )
-    importance = seen.mean_square if seen else None
+    importance = seen.mean_square if seen and not blind else None
     # as one matrix, in one walk along the columns. Servers multiply q, k, v and gate, up so, with one scale
     # for the whole tensor (FP8), or one over the scales (NVFP4), where the format has such: vLLM and
     # TensorRT-LLM take the largest of the parts' and would scale the others wrongly
@@ -248,7 +278,7 @@ def _measure(
 ) -> dict[str, float | None]:
     rounded = dequantize(weight, torch.float32)
     measures = {"snr_db": snr_db(target, rounded)}
-    if seen is not None:
+    if seen is not None and seen.tokens:
         error = _power(rounded - target, seen)
         measures["output_snr_db"] = power_db(_power(target, seen), error)
     return measures

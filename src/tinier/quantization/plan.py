@@ -23,6 +23,7 @@ from tinier.families import (
     geometry_of,
     layer_name,
     linear_names,
+    module_names,
 )
 from tinier.quantization.layer import LayerPresets
 from tinier.schemes import Grid, Layout, Preset, Scheme, preset_named
@@ -171,6 +172,11 @@ def _warnings(
             "transformers unpacks FP4 weights to bfloat16 and cannot run them in a float16 model; this "
             "engine can"
         )
+    if geometry_of(source).mixture is not None:
+        warnings.append(
+            "transformers 5.23 cannot load quantized experts, or leaves their inputs unrounded; this "
+            "engine computes what is stored"
+        )
     equalized = any(preset.algorithm.equalize != "none" for preset in presets.values())
     if equalized and geometry_of(source).norm_names.attention_in is None:
         warnings.append(
@@ -237,7 +243,7 @@ def output_config(source: Checkpoint, layout: Layout) -> dict[str, object]:
     """config.json of the quantized checkpoint."""
     config = dict(source.config)
     if layout.schemes or layout.kv_cache:
-        block = quantization_config(layout, linear_names(geometry_of(source)))
+        block = quantization_config(layout, module_names(geometry_of(source)))
         config["quantization_config"] = block
     if HEAD_LINEAR in layout.schemes:
         config["tie_word_embeddings"] = False
