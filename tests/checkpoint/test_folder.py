@@ -57,8 +57,8 @@ def test_unknown_family(tiny: Tiny) -> None:
 
 def test_unknown_rope(tiny: Tiny) -> None:
     folder = tiny().folder
-    edit_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(CheckpointError, match="RoPE of type 'dynamic'"):
+    edit_config(folder, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})
+    with pytest.raises(CheckpointError, match="RoPE of type 'proportional'"):
         open_model(folder)
 
 

@@ -13,7 +13,7 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_nonsense_says_what_is_possible() -> None:
-    with pytest.raises(CheckpointError, match=r"no built-in name \(smollm2-135m\)"):
+    with pytest.raises(CheckpointError, match=r"no built-in name \(smollm2-135m, gemma3-270m\)"):
         resolve("smollm3")
 
 
