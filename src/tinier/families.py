@@ -319,30 +319,39 @@ class Geometry:
         return tuple(kind.window for kind in self.kinds)
 
     @cached_property
-    def inputs(self) -> tuple[Input, ...]:
-        """What a layer's linear layers read, in the order that it is computed."""
+    def blocks(self) -> tuple[tuple[Input, Input], ...]:
+        """What a layer consists of, in the order that it is computed: attention, and the MLP or every
+        expert. Of each what its first linear layers read, and what the last one does, which writes to the
+        stream."""
         norms, q, kv = self.norm_names, self.heads * self.head_dim, self.kv_heads * self.head_dim
         qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+        values, up = 0, 0
         if self.fused:
             qkv, gate_up = ("self_attn.qkv_proj",), ("mlp.gate_up_proj",)
-        values, up = (q + kv, self.intermediate) if self.fused else (0, 0)
+            values, up = q + kv, self.intermediate
         attention = (
             Input("self_attn", qkv, norms.attention_in),
             Input("self_attn.o_proj", ("self_attn.o_proj",), qkv[-1], True, values),
         )
         if self.mixture is None:
-            return (
-                *attention,
+            mlp = (
                 Input("mlp", gate_up, norms.mlp_in),
                 Input("mlp.down_proj", ("mlp.down_proj",), gate_up[-1], first_row=up),
             )
-        experts: list[Input] = []
+            return attention, mlp
+        experts = []
         for name in (f"{self.mixture.block}.experts.{i}" for i in range(self.experts)):
-            first, second, third = (f"{name}.{part}" for part in self.mixture[1:4])
+            parts = (self.mixture.gate, self.mixture.up, self.mixture.down)
+            first, second, third = (f"{name}.{part}" for part in parts)
             # a factor on the norm would be one for the router and all experts
-            experts += [Input(name, (first, second), None), Input(third, (third,), second)]
-        return (*attention, *experts)
+            experts.append((Input(name, (first, second), None), Input(third, (third,), second)))
+        return attention, *experts
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What a layer's linear layers read, in the order that it is computed."""
+        return tuple(read for block in self.blocks for read in block)
 
     @property
     def router(self) -> str | None:
@@ -357,27 +366,26 @@ class Geometry:
         attention: list[tuple[Channels, int]] = [("q", q), ("k", kv), ("v", kv)]
         mlp: list[tuple[Channels, int]] = [("gate", inner), ("up", inner)]
         found: dict[str, tuple[tuple[Channels, int], ...]] = {}
-        for number, read in enumerate(self.inputs):
-            if number % 2:  # what writes to the stream
-                found[read.readers[0]] = (("hidden", self.hidden),)
-                continue
-            parts = attention if number == 0 else mlp
+        for number, (first, last) in enumerate(self.blocks):
+            parts = mlp if number else attention
             if self.fused:
-                found[read.readers[0]] = tuple(parts)
+                found[first.readers[0]] = tuple(parts)
             else:
-                found |= {name: (part,) for name, part in zip(read.readers, parts, strict=True)}
+                found |= {name: (part,) for name, part in zip(first.readers, parts, strict=True)}
+            found[last.readers[0]] = (("hidden", self.hidden),)
         return found
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shapes [out, in] of a layer's linear layers, by their name inside the layer; not the router."""
-        found = {}
-        for number, read in enumerate(self.inputs):
-            inner = self.heads * self.head_dim if number == 1 else self.intermediate
-            for name in read.readers:
-                rows = sum(count for _, count in self.outputs[name])
-                found[name] = (rows, inner if number % 2 else self.hidden)
-        return found
+        columns: dict[str, int] = {}
+        for number, (first, last) in enumerate(self.blocks):
+            inner = self.intermediate if number else self.heads * self.head_dim
+            columns |= dict.fromkeys(first.readers, self.hidden) | dict.fromkeys(
+                last.readers, inner
+            )
+        rows = {name: sum(count for _, count in parts) for name, parts in self.outputs.items()}
+        return {name: (rows[name], count) for name, count in columns.items()}
 
     @property
     def norms(self) -> dict[str, tuple[int]]:
@@ -393,13 +401,13 @@ class Geometry:
     def biases(self) -> dict[str, tuple[int]]:
         """Shapes of a layer's biases, by their name inside the layer."""
         biased: list[str] = []
-        attention, out, *mlp = (read.readers for read in self.inputs)
+        (attention, out), *mlps = self.blocks
         if self.qkv_bias:
-            biased += attention
+            biased += attention.readers
         if self.out_bias:
-            biased += out
+            biased += out.readers
         if self.mlp_bias:
-            biased += (name for readers in mlp for name in readers)
+            biased += (name for block in mlps for read in block for name in read.readers)
         return {f"{name}.bias": (self.linears[name][0],) for name in biased}
 
     @property
@@ -613,30 +621,10 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
     """Sizes of a checkpoint's decoder. Raises CheckpointError for what tinier cannot run."""
     family = family_of(checkpoint)
     config = hf_config(checkpoint)
-    for key in rope_keys(config):
-        rope_type = rope_parameters(config, key).get("rope_type", "default")
-        if rope_type not in _ROPE_TYPES:
-            raise CheckpointError(
-                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
-            )
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}."
-        )
-    for name in (
-        "final_logit_softcapping",
-        "attn_logit_softcapping",
-        "use_bidirectional_attention",
-    ):
-        if getattr(config, name, None):
-            raise CheckpointError(
-                f"{checkpoint.folder} has {name}={getattr(config, name)} in config.json, which tinier "
-                "does not compute."
-            )
+    _check_computable(checkpoint, config)
     _check_sizes(checkpoint, config)
+    _check_mixture(checkpoint, family.mixture, config)
     mixture = family.mixture
-    _check_mixture(checkpoint, mixture, config)
     bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
     return Geometry(
@@ -668,8 +656,38 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         shares_sum_to_one=_shares_sum_to_one(mixture, config),
         multipliers=_multipliers(family, config, checkpoint.dtype),
         embedding_by_root=family.multipliers == "gemma",
-        activation=_ACTIVATIONS[activation],
+        activation=_ACTIVATIONS[_activation(config)],
     )
+
+
+def _activation(config: Any) -> str:
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    return name
+
+
+def _check_computable(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise CheckpointError for what config.json asks for and tinier does not compute."""
+    for key in rope_keys(config):
+        rope_type = rope_parameters(config, key).get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
+            )
+    activation = _activation(config)
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}."
+        )
+    for name in (
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+    ):
+        if getattr(config, name, None):
+            raise CheckpointError(
+                f"{checkpoint.folder} has {name}={getattr(config, name)} in config.json, which tinier "
+                "does not compute."
+            )
 
 
 def _shares_sum_to_one(mixture: Mixture | None, config: Any) -> bool:

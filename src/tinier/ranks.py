@@ -71,34 +71,29 @@ class Ranks:
     def merge(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The tensors of all ranks at the first one, on the device where they all have theirs. Empty at
         the others."""
-        described = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         merged = dict(tensors) if self.writes else {}
-        for rank, found in enumerate(self.collect(described)):
+        for rank, found in enumerate(self.collect(_described(tensors))):
             for name, (shape, dtype) in found.items() if rank else ():
-                size = shape.numel() * dtype.itemsize
-                sent = torch.empty(size, dtype=torch.uint8, device=device)
-                dist.recv(sent, rank)
-                merged[name] = sent.view(dtype).view(shape)
+                merged[name] = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(_as_bytes(merged[name]), rank)
         if not self.writes:
             for tensor in tensors.values():
-                dist.send(tensor.contiguous().flatten().view(torch.uint8), 0)
+                dist.send(_as_bytes(tensor.contiguous()), 0)
         return merged
 
     def spread(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The first rank's tensors, which all have on their device, at all."""
         if self.size == 1:
             return tensors
-        described = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
+        described = [_described(tensors)]
         dist.broadcast_object_list(described)
         found = {}
         for name, (shape, dtype) in described[0].items():
-            size = shape.numel() * dtype.itemsize
             if self.writes:
-                sent = tensors[name].contiguous().flatten().view(torch.uint8)
+                found[name] = tensors[name].contiguous()
             else:
-                sent = torch.empty(size, dtype=torch.uint8, device=device)
-            dist.broadcast(sent, 0)
-            found[name] = sent.view(dtype).view(shape)
+                found[name] = torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(_as_bytes(found[name]), 0)
         return found
 
     def collect(self, value: Any) -> list[Any]:
@@ -115,6 +110,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor that every backend can send, whatever its type."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def join_ranks(device: torch.device) -> Ranks:

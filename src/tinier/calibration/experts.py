@@ -6,12 +6,11 @@ inputs can be seen, its weights replaced and its gradients kept apart like those
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from tinier.families import Geometry, Mixture
-from tinier.kernels import route
+from tinier.kernels import through_experts
 
 
 def unfuse(layer: nn.Module, geometry: Geometry, config: Any) -> None:
@@ -40,14 +39,10 @@ class Experts(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]."""
         x = hidden.reshape(-1, hidden.shape[-1])
-        shares, chosen = route(self.gate(x), self._top_k, sums_to_one=self._sums_to_one)
-        if not self._in_float32:
-            shares = shares.to(x.dtype)
-        out = torch.zeros_like(x)
-        for number in chosen.unique().tolist():
-            token, place = torch.where(chosen == number)
-            made = self.experts[number](x[token]) * shares[token, place, None]
-            out = out.index_add(0, token, made.to(out.dtype))
+        out = through_experts(
+            x, self.gate(x), self._top_k, lambda number, own: self.experts[number](own),
+            sums_to_one=self._sums_to_one, in_float32=self._in_float32,
+        )  # fmt: skip
         return out.view_as(hidden)
 
 

@@ -230,12 +230,12 @@ def content_hash(folder: Path) -> str:
     found = {path for pattern in _CONTENT_PATTERNS for path in folder.glob(pattern)}
     files = sorted(path for path in found if path.name != MANIFEST_NAME)
     with ThreadPoolExecutor() as pool:
-        for path, one in zip(files, pool.map(_file_hash, files), strict=True):
+        for path, one in zip(files, pool.map(file_sha256, files), strict=True):
             digest.update(f"{path.name}\0{one}\n".encode())
     return digest.hexdigest()
 
 
-def _file_hash(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

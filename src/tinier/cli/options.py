@@ -10,7 +10,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Model folder, Hub id (owner/name or owner/name@revision), .gguf file or built-in "
-        "name (smollm2-135m).",
+        "name (smollm2-135m, gemma3-270m).",
         show_default=False,
     ),
 ]

@@ -104,7 +104,7 @@ class Trainer:
             for layer in model.model.layers:
                 layer.compile()
         student = Student(model.train(), plan, dtype, mode)
-        self._whole_bytes = sum(p.numel() * p.element_size() for p in student.parameters())
+        self._stays_whole = _fits_whole(student, device)
         trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=ranks.size == 1
@@ -271,14 +271,9 @@ class Trainer:
     def _keep_whole(self, *, forward: bool, backward: bool) -> None:
         """Whether parameters that were gathered over the processes stay so after a pass: within a step
         nothing changes them, so they need to come but once where there is room."""
-        if not isinstance(self._student, FSDPModule):
-            return
-        if self._device.type == "cuda":
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            if self._whole_bytes > total * _KEPT_SHARE:
-                return
-        self._student.set_reshard_after_forward(not forward)
-        self._student.set_reshard_after_backward(not backward)
+        if self._stays_whole and isinstance(self._student, FSDPModule):
+            self._student.set_reshard_after_forward(not forward)
+            self._student.set_reshard_after_backward(not backward)
 
     def _with_text(self, loss: RowsLoss, windows: Tensor) -> RowsLoss:
         """The loss with its share of cross-entropy."""
@@ -430,6 +425,14 @@ class Trainer:
         """Where AdamW counts its steps: the fused one beside the parameters."""
         fused = self._optimizer.optimizer.defaults["fused"]
         return self._device if fused else torch.device("cpu")
+
+
+def _fits_whole(student: nn.Module, device: torch.device) -> bool:
+    """Whether there is room for parameters that stay gathered; alike on all processes' GPUs."""
+    if device.type != "cuda":
+        return True
+    whole = sum(p.numel() * p.element_size() for p in student.parameters())
+    return whole <= torch.cuda.get_device_properties(device).total_memory * _KEPT_SHARE
 
 
 def _like(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ T: tokens of all sequences, packed one after the other.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from tinier.families import (
     FINAL_NORM,
     HEAD_LINEAR,
     Geometry,
+    Input,
     checkpoint_layout,
     geometry_of,
     hf_config,
@@ -165,7 +167,7 @@ class Decoder:
         times = self.geometry.multipliers.residual
         if delta is None or self.share.size == 1:
             return add_rms_norm(x, delta, weight, eps, takes, times, between)
-        if peers is not None and peers.sums(*x.shape):
+        if peers is not None and peers.fits_sum(*x.shape):
             return add_rms_norm(x, delta, weight, eps, takes, times, between, peers, turn)
         delta = self.share.sum(joined(delta, self.dtype))
         return add_rms_norm(x, delta, weight, eps, takes, times, between)
@@ -321,98 +323,111 @@ def load_decoder(
         "Use a smaller variant, or another --device.",
     )  # fmt: skip
     with checkpoint.reader(device) as read:
-
-        def linear(*names: str, cut: Callable[[StoredLinear], StoredLinear]) -> Linear:
-            stored = (_stored(checkpoint, read, n, layout, dtype) for n in names)
-            return make_linear([cut(part) for part in stored], dtype)
-
-        def rows(layer: str, readers: tuple[str, ...]) -> Linear:
-            """This process's outputs of the linear layers that read one input."""
-            parts = []
-            for name in readers:
-                stored = _stored(checkpoint, read, f"{layer}.{name}", layout, dtype)
-                parts.append(share.rows(stored, [count for _, count in whole.outputs[name]]))
-            return make_linear(parts, dtype)
-
-        def columns(layer: str, readers: tuple[str, ...]) -> Linear:
-            return linear(*(f"{layer}.{name}" for name in readers), cut=share.columns)
-
-        def experts(layer: str) -> Experts | None:
-            if geometry.mixture is None:
-                return None
-            read_by = [each.readers for each in geometry.inputs[2:]]
-            return Experts(
-                router=read(f"{layer}.{geometry.router}.weight").to(dtype),
-                gate_up=[rows(layer, readers) for readers in read_by[::2]],
-                down=[columns(layer, readers) for readers in read_by[1::2]],
-                top_k=geometry.top_k,
-                sums_to_one=geometry.shares_sum_to_one,
-                in_float32=geometry.mixture.in_float32,
-                activation=geometry.activation,
-            )
-
-        def norm(name: str) -> Tensor:
-            return norm_weight(read(f"{name}.weight").to(dtype), geometry)
-
-        def layer_norm(layer: str, name: str | None) -> Tensor | None:
-            return norm(f"{layer}.{name}") if name else None
-
-        def head_norm(name: str) -> Tensor | None:
-            if geometry.head_norms == "none":
-                return None
-            return share.part(norm(name)) if geometry.head_norms == "all" else norm(name)
-
-        def kv_scales(attention: str) -> tuple[Tensor, Tensor] | None:
-            if layout is None or layout.kv_cache is None:
-                return None
-            return read(f"{attention}.k_scale"), read(f"{attention}.v_scale")
-
-        def layer(name: str) -> Layer:
-            attention = f"{name}.self_attn"
-            names = geometry.norm_names
-            return Layer(
-                input_norm=layer_norm(name, names.attention_in),
-                qkv=rows(name, geometry.inputs[0].readers),
-                q_norm=head_norm(f"{attention}.q_norm"),
-                k_norm=head_norm(f"{attention}.k_norm"),
-                norms_all_heads=geometry.head_norms == "all",
-                out=columns(name, geometry.inputs[1].readers),
-                post_norm=layer_norm(name, names.mlp_in),
-                gate_up=None if geometry.mixture else rows(name, geometry.inputs[2].readers),
-                down=None if geometry.mixture else columns(name, geometry.inputs[3].readers),
-                experts=experts(name),
-                attention_out_norm=layer_norm(name, names.attention_out),
-                mlp_out_norm=layer_norm(name, names.mlp_out),
-                kv_scales=kv_scales(attention),
-            )
-
-        layers = [layer(layer_name(i)) for i in range(geometry.layers)]
+        weights = _Weights(checkpoint, read, layout, dtype, share, whole)
+        layers = [weights.layer(layer_name(i)) for i in range(geometry.layers)]
         embedding = read(EMBEDDING).to(dtype)
         final_norm = norm_weight(read(FINAL_NORM).to(dtype), geometry)
+        stored = (
+            StoredLinear(embedding, None) if geometry.tied_head else weights.stored(HEAD_LINEAR)
+        )
         cut = share.rows if _shares_head(geometry, share) else ALONE.rows
-        if geometry.tied_head:
-            head = make_linear([cut(StoredLinear(embedding, None))], dtype)
-        else:
-            head = linear(HEAD_LINEAR, cut=cut)
+        head = make_linear([cut(stored)], dtype)
     config = hf_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Reads the layers of a checkpoint as one process's share of them."""
+
+    checkpoint: Checkpoint
+    read: TensorReader
+    layout: Layout | None
+    dtype: torch.dtype
+    share: Share
+    whole: Geometry
+    """Of the model, not of the share"""
+
+    def layer(self, name: str) -> Layer:
+        geometry = self.whole
+        names, attention = geometry.norm_names, f"{name}.self_attn"
+        (qkv, out), *mlps = geometry.blocks
+        gate_up, down = mlps[0]
+        is_mlp = geometry.mixture is None
+        return Layer(
+            input_norm=self._norm(name, names.attention_in),
+            qkv=self._rows(name, qkv),
+            q_norm=self._head_norm(attention, "q_norm"),
+            k_norm=self._head_norm(attention, "k_norm"),
+            norms_all_heads=geometry.head_norms == "all",
+            out=self._columns(name, out),
+            post_norm=self._norm(name, names.mlp_in),
+            gate_up=self._rows(name, gate_up) if is_mlp else None,
+            down=self._columns(name, down) if is_mlp else None,
+            experts=None if is_mlp else self._experts(name, mlps),
+            attention_out_norm=self._norm(name, names.attention_out),
+            mlp_out_norm=self._norm(name, names.mlp_out),
+            kv_scales=self._kv_scales(attention),
+        )
+
+    def stored(self, name: str) -> StoredLinear:
+        """One linear layer as the checkpoint has it, on the reader's device."""
+        find = self.checkpoint.optional(self.read)
+        bias = find(f"{name}.bias")
+        bias = None if bias is None else bias.to(self.dtype)
+        scheme = self.layout.schemes.get(name) if self.layout else None
+        if scheme is None:
+            return StoredLinear(self.read(f"{name}.weight"), bias)
+        weight, input_scale = unpack_linear(find, name, scheme)
+        return StoredLinear(weight, bias, scheme, input_scale)
+
+    def _rows(self, layer: str, block: Input) -> Linear:
+        """This process's outputs of the linear layers that read one input."""
+        outputs = self.whole.outputs
+        return make_linear(
+            [
+                self.share.rows(self.stored(f"{layer}.{name}"), [n for _, n in outputs[name]])
+                for name in block.readers
+            ],
+            self.dtype,
+        )
+
+    def _columns(self, layer: str, block: Input) -> Linear:
+        """A linear layer over this process's inputs."""
+        (name,) = block.readers
+        return make_linear([self.share.columns(self.stored(f"{layer}.{name}"))], self.dtype)
+
+    def _experts(self, layer: str, blocks: list[tuple[Input, Input]]) -> Experts:
+        geometry = self.whole
+        assert geometry.mixture is not None
+        return Experts(
+            router=self.read(f"{layer}.{geometry.router}.weight").to(self.dtype),
+            gate_up=[self._rows(layer, first) for first, _ in blocks],
+            down=[self._columns(layer, last) for _, last in blocks],
+            top_k=geometry.top_k,
+            sums_to_one=geometry.shares_sum_to_one,
+            in_float32=geometry.mixture.in_float32,
+            activation=geometry.activation,
+        )
+
+    def _norm(self, layer: str, name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        stored = self.read(f"{layer}.{name}.weight").to(self.dtype)
+        return norm_weight(stored, self.whole)
+
+    def _head_norm(self, attention: str, name: str) -> Tensor | None:
+        kind = self.whole.head_norms
+        weight = self._norm(attention, None if kind == "none" else name)
+        return self.share.part(weight) if weight is not None and kind == "all" else weight
+
+    def _kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
+        if self.layout is None or self.layout.kv_cache is None:
+            return None
+        return self.read(f"{attention}.k_scale"), self.read(f"{attention}.v_scale")
+
+
 def _shares_head(geometry: Geometry, share: Share) -> bool:
     """Whether the head is cut by rows: where the vocabulary divides."""
     return share.size > 1 and geometry.vocab % share.size == 0
-
-
-def _stored(
-    checkpoint: Checkpoint, read: TensorReader, name: str, layout: Layout | None, dtype: torch.dtype
-) -> StoredLinear:
-    """One linear layer as the checkpoint has it, on the reader's device."""
-    find = checkpoint.optional(read)
-    bias = find(f"{name}.bias")
-    bias = None if bias is None else bias.to(dtype)
-    scheme = layout.schemes.get(name) if layout else None
-    if scheme is None:
-        return StoredLinear(read(f"{name}.weight"), bias)
-    weight, input_scale = unpack_linear(find, name, scheme)
-    return StoredLinear(weight, bias, scheme, input_scale)

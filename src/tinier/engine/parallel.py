@@ -79,7 +79,7 @@ class Share:
         if self.size == 1:
             return value
         value = value.contiguous()
-        if self.peers is not None and self.peers.carries(value):
+        if self.peers is not None and self.peers.fits_logits(value):
             return side_by_side(value, self.peers)
         parts = [torch.empty_like(value) for _ in range(self.size)]
         dist.all_gather(parts, value, group=self.group)

@@ -35,7 +35,7 @@ from tinier.kernels.reference import (
     known_tokens,
     output_logits,
     rms_norm,
-    route,
+    through_experts,
 )
 
 __all__ = [
@@ -62,8 +62,8 @@ __all__ = [
     "output_logits",
     "rms_norm",
     "round_activations",
-    "route",
     "side_by_side",
     "static_scale",
+    "through_experts",
     "uses_triton",
 ]

@@ -5,13 +5,12 @@ Here expert after expert, each with the tokens that chose it.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.kernels.linear import Linear
 from tinier.kernels.operators import gated
-from tinier.kernels.reference import joined, route
+from tinier.kernels.reference import joined, through_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +27,12 @@ class Experts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, hidden]. Returns [T, hidden], this process's part of it."""
-        shares, chosen = route(F.linear(x, self.router), self.top_k, sums_to_one=self.sums_to_one)
-        if not self.in_float32:
-            shares = shares.to(x.dtype)
-        out = torch.zeros_like(x)
-        for number in chosen.unique().tolist():
-            token, place = torch.where(chosen == number)
-            down = self.down[number]
-            act = gated(self.gate_up[number](x[token]), x.dtype, down.takes, self.activation)
-            made = joined(down(act), x.dtype) * shares[token, place, None]
-            out.index_add_(0, token, made.to(out.dtype))
-        return out
+        return through_experts(
+            x, F.linear(x, self.router), self.top_k, self._expert,
+            sums_to_one=self.sums_to_one, in_float32=self.in_float32,
+        )  # fmt: skip
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        down = self.down[number]
+        act = gated(self.gate_up[number](x), x.dtype, down.takes, self.activation)
+        return joined(down(act), x.dtype)

@@ -19,12 +19,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tinier.kernels.machine import machine_of
-from tinier.kernels.peers import MOST_PEER_TOKENS, Peers
+from tinier.kernels.peers import EMPTY, MOST_PEER_TOKENS, Peers
 from tinier.numerics import E4M3_MAX, Quantized
 
 CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-# a place of peers.py where nothing is: the smallest int32, which as a float32 is -0.0
-EMPTY = tl.constexpr(-(2**31))
+_EMPTY = tl.constexpr(EMPTY)
 LARGEST = {"e4m3": E4M3_MAX, "int8": 127.5}
 
 
@@ -167,7 +166,7 @@ def _largest_of(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _send(bits, addresses, at, inside, RANK: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write int32 to `at` in the memory of all other processes (peers.py)."""
-    bits = tl.where(bits == EMPTY, 0, bits)
+    bits = tl.where(bits == _EMPTY, 0, bits)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             theirs = tl.load(addresses + rank).to(tl.pointer_type(tl.int32))
@@ -178,9 +177,9 @@ def _send(bits, addresses, at, inside, RANK: tl.constexpr, RANKS: tl.constexpr):
 def _received(place, inside):  # type: ignore[no-untyped-def]
     """The int32 that another process sends to these places of ours, which are empty again."""
     bits = tl.load(place, mask=inside, other=0, volatile=True)
-    while tl.min(bits, axis=0) == EMPTY:
+    while tl.min(bits, axis=0) == _EMPTY:
         bits = tl.load(place, mask=inside, other=0, volatile=True)
-    tl.store(place, tl.full(bits.shape, EMPTY, tl.int32), mask=inside)
+    tl.store(place, tl.full(bits.shape, _EMPTY, tl.int32), mask=inside)
     return bits
 
 
@@ -467,14 +466,14 @@ def add_rms_norm(
         PARTS=0 if delta is None else parts_of(delta),
         TIMES=times, TAKES=takes, LARGEST=LARGEST.get(takes or "", 0.0), TURN=turn, ROWS=MOST_PEER_TOKENS,
         RANK=peers.rank if peers else 0, RANKS=peers.size if peers else 1,
-        # many threads wait for a row's parts better: 8 µs against 15 with 128 rows of 3,072
+        # many threads wait for a row's parts better (docs/log.md)
         num_warps=32 if peers and size > 2048 else _warps(size, tokens), **early_start(),
     )  # fmt: skip
     return summed, out if takes is None else Quantized(out, scales)
 
 
 def side_by_side(part: Tensor, peers: Peers) -> Tensor:
-    """[T, whole] of the processes' [T, N], for which `peers` has room (Peers.carries)."""
+    """[T, whole] of the processes' [T, N], for which `peers` has room (Peers.fits_logits)."""
     rows, columns = part.shape
     out = torch.empty(rows, peers.size * columns, dtype=part.dtype, device=part.device)
     words = part.view(torch.int32)

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 MOST_PEER_TOKENS = 256
 _MOST_HIDDEN = 8192
 _LOGITS_BYTES = 32 << 20  # 128 rows of 128,000 in bf16
-_EMPTY = -(2**31)  # int32, which as a float32 is -0.0
+EMPTY = -(2**31)
+"""A place where nothing is: the smallest int32, which as a float32 is -0.0"""
 
 
 class Peers:
@@ -41,11 +42,11 @@ class Peers:
         self._memory = memory
         self._turns = itertools.cycle((0, 1))
 
-    def sums(self, tokens: int, hidden: int) -> bool:
+    def fits_sum(self, tokens: int, hidden: int) -> bool:
         """Whether there is room for a sum over [tokens, hidden]."""
         return tokens <= MOST_PEER_TOKENS and hidden <= _MOST_HIDDEN
 
-    def carries(self, part: Tensor) -> bool:
+    def fits_logits(self, part: Tensor) -> bool:
         """Whether there is room for a part of the logits of each process."""
         whole = part.nbytes * self.size
         return whole <= _LOGITS_BYTES and part.shape[-1] * part.itemsize % 4 == 0
@@ -72,7 +73,7 @@ def open_peers(rank: int, size: int, device: torch.device, group: Any) -> Peers 
     handle = None
     try:
         memory = symmetric.empty(places, dtype=torch.int32, device=device)
-        handle = symmetric.rendezvous(memory.fill_(_EMPTY), group)
+        handle = symmetric.rendezvous(memory.fill_(EMPTY), group)
     except RuntimeError as error:
         log.warning("sums over processes go through NCCL: %s", str(error).splitlines()[0])
     # all or none

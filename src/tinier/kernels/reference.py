@@ -3,6 +3,7 @@
 T: tokens of all sequences, packed one after the other. H: query heads. K: KV heads. D: head size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,14 +79,27 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return active * up
 
 
-def route(logits: Tensor, top_k: int, *, sums_to_one: bool) -> tuple[Tensor, Tensor]:
-    """Which experts each token goes through: the share of each in the sum, [T, k] float32, and their
-    numbers, [T, k] int64.
+def through_experts(
+    x: Tensor, logits: Tensor, top_k: int, expert: Callable[[int, Tensor], Tensor], *,
+    sums_to_one: bool, in_float32: bool,
+) -> Tensor:  # fmt: skip
+    """Each token through its `top_k` likeliest experts, and the sum of what they make by their shares.
 
-    logits: [T, experts]. The shares are the softmax over all experts; sums_to_one: divided by their sum.
+    x: [T, hidden]. logits: of the router, [T, experts]. expert: its number and its tokens' inputs to their
+    outputs. The shares are the softmax over all experts; sums_to_one: divided by the sum of those chosen.
+    in_float32: the outputs are multiplied with them in float32, not in their own type.
     """
     shares, chosen = F.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
-    return (shares / shares.sum(dim=-1, keepdim=True) if sums_to_one else shares), chosen
+    if sums_to_one:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    if not in_float32:
+        shares = shares.to(x.dtype)
+    out = torch.zeros_like(x)
+    for number in chosen.unique().tolist():
+        token, place = torch.where(chosen == number)
+        made = expert(number, x[token]) * shares[token, place, None]
+        out = out.index_add(0, token, made.to(out.dtype))
+    return out
 
 
 def split_heads(

@@ -110,19 +110,17 @@ class Cut:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which outputs and which inputs of a linear layer are kept; None: all. linear: its name
         inside the layer."""
-        heads, kv_heads, neurons = (
-            None if not kept else kept[layer] for kept in (self.heads, self.kv_heads, self.neurons)
-        )
-        q = None if heads is None else _expand(heads, geometry.head_dim)
-        kv = None if kv_heads is None else _expand(kv_heads, geometry.head_dim)
+        q = _expand(self.heads[layer], geometry.head_dim) if self.heads else None
+        kv = _expand(self.kv_heads[layer], geometry.head_dim) if self.kv_heads else None
+        neurons = self.neurons[layer] if self.neurons else None
         kept: dict[str, Tensor | None] = {
             "q": q, "k": kv, "v": kv, "gate": neurons, "up": neurons, "hidden": self.hidden,
         }  # fmt: skip
-        rows = _one_after_another([(kept[part], count) for part, count in geometry.outputs[linear]])
+        parts = geometry.outputs[linear]
         columns = self.hidden
-        if geometry.outputs[linear][0][0] == "hidden":  # what writes to the stream
+        if parts[0][0] == "hidden":  # what writes to the stream
             columns = q if linear == "self_attn.o_proj" else neurons
-        return rows, columns
+        return _one_after_another([(kept[part], count) for part, count in parts]), columns
 
     def config(self, config: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
         """config.json of the result."""

@@ -175,7 +175,7 @@ class _Seen:
         self._sums: dict[str, Tensor] = {}
         self._head_dim = geometry.head_dim
         # what enters attention and the MLP: after the norm before them, where there is one
-        attention, _, mlp, *_ = geometry.inputs
+        (attention, _), (mlp, _), *_ = geometry.blocks
         self._entrances = (attention.readers[0], geometry.router or mlp.readers[0])
         self._has_experts = geometry.mixture is not None
         inner = ["self_attn.o_proj"] if self._has_experts else ["self_attn.o_proj", "mlp.down_proj"]

@@ -242,14 +242,13 @@ class _Job:
         presets = layer_presets(self._presets, prefix)
         if self._exact is not None:
             self._walk.run(self._walk.load(index), self._exact, self._exact)
-        last = index + 1 == self._geometry.layers
-        if index >= self._done:
-            tensors = self._quantize(index, presets)
-        elif self._hidden is not None and not last:
-            tensors = self._parts.read(index, self._device)
-        if self._hidden is None or last:
+        made = self._quantize(index, presets) if index >= self._done else None
+        if self._hidden is None or index + 1 == self._geometry.layers:
             return
-        tensors = self._ranks.spread(tensors, self._device)
+        if made is None:
+            tensors = self._parts.read(index, self._device)
+        else:
+            tensors = self._ranks.spread(made, self._device)
         module = self._walk.load(index)
         install(module, prefix, tensors, presets)
         self._walk.run(module, self._hidden, self._hidden, self._cache(prefix, tensors))

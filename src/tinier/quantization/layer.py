@@ -115,7 +115,7 @@ def quantize_layer(
     result = QuantizedLayer({}, {}, targets, seen, geometry.inputs)
     if geometry.mixture is not None and seen:
         _share_ranges(seen, geometry)
-        result.warnings += _strangers(seen, geometry)
+        result.warnings += _hardly_seen(seen, geometry)
     groups = {read.name: [n for n in read.readers if n in presets] for read in geometry.inputs}
     owners = _owners({group: _work(targets, names) for group, names in groups.items()}, ranks.size)
     made = {
@@ -145,20 +145,20 @@ def quantize_layer(
 def _share_ranges(seen: dict[str, InputStatistics], geometry: Geometry) -> None:
     """Give the experts of a layer one range of inputs: those that few tokens reach do not know theirs, and
     servers multiply them with one static scale."""
-    experts = [read.name for read in geometry.inputs[2:]]
-    for alike in (experts[::2], experts[1::2]):
-        most = torch.stack([seen[name].absmax.max() for name in alike]).max()
-        for name in alike:
-            seen[name] = replace(seen[name], absmax=most.expand_as(seen[name].absmax))
+    _, *experts = geometry.blocks
+    for alike in zip(*experts, strict=True):  # the first inputs of all, the last ones of all
+        most = torch.stack([seen[read.name].absmax.max() for read in alike]).max()
+        for read in alike:
+            seen[read.name] = replace(
+                seen[read.name], absmax=most.expand_as(seen[read.name].absmax)
+            )
 
 
-def _strangers(seen: dict[str, InputStatistics], geometry: Geometry) -> list[str]:
+def _hardly_seen(seen: dict[str, InputStatistics], geometry: Geometry) -> list[str]:
     """A warning about experts that saw fewer tokens than they have inputs."""
-    few = {
-        number: seen[read.name].tokens
-        for number, read in enumerate(geometry.inputs[2::2])
-        if seen[read.name].tokens < geometry.hidden
-    }
+    _, *experts = geometry.blocks
+    tokens = [seen[first.name].tokens for first, _ in experts]
+    few = {number: count for number, count in enumerate(tokens) if count < geometry.hidden}
     if not few:
         return []
     return [

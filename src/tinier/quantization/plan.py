@@ -321,8 +321,11 @@ def _memory_bytes(geometry: Geometry, presets: dict[str, Preset], tokens: int, i
     per_weight = 14  # 16-bit weights, float32 copies of them, candidates and errors
     if any(p.algorithm.rounding == "learned" for p in presets.values()):
         per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
-    widest = max(columns for _, columns in geometry.linears.values())
-    moments = 32 * widest**2 if any(p.algorithm.needs_data for p in presets.values()) else 0
+    widths = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
+    moments = 0
+    if any(p.algorithm.needs_data for p in presets.values()):
+        # one input's while its layers are rounded, or all that were summed: experts have many
+        moments = max(32 * max(widths) ** 2, 12 * sum(width**2 for width in widths))
     batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
     streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
