@@ -1,0 +1,66 @@
+"""The decoder architectures that tinier knows, and what every reader of a checkpoint sees of one.
+
+Start at `open_model` (opening.py): it resolves a model, verifies its folder and checks that its tensors are
+those that the configuration calls for, each of the right shape and type, and no others. A new
+architecture is a row in FAMILIES (table.py).
+"""
+
+from tinier.families.configuration import (
+    check_length,
+    checkpoint_layout,
+    family_of,
+    geometry_of,
+    hf_config,
+    rope_keys,
+    rope_parameters,
+)
+from tinier.families.geometry import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_LINEAR,
+    Geometry,
+    layer_name,
+    linear_names,
+    module_names,
+    norm_weight,
+)
+from tinier.families.opening import (
+    open_model,
+)
+from tinier.families.table import (
+    FAMILIES,
+    Family,
+    Input,
+    LayerKind,
+    Mixture,
+    Multipliers,
+    Norms,
+)
+
+__all__ = [
+    "EMBEDDING",
+    "FAMILIES",
+    "FINAL_NORM",
+    "HEAD",
+    "HEAD_LINEAR",
+    "Family",
+    "Geometry",
+    "Input",
+    "LayerKind",
+    "Mixture",
+    "Multipliers",
+    "Norms",
+    "check_length",
+    "checkpoint_layout",
+    "family_of",
+    "geometry_of",
+    "hf_config",
+    "layer_name",
+    "linear_names",
+    "module_names",
+    "norm_weight",
+    "open_model",
+    "rope_keys",
+    "rope_parameters",
+]

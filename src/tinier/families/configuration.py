@@ -1,0 +1,257 @@
+"""A decoder's sizes out of config.json, with transformers' defaults, or why tinier cannot compute it.
+
+Start at `geometry_of`.
+"""
+
+from typing import Any, Literal
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from tinier.checkpoint import Checkpoint, layout_of
+from tinier.errors import CheckpointError, InputError
+from tinier.families.geometry import Geometry, module_names
+from tinier.families.table import (
+    FAMILIES,
+    NO_MULTIPLIERS,
+    Family,
+    LayerKind,
+    Mixture,
+    Multipliers,
+)
+from tinier.schemes import Layout
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def checkpoint_layout(checkpoint: Checkpoint) -> Layout | None:
+    """How the checkpoint is quantized; None if it is not. Raises CheckpointError."""
+    return layout_of(checkpoint.config, module_names(geometry_of(checkpoint)))
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """Raise InputError for sequences longer than the model has positions for."""
+    positions = geometry_of(checkpoint).max_positions
+    if length > positions:
+        raise InputError(
+            f"{length} tokens are more than the {positions} positions of {checkpoint.folder.name}. "
+            f"Use at most {positions}."
+        )
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The table row of a checkpoint. Raises CheckpointError for an unknown architecture."""
+    architectures = checkpoint.config.get("architectures") or ["(none named)"]
+    family = FAMILIES.get(architectures[0])
+    if family is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {architectures[0]}. tinier knows these families: "
+            f"{', '.join(FAMILIES)}."
+        )
+    return family
+
+
+def hf_config(checkpoint: Checkpoint) -> Any:
+    """transformers' own configuration object, with its defaults filled in."""
+    try:
+        values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:  # its strict classes have errors of their own
+        path = checkpoint.folder / "config.json"
+        told = " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"transformers rejects {path}: {told:.300}") from None
+
+
+def geometry_of(checkpoint: Checkpoint) -> Geometry:
+    """Sizes of a checkpoint's decoder. Raises CheckpointError for what tinier cannot run."""
+    family = family_of(checkpoint)
+    config = hf_config(checkpoint)
+    _check_computable(checkpoint, config)
+    _check_sizes(checkpoint, config)
+    _check_mixture(checkpoint, family.mixture, config)
+    mixture = family.mixture
+    bias = bool(getattr(config, "attention_bias", False))
+    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    return Geometry(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, mixture.width_key if mixture else "intermediate_size"),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
+        turning=_turning(config),
+        vocab=config.vocab_size,
+        max_positions=_positions(config),
+        norm_eps=config.rms_norm_eps,
+        tied_head=bool(config.tie_word_embeddings),
+        qkv_bias=bias if family.qkv_bias == "config" else family.qkv_bias,
+        out_bias=bias if family.qkv_bias == "config" else False,
+        mlp_bias=mlp_bias if family.mlp_bias == "config" else family.mlp_bias,
+        head_norms=family.head_norms,
+        hidden_in_heads=family.hidden_in_heads,
+        kinds=_kinds(family, config),
+        norm_names=family.norms,
+        norm_offset=family.norm_offset,
+        norms_in_float32=family.norms_in_float32,
+        rope_in_float32=family.rope_in_float32,
+        fused=family.fused,
+        mixture=mixture,
+        experts=getattr(config, mixture.count_key) if mixture else 0,
+        top_k=config.num_experts_per_tok if mixture else 0,
+        shares_sum_to_one=_shares_sum_to_one(mixture, config),
+        multipliers=_multipliers(family, config, checkpoint.dtype),
+        embedding_by_root=family.multipliers == "gemma",
+        activation=_ACTIVATIONS[_activation(config)],
+    )
+
+
+def _activation(config: Any) -> str:
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    return name
+
+
+def _check_computable(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise CheckpointError for what config.json asks for and tinier does not compute."""
+    for key in rope_keys(config):
+        rope_type = rope_parameters(config, key).get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
+            )
+    activation = _activation(config)
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}."
+        )
+    for name in (
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+    ):
+        if getattr(config, name, None):
+            raise CheckpointError(
+                f"{checkpoint.folder} has {name}={getattr(config, name)} in config.json, which tinier "
+                "does not compute."
+            )
+
+
+def _shares_sum_to_one(mixture: Mixture | None, config: Any) -> bool:
+    if mixture is None or mixture.sums_to_one != "config":
+        return True
+    return bool(config.norm_topk_prob)
+
+
+def _check_mixture(checkpoint: Checkpoint, mixture: Mixture | None, config: Any) -> None:
+    """Raise CheckpointError for experts that tinier does not compute."""
+    if mixture is None:
+        return
+    path = checkpoint.folder / "config.json"
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise CheckpointError(
+            f"{path} has layers without experts among those with (mlp_only_layers, decoder_sparse_step). "
+            "tinier knows models of one kind of layer."
+        )
+    count, chosen = getattr(config, mixture.count_key), config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise CheckpointError(f"{path} sends a token to {chosen} of {count} experts.")
+
+
+def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise CheckpointError for sizes that no decoder can have."""
+    path = checkpoint.folder / "config.json"
+    sizes = (
+        "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "max_position_embeddings",
+    )  # fmt: skip
+    for name in sizes:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} has {name}={value!r}. It is a number, 1 or more.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"{path} has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV "
+            "heads. The second divides the first."
+        )
+    size, turning = _head_dim(config), _turning(config)
+    if turning < 2 or turning % 2:
+        raise CheckpointError(
+            f"{path} has heads of size {size}, of which {turning} turn. RoPE turns pairs: that is even."
+        )
+    epsilon = config.rms_norm_eps
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        raise CheckpointError(f"{path} has rms_norm_eps={epsilon!r}. It is small, such as 1e-5.")
+
+
+def _head_dim(config: Any) -> int:
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
+
+
+def _turning(config: Any) -> int:
+    rope = rope_parameters(config, rope_keys(config)[-1])
+    return int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def _positions(config: Any) -> int:
+    """How long a sequence may be. Under YaRN (arXiv 2309.00071) and dynamic scaling
+    `max_position_embeddings` is often left at what the model was trained on; what it reaches is that times
+    the factor."""
+    rope = rope_parameters(config, rope_keys(config)[-1])
+    positions = int(config.max_position_embeddings)
+    if rope.get("rope_type") not in ("yarn", "dynamic"):
+        return positions
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * rope.get("factor", 1.0)))
+
+
+def _kinds(family: Family, config: Any) -> tuple[LayerKind, ...]:
+    """What each layer is."""
+    windows = _windows(family, config)
+    ropes: list[str | None] = [""] * len(windows)
+    if "no_rope_layers" in family.per_layer:
+        ropes = ["" if turned else None for turned in config.no_rope_layers]
+    if rope_keys(config) != ("",):
+        ropes = list(config.layer_types)
+    return tuple(map(LayerKind, windows, ropes))
+
+
+def rope_keys(config: Any) -> tuple[str, ...]:
+    """The kinds of layers that have a RoPE of their own; ("",): all have one."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    if not any(isinstance(value, dict) for value in found.values()):
+        return ("",)
+    return tuple(key for key in found if key in config.layer_types)
+
+
+def rope_parameters(config: Any, key: str) -> dict[str, Any]:
+    """Of one of `rope_keys`."""
+    found: dict[str, Any] = config.rope_parameters or {}
+    return found[key] if key else found
+
+
+def _multipliers(family: Family, config: Any, dtype: torch.dtype) -> Multipliers:
+    if family.multipliers == "none":
+        return NO_MULTIPLIERS
+    if family.multipliers == "gemma":
+        root = torch.tensor(config.hidden_size**0.5).to(dtype).item()
+        return Multipliers(embedding=root, attention=config.query_pre_attn_scalar**-0.5)
+    return Multipliers(
+        embedding=float(config.embedding_multiplier), residual=float(config.residual_multiplier),
+        logits=float(config.logits_scaling), attention=float(config.attention_multiplier),
+    )  # fmt: skip
+
+
+def _windows(family: Family, config: Any) -> tuple[int | None, ...]:
+    layers = int(config.num_hidden_layers)
+    if family.windows == "none":
+        return (None,) * layers
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    if family.windows == "all":
+        return (window,) * layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
