@@ -8,8 +8,9 @@ import logging
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -22,6 +23,11 @@ from tinier.serving.metrics import Metrics
 from tinier.serving.model import Model
 from tinier.serving.store import ModelStore, Source
 from tinier.serving.triton import Attached, Triton, check_installed
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not on Windows
+    from asyncio import new_event_loop  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +196,7 @@ def serve(sources: list[Source], engine: EngineConfig, config: ServeConfig) -> N
     def started(port: int, http: HttpServer) -> None:
         _announce(config, engine, port, http)
 
-    asyncio.run(run(sources, engine, config, started))
+    _run_loop(run(sources, engine, config, started))
 
 
 class Service:
@@ -241,11 +247,17 @@ class Service:
 
     def _run(self) -> None:
         try:
-            asyncio.run(run(self._sources, self._engine, self._config, self._started))
+            _run_loop(run(self._sources, self._engine, self._config, self._started))
         except BaseException as error:
             self._error = error
         finally:
             self._up.set()
+
+
+def _run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """asyncio.run on uvloop's event loop, which takes half of the time for a token, where there is one."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main)
 
 
 def _listen(host: str, port: int) -> socket.socket:
