@@ -69,20 +69,21 @@ class Ranks:
         return torch.cat([p[: int(count)] for p, count in zip(parts, counts, strict=True)])
 
     def merge(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of all ranks at the first one, on the device where they all have theirs. Empty at
-        the others."""
-        merged = dict(tensors) if self.writes else {}
+        """The tensors of all ranks at the first one, on its device. Empty at the others.
+
+        device: this process's own."""
+        merged = {name: tensor.to(device) for name, tensor in tensors.items() if self.writes}
         for rank, found in enumerate(self.collect(_described(tensors))):
             for name, (shape, dtype) in found.items() if rank else ():
                 merged[name] = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(_as_bytes(merged[name]), rank)
+                dist.recv(_as_bytes(merged[name], device), rank)
         if not self.writes:
             for tensor in tensors.values():
-                dist.send(_as_bytes(tensor.contiguous()), 0)
+                dist.send(_as_bytes(tensor, device), 0)
         return merged
 
     def spread(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The first rank's tensors, which all have on their device, at all."""
+        """The first rank's tensors at all of them, on each one's device."""
         if self.size == 1:
             return tensors
         described = [_described(tensors)]
@@ -90,10 +91,10 @@ class Ranks:
         found = {}
         for name, (shape, dtype) in described[0].items():
             if self.writes:
-                found[name] = tensors[name].contiguous()
+                found[name] = tensors[name].to(device).contiguous()
             else:
                 found[name] = torch.empty(shape, dtype=dtype, device=device)
-            dist.broadcast(_as_bytes(found[name]), 0)
+            dist.broadcast(_as_bytes(found[name], device), 0)
         return found
 
     def collect(self, value: Any) -> list[Any]:
@@ -116,9 +117,13 @@ def _described(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """A view of a contiguous tensor that every backend can send, whatever its type."""
-    return tensor.view(-1).view(torch.uint8)
+def _as_bytes(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor as every backend can send it, whatever its type; a view of one that is contiguous and there.
+
+    Both sides must have it on the same kind of device: one that sends from the host and one that receives
+    on a GPU use different backends, and wait for each other for ever.
+    """
+    return tensor.to(device).contiguous().view(-1).view(torch.uint8)
 
 
 def join_ranks(device: torch.device) -> Ranks:
