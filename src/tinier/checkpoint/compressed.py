@@ -7,7 +7,7 @@ the package's own; it is imported where it is used, because that takes seconds.
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tinier.schemes import Grid, Layout, Scheme
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
+Value = TypeVar("Value")
 _E8M0_BIAS = 127
 _SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 
@@ -95,18 +96,17 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
             "Give the original 16-bit model."
         )
     schemes: dict[str, Scheme] = {}
-    groups = [
-        (g.get("targets", []), _to_scheme(g)) for g in block.get("config_groups", {}).values()
-    ]
+    ignored = _Targets(dict.fromkeys(block.get("ignore") or [], True))
+    targets: dict[str, Scheme] = {}
+    for group in block.get("config_groups", {}).values():
+        scheme = _to_scheme(group)
+        for target in group.get("targets", []):
+            targets.setdefault(target, scheme)
+    found = _Targets(targets)
     for name in names:
-        if any(_matches(name, pattern) for pattern in block.get("ignore") or []):
-            continue
-        # a layer's own name goes before a pattern, and that before its class
-        for kind in (_is_name, _is_pattern, _is_class):
-            hit = next((s for targets, s in groups if any(kind(name, t) for t in targets)), None)
-            if hit:
-                schemes[name] = hit
-                break
+        hit = None if ignored.find(name) else found.find(name)
+        if hit is not None:
+            schemes[name] = hit
     kv = block.get("kv_cache_scheme")
     return Layout(schemes=schemes, kv_cache=_to_kv_grid(kv) if kv else None)
 
@@ -320,17 +320,21 @@ def _to_kv_grid(args: dict[str, Any]) -> Grid:
     return grid
 
 
-def _is_name(name: str, target: str) -> bool:
-    return name == target
+class _Targets(Generic[Value]):
+    """What layers are called in config.json: by name, by a pattern, or by class. Mixtures have tens of
+    thousands, each with its name."""
 
+    def __init__(self, values: dict[str, Value]) -> None:
+        self._values = values
+        self._patterns = [
+            (re.compile(target[3:]), value)
+            for target, value in values.items()
+            if target.startswith("re:")
+        ]
 
-def _is_pattern(name: str, target: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], name) is not None
-
-
-def _is_class(name: str, target: str) -> bool:
-    return target == "Linear"
-
-
-def _matches(name: str, target: str) -> bool:
-    return any(kind(name, target) for kind in (_is_name, _is_pattern, _is_class))
+    def find(self, name: str) -> Value | None:
+        """Of a linear layer: its own name goes before a pattern, and that before its class."""
+        if name in self._values:
+            return self._values[name]
+        hit = next((value for pattern, value in self._patterns if pattern.match(name)), None)
+        return hit if hit is not None else self._values.get("Linear")

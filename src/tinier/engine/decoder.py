@@ -41,6 +41,7 @@ from tinier.kernels import (
     add_rms_norm,
     gated,
     joined,
+    make_experts,
     make_linear,
     norm_all_heads,
     reference,
@@ -357,14 +358,14 @@ class _Weights:
         is_mlp = geometry.mixture is None
         return Layer(
             input_norm=self._norm(name, names.attention_in),
-            qkv=self._rows(name, qkv),
+            qkv=make_linear(self._rows(name, qkv), self.dtype),
             q_norm=self._head_norm(attention, "q_norm"),
             k_norm=self._head_norm(attention, "k_norm"),
             norms_all_heads=geometry.head_norms == "all",
-            out=self._columns(name, out),
+            out=make_linear([self._columns(name, out)], self.dtype),
             post_norm=self._norm(name, names.mlp_in),
-            gate_up=self._rows(name, gate_up) if is_mlp else None,
-            down=self._columns(name, down) if is_mlp else None,
+            gate_up=make_linear(self._rows(name, gate_up), self.dtype) if is_mlp else None,
+            down=make_linear([self._columns(name, down)], self.dtype) if is_mlp else None,
             experts=None if is_mlp else self._experts(name, mlps),
             attention_out_norm=self._norm(name, names.attention_out),
             mlp_out_norm=self._norm(name, names.mlp_out),
@@ -382,29 +383,26 @@ class _Weights:
         weight, input_scale = unpack_linear(find, name, scheme)
         return StoredLinear(weight, bias, scheme, input_scale)
 
-    def _rows(self, layer: str, block: Input) -> Linear:
+    def _rows(self, layer: str, block: Input) -> list[StoredLinear]:
         """This process's outputs of the linear layers that read one input."""
         outputs = self.whole.outputs
-        return make_linear(
-            [
-                self.share.rows(self.stored(f"{layer}.{name}"), [n for _, n in outputs[name]])
-                for name in block.readers
-            ],
-            self.dtype,
-        )
+        return [
+            self.share.rows(self.stored(f"{layer}.{name}"), [n for _, n in outputs[name]])
+            for name in block.readers
+        ]
 
-    def _columns(self, layer: str, block: Input) -> Linear:
+    def _columns(self, layer: str, block: Input) -> StoredLinear:
         """A linear layer over this process's inputs."""
         (name,) = block.readers
-        return make_linear([self.share.columns(self.stored(f"{layer}.{name}"))], self.dtype)
+        return self.share.columns(self.stored(f"{layer}.{name}"))
 
     def _experts(self, layer: str, blocks: list[tuple[Input, Input]]) -> Experts:
         geometry = self.whole
         assert geometry.mixture is not None
-        return Experts(
-            router=self.read(f"{layer}.{geometry.router}.weight").to(self.dtype),
-            gate_up=[self._rows(layer, first) for first, _ in blocks],
-            down=[self._columns(layer, last) for _, last in blocks],
+        return make_experts(
+            self.read(f"{layer}.{geometry.router}.weight").to(self.dtype),
+            [(self._rows(layer, first), self._columns(layer, last)) for first, last in blocks],
+            self.dtype,
             top_k=geometry.top_k,
             sums_to_one=geometry.shares_sum_to_one,
             in_float32=geometry.mixture.in_float32,

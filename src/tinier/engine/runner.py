@@ -91,8 +91,9 @@ class Runner:
         self._num_blocks = num_blocks
         self.width = -(-max_seq_len // block_size)
         g, device = decoder.geometry, decoder.device
-        # which experts a step needs is known on the device alone
-        self._captures = captures(device, decoder.cache_dtype) and decoder.geometry.mixture is None
+        self._captures = captures(device, decoder.cache_dtype) and all(
+            layer.experts is None or layer.experts.are_grouped for layer in decoder.layers
+        )
         # one block past those that are handed out: where a graph's padded rows write
         shape = ((num_blocks + self._captures) * block_size, g.kv_heads, g.head_dim)
 

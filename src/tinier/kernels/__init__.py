@@ -5,7 +5,7 @@ device at hand, and the layer says which way it took. `operators.py` has norms, 
 the paged KV cache: Triton's on a GPU (fused.py, attention.py), reference.py's elsewhere.
 """
 
-from tinier.kernels.experts import Experts
+from tinier.kernels.experts import Experts, make_experts
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
     Linear,
@@ -56,6 +56,7 @@ __all__ = [
     "greedy",
     "joined",
     "known_tokens",
+    "make_experts",
     "make_linear",
     "norm_all_heads",
     "open_peers",

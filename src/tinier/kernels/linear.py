@@ -68,6 +68,8 @@ class Linear(ABC):
     fast: bool = True
     takes: str | None = None
     """`e4m3` or `int8`: inputs may come with one scale per token, made by the operator before"""
+    few: "skinny.Weight | None" = None
+    """The weight as the Triton kernels for few tokens read it, where they do"""
 
     def __init__(self, bias: Tensor | None) -> None:
         self.bias = bias
@@ -79,6 +81,10 @@ class Linear(ABC):
         Returns [T, out], 16-bit or as x; for few tokens on a GPU it may be parts [S, T, out] in float32,
         which the operator that reads them sums (skinny.py).
         """
+
+    def prepared(self, x: Tensor | Quantized) -> Tensor | Quantized:
+        """Inputs [T, in] as they are multiplied with the weight: rounded, or codes with a scale a token."""
+        return x
 
     def float32(self, x: Tensor) -> Tensor:
         """The product of x [T, in], [T, out] in float32, not rounded after it was summed: for measuring,
@@ -106,23 +112,24 @@ class DenseLinear(Linear):
         self.weight = weight  # [out, in]
         self.activations = activations
         self.input_scale = input_scale
-        self._few: skinny.Weight | None = None
         if _has_skinny(weight.device) and weight.dtype == torch.bfloat16:
-            self._few = skinny.Weight(weight, None, bias, _sides(weight))
+            self.few = skinny.Weight(weight, None, bias, _sides(weight))
             self.path = f"16-bit: Triton to {skinny.MOST_TOKENS} tokens, F.linear above"
 
-    def __call__(self, x: Tensor | Quantized) -> Tensor:
+    def prepared(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
-        if self.activations is not None:
-            x = round_activations(x, self.activations, self.input_scale)
-        if self._few is not None and x.shape[0] <= skinny.MOST_TOKENS:
-            return skinny.matmul(x, None, self._few)
+        if self.activations is None:
+            return x
+        return round_activations(x, self.activations, self.input_scale)
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        x = self.prepared(x)
+        if self.few is not None and x.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(x, None, self.few)
         return F.linear(x, self.weight, self.bias)
 
     def float32(self, x: Tensor) -> Tensor:
-        if self.activations is not None:
-            x = round_activations(x, self.activations, self.input_scale)
-        return _product_float32(x, self.weight, self.bias)
+        return _product_float32(self.prepared(x), self.weight, self.bias)
 
 
 class Int8Linear(Linear):
@@ -138,21 +145,23 @@ class Int8Linear(Linear):
         self.dtype = dtype  # of the result
         self.codes = _whole_rows(quantized.codes).t()  # [in, out], a view of the stored rows
         self.scale = quantized.scale.float().squeeze(-1)  # [out]
-        self._few: skinny.Weight | None = None
         if _has_skinny(quantized.codes.device) and dtype == torch.bfloat16:
             codes = self.codes.t()[: len(self.scale)]
-            self._few = skinny.Weight(codes, self.scale, bias, _sides(codes))
+            self.few = skinny.Weight(codes, self.scale, bias, _sides(codes))
             self.path = f"INT8: Triton to {skinny.MOST_TOKENS} tokens, torch._int_mm above"
 
+    def prepared(self, x: Tensor | Quantized) -> Quantized:
+        return x if isinstance(x, Quantized) else encode_tokens(x, "int8")
+
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        tokens = x if isinstance(x, Quantized) else encode_tokens(x, "int8")
-        if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
-            return skinny.matmul(tokens.codes, tokens.scale, self._few)
+        tokens = self.prepared(x)
+        if self.few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(tokens.codes, tokens.scale, self.few)
         out = self._scaled(tokens).to(self.dtype)
         return out if self.bias is None else out + self.bias
 
     def float32(self, x: Tensor) -> Tensor:
-        out = self._scaled(encode_tokens(x, "int8"))
+        out = self._scaled(self.prepared(x))
         return out if self.bias is None else out + self.bias.float()
 
     def _scaled(self, tokens: Quantized) -> Tensor:
@@ -185,30 +194,31 @@ class Fp8Linear(Linear):
         self._bias = None if bias is None else F.pad(bias, (0, len(codes) - self.rows))
         self.input_scale = None if input_scale is None else input_scale.float().reshape(1, 1)
         self.takes = "e4m3" if input_scale is None else None
-        self._few: skinny.Weight | None = None
         if _has_skinny(quantized.codes.device):
             rows = self.scale.squeeze(0)[: self.rows]
             codes = codes[: self.rows]
-            self._few = skinny.Weight(codes, rows, bias, _sides(codes))
+            self.few = skinny.Weight(codes, rows, bias, _sides(codes))
             self.path = f"FP8: Triton to {skinny.MOST_TOKENS} tokens, torch._scaled_mm above"
 
     def float32(self, x: Tensor) -> Tensor:
-        tokens = self._encoded(x)
+        tokens = self.prepared(x)
         # bf16 holds every code, and products of codes are exact in float32
         codes, weight = tokens.codes.bfloat16(), self.codes.t().bfloat16()
         out = (_product_float32(codes, weight, None) * tokens.scale * self.scale)[:, : self.rows]
         return out if self.bias is None else out + self.bias.float()
 
-    def _encoded(self, x: Tensor) -> Quantized:
+    def prepared(self, x: Tensor | Quantized) -> Quantized:
+        if isinstance(x, Quantized):
+            return x
         if self.input_scale is None:
             return encode_tokens(x, "e4m3")
         scale = self.input_scale.expand(x.shape[0], 1).contiguous()
         return Quantized(cast_e4m3(x.float() / self.input_scale), scale)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        tokens = x if isinstance(x, Quantized) else self._encoded(x)
-        if self._few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
-            return skinny.matmul(tokens.codes, tokens.scale, self._few)
+        tokens = self.prepared(x)
+        if self.few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
+            return skinny.matmul(tokens.codes, tokens.scale, self.few)
         out = torch._scaled_mm(
             tokens.codes,
             self.codes,
@@ -270,7 +280,7 @@ class WeightOnlyLinear(Linear):
 
     def __init__(self, weight: "skinny.Weight", label: str) -> None:
         super().__init__(weight.bias)
-        self.weight = weight
+        self.weight = self.few = weight
         self.path = f"{label}: Triton to {skinny.MOST_TOKENS} tokens, expanded for F.linear above"
 
     @property

@@ -79,6 +79,18 @@ def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return active * up
 
 
+def shares_of(logits: Tensor, top_k: int, *, sums_to_one: bool) -> tuple[Tensor, Tensor]:
+    """Shares of the `top_k` likeliest experts of each token, float32, and which they are, both [T, top_k].
+
+    logits: of the router, [T, experts]. The shares are the softmax over all experts; sums_to_one: divided
+    by the sum of those chosen.
+    """
+    shares, chosen = F.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
+    if sums_to_one:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return shares, chosen
+
+
 def through_experts(
     x: Tensor, logits: Tensor, top_k: int, expert: Callable[[int, Tensor], Tensor], *,
     sums_to_one: bool, in_float32: bool,
@@ -86,12 +98,9 @@ def through_experts(
     """Each token through its `top_k` likeliest experts, and the sum of what they make by their shares.
 
     x: [T, hidden]. logits: of the router, [T, experts]. expert: its number and its tokens' inputs to their
-    outputs. The shares are the softmax over all experts; sums_to_one: divided by the sum of those chosen.
-    in_float32: the outputs are multiplied with them in float32, not in their own type.
+    outputs. in_float32: the outputs are multiplied with them in float32, not in their own type.
     """
-    shares, chosen = F.softmax(logits.float(), dim=-1).topk(top_k, dim=-1)
-    if sums_to_one:
-        shares = shares / shares.sum(dim=-1, keepdim=True)
+    shares, chosen = shares_of(logits, top_k, sums_to_one=sums_to_one)
     if not in_float32:
         shares = shares.to(x.dtype)
     out = torch.zeros_like(x)

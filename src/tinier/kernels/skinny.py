@@ -150,6 +150,30 @@ def _group(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def int4_chunk(  # type: ignore[no-untyped-def]
+    w, x, scale, n, k, token, T, N, K, acc, GROUP: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """128 columns from k of INT4, words w [rows, 16], times the tokens, added to acc [rows, tokens]."""
+    if GROUP >= 128:
+        acc = _group(_eight(w), x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
+    elif GROUP == 64:
+        low = _four(w, _NIBBLE_0, _NIBBLE_1, _NIBBLE_2, _NIBBLE_3)
+        high = _four(w, _NIBBLE_4, _NIBBLE_5, _NIBBLE_6, _NIBBLE_7)
+        acc = _group(low, x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
+        acc = _group(high, x, scale, n, k + 64, token, T, N, K, acc, GROUP, RAGGED)
+    else:
+        first_two = _two(w, _NIBBLE_0, _NIBBLE_1)
+        acc = _group(first_two, x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
+        next_two = _two(w, _NIBBLE_2, _NIBBLE_3)
+        acc = _group(next_two, x, scale, n, k + 32, token, T, N, K, acc, GROUP, RAGGED)
+        next_two = _two(w, _NIBBLE_4, _NIBBLE_5)
+        acc = _group(next_two, x, scale, n, k + 64, token, T, N, K, acc, GROUP, RAGGED)
+        next_two = _two(w, _NIBBLE_6, _NIBBLE_7)
+        acc = _group(next_two, x, scale, n, k + 96, token, T, N, K, acc, GROUP, RAGGED)
+    return acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _finish(  # type: ignore[no-untyped-def]
     acc, x_scale, scale, bias, out, n, token, T, N, split, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
@@ -166,7 +190,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(codes, n, at, last, N, K, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile(codes, n, at, last, N, K, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Columns from `at` of rows n of the weight."""
     k = at + tl.arange(0, BLOCK_K)
     place = codes + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -177,7 +201,7 @@ def _tile(codes, n, at, last, N, K, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _multiply(  # type: ignore[no-untyped-def]
+def multiply(  # type: ignore[no-untyped-def]
     w, x, token, at, last, T, K, acc, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, exact: tl.constexpr
 ):  # fmt: skip
     """A tile times the tokens, added to acc [rows, tokens]."""
@@ -215,8 +239,8 @@ def _skinny(  # type: ignore[no-untyped-def]
     exact: tl.constexpr = x.dtype.element_ty.is_int()
     acc = tl.zeros([BLOCK_N, TOKENS], tl.int32 if exact else tl.float32)
     for at in range(first, last, BLOCK_K):
-        w = _tile(codes, n, at, last, N, K, BLOCK_K, WHOLE)
-        acc = _multiply(w, x, token, at, last, T, K, acc, BLOCK_K, WHOLE, exact)
+        w = tile(codes, n, at, last, N, K, BLOCK_K, WHOLE)
+        acc = multiply(w, x, token, at, last, T, K, acc, BLOCK_K, WHOLE, exact)
     _finish(acc, x_scale, scale, bias, out, n, token, T, N, split, SCALED, HAS_BIAS)
 
 
@@ -233,34 +257,19 @@ def _skinny_int4(  # type: ignore[no-untyped-def]
     token = tl.arange(0, TOKENS)
     first = split * steps
     last = tl.minimum(chunks, first + steps)
-    tile = words + (block.to(tl.int64) * (BLOCK_N // 64) * chunks + first) * 1024
+    words += (block.to(tl.int64) * (BLOCK_N // 64) * chunks + first) * 1024
     if LINES > 0:
         # the tile's chunks lie one after the other, 4 KB each for 64 rows
         size = tl.where(n < N, tl.minimum((last - first) * 64, ahead), 0)
-        _bring(tile + (r // 64 * chunks * 1024 + r % 64 * (size // 4)), size, LINES)
+        _bring(words + (r // 64 * chunks * 1024 + r % 64 * (size // 4)), size, LINES)
     begin(PDL)
     acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     at = (r // 64 * chunks * 1024 + r % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
     for chunk in range(first, last):
-        w = tl.load(tile + at)
-        tile += 1024
+        w = tl.load(words + at)
+        words += 1024
         k = chunk * 128
-        if GROUP >= 128:
-            acc = _group(_eight(w), x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
-        elif GROUP == 64:
-            low = _four(w, _NIBBLE_0, _NIBBLE_1, _NIBBLE_2, _NIBBLE_3)
-            high = _four(w, _NIBBLE_4, _NIBBLE_5, _NIBBLE_6, _NIBBLE_7)
-            acc = _group(low, x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
-            acc = _group(high, x, scale, n, k + 64, token, T, N, K, acc, GROUP, RAGGED)
-        else:
-            first_two = _two(w, _NIBBLE_0, _NIBBLE_1)
-            acc = _group(first_two, x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
-            next_two = _two(w, _NIBBLE_2, _NIBBLE_3)
-            acc = _group(next_two, x, scale, n, k + 32, token, T, N, K, acc, GROUP, RAGGED)
-            next_two = _two(w, _NIBBLE_4, _NIBBLE_5)
-            acc = _group(next_two, x, scale, n, k + 64, token, T, N, K, acc, GROUP, RAGGED)
-            next_two = _two(w, _NIBBLE_6, _NIBBLE_7)
-            acc = _group(next_two, x, scale, n, k + 96, token, T, N, K, acc, GROUP, RAGGED)
+        acc = int4_chunk(w, x, scale, n, k, token, T, N, K, acc, GROUP, RAGGED)
     _finish(acc, None, scale, bias, out, n, token, T, N, split, False, HAS_BIAS)
 
 
