@@ -86,7 +86,7 @@ def drawn(
         size = 0.02 / (8 if f"{layer}.weight_packed" in shapes else 100)
         return torch.full(shape, size, dtype=torch.bfloat16, device=device)
     if coded:
-        return (torch.randn(shape, device=device) * 100).to(torch.float8_e4m3fn)
+        return (torch.randn(shape, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     return torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
 
 
