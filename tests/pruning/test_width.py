@@ -9,6 +9,7 @@ from tests.conftest import FAMILIES, MIXTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
 from tinier.errors import InputError
 from tinier.families import geometry_of, open_model
@@ -52,8 +53,7 @@ def test_without_neurons_and_heads_it_is_the_original_with_them_masked(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     source = tiny(family)
-    inner = None if family in MIXTURES else 64
-    plan = PrunePlan(intermediate=inner, kv_heads=1, refit=False, sequences=2, length=64)
+    plan = PrunePlan(intermediate=64, kv_heads=1, refit=False, sequences=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     if family == "olmo2":  # q and k are normed over all heads: those that stay are others
         assert made.manifest is not None
@@ -61,18 +61,68 @@ def test_without_neurons_and_heads_it_is_the_original_with_them_masked(
         return
     geometry = geometry_of(open_model(made.folder))
     assert (geometry.heads, geometry.kv_heads) == (2, 1)
-    assert geometry.intermediate == (inner or geometry_of(source).intermediate)
+    assert geometry.intermediate == 64
     assert geometry.head_dim == 16
     scores = measure_importance(source, _calibration(source, plan), device=CPU)
     heads, _ = scores.kept_heads(geometry_of(source), 2, 1)
-    neurons = scores.kept_neurons(64) if inner else {}
+    neurons = scores.kept_neurons(64)
     for layer in range(4):
         prefix = f"model.layers.{layer}"
         channels = (heads[layer].unsqueeze(1) * 16 + torch.arange(16)).flatten()
         silence(source, [f"{prefix}.self_attn.o_proj.weight"], channels, 1)
-        if inner:
-            silence(source, [f"{prefix}.mlp.down_proj.weight"], neurons[layer], 1)
+        for number, (_, last) in enumerate(geometry.blocks[1:]):
+            kept = neurons[layer][number] if family in MIXTURES else neurons[layer]
+            silence(source, [f"{prefix}.{last.readers[0]}.weight"], kept, 1)
     assert torch.allclose(logits(made), logits(source), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_carry_least_go_and_tokens_choose_among_the_others(
+    tiny: Tiny, tmp_path: Path, family: str
+) -> None:
+    source = tiny(family)
+    plan = PrunePlan(experts=4, refit=False, sequences=2, length=64)
+    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    geometry, before = geometry_of(made), geometry_of(source)
+    assert (geometry.experts, before.experts) == (4, 6)
+    kept = measure_importance(source, _calibration(source, plan), device=CPU).kept_experts(4)
+    # the original whose routers cannot choose the others
+    path = source.folder / "model.safetensors"
+    tensors = load_file(path)
+    log_probs = logits(made)
+    written = load_file(made.folder / "model.safetensors")
+    assert before.mixture is not None
+    for layer in range(4):
+        block = f"model.layers.{layer}.{before.mixture.block}"
+        rows = tensors[f"{block}.gate.weight"][kept[layer]]
+        assert torch.equal(written[f"{block}.gate.weight"], rows)
+        for new, old in enumerate(kept[layer].tolist()):
+            name = f"{before.mixture.down}.weight"
+            assert torch.equal(
+                written[f"{block}.experts.{new}.{name}"], tensors[f"{block}.experts.{old}.{name}"]
+            )
+    assert torch.isfinite(log_probs).all()
+    with pytest.raises(InputError, match="Keep 2 to 6"):
+        prune(source, PrunePlan(experts=1), tmp_path / "few", documents=TEXT)
+
+
+def test_the_score_of_an_expert_is_what_it_adds(tiny: Tiny) -> None:
+    source = tiny("qwen3-moe", num_hidden_layers=1)
+    windows = _calibration(source, PrunePlan(experts=4, sequences=2, length=64))
+    scores = measure_importance(source, windows, device=CPU).experts[0]
+    walk = DecoderWalk(source, 64, CPU)
+    layer, hidden = walk.load(0), walk.embed(windows)
+    entered: list[torch.Tensor] = []
+    layer.get_submodule("mlp").register_forward_pre_hook(lambda _, x: entered.append(x[0]))
+    walk.run(layer, hidden, torch.empty_like(hidden))
+    expected = torch.zeros(6)
+    mixture = layer.get_submodule("mlp")
+    with torch.no_grad():
+        for x in torch.cat(entered).flatten(0, 1):
+            shares, chosen = mixture.gate(x).softmax(dim=-1).topk(2)
+            for share, number in zip(shares / shares.sum(), chosen.tolist(), strict=True):
+                expected[number] += share * mixture.experts[number](x[None]).norm()
+    assert torch.allclose(scores, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -33,7 +33,7 @@ class Experts(nn.Module):
         self._in_float32 = mixture.in_float32
         self.gate = nn.Linear(geometry.hidden, geometry.experts, bias=False)
         self.experts = nn.ModuleList(
-            _Expert(geometry, mixture, activation) for _ in range(geometry.experts)
+            Expert(geometry, mixture, activation) for _ in range(geometry.experts)
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Experts(nn.Module):
         return out.view_as(hidden)
 
 
-class _Expert(nn.Module):
+class Expert(nn.Module):
     def __init__(self, geometry: Geometry, mixture: Mixture, activation: nn.Module) -> None:
         super().__init__()
         self._names = mixture.gate, mixture.up, mixture.down
@@ -55,7 +55,12 @@ class _Expert(nn.Module):
             self.add_module(name, nn.Linear(columns, rows, bias=False))
         self._activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        found: Tensor = down(self._activation(gate(x)) * up(x))
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last linear layer reads, [tokens, intermediate]. x: [tokens, hidden]."""
+        gate, up = (self.get_submodule(name) for name in self._names[:2])
+        found: Tensor = self._activation(gate(x)) * up(x)
         return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.get_submodule(self._names[2])(self.inner(x))
+        return made

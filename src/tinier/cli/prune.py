@@ -40,6 +40,10 @@ def prune(
     kv_heads: Annotated[
         int | None, typer.Option("--kv-heads", help="KV heads to keep, with their query heads.")
     ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option("--experts", help="Experts of a mixture to keep in each layer."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +96,7 @@ def prune(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Remove layers, channels, neurons and heads from a model.
+    """Remove layers, channels, neurons, heads and experts from a model.
 
     The result is a plain model of the same architecture, with smaller sizes. What goes is chosen by
     measurement on calibration text; layers can be named. What is left is refitted to stand in for what
@@ -104,6 +108,7 @@ def prune(
       tinier prune smollm2-135m --layers 25% --out smollm2-23
       tinier prune meta-llama/Llama-3.2-3B --drop-layers 21-27 --out llama-21
       tinier prune meta-llama/Llama-3.2-3B --intermediate 6144 --hidden 2688 --out llama-narrow
+      tinier prune Qwen/Qwen3-30B-A3B --experts 96 --out qwen3-96-experts
       tinier prune smollm2-135m --target 110M --out smollm2-110m
       tinier prune smollm2-135m --layers 25% --rounds 2 --heal-steps 100 --heal-text books/ \\
           --out smollm2-healed
@@ -128,6 +133,7 @@ def prune(
         intermediate=intermediate,
         heads=heads,
         kv_heads=kv_heads,
+        experts=experts,
         target=target,
         shrink=shrink,  # type: ignore[arg-type]
         align=align,

@@ -236,7 +236,9 @@ def prepare(
 def training_flops(student: Checkpoint, teacher: Checkpoint) -> float:
     """Arithmetic of one token: 6 FLOP a parameter for the student, 2 for the teacher; attention's
     scores and what checkpointing computes again are left out."""
-    return 6.0 * geometry_of(student).parameters + 2.0 * geometry_of(teacher).parameters
+    return (
+        6.0 * geometry_of(student).active_parameters + 2.0 * geometry_of(teacher).active_parameters
+    )
 
 
 def layer_pairs(

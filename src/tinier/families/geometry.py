@@ -174,10 +174,30 @@ class Geometry:
         return linear + sum(n for (n,) in (self.norms | self.biases).values())
 
     @property
+    def active_layer_parameters(self) -> int:
+        """Those that one token is multiplied with: of a mixture its own experts."""
+        idle = (self.experts - self.top_k) * 3 * self.hidden * self.intermediate
+        return self.layer_parameters - idle
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model; a tied head counts once."""
-        embeddings = self.vocab * self.hidden * (1 if self.tied_head else 2)
-        return self.layers * self.layer_parameters + embeddings + self.hidden
+        return self.layers * self.layer_parameters + self._edge_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of the layers that one token is multiplied with, and of embedding, norm and head."""
+        return self.layers * self.active_layer_parameters + self._edge_parameters
+
+    @property
+    def _edge_parameters(self) -> int:
+        return self.vocab * self.hidden * (1 if self.tied_head else 2) + self.hidden
+
+    def expert_of(self, linear: str) -> int | None:
+        """Which expert a linear layer belongs to. linear: its name inside a layer, or a tensor's."""
+        if self.mixture is None or not linear.startswith(f"{self.mixture.block}.experts."):
+            return None
+        return int(linear.removeprefix(f"{self.mixture.block}.experts.").partition(".")[0])
 
 
 def norm_weight(stored: Tensor, geometry: Geometry) -> Tensor:

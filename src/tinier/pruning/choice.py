@@ -171,11 +171,12 @@ def _predictor(
     possible = list(possible_sizes(geometry, plan))
 
     def share(name: str, sizes: Sizes) -> float:
-        return 1 - float(getattr(sizes, name)) / float(getattr(whole, name))
+        before = float(getattr(whole, name))  # of experts there may be none
+        return 1 - float(getattr(sizes, name)) / before if before else 0.0
 
     # the cut of each dimension that comes nearest to a quarter of it and touches the others least
     probes: dict[str, Sizes] = {}
-    for name in ("layers", "intermediate", "kv_heads", "hidden"):
+    for name in ("layers", "intermediate", "kv_heads", "experts", "hidden"):
         touching = [sizes for sizes in possible if share(name, sizes) > 0]
         others = [n for n in asdict(whole) if n not in (name, "heads")]
         if touching:

@@ -16,6 +16,8 @@ from tinier.families import EMBEDDING, FINAL_NORM, HEAD, Geometry
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # entries of config.json that have one element per layer
 _PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
+# how many experts: files have either, and transformers takes one for the other
+_COUNT_KEYS = ("num_experts", "num_local_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class Sizes:
     intermediate: int
     heads: int
     kv_heads: int
+    experts: int = 0
+    """0: no mixture of experts"""
 
     @classmethod
     def of(cls, geometry: Geometry) -> "Sizes":
@@ -36,6 +40,7 @@ class Sizes:
             intermediate=geometry.intermediate,
             heads=geometry.heads,
             kv_heads=geometry.kv_heads,
+            experts=geometry.experts,
         )
 
     @property
@@ -44,6 +49,7 @@ class Sizes:
         return (
             f"{self.layers} layers, hidden {self.hidden}, intermediate {self.intermediate}, "
             f"{self.heads} heads, {self.kv_heads} KV heads"
+            + (f", {self.experts} experts" if self.experts else "")
         )
 
 
@@ -55,10 +61,12 @@ class Cut:
     hidden: Tensor | None = None
     """[kept] channels of the residual stream"""
     neurons: dict[int, Tensor] | None = None
-    """[kept] of the MLP, by layer of the source"""
+    """[kept] of the MLP, by layer of the source; of a mixture [experts of the source, kept]"""
     heads: dict[int, Tensor] | None = None
     """[kept] query heads, by layer"""
     kv_heads: dict[int, Tensor] | None = None
+    experts: dict[int, Tensor] | None = None
+    """[kept] experts, by layer"""
 
     def sizes(self, geometry: Geometry) -> Sizes:
         """The sizes of what is left."""
@@ -66,20 +74,33 @@ class Cut:
         return Sizes(
             layers=len(self.layers),
             hidden=geometry.hidden if self.hidden is None else len(self.hidden),
-            intermediate=geometry.intermediate if not self.neurons else len(self.neurons[first]),
+            intermediate=self.neurons[first].shape[-1] if self.neurons else geometry.intermediate,
             heads=geometry.heads if not self.heads else len(self.heads[first]),
             kv_heads=geometry.kv_heads if not self.kv_heads else len(self.kv_heads[first]),
+            experts=geometry.experts if not self.experts else len(self.experts[first]),
         )
 
-    def renamed(self, name: str) -> str | None:
-        """What a tensor of the source is called in the result; None for those of a dropped layer."""
+    def renamed(self, name: str, geometry: Geometry) -> str | None:
+        """What a tensor of the source is called in the result; None for those of a layer, or an expert,
+        that is dropped."""
         match = _LAYER.fullmatch(name)
         if match is None:
             return name
         layer = int(match[1])
         if layer not in self.layers:
             return None
-        return f"model.layers.{self.layers.index(layer)}.{match[2]}"
+        inside = self.renamed_inside(layer, match[2], geometry)
+        return None if inside is None else f"model.layers.{self.layers.index(layer)}.{inside}"
+
+    def renamed_inside(self, layer: int, name: str, geometry: Geometry) -> str | None:
+        """What a tensor of a kept layer is called inside it in the result; None: its expert is dropped."""
+        expert = geometry.expert_of(name)
+        if expert is None or self.experts is None:
+            return name
+        kept = self.experts[layer].tolist()
+        if expert not in kept:
+            return None
+        return name.replace(f".experts.{expert}.", f".experts.{kept.index(expert)}.")
 
     def tensor(self, name: str, tensor: Tensor, geometry: Geometry) -> Tensor:
         """A tensor of the source, cut. name: its full name there."""
@@ -100,7 +121,8 @@ class Cut:
             rows = _expand(heads[layer], geometry.head_dim) if heads else None
             return _of_fewer(tensor, rows, geometry.norm_offset)
         if linear == geometry.router:
-            return take(tensor, 1, self.hidden)
+            kept = self.experts[layer] if self.experts else None
+            return take(take(tensor, 0, kept), 1, self.hidden)
         rows, columns = self.linear_channels(layer, linear, geometry)
         tensor = take(tensor, 0, rows)
         return tensor if part == "bias" else take(tensor, 1, columns)
@@ -113,6 +135,9 @@ class Cut:
         q = _expand(self.heads[layer], geometry.head_dim) if self.heads else None
         kv = _expand(self.kv_heads[layer], geometry.head_dim) if self.kv_heads else None
         neurons = self.neurons[layer] if self.neurons else None
+        if neurons is not None and neurons.dim() == 2:
+            expert = geometry.expert_of(linear)
+            neurons = None if expert is None else neurons[expert]
         kept: dict[str, Tensor | None] = {
             "q": q, "k": kv, "v": kv, "gate": neurons, "up": neurons, "hidden": self.hidden,
         }  # fmt: skip
@@ -135,7 +160,11 @@ class Cut:
             kept = sum(layer < boundary for layer in self.layers)
             pruned["max_window_layers"] = boundary - below + kept
         if sizes.intermediate != before.intermediate:
-            pruned["intermediate_size"] = sizes.intermediate
+            key = geometry.mixture.width_key if geometry.mixture else "intermediate_size"
+            pruned[key] = sizes.intermediate
+        if geometry.mixture is not None and sizes.experts != before.experts:
+            named = [key for key in _COUNT_KEYS if key in config] or [geometry.mixture.count_key]
+            pruned |= dict.fromkeys(named, sizes.experts)
         if (sizes.heads, sizes.kv_heads) != (before.heads, before.kv_heads):
             pruned |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
         if sizes.hidden != before.hidden:

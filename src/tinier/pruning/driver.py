@@ -85,13 +85,13 @@ def write_pruned(
         written: list[str] = []
         if plan.refit and windows is not None:
             for name, tensor in refitted(source, cut, windows, device):
-                renamed = cut.renamed(name)
+                renamed = cut.renamed(name, geometry)
                 assert renamed is not None
                 writer.add(renamed, tensor)
                 written.append(name)
         with source.reader() as read, bar("prune", len(source.tensors)) as advance:
             for name in source.tensors:
-                renamed = cut.renamed(name)
+                renamed = cut.renamed(name, geometry)
                 if renamed is not None and name not in written:
                     writer.add(renamed, cut.tensor(name, read(name), geometry))
                 advance(1)

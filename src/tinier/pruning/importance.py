@@ -22,6 +22,7 @@ from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint, cache_folder, code_digest, new_file
 from tinier.families import FINAL_NORM, Geometry, geometry_of, norm_weight
 from tinier.kernels import rms_norm
+from tinier.kernels.reference import shares_of
 from tinier.progress import bar, say
 from tinier.pruning.cut import Cut, Sizes
 from tinier.text import tensor_sha256
@@ -37,11 +38,13 @@ class Importance:
     """[layers + 1, layers + 1]: entry (i, j) is the angular distance, in half turns, of the hidden
     states before layer i and before layer j > i; the rest is zero"""
     neurons: Tensor
-    """[layers, intermediate]"""
+    """[layers, intermediate]; of a mixture [layers, experts, intermediate]"""
     heads: Tensor
     """[layers, heads]"""
     hidden: Tensor
     """[hidden], summed over all norms"""
+    experts: Tensor
+    """[layers, experts]: the sum over a text's tokens of the size of what an expert adds"""
 
     def kept_neurons(self, count: int) -> dict[int, Tensor]:
         """The most important neurons of each layer."""
@@ -68,6 +71,10 @@ class Importance:
         """The most important channels of the residual stream."""
         return _top(self.hidden, count)
 
+    def kept_experts(self, count: int) -> dict[int, Tensor]:
+        """The experts of each layer that carry most of its output."""
+        return {layer: _top(scores, count) for layer, scores in enumerate(self.experts)}
+
     def least_influential(self, count: int) -> tuple[int, ...]:
         """The `count` layers of lowest influence, in order; the first two and the last come last.
 
@@ -92,10 +99,12 @@ def cut_to(
     """The cut of these sizes that keeps these layers and the most important of everything else; the
     first ones where no importance was measured."""
     if importance is None:
-        ones = torch.arange(max(geometry.intermediate, geometry.hidden), 0, -1.0)
+        most = max(geometry.intermediate, geometry.hidden, geometry.heads, geometry.experts)
+        ones, total = torch.arange(most, 0, -1.0), geometry.layers
         importance = Importance(
-            ones, ones, ones[: geometry.intermediate].expand(geometry.layers, -1),
-            torch.arange(geometry.heads, 0, -1.0).expand(geometry.layers, -1), ones[: geometry.hidden],
+            ones, ones, ones[: geometry.intermediate].expand(_neurons(geometry)),
+            ones[: geometry.heads].expand(total, -1), ones[: geometry.hidden],
+            ones[: geometry.experts].expand(total, -1),
         )  # fmt: skip
     cut = Cut(layers=layers)
     if sizes.hidden != geometry.hidden:
@@ -105,6 +114,8 @@ def cut_to(
     if (sizes.heads, sizes.kv_heads) != (geometry.heads, geometry.kv_heads):
         heads, kv_heads = importance.kept_heads(geometry, sizes.heads, sizes.kv_heads)
         cut = replace(cut, heads=heads, kv_heads=kv_heads)
+    if sizes.experts != geometry.experts:
+        cut = replace(cut, experts=importance.kept_experts(sizes.experts))
     return cut
 
 
@@ -140,7 +151,8 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
     hidden = walk.embed(windows)
     influence = torch.zeros(total)
     angular = torch.zeros(total + 1, total + 1)
-    neurons = torch.zeros(total, geometry.intermediate)
+    neurons = torch.zeros(_neurons(geometry))
+    experts = torch.zeros(total, geometry.experts)
     heads = torch.zeros(total, geometry.heads)
     channels = torch.zeros(geometry.hidden)
     ends = [hidden[:, -1].float()]  # of each window's last token, before each layer
@@ -151,6 +163,7 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
             outputs = walk.run(layer, hidden, torch.empty_like(hidden))
             neurons[index], heads[index] = seen.neurons(), seen.heads()
             channels += seen.norms()
+            experts[index] = seen.experts()
             cosines = F.cosine_similarity(hidden.float(), outputs.float(), dim=-1)
             influence[index] = 1 - cosines.mean()
             hidden = outputs
@@ -163,7 +176,15 @@ def _measure(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> I
     with checkpoint.reader() as read:
         normed = rms_norm(hidden, norm_weight(read(FINAL_NORM), geometry), geometry.norm_eps)
     channels += normed.float().abs().mean(dim=1).square().sum(dim=0).sqrt()
-    return Importance(influence, angular, neurons, heads, channels)
+    return Importance(influence, angular, neurons, heads, channels, experts)
+
+
+def _neurons(geometry: Geometry) -> tuple[int, ...]:
+    """How many there are, by layer and expert."""
+    inner = (
+        (geometry.experts, geometry.intermediate) if geometry.experts else (geometry.intermediate,)
+    )
+    return geometry.layers, *inner
 
 
 class _Seen:
@@ -177,8 +198,8 @@ class _Seen:
         # what enters attention and the MLP: after the norm before them, where there is one
         (attention, _), (mlp, _), *_ = geometry.blocks
         self._entrances = (attention.readers[0], geometry.router or mlp.readers[0])
-        self._has_experts = geometry.mixture is not None
-        inner = ["self_attn.o_proj"] if self._has_experts else ["self_attn.o_proj", "mlp.down_proj"]
+        self._experts = _SeenExperts(layer, geometry) if geometry.mixture else None
+        inner = ["self_attn.o_proj"] if self._experts else ["self_attn.o_proj", "mlp.down_proj"]
         for name in (*inner, *self._entrances):
             layer.get_submodule(name).register_forward_pre_hook(self._hook(name))
 
@@ -191,15 +212,48 @@ class _Seen:
         squares = x.float().abs().mean(dim=1).square().sum(dim=0).cpu()
         self._sums[name] = self._sums.get(name, torch.zeros_like(squares)) + squares
 
-    def neurons(self) -> Tensor | float:
-        """Of experts none are scored: 0."""
-        return 0.0 if self._has_experts else self._sums["mlp.down_proj"].sqrt()
+    def neurons(self) -> Tensor:
+        if self._experts is not None:
+            return self._experts.neurons.sqrt()
+        return self._sums["mlp.down_proj"].sqrt()
+
+    def experts(self) -> Tensor:
+        return torch.zeros(0) if self._experts is None else self._experts.carried
 
     def heads(self) -> Tensor:
         return self._sums["self_attn.o_proj"].view(-1, self._head_dim).sum(dim=1).sqrt()
 
     def norms(self) -> Tensor:
         return torch.stack([self._sums[name].sqrt() for name in self._entrances]).sum(dim=0)
+
+
+class _SeenExperts:
+    """What flows through the experts of one layer, token by token: each expert sees its own."""
+
+    def __init__(self, layer: nn.Module, geometry: Geometry) -> None:
+        self.carried = torch.zeros(geometry.experts)
+        """Σ share · |output| over the tokens of each (REAP, arXiv 2510.13999, takes their mean: here an
+        expert that is asked often counts more)"""
+        self.neurons = torch.zeros(geometry.experts, geometry.intermediate)
+        """Σ (share · activation)² over the tokens of each"""
+        self._top_k, self._sums_to_one = geometry.top_k, geometry.shares_sum_to_one
+        assert geometry.router is not None
+        layer.get_submodule(geometry.router).register_forward_hook(self._route)
+        for number, (_, last) in enumerate(geometry.blocks[1:]):
+            layer.get_submodule(last.name).register_forward_hook(self._hook(number))
+
+    def _route(self, _: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> None:
+        self._shares, self._chosen = shares_of(logits, self._top_k, sums_to_one=self._sums_to_one)
+
+    def _hook(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, given, made: self._add(number, given[0], made)
+
+    def _add(self, number: int, act: Tensor, made: Tensor) -> None:
+        share = self._shares[self._chosen == number].unsqueeze(
+            1
+        )  # in the tokens' order, as made is
+        self.carried[number] += (share * made.float()).norm(dim=1).sum().cpu()
+        self.neurons[number] += (share * act.float()).square().sum(dim=0).cpu()
 
 
 def _keep(path: Path, found: Importance) -> None:

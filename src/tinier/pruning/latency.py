@@ -34,7 +34,7 @@ class StepTime:
     def __call__(self, sizes: Sizes) -> float:
         after = resized(self._geometry, sizes)
         (layer_fixed, layer_rate), (edge_fixed, edge_rate) = self._fitted
-        layer = layer_fixed + layer_rate * after.layer_parameters
+        layer = layer_fixed + layer_rate * after.active_layer_parameters
         return after.layers * layer + edge_fixed + edge_rate * after.vocab * after.hidden
 
     @cached_property
@@ -48,7 +48,7 @@ class StepTime:
             layer = max(0.0, (deep - shallow) / 2)
             points.append((resized(self._geometry, sizes), layer, max(0.0, shallow - 2 * layer)))
         (large, *slow), (small, *fast) = points
-        sizes_of_layers = large.layer_parameters, small.layer_parameters
+        sizes_of_layers = large.active_layer_parameters, small.active_layer_parameters
         sizes_of_edges = large.vocab * large.hidden, small.vocab * small.hidden
         return _line(sizes_of_layers, (slow[0], fast[0])), _line(sizes_of_edges, (slow[1], fast[1]))
 
@@ -85,7 +85,7 @@ def _write_random(source: Checkpoint, sizes: Sizes, geometry: Geometry, folder: 
     writer = TensorWriter(folder)
     generator = torch.Generator().manual_seed(0)
     for name, info in source.tensors.items():
-        renamed = cut.renamed(name)
+        renamed = cut.renamed(name, geometry)
         if renamed is not None:
             noise = torch.randn(info.shape, generator=generator).mul_(0.02).to(source.dtype)
             writer.add(renamed, cut.tensor(name, noise, geometry))

@@ -56,6 +56,8 @@ class PrunePlan:
     """Query heads to keep; as many in each KV group."""
     kv_heads: int | None = None
     """KV heads to keep, each with its query heads."""
+    experts: int | None = None
+    """Experts of a mixture to keep in each layer: those that carry most of its output."""
     target: str | None = None
     """Sizes to be chosen: at most so many parameters (`2.4B`, `100M`), bytes of weights (`5GB`,
     `200MB`), or milliseconds of a decode step on this device (`8ms`)."""
@@ -82,7 +84,9 @@ class PrunePlan:
     @property
     def chooses(self) -> bool:
         """Whether what goes is chosen by looking at calibration text."""
-        wide = (self.hidden, self.intermediate, self.heads, self.kv_heads, self.target)
+        wide = (
+            self.hidden, self.intermediate, self.heads, self.kv_heads, self.experts, self.target,
+        )  # fmt: skip
         by_layer = self.layers is not None and self.method != "last"
         return by_layer or any(value is not None for value in wide)
 
@@ -171,8 +175,9 @@ def prepare(
         memory_bytes=min(SHARD_BYTES, source.weight_bytes)
         + 4 * geometry.layer_parameters
         + 3 * 8 * max(geometry.intermediate, geometry.hidden) ** 2 * solves
-        + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2),
-        flops=2.0 * geometry.parameters * tokens * passes,
+        + 4 * tokens * geometry.hidden * (32 if plan.method in ("loss", "greedy") else 2)
+        + 4 * tokens * geometry.hidden * 3 * (solves and geometry.mixture is not None),
+        flops=2.0 * geometry.active_parameters * tokens * passes,
         code=code_digest("tinier.pruning.driver"),
         warnings=tuple(_warnings(plan, geometry, windows, solves=solves)),
     )
@@ -185,6 +190,8 @@ def _warnings(
     warnings = []
     if windows is not None:
         widest = geometry.intermediate if solves else 0
+        if geometry.mixture is not None:  # each expert sees its own tokens
+            widest = widest * geometry.experts // geometry.top_k
         warnings += shortfall(windows, plan.sequences, widest)
     if plan.refit and geometry.norm_names.mlp_out is not None:
         warnings.append(
@@ -194,7 +201,7 @@ def _warnings(
     if plan.refit and geometry.mixture is not None:
         warnings.append(
             "nothing stands in for layers that are dropped: in a mixture of experts no single linear layer "
-            "writes for all tokens (heads that go are made up for)"
+            "writes for all tokens (experts, neurons and heads that go are made up for)"
         )
     if geometry.head_norms == "all" and (plan.heads or plan.kv_heads):
         warnings.append(
@@ -245,7 +252,9 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
             f"method={plan.method!r}, shrink={plan.shrink!r}. Use a method of "
             f"{', '.join(METHODS)}, and shrink depth, width or both."
         )
-    explicit = (plan.layers, plan.hidden, plan.intermediate, plan.heads, plan.kv_heads)
+    explicit = (
+        plan.layers, plan.hidden, plan.intermediate, plan.heads, plan.kv_heads, plan.experts,
+    )  # fmt: skip
     if plan.target is not None:
         if plan.drop_layers or any(value is not None for value in explicit):
             raise InputError("a target chooses all sizes. Give --target, or the sizes.")
@@ -256,13 +265,16 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
     if not plan.drop_layers and all(value is None for value in explicit):
         raise InputError(
             "nothing to remove. Give --drop-layers 21-27, --layers 25%, --hidden, --intermediate, "
-            "--heads, --kv-heads or --target 100M."
+            "--heads, --kv-heads, --experts or --target 100M."
         )
-    if plan.intermediate is not None and geometry.mixture is not None:
-        raise InputError(
-            f"--intermediate: {name} is a mixture of experts, and their neurons are not pruned. Use "
-            "--layers, --heads, --kv-heads or --hidden."
-        )
+    if plan.experts is not None:
+        if geometry.mixture is None:
+            raise InputError(f"--experts: {name} is no mixture of experts. Use --intermediate.")
+        if not geometry.top_k <= plan.experts <= geometry.experts:
+            raise InputError(
+                f"experts={plan.experts}: each token goes through {geometry.top_k} of {geometry.experts}. "
+                f"Keep {geometry.top_k} to {geometry.experts}."
+            )
     outside = [layer for layer in plan.drop_layers if not 0 <= layer < total]
     if outside:
         raise InputError(f"layers {outside} do not exist: {name} has layers 0 to {total - 1}.")
@@ -289,6 +301,7 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
         ),
         heads=heads,
         kv_heads=kv_heads,
+        experts=geometry.experts if plan.experts is None else plan.experts,
     )
 
 
@@ -307,11 +320,17 @@ def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
     ):
         heads = per_group * kv_heads
         step = hidden_step(geometry, heads, plan.align)
-        for hidden, intermediate in product(
+        for hidden, intermediate, experts in product(
             multiples(geometry.hidden, step) if width else [geometry.hidden],
-            multiples(geometry.intermediate, plan.align)
-            if width and geometry.mixture is None
-            else [geometry.intermediate],
+            multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
+            # few steps: there may be hundreds
+            [
+                n
+                for n in multiples(geometry.experts, max(1, geometry.experts // 8))
+                if n >= geometry.top_k
+            ]
+            if width
+            else [geometry.experts],
         ):
             if geometry.hidden_in_heads and hidden % heads:
                 continue
@@ -321,6 +340,7 @@ def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
                 intermediate=intermediate,
                 heads=heads,
                 kv_heads=kv_heads,
+                experts=experts,
             )
             if _fits_later(geometry, sizes, plan.later):
                 yield sizes

@@ -9,6 +9,9 @@ with D² = λ diag E[x xᵀ], which a few tokens of huge inputs cannot decide.
 After neurons or heads were removed, y is what the whole layer wrote (He et al., arXiv 1707.06168).
 Before layers that were dropped, y is what those wrote too (ReplaceMe, arXiv 2505.02819, which fits one
 matrix behind the MLP; here all of `down_proj` is free). Where nothing was removed W' is W.
+
+Of a mixture the experts that stay are solved for one after the other: W adds, times the tokens' new shares,
+what all of them together still lack of what the original experts wrote.
 """
 
 from collections.abc import Iterator
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk, second_moments
+from tinier.calibration.experts import Expert, Experts
 from tinier.checkpoint import Checkpoint
 from tinier.families import Geometry, geometry_of, layer_name
+from tinier.kernels.reference import shares_of
 from tinier.progress import bar
 from tinier.pruning.cut import Cut, take
 
@@ -36,11 +41,21 @@ def linears_to_refit(cut: Cut, geometry: Geometry) -> dict[int, list[str]]:
         # expert writes for all tokens
         linear = geometry.norm_names.mlp_out is None and geometry.mixture is None
         dropped = following > layer + 1 and linear
-        if cut.neurons or dropped:
+        if geometry.mixture is not None:
+            names += _last_of_experts(cut, layer, geometry)
+        elif cut.neurons or dropped:
             names.append(_MLP)
         if names:
             found[layer] = names
     return found
+
+
+def _last_of_experts(cut: Cut, layer: int, geometry: Geometry) -> list[str]:
+    """The last linear layer of each expert that stays, where experts or their neurons go."""
+    if not (cut.neurons or cut.experts):
+        return []
+    names = [last.readers[0] for _, last in geometry.blocks[1:]]
+    return [names[i] for i in cut.experts[layer].tolist()] if cut.experts else names
 
 
 @torch.no_grad()
@@ -69,7 +84,15 @@ def refitted(
                 continue
             layer = walk.load(index)
             outputs = torch.empty_like(hidden)
-            moments = _input_moments(walk, layer, todo.get(index, []), hidden, outputs)
+            names = [n for n in todo.get(index, []) if geometry.expert_of(n) is None]
+            mixed: list[tuple[Tensor, Tensor]] = []
+            if len(names) < len(todo.get(index, [])):
+                _watch_mixture(layer, geometry, mixed)
+            moments = _input_moments(walk, layer, names, hidden, outputs)
+            if mixed:
+                x, y = (torch.cat(parts) for parts in zip(*mixed, strict=True))
+                for name, solved in _solved_experts(layer, geometry, cut, index, x, y):
+                    yield f"{layer_name(index)}.{name}.weight", solved.to(source.dtype).cpu()
             reached = outputs
             for dropped in range(index + 1, following[index]):
                 reached = walk.run(walk.load(dropped), reached, torch.empty_like(reached))
@@ -138,6 +161,54 @@ def _products_beyond(
         total += seen.pop().float().t() @ written.to(walk.device)
     handle.remove()
     return total / (hidden.shape[0] * hidden.shape[1])
+
+
+def _watch_mixture(layer: nn.Module, geometry: Geometry, seen: list[tuple[Tensor, Tensor]]) -> None:
+    """Collect what enters and leaves the experts of a layer, each [tokens, hidden]."""
+    assert geometry.mixture is not None
+    layer.get_submodule(geometry.mixture.block).register_forward_hook(
+        lambda _, given, made: seen.append((given[0].flatten(0, -2), made.flatten(0, -2)))
+    )
+
+
+def _solved_experts(
+    layer: nn.Module, geometry: Geometry, cut: Cut, index: int, x: Tensor, y: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The last linear layers of the experts that stay, by their name in the source, [kept, kept] float64.
+
+    x: [tokens, hidden] that the experts and their router read. y: what all of them wrote.
+    """
+    assert geometry.mixture is not None
+    mixture = layer.get_submodule(geometry.mixture.block)
+    assert isinstance(mixture, Experts)
+    kept = cut.experts[index] if cut.experts else torch.arange(geometry.experts)
+    logits = take(mixture.gate(x), 1, kept)
+    shares, chosen = shares_of(logits, geometry.top_k, sums_to_one=geometry.shares_sum_to_one)
+    names = _last_of_experts(cut, index, geometry)
+
+    def seen(place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of an expert, their inputs of its last layer times their shares, and its weight."""
+        token, choice = torch.where(chosen == place)
+        expert = mixture.experts[int(kept[place])]
+        assert isinstance(expert, Expert)
+        _, columns = cut.linear_channels(index, names[place], geometry)
+        inner = take(expert.inner(x[token]), 1, columns).float()
+        weight = take(_linear(layer, names[place]).weight, 1, columns)
+        return token, inner * shares[token, choice, None], weight.double()
+
+    lacking = y.float()
+    for place in range(len(kept)):
+        token, inner, weight = seen(place)
+        lacking = lacking.index_add(0, token, inner @ -weight.t().float())
+    for place, name in enumerate(names):
+        token, inner, weight = seen(place)
+        own = second_moments(inner).double()
+        damping = _DAMPING * own.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+        factor = torch.linalg.cholesky(own + torch.diag(damping))
+        added = torch.cholesky_solve(inner.t().double() @ lacking[token].double(), factor)
+        lacking = lacking.index_add(0, token, inner @ -added.float())
+        rows, _ = cut.linear_channels(index, name, geometry)
+        yield name, take(weight + added.t(), 0, rows)
 
 
 def _solve(inputs: Tensor, beyond: Tensor | None, weight: Tensor, kept: Tensor | None) -> Tensor:

@@ -90,7 +90,9 @@ class _Stream:
         self._eps = config["rms_norm_eps"]
         # its layers, all of them: the dropped ones are passed by, not renumbered
         whole = replace(cut, layers=tuple(range(self._geometry.layers)))
-        self.is_narrow = any(x is not None for x in (cut.hidden, cut.neurons, cut.heads))
+        self.is_narrow = any(
+            x is not None for x in (cut.hidden, cut.neurons, cut.heads, cut.experts)
+        )
         as_if = replace(source, config=whole.config(source.config, self._geometry))
         self.walk = DecoderWalk(as_if, length, device)
         # cuts in depth alone are alike as long as they dropped the same
@@ -104,8 +106,9 @@ class _Stream:
     def layer(self, index: int, original: torch.nn.Module) -> torch.nn.Module:
         """The original's layer, cut."""
         weights = {
-            name: self.cut.layer_tensor(index, name, tensor, self._geometry)
+            renamed: self.cut.layer_tensor(index, name, tensor, self._geometry)
             for name, tensor in original.state_dict().items()
+            if (renamed := self.cut.renamed_inside(index, name, self._geometry)) is not None
         }
         return self.walk.module(index, weights)
 

@@ -261,7 +261,7 @@ def _measure_flops(run: PlannedRun) -> float:
         tokens += rounds * w.concurrency * (w.input_length + w.output_length)
     for load in run.loads:
         tokens += load.requests * (load.input_length + load.output_length)
-    return 2.0 * geometry_of(run.base).parameters * tokens * (1 + len(run.recipe.variants))
+    return 2.0 * geometry_of(run.base).active_parameters * tokens * (1 + len(run.recipe.variants))
 
 
 def _load_text(text: str | Text) -> TextParts:

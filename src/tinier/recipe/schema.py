@@ -45,6 +45,7 @@ class Prune(_Strict):
     intermediate: int | str | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    experts: int | None = None
     target: str | None = None
     shrink: Literal["depth", "width", "both"] = "both"
     align: int = 64
