@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.device import bf16_products
-from tinier.families import Geometry, LayerKind
-from tinier.kernels import Cache, HeadInputs, Layer, PagedBatch, StoredLinear, make_linear, native
+from tinier.families import FAMILIES, Geometry, LayerKind
+from tinier.kernels import (
+    Cache,
+    Experts,
+    HeadInputs,
+    Layer,
+    PagedBatch,
+    StoredLinear,
+    make_experts,
+    make_linear,
+    native,
+)
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
 from tinier.kernels.reference import cached_attention, gated, rms_norm
@@ -38,17 +48,36 @@ def quantized(weight: Tensor, kind: str) -> StoredLinear:
     return StoredLinear(codes, None, preset.scheme)
 
 
-def make(kind: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
+def stored(kind: str, rows: int, columns: int) -> StoredLinear:
     weight = torch.randn(rows, columns) * columns**-0.5
-    stored = StoredLinear(weight.bfloat16(), None) if kind == "bf16" else quantized(weight, kind)
+    return StoredLinear(weight.bfloat16(), None) if kind == "bf16" else quantized(weight, kind)
+
+
+def make(kind: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
+    layer = stored(kind, rows, columns)
     if bias:
-        stored = stored._replace(bias=torch.randn(rows, dtype=torch.bfloat16))
-    return make_linear([stored], torch.bfloat16)
+        layer = layer._replace(bias=torch.randn(rows, dtype=torch.bfloat16))
+    return make_linear([layer], torch.bfloat16)
+
+
+def make_mixture(kind: str, family: str) -> Experts:
+    """Six experts, two of which a token goes through."""
+    mixture = FAMILIES[family].mixture
+    assert mixture is not None
+    router = torch.randn(6, HIDDEN, dtype=torch.bfloat16) * 0.3
+    mlps = [
+        ([stored(kind, INNER, HIDDEN), stored(kind, INNER, HIDDEN)], stored(kind, HIDDEN, INNER))
+        for _ in range(6)
+    ]
+    return make_experts(
+        router, mlps, torch.bfloat16, top_k=2, sums_to_one=family.startswith("Mixtral"),
+        in_float32=mixture.in_float32, activation="silu",
+    )  # fmt: skip
 
 
 def random_weights(
     kind: str = "bf16", head: str = "bf16", *, bias: bool = False, qk_norm: bool = False,
-    window: int | None = None,
+    window: int | None = None, mixture: str | None = None,
 ) -> DecodeWeights:  # fmt: skip
     torch.manual_seed(0)
 
@@ -64,8 +93,9 @@ def random_weights(
             k_norm=norm(HEAD_DIM) if qk_norm else None,
             out=make(out_kind, HIDDEN, HEADS * HEAD_DIM, bias=bias),
             post_norm=norm(HIDDEN),
-            gate_up=make(kind, 2 * INNER, HIDDEN, bias=bias),
-            down=make(kind, HIDDEN, INNER, bias=bias),
+            gate_up=None if mixture else make(kind, 2 * INNER, HIDDEN, bias=bias),
+            down=None if mixture else make(kind, HIDDEN, INNER, bias=bias),
+            experts=make_mixture(kind, mixture) if mixture else None,
         )
 
     geometry = Geometry(
@@ -74,6 +104,10 @@ def random_weights(
         out_bias=bias,
         mlp_bias=bias, head_norms="each" if qk_norm else "none", hidden_in_heads=False,
         kinds=(LayerKind(window), LayerKind(window, rope=None)),
+        **({} if mixture is None else {
+            "mixture": FAMILIES[mixture].mixture, "experts": 6, "top_k": 2,
+            "shares_sum_to_one": mixture.startswith("Mixtral"),
+        }),
     )  # fmt: skip
     return DecodeWeights(
         geometry=geometry,
@@ -133,6 +167,11 @@ class Step:
                 qkv = layer.qkv(rms_norm(x, layer.input_norm, eps))
                 x = x + layer.out(cached_attention(qkv, inputs, cache, batch))
                 y = rms_norm(x, layer.post_norm, eps)
+                if layer.experts is not None:
+                    x = x + layer.experts(y)
+                    continue
+                assert layer.gate_up is not None
+                assert layer.down is not None
                 x = x + layer.down(gated(layer.gate_up(y)))
             return weights.head(rms_norm(x, weights.final_norm, eps))
 
@@ -162,9 +201,22 @@ def test_every_family_has_what_it_needs(kind: str, options: dict[str, int]) -> N
     assert apart(Step([3, 17]).native(weights), Step([3, 17]).reference(weights)) < 0.015
 
 
+@pytest.mark.parametrize("family", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64", "int4-64-asym"])
+def test_a_mixture_of_experts_is_that_of_the_reference(kind: str, family: str) -> None:
+    weights = random_weights(kind, mixture=family)
+    contexts = [1, 9, 30, 17, 4, 21, 8, 13, 2]
+    ours, plain = Step(contexts).native(weights), Step(contexts).reference(weights)
+    rows = torch.stack([torch.tensor(apart(a, b)) for a, b in zip(ours, plain, strict=True)])
+    # a row whose expert changes with the last bit is far off
+    assert rows.median() < (0.03 if "int8" in kind else 0.015), rows
+    assert (rows < 0.05).sum() >= len(contexts) - 2, rows
+
+
+@pytest.mark.parametrize("mixture", [None, "Qwen3MoeForCausalLM"])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64"])
-def test_a_row_does_not_depend_on_the_others_or_on_threads(kind: str) -> None:
-    weights = random_weights(kind)
+def test_a_row_does_not_depend_on_the_others_or_on_threads(kind: str, mixture: str | None) -> None:
+    weights = random_weights(kind, mixture=mixture)
     contexts = [5, 12, 3, 40, 7, 21, 8]
     together = Step(contexts).native(weights)
     for row in range(len(contexts)):

@@ -49,6 +49,8 @@ struct Layer {
   const void *input_norm, *attention_out_norm, *post_norm, *mlp_out_norm;  // [hidden]
   const void *q_norm, *k_norm;  // [D], or [heads · D] and [kv_heads · D]: over all heads together
   Linear q, k, v, out, gate, up, down;
+  Linear router;          // [experts, hidden]
+  const Linear *experts;  // gate, up and down of each, in place of those above; null: one MLP
   bf16 *keys, *values;    // [slots, kv_heads, D]
   const void *cos, *sin;  // [positions, R]: of the first R channels of a head, which turn; bf16 or float32
   int32_t window;         // positions that a token sees, itself included; 0: all
@@ -62,6 +64,8 @@ struct Model {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
   int32_t turning;  // R
   int32_t norms_in_float32, rope_in_float32, norms_all_heads, gelu;  // 0 or 1
+  int32_t experts, chosen;  // how many there are, and how many of them a row goes through
+  int32_t shares_sum_to_one, shares_in_float32;  // 0 or 1
   float eps;
   float times_embedding, times_residual, times_attention, logits_by;  // the family's multipliers
 };
@@ -482,7 +486,16 @@ struct Barrier {
 // What threads hand each other: [M, ...]
 struct Shared {
   bf16 *qkv, *attended, *delta, *act;
+  bf16 *routed, *made;  // of the router [M, experts]; of the experts [M · chosen, hidden]
   Barrier barrier;
+};
+
+// Which experts each row goes through. A slot is a row and one of its experts, sorted by expert, then by row
+struct Routing {
+  Buffer<int32_t> picks, slots;  // [M, chosen]: experts in rising order, and where each one's slot is
+  Buffer<float> shares;          // [M, chosen]
+  Buffer<int32_t> rows, begun;   // the row of each slot; [experts + 1] the first slot of each expert
+  Buffer<float> likely;
 };
 
 struct Scratch {
@@ -492,6 +505,9 @@ struct Scratch {
   Buffer<F8> tile;
   Buffer<size_t> offsets;
   Input in;
+  Routing routing;
+  Buffer<bf16> gathered, mixed;
+  Input own;  // of one expert
 };
 
 // What a norm over n numbers multiplies them with before its weight
@@ -530,35 +546,140 @@ struct Worker {
     int count = 0;
     size_t width = 0;
     for (auto *part : parts) s.in.prepare(*part), count += tiles(*part), width += part->out;
-    F8 *out = s.tile.of(2 * batch.rows);
     share(count, [&](int tile) {
       bf16 *to = y;
       auto part = parts.begin();
       for (; tile >= tiles(**part); ++part) tile -= tiles(**part), to += (*part)->out;
-      multiply(**part, tile, s.in, out);
-      const int valid = std::min(TILE, (*part)->out - tile * TILE);
-      to += tile * TILE;
-      for (int m = 0; m < batch.rows; ++m, to += width)
-        if (valid == TILE) write8(to, out[m]);
-        else
-          for (int r = 0; r < valid; ++r) to[r] = to_bf16(out[m][r]);
+      product(**part, tile, s.in, width, to);
     });
+  }
+
+  // One tile of a layer's outputs, to y [rows, width]
+  void product(const Linear &l, int tile, const Input &in, size_t width, bf16 *y) {
+    F8 *out = s.tile.of(2 * batch.rows);
+    multiply(l, tile, in, out);
+    const int valid = std::min(TILE, l.out - tile * TILE);
+    y += tile * TILE;
+    for (int m = 0; m < in.rows; ++m, y += width)
+      if (valid == TILE) write8(y, out[m]);
+      else
+        for (int r = 0; r < valid; ++r) y[r] = to_bf16(out[m][r]);
   }
 
   void gate_up(const Layer &layer) {
     s.in.prepare(layer.gate), s.in.prepare(layer.up);
-    F8 *gate = s.tile.of(2 * batch.rows), *up = gate + batch.rows;
-    share(tiles(layer.gate), [&](int tile) {
-      multiply(layer.gate, tile, s.in, gate);
-      multiply(layer.up, tile, s.in, up);
-      for (int m = 0; m < batch.rows; ++m) {
-        F8 inner = gate[m];
-        if (model.gelu)  // the tanh form, as a sigmoid
-          inner = all(1.5957691216057308f) * (inner + all(0.044715f) * inner * inner * inner);
-        F8 active = round8(gate[m] / (all(1.0f) + exp8(-inner)));
-        write8(shared.act + size_t(m) * model.intermediate + tile * TILE, active * up[m]);
+    share(tiles(layer.gate), [&](int tile) { gated(layer.gate, layer.up, tile, s.in, shared.act); });
+  }
+
+  // One tile of what `down` reads, to act [rows, intermediate]
+  void gated(const Linear &gate, const Linear &up, int tile, const Input &in, bf16 *act) {
+    F8 *first = s.tile.of(2 * batch.rows), *second = first + batch.rows;
+    multiply(gate, tile, in, first);
+    multiply(up, tile, in, second);
+    for (int m = 0; m < in.rows; ++m) {
+      F8 inner = first[m];
+      if (model.gelu)  // the tanh form, as a sigmoid
+        inner = all(1.5957691216057308f) * (inner + all(0.044715f) * inner * inner * inner);
+      F8 active = round8(first[m] / (all(1.0f) + exp8(-inner)));
+      write8(act + size_t(m) * model.intermediate + tile * TILE, active * second[m]);
+    }
+  }
+
+  // ---- A mixture of experts (reference.through_experts) ----
+
+  // Shares and places of all rows, from what the router says; every thread for itself
+  void route() {
+    const int rows = batch.rows, experts = model.experts, chosen = model.chosen;
+    Routing &r = s.routing;
+    int32_t *picks = r.picks.of(rows * chosen), *slots = r.slots.of(rows * chosen);
+    int32_t *begun = r.begun.of(experts + 1), *row_of = r.rows.of(rows * chosen);
+    float *shares = r.shares.of(rows * chosen), *likely = r.likely.of(experts);
+    std::fill(begun, begun + experts + 1, 0);
+    for (int m = 0; m < rows; ++m) {
+      const bf16 *logits = shared.routed + size_t(m) * experts;
+      float most = -INFINITY, total = 0.0f, sum = 0.0f;
+      for (int e = 0; e < experts; ++e) most = std::max(most, to_float(logits[e]));
+      for (int e = 0; e < experts; ++e) total += likely[e] = std::exp(to_float(logits[e]) - most);
+      int32_t *own = picks + m * chosen;
+      for (int i = 0; i < chosen; ++i) {  // of equal ones the first
+        int best = -1;
+        for (int e = 0; e < experts; ++e)
+          if (std::find(own, own + i, e) == own + i && (best < 0 || likely[e] > likely[best])) best = e;
+        own[i] = best;
       }
+      std::sort(own, own + chosen);
+      for (int i = 0; i < chosen; ++i) sum += shares[m * chosen + i] = likely[own[i]] / total;
+      for (int i = 0; i < chosen; ++i) {
+        if (model.shares_sum_to_one) shares[m * chosen + i] /= sum;
+        ++begun[own[i] + 1];
+      }
+    }
+    for (int e = 0; e < experts; ++e) begun[e + 1] += begun[e];
+    for (int m = 0; m < rows; ++m)
+      for (int i = 0; i < chosen; ++i) {  // begun[e] moves to the first slot of the next one, and back below
+        slots[m * chosen + i] = begun[picks[m * chosen + i]]++;
+        row_of[slots[m * chosen + i]] = m;
+      }
+    for (int e = experts; e > 0; --e) begun[e] = begun[e - 1];
+    begun[0] = 0;
+  }
+
+  // Calls prepare(expert, first slot, count) and then body(expert, first slot, tile) for this thread's share
+  // of the tiles of all experts that any row chose
+  template <class Prepare, class Body> void share_experts(int each, Prepare prepare, Body body) {
+    const int32_t *begun = s.routing.begun.data();
+    int used = 0, expert = -1, at = -1;
+    for (int e = 0; e < model.experts; ++e) used += begun[e + 1] > begun[e];
+    share(used * each, [&](int task) {
+      while (at < task / each) {
+        do ++expert;
+        while (begun[expert + 1] == begun[expert]);
+        if (++at == task / each) prepare(expert, begun[expert], begun[expert + 1] - begun[expert]);
+      }
+      body(expert, begun[expert], task % each);
     });
+  }
+
+  void experts(const Layer &layer) {
+    const size_t n = model.hidden, inner = model.intermediate;
+    project({&layer.router}, shared.routed);
+    shared.barrier.wait(threads);
+    route();
+    const int32_t *rows = s.routing.rows.data();
+    share_experts(tiles(layer.experts[0]), [&](int expert, int first, int count) {
+      bf16 *x = s.gathered.of(count * n);
+      for (int i = 0; i < count; ++i) memcpy(x + i * n, s.in.x + rows[first + i] * n, n * sizeof *x);
+      s.own.set(x, count, n);
+      s.own.prepare(layer.experts[3 * expert]), s.own.prepare(layer.experts[3 * expert + 1]);
+    }, [&](int expert, int first, int tile) {
+      const Linear *parts = layer.experts + 3 * expert;
+      gated(parts[0], parts[1], tile, s.own, shared.act + first * inner);
+    });
+    shared.barrier.wait(threads);
+    share_experts(tiles(layer.experts[2]), [&](int expert, int first, int count) {
+      s.own.set(shared.act + first * inner, count, inner);
+      s.own.prepare(layer.experts[3 * expert + 2]);
+    }, [&](int expert, int first, int tile) {
+      product(layer.experts[3 * expert + 2], tile, s.own, n, shared.made + first * n);
+    });
+    shared.barrier.wait(threads);
+    mix();
+  }
+
+  // The sum of what each row's experts made, times their shares, in the order of their numbers: s.mixed
+  void mix() {
+    const int n = model.hidden, chosen = model.chosen;
+    bf16 *out = s.mixed.of(size_t(batch.rows) * n);
+    for (int m = 0; m < batch.rows; ++m, out += n)
+      for (int i = 0; i < chosen; ++i) {
+        const bf16 *made = shared.made + size_t(s.routing.slots.data()[m * chosen + i]) * n;
+        float share = s.routing.shares.data()[m * chosen + i];
+        if (!model.shares_in_float32) share = to_float(to_bf16(share));
+        for (int c = 0; c < n; c += 8) {
+          F8 part = round8(read8(made + c) * all(share));
+          write8(out + c, i ? read8(out + c) + part : part);
+        }
+      }
   }
 
   // Norm, if any, and RoPE of one of the heads [count, D]
@@ -694,12 +815,13 @@ struct Worker {
   void run() {
     const size_t n = model.hidden;
     find_cached();
+    const bf16 *delta = nullptr;  // what the last MLP adds
     bf16 *x = s.x.of(batch.rows * n);
     for (int m = 0; m < batch.rows; ++m)
       scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, x + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
-      add_norm(i ? shared.delta : nullptr, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
+      add_norm(i ? delta : nullptr, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
       project({&layer.q, &layer.k, &layer.v}, shared.qkv);
       shared.barrier.wait(threads);
       attend(layer);
@@ -708,13 +830,19 @@ struct Worker {
       project({&layer.out}, shared.delta);
       shared.barrier.wait(threads);
       add_norm(shared.delta, layer.attention_out_norm, layer.post_norm);
+      if (layer.experts) {
+        experts(layer);
+        delta = s.mixed.data();
+        continue;
+      }
       gate_up(layer);
       shared.barrier.wait(threads);
       s.in.set(shared.act, batch.rows, model.intermediate);
       project({&layer.down}, shared.delta);
       shared.barrier.wait(threads);
+      delta = shared.delta;
     }
-    add_norm(shared.delta, model.layers[model.num_layers - 1].mlp_out_norm, model.final_norm);
+    add_norm(delta, model.layers[model.num_layers - 1].mlp_out_norm, model.final_norm);
     project({&model.head}, batch.logits);
     if (model.logits_by == 1) return;
     shared.barrier.wait(threads);
@@ -734,11 +862,12 @@ struct Worker {
 }  // namespace
 
 extern "C" void decode_step(const Model *model, const Batch *batch) {
-  static thread_local Buffer<bf16> buffers[4];
-  const size_t m = batch->rows, d = model->head_dim;
+  static thread_local Buffer<bf16> buffers[6];
+  const size_t m = batch->rows, d = model->head_dim, paths = m * std::max(1, model->chosen);
   Shared shared{
       buffers[0].of(m * (model->heads + 2 * model->kv_heads) * d), buffers[1].of(m * model->heads * d),
-      buffers[2].of(m * model->hidden), buffers[3].of(m * model->intermediate), {}};
+      buffers[2].of(m * model->hidden), buffers[3].of(paths * model->intermediate),
+      buffers[4].of(m * model->experts), buffers[5].of(model->experts ? paths * model->hidden : 0), {}};
 #pragma omp parallel num_threads(model->threads)
   {
     static thread_local Scratch scratch;

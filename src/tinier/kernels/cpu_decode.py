@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class _Layer(Structure):
         *((name, c_void_p) for name in (
             "input_norm", "attention_out_norm", "post_norm", "mlp_out_norm", "q_norm", "k_norm",
         )),
-        *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down")),
+        *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down", "router")),
+        ("experts", POINTER(_Linear)),
         *((name, c_void_p) for name in ("keys", "values", "cos", "sin")), ("window", c_int32),
     )  # fmt: skip
 
@@ -60,6 +62,7 @@ class _Model(Structure):
         *((name, c_int32) for name in (
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
             "threads", "turning", "norms_in_float32", "rope_in_float32", "norms_all_heads", "gelu",
+            "experts", "chosen", "shares_sum_to_one", "shares_in_float32",
         )),
         *((name, c_float) for name in (
             "eps", "times_embedding", "times_residual", "times_attention", "logits_by"
@@ -101,7 +104,9 @@ class CpuDecoder:
             (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
             len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
             torch.get_num_threads(), g.turning, g.norms_in_float32, g.rope_in_float32,
-            g.head_norms == "all", g.activation == "gelu_tanh", g.norm_eps, m.embedding, m.residual,
+            g.head_norms == "all", g.activation == "gelu_tanh", g.experts, g.top_k,
+            g.shares_sum_to_one, g.mixture is not None and g.mixture.in_float32,
+            g.norm_eps, m.embedding, m.residual,
             g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
 
@@ -132,18 +137,36 @@ class CpuDecoder:
             g.hidden,
             g.intermediate,
         )
-        assert layer.gate_up is not None
-        assert layer.down is not None
         return _Layer(
             *map(self._at, (
                 layer.input_norm, layer.attention_out_norm, layer.post_norm, layer.mlp_out_norm,
                 layer.q_norm, layer.k_norm,
             )),
             *self._linears(layer.qkv, [q, kv, kv], hidden), *self._linears(layer.out, [hidden], q),
-            *self._linears(layer.gate_up, [inner, inner], hidden),
-            *self._linears(layer.down, [hidden], inner),
+            *self._mlp(layer.gate_up, layer.down, hidden, inner), *self._experts(layer, hidden, inner),
             self._at(cache.keys), self._at(cache.values), *map(self._at, rotation), cache.window or 0,
         )  # fmt: skip
+
+    def _mlp(
+        self, gate_up: Linear | None, down: Linear | None, hidden: int, inner: int
+    ) -> list[_Linear]:
+        """Gate, up and down; empty ones where there are experts instead."""
+        if gate_up is None or down is None:
+            return [_Linear(), _Linear(), _Linear()]
+        return [
+            *self._linears(gate_up, [inner, inner], hidden),
+            *self._linears(down, [hidden], inner),
+        ]
+
+    def _experts(self, layer: Layer, hidden: int, inner: int) -> tuple[_Linear, Any]:
+        """The router, and gate, up and down of each expert."""
+        experts = layer.experts
+        if experts is None:
+            return _Linear(), None
+        pairs = zip(experts.gate_up, experts.down, strict=True)
+        parts = [part for pair in pairs for part in self._mlp(*pair, hidden, inner)]
+        (router,) = self._linears(experts.router, [experts.count], hidden)
+        return router, (_Linear * len(parts))(*parts)
 
     def _at(self, tensor: Tensor | None) -> int | None:
         """Address of a tensor that is kept from now on."""
@@ -181,12 +204,11 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     if isinstance(library, str):
         return library
     g = weights.geometry
-    if g.mixture is not None:
-        return "mixtures of experts are not among the native step's"
     if g.hidden % 32 or g.head_dim % 16 or g.turning % 16:
         return "the hidden size must be a multiple of 32, that of a head, and of its part that turns, of 16"
     linears = [linear for layer in weights.layers for linear in layer.linears]
-    for linear in (*linears, weights.head):
+    routers = [layer.experts.router for layer in weights.layers if layer.experts is not None]
+    for linear in (*linears, *routers, weights.head):
         reason = _unsupported_linear(linear)
         if reason is not None:
             return reason

@@ -337,12 +337,14 @@ def _flops(
     geometry: Geometry, presets: dict[str, Preset], plan: QuantizePlan, tokens: int
 ) -> float:
     """Arithmetic: two passes over the text, the inputs' second moments, GPTQ, learned rounding."""
-    linear = sum(rows * columns for rows, columns in geometry.linears.values())
+    linear = geometry.active_layer_parameters
     flops = 4.0 * linear * tokens
     algorithms = {p.algorithm for p in presets.values()}
     if any(a.needs_data for a in algorithms):
-        inputs = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
-        flops += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs)
+        for name in (read.readers[0] for read in geometry.inputs):
+            width = geometry.linears[name][1]
+            reached = geometry.top_k / geometry.experts if geometry.expert_of(name) is not None else 1
+            flops += 2.0 * tokens * reached * width**2 + 4.0 * width**3
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
     if any(a.rounding != "nearest" for a in algorithms):
