@@ -48,21 +48,19 @@ def test_greedy_text_is_that_of_transformers(tiny: Tiny, family: str) -> None:
 
 
 @pytest.mark.skipif(isinstance(load_library(), str), reason=str(load_library()))
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_native_step_computes_every_family(
     tiny: Tiny, tmp_path: Path, family: str, kind: str
 ) -> None:
     """Beside the same steps operator by operator."""
     checkpoint = tiny(
-        family, dtype=torch.bfloat16, head_dim=64, hidden_size=128, initializer_range=0.2
-    )
+        family, dtype=torch.bfloat16, head_dim=64, hidden_size=128, initializer_range=0.2,
+        moe_intermediate_size=128,
+    )  # fmt: skip
     if kind != "bf16":
         checkpoint = quantize_tiny(checkpoint, kind, tmp_path / kind)
     params = SamplingParams(max_tokens=6, logprobs=20)
-    if family in MIXTURES:
-        assert engine(checkpoint).runner._native is None
-        return
     found = []
     for native in (True, False):
         made = engine(checkpoint)
@@ -81,8 +79,12 @@ def test_the_native_step_computes_every_family(
             if one.token != other.token:
                 break
     # nats; what is left is sums in another order, rounded to bf16 (and to codes)
-    limit = {"bf16": 0.06, "int4": 0.1, "int8": 0.16}[kind]
-    assert torch.tensor(apart).square().mean().sqrt() < limit
+    limit = {"bf16": 0.06, "int4": 0.1, "int8": 0.16, "fp8": 0.3}[kind]
+    difference = torch.tensor(apart).abs()
+    if family in MIXTURES:  # where the last bit sends a token to another expert they are far apart
+        assert difference.median() < limit
+    else:
+        assert difference.square().mean().sqrt() < limit
 
 
 def test_batched_text_is_that_of_single_requests(tiny: Tiny) -> None:

@@ -23,9 +23,9 @@ from tinier.kernels import (
     native,
 )
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
-from tinier.kernels.linear import Int4NativeLinear, Linear, StackedLinear
+from tinier.kernels.linear import Fp8NativeLinear, Int4NativeLinear, Linear, StackedLinear
 from tinier.kernels.reference import cached_attention, gated, rms_norm
-from tinier.numerics import Quantized, dequantize
+from tinier.numerics import Quantized, dequantize, quantize_tokens_e4m3, round_static
 from tinier.quantization.scales import absmax_scales, round_nearest
 from tinier.schemes import preset_named
 
@@ -38,14 +38,15 @@ pytestmark = pytest.mark.skipif(
 
 
 def quantized(weight: Tensor, kind: str) -> StoredLinear:
-    """kind: int8, int4-32, int4-64 or int4-64-asym."""
-    name, *options = kind.split("-")
+    """kind: int8, int4-32, int4-64, int4-64-asym, or a preset of 8-bit floats."""
+    name, *options = [kind] if kind.startswith("fp8") else kind.split("-")
     preset = preset_named(
         name, int(options[0]) if options else None, symmetric=False if "asym" in options else None
     )
     grid = preset.scheme.weights
     codes = round_nearest(weight, absmax_scales(weight, grid, torch.bfloat16), grid)
-    return StoredLinear(codes, None, preset.scheme)
+    static = torch.tensor([0.01]) if preset.scheme.static_activations else None
+    return StoredLinear(codes, None, preset.scheme, static)
 
 
 def stored(kind: str, rows: int, columns: int) -> StoredLinear:
@@ -181,15 +182,19 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("head", ["bf16", "int8"])
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-32", "int4-64", "int4-64-asym"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bf16", "int8", "int4-32", "int4-64", "int4-64-asym", "fp8", "fp8-static", "fp8-e5m2"],
+)
 def test_logits_and_cache_are_those_of_the_reference(kind: str, head: str) -> None:
     weights = random_weights(kind, head)
     ours, plain = Step([1, 9, 30]), Step([1, 9, 30])
     assert apart(ours.native(weights), plain.reference(weights)) < (
-        0.03 if "int8" in kind else 0.015
+        # 8-bit activations: the last bit of a sum may move a number by one step of E4M3, an eighth of it
+        0.06 if kind in ("fp8", "fp8-static") else 0.03 if "8" in kind else 0.015
     )
     for made, stored in zip(ours.keys + ours.values, plain.keys + plain.values, strict=True):
-        assert apart(made, stored) < 2e-3
+        assert apart(made, stored) < (4e-3 if kind in ("fp8", "fp8-static") else 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_a_mixture_of_experts_is_that_of_the_reference(kind: str, family: str) -
 
 
 @pytest.mark.parametrize("mixture", [None, "Qwen3MoeForCausalLM"])
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64", "fp8"])
 def test_a_row_does_not_depend_on_the_others_or_on_threads(kind: str, mixture: str | None) -> None:
     weights = random_weights(kind, mixture=mixture)
     contexts = [5, 12, 3, 40, 7, 21, 8]
@@ -237,8 +242,46 @@ def test_parts_in_different_formats_make_one_layer() -> None:
     assert apart(Step([4, 8]).native(weights), Step([4, 8]).reference(weights)) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8-static", "fp8-e5m2"])
+def test_8_bit_floats_are_multiplied_as_they_are_stored(kind: str) -> None:
+    """Through the head alone: nothing before it adds anything. Against float64, small codes included."""
+    weights = random_weights()
+    for layer in weights.layers:
+        assert layer.down is not None
+        for linear in (layer.out, layer.down):
+            linear.weight.zero_()  # type: ignore[attr-defined]
+    size = torch.logspace(-6, 0, HIDDEN)  # down to codes below the smallest normal one
+    plain = torch.randn(VOCAB, HIDDEN) * size
+    head = quantized(plain, kind)
+    object.__setattr__(weights, "head", make_linear([head], torch.bfloat16))
+    step = Step([3, 17])
+    made = step.native(weights)
+    x = rms_norm(F.embedding(step.tokens.long(), weights.embedding), weights.final_norm, 1e-5)
+    assert isinstance(head.weight, Quantized)
+    if kind == "fp8":
+        codes = quantize_tokens_e4m3(x)
+        inputs = codes.codes.double() * codes.scale.double()
+    elif kind == "fp8-static":
+        inputs = round_static(x, "float", torch.tensor(0.01)).double()
+    else:
+        inputs = x.double()
+    exact = inputs @ (head.weight.codes.double() * head.weight.scale.double()).t()
+    assert apart(made, exact) < 3e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8-e5m2"])
+def test_expanded_8_bit_floats_are_codes_times_scale(kind: str) -> None:
+    stored = quantized(torch.randn(24, 128) * torch.logspace(-6, 0, 128), kind)
+    assert isinstance(stored.weight, Quantized)
+    layer = make_linear([stored], torch.bfloat16)
+    assert isinstance(layer, Fp8NativeLinear)
+    made = native.expand_fp8(layer.codes, layer.scale)
+    assert torch.equal(made, dequantize(stored.weight, torch.bfloat16))
+    assert layer.num_bytes < 24 * 128 * 1.1
+
+
 @pytest.mark.parametrize("kind", ["int4-32", "int4-64-asym"])
-def test_expanded_codes_are_codes_times_scale(kind: str) -> None:
+def test_expanded_codes_codes_are_codes_times_scale(kind: str) -> None:
     stored = quantized(torch.randn(24, 128), kind)
     assert isinstance(stored.weight, Quantized)
     made = native.expand_int4(native.pack_int4(stored.weight))
@@ -252,8 +295,7 @@ def test_what_it_cannot_run_is_said() -> None:
     weights = random_weights()
     assert unsupported(weights, torch.bfloat16) is None
     assert "cached in bf16" in str(unsupported(weights, torch.int8))
-    fp8 = make("fp8", VOCAB, HIDDEN)
-    object.__setattr__(weights, "head", fp8)
+    object.__setattr__(weights, "head", make("mxfp4", VOCAB, HIDDEN))
     assert "expanded to bfloat16 is not among its formats" in str(
         unsupported(weights, torch.bfloat16)
     )

@@ -8,6 +8,7 @@ from tests.conftest import DEVICES
 from tinier.kernels import StoredLinear, make_linear, native, round_activations, static_scale
 from tinier.kernels.linear import (
     DenseLinear,
+    Fp8NativeLinear,
     Int4CpuLinear,
     Int4NativeLinear,
     Int8Linear,
@@ -107,9 +108,11 @@ def test_the_path_is_chosen_at_load_and_named() -> None:
     without_compiler = isinstance(native.load_library(), str)
     assert isinstance(int4, Int4CpuLinear if without_compiler else Int4NativeLinear)
     fp8, _, _ = build("fp8", None, torch.bfloat16, "cpu", bias=False)
-    assert isinstance(fp8, DenseLinear)
-    assert not fp8.fast
-    assert fp8.path == "FP8 W8A8 expanded to bfloat16"
+    assert isinstance(fp8, DenseLinear if without_compiler else Fp8NativeLinear)
+    mxfp4, _, _ = build("mxfp4", None, torch.bfloat16, "cpu", bias=False)
+    assert isinstance(mxfp4, DenseLinear)
+    assert not mxfp4.fast
+    assert mxfp4.path.endswith("expanded to bfloat16")
 
 
 @pytest.mark.gpu

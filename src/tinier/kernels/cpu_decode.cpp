@@ -33,15 +33,19 @@
 #endif
 
 typedef uint16_t bf16;
-enum Format : int32_t { BF16, INT8, INT4 };
+enum Format : int32_t { BF16, INT8, INT4, E4M3, E5M2, FORMATS };
+// What inputs of E4M3 weights are rounded to: not at all; E4M3 with a scale for each token, or one for all
+enum Rounding : int32_t { NONE, TOKEN, STATIC };
 
 struct Linear {
-  const void *weight;     // [out, in]: bf16 | int8 | int4 in pairs, the even column in the low half
-  const void *scale;      // int8: float [out]; int4: bf16 [out, in / group]
+  const void *weight;     // [out, in]: bf16 | int8 | int4 in pairs, the even column in the low half | 8-bit floats
+  const void *scale;      // int8 and 8-bit floats: float [out]; int4: bf16 [out, in / group]
   const bf16 *zero;       // int4: (zero point + 8) / 8 as scale, or null: 1 everywhere
   const int32_t *sums;    // int8: of each row's codes [out]
   const bf16 *bias;       // [out] or null
   int32_t out, in, format, group;
+  int32_t rounding;       // of a layer of E4M3: its inputs'
+  float input_scale;      // STATIC: theirs
 };
 
 // Weights of norms are bf16 or, where they multiply before the rounding, float32; null: no norm
@@ -152,6 +156,20 @@ inline F8 exp8(F8 x) {  // Cephes' expf: 2^n times a polynomial; error below 2e-
   return y * (F8)((__builtin_convertvector(n, I8) + 127) << 23);
 }
 
+// quantize_tokens_e4m3 of numerics/activations.py, without the scale: steps of an eighth of a power of two
+inline F8 to_e4m3(F8 x) {
+  I8 exponent = (I8)x & 0x7f800000;
+  const I8 least = I8{} + ((127 - 6) << 23);  // below it the steps stay
+  exponent = exponent > least ? exponent : least;
+  const F8 magic = (F8)(exponent + (20 << 23)) * all(1.5f);
+  return larger(smaller((x + magic) - magic, all(448.0f)), all(-448.0f));
+}
+inline float largest_of(const bf16 *x, int n) {
+  F8 most = all(0.0f);
+  for (int c = 0; c < n; c += 8) most = larger(most, (F8)((U8)read8(x + c) & 0x7fffffff));
+  return largest(most);
+}
+
 // ---- Sums of the lanes of TILE vectors ----
 
 inline F8 lane_sums(const F8 *a) {
@@ -241,9 +259,7 @@ struct Int8Dot {
 #endif
   // quantize_tokens_int8 of numerics/activations.py; returns the scale
   static float arrange(const bf16 *x, int n, Value *to) {
-    F8 most = all(0.0f);
-    for (int c = 0; c < n; c += 8) most = larger(most, (F8)((U8)read8(x + c) & 0x7fffffff));
-    float scale = largest(most) / 127.5f;
+    float scale = largest_of(x, n) / 127.5f;
     if (scale == 0.0f) scale = 1.0f;
     const F8 magic = all(12582912.0f);
     for (int c = 0; c < n; c += 8) {
@@ -350,6 +366,46 @@ struct Int4Dot {
   }
 };
 
+// Codes become floats where they are: a byte's sign and other bits are moved to where a float32 has its own,
+// which makes them 2^SMALLER times too small (subnormal codes too). Half of that is given to the inputs,
+// half to the result: no sum leaves the range of float32.
+template <int SHIFT, uint32_t MASK, int SMALLER> struct Fp8Dot {
+  typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
+  static F8 half_way() { return (F8)(I8{} + ((127 + SMALLER / 2) << 23)); }
+  static F8 decoded(U8 high) { return (F8)(((I8)high >> SHIFT) & int32_t(MASK)); }  // a code in the top byte
+  // rounded: as E4M3 with this scale first; the scale then belongs to the result
+  static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
+    for (int c = 0; c < n; c += 16) {
+      U8 both = load<U8>(x + c);
+      F8 even = (F8)(both << 16), odd = (F8)(both & 0xffff0000);
+      if (rounded) even = to_e4m3(even / all(scale)), odd = to_e4m3(odd / all(scale));
+      store(to + c, even * half_way());
+      store(to + c + 8, odd * half_way());
+    }
+  }
+  template <int N>
+  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
+    F8 acc[N][TILE] = {};
+    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+      for (int c = 0; c < n; c += 32) {
+        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
+        UNROLL for (int r = first; r < first + STREAMS; ++r)
+          UNROLL for (int half = 0; half < 32; half += 16) {
+            U8 both = __builtin_convertvector(load<H8>(w[r] + c + half), U8);
+            F8 even = decoded(both << 24), odd = decoded(both << 16);
+            UNROLL for (int m = 0; m < N; ++m) {
+              const Value *at = x + m * stride + c + half;
+              acc[m][r] += even * load<F8>(at);
+              acc[m][r] += odd * load<F8>(at + 8);
+            }
+          }
+      }
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]) * half_way();
+  }
+};
+typedef Fp8Dot<4, 0x87f00000, 120> E4m3Dot;
+typedef Fp8Dot<3, 0x8fe00000, 112> E5m2Dot;
+
 // ---- A linear layer ----
 
 struct alignas(64) Line {
@@ -370,15 +426,17 @@ template <class T> struct Buffer {
 struct Input {
   int rows = 0, columns = 0;
   const bf16 *x = nullptr;
-  bool ready[3] = {};
+  bool ready[FORMATS] = {};
   Buffer<Bf16Dot::Value> bf16s;
   Buffer<Int8Dot::Value> int8s;
   Buffer<Int4Dot::Value> int4s;
-  Buffer<float> scales;
+  Buffer<E4m3Dot::Value> e4m3s;
+  Buffer<E5m2Dot::Value> e5m2s;
+  Buffer<float> scales, e4m3_scales;
 
   void set(const bf16 *values, int m, int n) {
     x = values, rows = m, columns = n;
-    std::fill(ready, ready + 3, false);
+    std::fill(ready, ready + FORMATS, false);
   }
   size_t int4_stride() const { return size_t(columns) / Int4Dot::SPAN * Int4Dot::VALUES; }
   void prepare(const Linear &l) {
@@ -390,6 +448,15 @@ struct Input {
       if (l.format == BF16) Bf16Dot::arrange(row, columns, bf16s.of(rows * n) + m * n);
       if (l.format == INT8)
         scales.of(rows)[m] = Int8Dot::arrange(row, columns, int8s.of(rows * n) + m * n);
+      if (l.format == E4M3) {
+        float scale = 1.0f;
+        if (l.rounding == STATIC) scale = l.input_scale;
+        if (l.rounding == TOKEN) scale = largest_of(row, columns) / 448.0f;
+        if (scale == 0.0f) scale = 1.0f;
+        e4m3_scales.of(rows)[m] = scale;
+        E4m3Dot::arrange(row, columns, l.rounding != NONE, scale, e4m3s.of(rows * n) + m * n);
+      }
+      if (l.format == E5M2) E5m2Dot::arrange(row, columns, false, 1.0f, e5m2s.of(rows * n) + m * n);
       if (l.format == INT4)
         Int4Dot::arrange(row, columns, int4s.of(rows * int4_stride()) + m * int4_stride());
     }
@@ -432,6 +499,18 @@ void multiply(const Linear &l, int tile, const Input &in, F8 *y) {
           for (int r = 0; r < TILE; ++r) product[i][r] -= Int8Dot::OFFSET * l.sums[rows[r]];
         y[m + i] = __builtin_convertvector(product[i], F8) * all(in.scales.data()[m + i]) * scale;
       }
+    });
+  } else if (l.format == E4M3 || l.format == E5M2) {
+    const uint8_t *w[TILE];
+    for (int r = 0; r < TILE; ++r) w[r] = (const uint8_t *)l.weight + rows[r] * n;
+    const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
+    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
+      if (l.format == E5M2)
+        E5m2Dot::dot<N.value>(w, l.in, in.e5m2s.data() + m * n, n, y + m, !m);
+      else
+        E4m3Dot::dot<N.value>(w, l.in, in.e4m3s.data() + m * n, n, y + m, !m);
+      for (int i = 0; i < N.value; ++i)
+        y[m + i] = y[m + i] * all(l.format == E4M3 ? in.e4m3_scales.data()[m + i] : 1.0f) * scale;
     });
   } else {
     in_blocks<4>(in.rows, [&](int m, auto N) {
@@ -884,6 +963,21 @@ extern "C" void use_huge_pages(const void *begin, int64_t bytes) {
   for (uintptr_t at = uintptr_t(begin) / PAGE * PAGE; at < uintptr_t(begin) + bytes; at += PAGE)
     madvise((void *)at, PAGE, COLLAPSE);
 #endif
+}
+
+// A weight [out, in] of 8-bit floats in bf16: code · scale, rounded once. scale: [out]
+extern "C" void expand_fp8(const uint8_t *codes, const float *scale, int32_t is_e5m2, int32_t rows,
+                           int32_t columns, bf16 *out, int32_t threads) {
+  const F8 up = is_e5m2 ? E5m2Dot::half_way() * E5m2Dot::half_way() : E4m3Dot::half_way() * E4m3Dot::half_way();
+#pragma omp parallel for num_threads(threads)
+  for (int32_t r = 0; r < rows; ++r)
+    for (int32_t c = 0; c < columns; c += 8) {
+      uint64_t eight = load<uint64_t>(codes + size_t(r) * columns + c);
+      typedef uint8_t B8 __attribute__((vector_size(8)));
+      U8 high = __builtin_convertvector(load<B8>(&eight), U8) << 24;
+      F8 value = is_e5m2 ? E5m2Dot::decoded(high) : E4m3Dot::decoded(high);
+      write8(out + size_t(r) * columns + c, value * up * all(scale[r]));
+    }
 }
 
 // An INT4 weight [out, in] in bf16: code · scale, rounded once

@@ -3,8 +3,8 @@
 Start at `CpuDecoder`: made once from `DecodeWeights`, its `step` runs the whole decoder, which
 cpu_decode.cpp has. `unsupported` says beforehand why a model cannot run so. native.py compiles it.
 
-The weights are read where they are, none is copied: [out, in] in bf16 or INT8, and INT4 in pairs, the
-layout of native.pack_int4.
+The weights are read where they are, none is copied: [out, in] in bf16, INT8, E4M3 or E5M2, and INT4 in
+pairs, the layout of native.pack_int4.
 """
 
 import ctypes
@@ -19,11 +19,19 @@ from torch import Tensor
 from tinier.errors import TinierError
 from tinier.families import Geometry
 from tinier.kernels.layer import Layer
-from tinier.kernels.linear import DenseLinear, Int4NativeLinear, Int8Linear, Linear, StackedLinear
+from tinier.kernels.linear import (
+    DenseLinear,
+    Fp8NativeLinear,
+    Int4NativeLinear,
+    Int8Linear,
+    Linear,
+    StackedLinear,
+)
 from tinier.kernels.native import load_library
 from tinier.kernels.reference import Cache
 
-_BF16, _INT8, _INT4 = range(3)
+_BF16, _INT8, _INT4, _E4M3, _E5M2 = range(5)
+_AS_THEY_ARE, _BY_TOKEN, _STATIC = range(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +48,8 @@ class DecodeWeights:
 class _Linear(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "zero", "sums", "bias")),
-        *((name, c_int32) for name in ("out", "in", "format", "group")),
+        *((name, c_int32) for name in ("out", "in", "format", "group", "rounding")),
+        ("input_scale", c_float),
     )
 
 
@@ -189,9 +198,18 @@ class CpuDecoder:
             for t in (weight, scale, zero, sums, linear.bias)
         ]
         return [
-            _Linear(*map(self._at, part), rows, columns, kind, group)
+            _Linear(*map(self._at, part), rows, columns, kind, group, *_rounding(linear))
             for *part, rows in zip(*split, sizes, strict=True)
         ]
+
+
+def _rounding(linear: Linear) -> tuple[int, float]:
+    """How the inputs of a layer of 8-bit floats are rounded, and their scale where it is known."""
+    if not isinstance(linear, Fp8NativeLinear) or linear.activations is None:
+        return _AS_THEY_ARE, 1.0
+    if linear.input_scale is None:
+        return _BY_TOKEN, 1.0
+    return _STATIC, float(linear.input_scale)
 
 
 def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
@@ -217,9 +235,12 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
 
 def _unsupported_linear(linear: Linear) -> str | None:
     if isinstance(linear, StackedLinear):
+        floats = [part for part in linear.parts if isinstance(part, Fp8NativeLinear)]
+        if len({_rounding(part) for part in floats if _stored(part)[-1] == _E4M3}) > 1:
+            return "layers that share an input round it in different ways"
         return next(filter(None, map(_unsupported_linear, linear.parts)), None)
     dense = isinstance(linear, DenseLinear) and linear.activations is None
-    if not (dense or isinstance(linear, Int8Linear | Int4NativeLinear)):
+    if not (dense or isinstance(linear, Int8Linear | Int4NativeLinear | Fp8NativeLinear)):
         return f"{linear.path} is not among its formats"
     weight, scale, *_, kind = _stored(linear)
     if kind == _BF16 and weight.dtype != torch.bfloat16:
@@ -249,5 +270,8 @@ def _stored(linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None, Tenso
     if isinstance(linear, Int8Linear):
         codes = linear.codes.t()
         return codes, linear.scale, None, codes.sum(dim=1, dtype=torch.int32), _INT8
+    if isinstance(linear, Fp8NativeLinear):
+        kind = _E4M3 if linear.codes.dtype == torch.float8_e4m3fn else _E5M2
+        return linear.codes, linear.scale, None, None, kind
     assert isinstance(linear, Int4NativeLinear)
     return *linear.weight, None, _INT4

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinier.kernels import native
 from tinier.kernels.machine import HAS_TRITON, Machine, machine_of
-from tinier.kernels.native import Int4Weight, expand_int4, load_library
+from tinier.kernels.native import Int4Weight, expand_fp8, expand_int4, load_library
 from tinier.kernels.operators import uses_triton
 from tinier.kernels.reference import joined
 from tinier.numerics import (
@@ -44,8 +44,9 @@ if HAS_TRITON:
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
 Path = Literal[
-    "int8", "fp8", "weight-only 8-bit", "weight-only int4", "int4 native", "int4 torch", "expanded"
-]
+    "int8", "fp8", "fp8 native", "weight-only 8-bit", "weight-only int4", "int4 native", "int4 torch",
+    "expanded",
+]  # fmt: skip
 
 
 class StoredLinear(NamedTuple):
@@ -233,6 +234,34 @@ class Fp8Linear(Linear):
         return out if out.shape[1] == self.rows else out[:, : self.rows].contiguous()
 
 
+class Fp8NativeLinear(Linear):
+    """8-bit floats for the native decode step (cpu_decode.py); here, for prompts, they are expanded to 16
+    bit for each product, which costs little beside it."""
+
+    def __init__(
+        self, quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None
+    ) -> None:
+        super().__init__(bias)
+        self.codes = quantized.codes.contiguous()  # [out, in]
+        self.scale = quantized.scale.float().reshape(-1).contiguous()  # [out]
+        self.activations = scheme.activations
+        self.input_scale = None if input_scale is None else input_scale.float().reshape(1)
+        self.path = f"{scheme.label}: native decode step, expanded for F.linear in prompts"
+
+    def prepared(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
+        if self.activations is None:
+            return x
+        return round_activations(x, self.activations, self.input_scale)
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        return F.linear(self.prepared(x), expand_fp8(self.codes, self.scale), self.bias)
+
+    def float32(self, x: Tensor) -> Tensor:
+        weight = self.codes.float() * self.scale.unsqueeze(1)
+        return _product_float32(self.prepared(x), weight, self.bias)
+
+
 class Int4CpuLinear(Linear):
     """INT4 weights unpacked inside the matmul, 16-bit activations."""
 
@@ -339,6 +368,8 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
         return Int8Linear(quantized, bias, dtype)
     if path == "fp8":
         return Fp8Linear(quantized, bias, first.input_scale)
+    if path == "fp8 native":
+        return Fp8NativeLinear(quantized, bias, scheme, first.input_scale)
     if path == "weight-only 8-bit":
         rows = quantized.scale.float().reshape(-1)
         return WeightOnlyLinear(skinny.Weight(quantized.codes, rows, bias, sides), scheme.label)
@@ -377,6 +408,10 @@ def linear_path(
     rowwise = per_row and activations is not None and activations.group_size is None
     if grid.kind == "float" and rowwise and machine.has_fp8 and aligned and dtype == torch.bfloat16:
         return "fp8"
+    is_float = grid.kind != "int" and grid.bits == 8 and per_row and dtype == torch.bfloat16
+    rounded_by_step = activations is None or (rowwise and grid.kind == "float")
+    if is_float and rounded_by_step and machine.kind == "cpu" and columns % 32 == 0:
+        return "expanded" if isinstance(load_library(), str) else "fp8 native"
     triton = machine.runs_triton and dtype == torch.bfloat16
     if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:
         return "weight-only 8-bit" if triton and machine.has_fp8 else "expanded"

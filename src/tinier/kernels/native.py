@@ -56,6 +56,19 @@ def expand_int4(weight: Int4Weight) -> Tensor:
     return out
 
 
+def expand_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """The weight [out, in] in bf16. codes: E4M3 or E5M2, columns a multiple of 8. scale: [out] float32."""
+    library = load_library()
+    assert not isinstance(library, str)
+    rows, columns = codes.shape
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    library.expand_fp8(
+        codes.data_ptr(), scale.data_ptr(), codes.dtype == torch.float8_e5m2, rows, columns,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 @cache
 def load_library() -> ctypes.CDLL | str:
     """The compiled step, or why there is none."""
@@ -72,6 +85,8 @@ def load_library() -> ctypes.CDLL | str:
     pointers, sizes = (c_void_p,) * 3, (c_int32,) * 3
     library.expand_int4.argtypes = (*pointers, *sizes, c_void_p, c_int32)
     library.expand_int4.restype = None
+    library.expand_fp8.argtypes = (c_void_p, c_void_p, *sizes, c_void_p, c_int32)
+    library.expand_fp8.restype = None
     return library
 
 

@@ -343,7 +343,9 @@ def _flops(
     if any(a.needs_data for a in algorithms):
         for name in (read.readers[0] for read in geometry.inputs):
             width = geometry.linears[name][1]
-            reached = geometry.top_k / geometry.experts if geometry.expert_of(name) is not None else 1
+            reached = (
+                geometry.top_k / geometry.experts if geometry.expert_of(name) is not None else 1
+            )
             flops += 2.0 * tokens * reached * width**2 + 4.0 * width**3
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
