@@ -366,19 +366,62 @@ struct Int4Dot {
   }
 };
 
-// Codes become floats where they are: a byte's sign and other bits are moved to where a float32 has its own,
-// which makes them 2^SMALLER times too small (subnormal codes too). Half of that is given to the inputs,
-// half to the result: no sum leaves the range of float32.
-template <int SHIFT, uint32_t MASK, int SMALLER> struct Fp8Dot {
-  typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
+// Codes become floats where they are: a byte's sign and other bits are moved to where a wider float has its
+// own, which makes them 2^SMALLER times too small. In float32 subnormal codes are right, too, and half of that
+// factor is given to the inputs, half to the result: no sum leaves the range. bf16's products take subnormal
+// numbers for zeros: there the exponents are moved up, and subnormal codes, which are rare, looked up.
+template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   static F8 half_way() { return (F8)(I8{} + ((127 + SMALLER / 2) << 23)); }
   static F8 decoded(U8 high) { return (F8)(((I8)high >> SHIFT) & int32_t(MASK)); }  // a code in the top byte
   // rounded: as E4M3 with this scale first; the scale then belongs to the result
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+  typedef bf16 Value;
   static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
+    const F8 by = all(1.0f / scale);
+    for (int c = 0; c < n; c += 8) write8(to + c, rounded ? to_e4m3(read8(x + c) * by) : read8(x + c));
+  }
+  static __m256i wide(const uint8_t *codes) {
+    const __m256i code = _mm256_cvtepi8_epi16(load<__m128i>(codes));  // the sign everywhere above
+    __m256i bits = _mm256_and_si256(_mm256_slli_epi16(code, 8 - SHIFT), _mm256_set1_epi16(MASK >> 16));
+    bits = _mm256_add_epi16(bits, _mm256_set1_epi16(SMALLER << 7));
+    const __mmask16 subnormal = _mm256_testn_epi16_mask(code, _mm256_set1_epi16(0x7f >> FRACTION << FRACTION));
+    if (__builtin_expect(subnormal, 0)) {
+      bf16 values[16] = {};  // of the fractions, times the smallest step
+      for (int i = 0; i < 1 << FRACTION; ++i)
+        values[i] = to_bf16(std::ldexp(float(i), SMALLER - 126 - FRACTION));
+      __m256i small = _mm256_permutexvar_epi16(code, load<__m256i>(values));
+      small = _mm256_or_si256(small, _mm256_and_si256(code, _mm256_set1_epi16(short(0x8000))));
+      bits = _mm256_mask_blend_epi16(subnormal, bits, small);
+    }
+    return bits;
+  }
+  static constexpr int MOST = 8;  // inputs that share the decoding
+  template <int N>
+  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
+    constexpr int RUN = N > 4 ? STREAMS / 2 : STREAMS;  // sums at once: as many as there are registers
+    F8 acc[N][TILE] = {};
+    UNROLL for (int first = 0; first < TILE; first += RUN)
+      for (int c = 0; c < n; c += 32) {
+        if (stream) fetch<RUN>(w[first] + c * RUN);
+        UNROLL for (int r = first; r < first + RUN; ++r)
+          UNROLL for (int half = 0; half < 32; half += 16) {
+            const __m256bh codes = (__m256bh)wide(w[r] + c + half);
+            UNROLL for (int m = 0; m < N; ++m)
+              acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes,
+                                               load<__m256bh>(x + m * stride + c + half));
+          }
+      }
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
+  }
+#else
+  static constexpr int MOST = BLOCK;
+  typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
+  static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
+    const F8 by = all(1.0f / scale);
     for (int c = 0; c < n; c += 16) {
       U8 both = load<U8>(x + c);
       F8 even = (F8)(both << 16), odd = (F8)(both & 0xffff0000);
-      if (rounded) even = to_e4m3(even / all(scale)), odd = to_e4m3(odd / all(scale));
+      if (rounded) even = to_e4m3(even * by), odd = to_e4m3(odd * by);
       store(to + c, even * half_way());
       store(to + c + 8, odd * half_way());
     }
@@ -402,9 +445,10 @@ template <int SHIFT, uint32_t MASK, int SMALLER> struct Fp8Dot {
       }
     for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]) * half_way();
   }
+#endif
 };
-typedef Fp8Dot<4, 0x87f00000, 120> E4m3Dot;
-typedef Fp8Dot<3, 0x8fe00000, 112> E5m2Dot;
+typedef Fp8Dot<4, 0x87f00000, 120, 3> E4m3Dot;
+typedef Fp8Dot<3, 0x8fe00000, 112, 2> E5m2Dot;
 
 // ---- A linear layer ----
 
@@ -504,7 +548,7 @@ void multiply(const Linear &l, int tile, const Input &in, F8 *y) {
     const uint8_t *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const uint8_t *)l.weight + rows[r] * n;
     const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
-    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
+    in_blocks<E4m3Dot::MOST>(in.rows, [&](int m, auto N) {
       if (l.format == E5M2)
         E5m2Dot::dot<N.value>(w, l.in, in.e5m2s.data() + m * n, n, y + m, !m);
       else
