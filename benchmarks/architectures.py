@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.engine_speed import ceilings, decode, requests, start_decoding
+from benchmarks.engine_speed import ceilings, decode, kernel_times, requests
 from torch import Tensor
 
 from tinier.benchmark import environment
@@ -148,22 +148,6 @@ class Routed:
         return [len({e for e in blocks[:, 0].tolist() if e >= 0}) for blocks in found]
 
 
-def profiled(engine: Engine, batch: int) -> dict[str, list[float]]:
-    """Microseconds and launches a step of each kernel."""
-    start_decoding(engine, batch, 80)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(30):
-            engine.step()
-        torch.cuda.synchronize()
-    while engine.has_work:
-        engine.step()
-    kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {
-        event.key[:60]: [round(event.self_device_time_total / 30, 1), event.count / 30]
-        for event in kernels[:14]
-    }
-
-
 def measure(name: str, bandwidth: float, a: argparse.Namespace) -> dict[str, Any]:
     shape, _, form = name.partition(":")
     routed = Routed()
@@ -191,7 +175,7 @@ def measure(name: str, bandwidth: float, a: argparse.Namespace) -> dict[str, Any
             **({"experts_read": statistics.mean(chosen)} if chosen else {}),
         }  # fmt: skip
         if a.profile:
-            result[f"profile-{batch}"] = profiled(engine, batch)
+            result[f"profile-{batch}"] = kernel_times(engine, batch, 30)
     if a.requests:
         requests(engine, 64, 64)
         result["requests_per_second"] = requests(engine, 64, 128)

@@ -181,6 +181,22 @@ def idle_share(engine: Engine) -> float:
     return 1 - busy / (reached - begun)
 
 
+def kernel_times(engine: Engine, batch: int, steps: int) -> dict[str, list[float]]:
+    """Microseconds and launches a decode step of the kernels that take longest."""
+    start_decoding(engine, batch, steps + 50)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    while engine.has_work:
+        engine.step()
+    kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {
+        event.key[:60]: [round(event.self_device_time_total / steps, 1), event.count // steps]
+        for event in kernels[:14]
+    }
+
+
 def requests(engine: Engine, in_flight: int, count: int) -> float:
     """Requests/s of `count` requests of 512 tokens in and 128 out."""
     waiting = prompts(count, 512)

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from benchmarks import guide_shape
-from benchmarks.engine_speed import decode, prompts, requests, start_decoding
+from benchmarks.engine_speed import decode, kernel_times, prompts, requests
 from benchmarks.serving_speed import completion, over_http
 from transformers import LlamaConfig
 
@@ -108,22 +108,7 @@ def profiled(model: Checkpoint) -> dict[str, Any]:
         engine = engine_on(model, gpus)
         for batch in (1, 64):
             decode(engine, batch, 384, 20)
-            start_decoding(engine, batch, 120)
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as profile:
-                for _ in range(50):
-                    engine.step()
-                torch.cuda.synchronize()
-            while engine.has_work:
-                engine.step()
-            kernels = sorted(
-                profile.key_averages(), key=lambda event: -event.self_device_time_total
-            )
-            result[f"{gpus}, batch {batch}"] = {
-                event.key[:60]: [round(event.self_device_time_total / 50, 1), event.count // 50]
-                for event in kernels[:14]
-            }
+            result[f"{gpus}, batch {batch}"] = kernel_times(engine, batch, 50)
             print(gpus, batch, json.dumps(result[f"{gpus}, batch {batch}"], indent=1), flush=True)
         del engine
     return result

@@ -944,7 +944,7 @@ struct Worker {
       scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, x + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
-      add_norm(i ? delta : nullptr, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
+      add_norm(delta, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
       project({&layer.q, &layer.k, &layer.v}, shared.qkv);
       shared.barrier.wait(threads);
       attend(layer);

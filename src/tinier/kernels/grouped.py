@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinier.kernels.fused import begin, early_start, summed_parts
+from tinier.kernels.fused import TRITON_TYPES, begin, early_start, parts_of, summed_parts
 from tinier.kernels.reference import joined, shares_of
 from tinier.kernels.skinny import MOST_TOKENS, Weight, int4_chunk, multiply, tile
 from tinier.numerics import Quantized
@@ -105,14 +105,11 @@ def route(logits: Tensor, chosen: int, *, sums_to_one: bool, dtype: torch.dtype)
     _route[(1,)](
         logits, *found[:4], tokens, tokens * experts, count, E=experts, CHOSEN=chosen,
         ROWS=triton.next_power_of_2(tokens), EXPERTS=triton.next_power_of_2(experts),
-        PARTS=logits.shape[0] if logits.dim() == 3 else 1, MOST=most,
+        PARTS=parts_of(logits), MOST=most,
         BLOCKS=triton.next_power_of_2(count), SUMS_TO_ONE=sums_to_one,
-        stored=_TYPES[dtype], num_warps=4 if tokens * experts <= 2048 else 8, **early_start(),
+        stored=TRITON_TYPES[dtype], num_warps=4 if tokens * experts <= 2048 else 8, **early_start(),
     )  # fmt: skip
     return found
-
-
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _block_size(pairs: int, experts: int) -> int:
@@ -145,13 +142,14 @@ def _route_many(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(tokens, first, last, T, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The rows of x in a block's slots; T: none."""
-    slot = first + tl.arange(0, TOKENS)
+def _slots(block, tokens, T, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slots of a block, the one behind the last, and the row of x in each; T: none."""
+    slot = tl.load(block + 1) + tl.arange(0, TOKENS)
+    last = tl.load(block + 2)
     if tokens is None:
-        return slot, tl.where(slot < last, slot, T)
+        return slot, last, tl.where(slot < last, slot, T)
     else:
-        return slot, tl.load(tokens + slot, mask=slot < last, other=T)
+        return slot, last, tl.load(tokens + slot, mask=slot < last, other=T)
 
 
 @triton.jit
@@ -177,8 +175,7 @@ def _grouped(  # type: ignore[no-untyped-def]
     block = blocks + tl.program_id(1) * 3
     expert = tl.load(block)
     if expert >= 0:
-        last = tl.load(block + 2)
-        slot, token = _rows(tokens, tl.load(block + 1), last, T, TOKENS)
+        slot, last, token = _slots(block, tokens, T, TOKENS)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         own = codes + expert.to(tl.int64) * N * K
         exact: tl.constexpr = x.dtype.element_ty.is_int()
@@ -204,8 +201,7 @@ def _grouped_int4(  # type: ignore[no-untyped-def]
     block = blocks + tl.program_id(1) * 3
     expert = tl.load(block)
     if expert >= 0:
-        last = tl.load(block + 2)
-        slot, token = _rows(tokens, tl.load(block + 1), last, T, TOKENS)
+        slot, last, token = _slots(block, tokens, T, TOKENS)
         r = tl.arange(0, BLOCK_N)
         n = tl.program_id(0) * BLOCK_N + r
         own = words + (expert * N + tl.program_id(0) * BLOCK_N).to(tl.int64) // 64 * chunks * 1024
@@ -233,9 +229,9 @@ def matmul(
     """Each pair's row of x times its expert's weight.
 
     inputs: x, or its codes and their scales, one a row. weight: the rows of all experts, [E · N, K].
-    last: x has a row in each
-    slot, [P, K], and the result is times the shares, [C, T, N]: in float32, to be summed, for up to 64
-    tokens, in bf16 for more. Otherwise x has one for each token, [T, K], and the result is [P, N] in bf16.
+    last: x has a row in each slot, [P, K], and the result is times the shares, [C, T, N]: in float32, to be
+    summed, for up to 64 tokens, in bf16 for more. Otherwise x has one for each token, [T, K], and the
+    result is [P, N] in bf16.
     """
     x, x_scale = (inputs, None) if isinstance(inputs, Tensor) else inputs[:2]
     tokens, pairs = routing.num_tokens, len(routing.tokens)

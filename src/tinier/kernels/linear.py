@@ -99,8 +99,25 @@ class Linear(ABC):
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class DenseLinear(Linear):
-    """A weight in the computing type, with the activations rounded first where the scheme says so."""
+class RoundingLinear(Linear):
+    """One that multiplies 16-bit inputs, rounded first where the scheme says so."""
+
+    def __init__(
+        self, bias: Tensor | None, activations: Grid | None, input_scale: Tensor | None
+    ) -> None:
+        super().__init__(bias)
+        self.activations = activations
+        self.input_scale = input_scale
+
+    def prepared(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
+        if self.activations is None:
+            return x
+        return round_activations(x, self.activations, self.input_scale)
+
+
+class DenseLinear(RoundingLinear):
+    """A weight in the computing type."""
 
     def __init__(
         self,
@@ -109,19 +126,11 @@ class DenseLinear(Linear):
         activations: Grid | None,
         input_scale: Tensor | None = None,
     ) -> None:
-        super().__init__(bias)
+        super().__init__(bias, activations, input_scale)
         self.weight = weight  # [out, in]
-        self.activations = activations
-        self.input_scale = input_scale
         if _has_skinny(weight.device) and weight.dtype == torch.bfloat16:
             self.few = skinny.Weight(weight, None, bias, _sides(weight))
             self.path = f"16-bit: Triton to {skinny.MOST_TOKENS} tokens, F.linear above"
-
-    def prepared(self, x: Tensor | Quantized) -> Tensor:
-        assert isinstance(x, Tensor)
-        if self.activations is None:
-            return x
-        return round_activations(x, self.activations, self.input_scale)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         x = self.prepared(x)
@@ -234,25 +243,17 @@ class Fp8Linear(Linear):
         return out if out.shape[1] == self.rows else out[:, : self.rows].contiguous()
 
 
-class Fp8NativeLinear(Linear):
+class Fp8NativeLinear(RoundingLinear):
     """8-bit floats for the native decode step (cpu_decode.py); here, for prompts, they are expanded to 16
     bit for each product, which costs little beside it."""
 
     def __init__(
         self, quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None
     ) -> None:
-        super().__init__(bias)
+        super().__init__(bias, scheme.activations, input_scale)
         self.codes = quantized.codes.contiguous()  # [out, in]
         self.scale = quantized.scale.float().reshape(-1).contiguous()  # [out]
-        self.activations = scheme.activations
-        self.input_scale = None if input_scale is None else input_scale.float().reshape(1)
         self.path = f"{scheme.label}: native decode step, expanded for F.linear in prompts"
-
-    def prepared(self, x: Tensor | Quantized) -> Tensor:
-        assert isinstance(x, Tensor)
-        if self.activations is None:
-            return x
-        return round_activations(x, self.activations, self.input_scale)
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         return F.linear(self.prepared(x), expand_fp8(self.codes, self.scale), self.bias)

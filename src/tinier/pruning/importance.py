@@ -249,9 +249,8 @@ class _SeenExperts:
         return lambda _, given, made: self._add(number, given[0], made)
 
     def _add(self, number: int, act: Tensor, made: Tensor) -> None:
-        share = self._shares[self._chosen == number].unsqueeze(
-            1
-        )  # in the tokens' order, as made is
+        # in the tokens' order, as `made` is
+        share = self._shares[self._chosen == number].unsqueeze(1)
         self.carried[number] += (share * made.float()).norm(dim=1).sum().cpu()
         self.neurons[number] += (share * act.float()).square().sum(dim=0).cpu()
 

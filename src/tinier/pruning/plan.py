@@ -267,14 +267,7 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
             "nothing to remove. Give --drop-layers 21-27, --layers 25%, --hidden, --intermediate, "
             "--heads, --kv-heads, --experts or --target 100M."
         )
-    if plan.experts is not None:
-        if geometry.mixture is None:
-            raise InputError(f"--experts: {name} is no mixture of experts. Use --intermediate.")
-        if not geometry.top_k <= plan.experts <= geometry.experts:
-            raise InputError(
-                f"experts={plan.experts}: each token goes through {geometry.top_k} of {geometry.experts}. "
-                f"Keep {geometry.top_k} to {geometry.experts}."
-            )
+    experts = _experts(plan.experts, geometry, name)
     outside = [layer for layer in plan.drop_layers if not 0 <= layer < total]
     if outside:
         raise InputError(f"layers {outside} do not exist: {name} has layers 0 to {total - 1}.")
@@ -301,7 +294,7 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
         ),
         heads=heads,
         kv_heads=kv_heads,
-        experts=geometry.experts if plan.experts is None else plan.experts,
+        experts=experts,
     )
 
 
@@ -315,6 +308,9 @@ def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
     layers = range((geometry.layers + 1) // 2, geometry.layers + 1)
     groups = range((geometry.kv_heads + 1) // 2, geometry.kv_heads + 1)
     per_group = geometry.heads // geometry.kv_heads
+    # in few steps: there may be hundreds
+    eighths = multiples(geometry.experts, max(1, geometry.experts // 8))
+    experts_kept = [n for n in eighths if n >= geometry.top_k]
     for count, kv_heads in product(
         layers if depth else [geometry.layers], groups if width else [geometry.kv_heads]
     ):
@@ -323,14 +319,7 @@ def possible_sizes(geometry: Geometry, plan: PrunePlan) -> Iterator[Sizes]:
         for hidden, intermediate, experts in product(
             multiples(geometry.hidden, step) if width else [geometry.hidden],
             multiples(geometry.intermediate, plan.align) if width else [geometry.intermediate],
-            # few steps: there may be hundreds
-            [
-                n
-                for n in multiples(geometry.experts, max(1, geometry.experts // 8))
-                if n >= geometry.top_k
-            ]
-            if width
-            else [geometry.experts],
+            experts_kept if width else [geometry.experts],
         ):
             if geometry.hidden_in_heads and hidden % heads:
                 continue
@@ -440,6 +429,19 @@ def _heads(wanted: int | None, total: int, multiple: int, name: str) -> int:
     allowed = range(multiple, total + 1, multiple)
     if wanted not in allowed:
         raise InputError(f"{name}={wanted}. Use one of {', '.join(map(str, allowed))}.")
+    return wanted
+
+
+def _experts(wanted: int | None, geometry: Geometry, name: str) -> int:
+    if wanted is None:
+        return geometry.experts
+    if geometry.mixture is None:
+        raise InputError(f"--experts: {name} is no mixture of experts. Use --intermediate.")
+    if not geometry.top_k <= wanted <= geometry.experts:
+        raise InputError(
+            f"experts={wanted}: each token goes through {geometry.top_k} of {geometry.experts}. "
+            f"Keep {geometry.top_k} to {geometry.experts}."
+        )
     return wanted
 
 

@@ -202,13 +202,11 @@ def _solved_experts(
         lacking = lacking.index_add(0, token, inner @ -weight.t().float())
     for place, name in enumerate(names):
         token, inner, weight = seen(place)
-        own = second_moments(inner).double()
-        damping = _DAMPING * own.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-        factor = torch.linalg.cholesky(own + torch.diag(damping))
-        added = torch.cholesky_solve(inner.t().double() @ lacking[token].double(), factor)
-        lacking = lacking.index_add(0, token, inner @ -added.float())
+        beyond = inner.t().double() @ lacking[token].double()
+        solved = _solve(second_moments(inner).double(), beyond, weight, None)
+        lacking = lacking.index_add(0, token, inner @ (weight - solved).t().float())
         rows, _ = cut.linear_channels(index, name, geometry)
-        yield name, take(weight + added.t(), 0, rows)
+        yield name, take(solved, 0, rows)
 
 
 def _solve(inputs: Tensor, beyond: Tensor | None, weight: Tensor, kept: Tensor | None) -> Tensor:

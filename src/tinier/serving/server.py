@@ -255,7 +255,7 @@ class Service:
 
 
 def _run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """asyncio.run on uvloop's event loop, which takes half of the time for a token, where there is one."""
+    """asyncio.run on uvloop's event loop, where there is one."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(main)
 
