@@ -74,6 +74,8 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("tinier", "bf16", "bf16"),
+    Row("tinier", "fp8", "fp8"),
+    Row("tinier", "fp8", "bf16"),
     Row("tinier", "int8", "int8"),
     Row("tinier", "int8", "bf16"),
     Row("tinier", "int4", "int8"),
@@ -86,7 +88,7 @@ ROWS = (
     Row("llamacpp", "Q8_0", "Q8_0"),
     Row("llamacpp", "Q4_0", "Q8_0"),
 )
-PRESETS = {"int8": ("int8",), "int4": ("int4", "--group-size", "64")}
+PRESETS = {"fp8": ("fp8",), "int8": ("int8",), "int4": ("int4", "--group-size", "64")}
 
 
 class Worker:

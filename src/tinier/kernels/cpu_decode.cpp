@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
 #include <cmath>
@@ -380,16 +381,21 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
     const F8 by = all(1.0f / scale);
     for (int c = 0; c < n; c += 8) write8(to + c, rounded ? to_e4m3(read8(x + c) * by) : read8(x + c));
   }
-  static __m256i wide(const uint8_t *codes) {
+  inline static const auto SUBNORMAL = [] {  // by fraction
+    std::array<bf16, 16> values{};
+    for (int i = 0; i < 1 << FRACTION; ++i)
+      values[i] = to_bf16(std::ldexp(float(i), SMALLER - 126 - FRACTION));
+    return values;
+  }();
+  // alone: for one input, where the memory is waited for, and a branch that is taken now and then costs more
+  // than what it skips
+  template <bool alone> static __m256i wide(const uint8_t *codes) {
     const __m256i code = _mm256_cvtepi8_epi16(load<__m128i>(codes));  // the sign everywhere above
     __m256i bits = _mm256_and_si256(_mm256_slli_epi16(code, 8 - SHIFT), _mm256_set1_epi16(MASK >> 16));
     bits = _mm256_add_epi16(bits, _mm256_set1_epi16(SMALLER << 7));
     const __mmask16 subnormal = _mm256_testn_epi16_mask(code, _mm256_set1_epi16(0x7f >> FRACTION << FRACTION));
-    if (__builtin_expect(subnormal, 0)) {
-      bf16 values[16] = {};  // of the fractions, times the smallest step
-      for (int i = 0; i < 1 << FRACTION; ++i)
-        values[i] = to_bf16(std::ldexp(float(i), SMALLER - 126 - FRACTION));
-      __m256i small = _mm256_permutexvar_epi16(code, load<__m256i>(values));
+    if (alone || __builtin_expect(subnormal, 0)) {
+      __m256i small = _mm256_permutexvar_epi16(code, load<__m256i>(SUBNORMAL.data()));
       small = _mm256_or_si256(small, _mm256_and_si256(code, _mm256_set1_epi16(short(0x8000))));
       bits = _mm256_mask_blend_epi16(subnormal, bits, small);
     }
@@ -405,7 +411,7 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
         if (stream) fetch<RUN>(w[first] + c * RUN);
         UNROLL for (int r = first; r < first + RUN; ++r)
           UNROLL for (int half = 0; half < 32; half += 16) {
-            const __m256bh codes = (__m256bh)wide(w[r] + c + half);
+            const __m256bh codes = (__m256bh)wide<N == 1>(w[r] + c + half);
             UNROLL for (int m = 0; m < N; ++m)
               acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes,
                                                load<__m256bh>(x + m * stride + c + half));
