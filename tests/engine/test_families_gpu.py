@@ -16,8 +16,15 @@ pytestmark = [
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 64}
 
 
-def logits(checkpoint: Checkpoint, device: str, windows: torch.Tensor) -> torch.Tensor:
+def logits(
+    checkpoint: Checkpoint, device: str, windows: torch.Tensor, noise: float = 0.0
+) -> torch.Tensor:
+    """noise: the embeddings are off by up to this share, drawn at random."""
     decoder = load_decoder(checkpoint, device=torch.device(device))
+    if noise:
+        table = decoder.embedding
+        draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
+        table.copy_(table.float() * (1 + noise * (2 * draw - 1)))
     hidden = decoder.hidden_states(windows).flatten(0, 1)
     return decoder.logits_float32(hidden).cpu()
 
@@ -35,8 +42,10 @@ def test_a_family_on_a_gpu_computes_what_it_does_on_a_cpu(
     windows = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(1))
     ours, theirs = logits(made, "cuda", windows), logits(made, "cpu", windows)
     apart = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
-    # a token whose expert changes with the last bit is far off; most are not
-    assert apart.median() < 0.03, apart.median()
+    # An input that crosses to the next code, and a token whose expert changes with the last bit, move the
+    # logits much: the two devices may differ by what one unit in the last place of the embeddings does.
+    moved = (logits(made, "cpu", windows, noise=2**-8) - theirs).norm(dim=1) / theirs.norm(dim=1)
+    assert apart.median() < max(0.03, 1.25 * moved.median()), (apart.median(), moved.median())
 
     config = EngineConfig(max_batch_size=8, max_seq_len=128, device="cuda:0")
     engine = Engine(made, config)
@@ -48,7 +57,11 @@ def test_a_family_on_a_gpu_computes_what_it_does_on_a_cpu(
         engine.step()
     for prompt, request in zip(prompts, requests, strict=True):
         whole = torch.tensor([[*prompt, *request.output]])
-        rows = logits(made, "cuda", whole)[len(prompt) - 1 : -1].log_softmax(dim=-1)
-        known = rows.gather(1, torch.tensor(request.output).unsqueeze(1)).squeeze(1)
+
+        def known(noise: float, whole=whole, prompt=prompt, request=request):  # type: ignore[no-untyped-def]
+            rows = logits(made, "cuda", whole, noise)[len(prompt) - 1 : -1].log_softmax(dim=-1)
+            return rows.gather(1, torch.tensor(request.output).unsqueeze(1)).squeeze(1)
+
         told = torch.tensor([value.logprob for value in request.logprobs])
-        assert (known - told).abs().median() < 0.05
+        moved = (known(2**-8) - known(0.0)).abs().median()
+        assert (known(0.0) - told).abs().median() < max(0.05, 1.5 * moved)

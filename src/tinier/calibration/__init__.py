@@ -1,8 +1,9 @@
 """Walk a decoder layer by layer over calibration text, with one layer's weights in memory.
 
-Start at `DecoderWalk` (walk.py) and `observe` (statistics.py).
+Start at `DecoderWalk` (walk.py), `observe` (statistics.py) and `mean_divergences` (divergence.py).
 """
 
+from tinier.calibration.divergence import mean_divergences
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import (
     DecoderWalk,
@@ -20,6 +21,7 @@ __all__ = [
     "LayerStep",
     "check_attention_window",
     "load_whole",
+    "mean_divergences",
     "observe",
     "second_moments",
     "turns",

@@ -6,19 +6,18 @@ after each.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tinier.calibration import DecoderWalk
+from tinier.calibration import DecoderWalk, mean_divergences
 from tinier.checkpoint import Checkpoint
 from tinier.families import EMBEDDING, FINAL_NORM, HEAD, geometry_of, norm_weight
 from tinier.kernels import output_logits
 from tinier.progress import bar
 from tinier.pruning.cut import Cut
 
-_CHUNK = 128
 # streams of hidden states that are alive at once
 _TOGETHER = 32
 
@@ -65,19 +64,13 @@ def _divergences(
     last = geometry.layers - 1
     with source.reader(device) as read:
         norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD)
-    totals = [0.0] * len(cuts)
-    flat = exact.flatten(0, 1)
-    for start in range(0, len(flat), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        divisor = geometry.multipliers.logits
-        weight = norm_weight(norm, geometry)
-        found = output_logits(flat[rows].to(device), weight, head, geometry.norm_eps, divisor)
-        original = F.log_softmax(found.float(), dim=-1)
-        for number, stream in enumerate(streams):
-            hidden = alive[stream.past(last)].flatten(0, 1)[rows].to(device)
-            own = F.log_softmax(stream.logits(hidden, norm, head).float(), dim=-1)
-            totals[number] += (original.exp() * (original - own)).sum().item()
-    return [total / len(flat) for total in totals]
+
+    def logits(hidden: Tensor) -> Tensor:
+        weight, divisor = norm_weight(norm, geometry), geometry.multipliers.logits
+        return output_logits(hidden, weight, head, geometry.norm_eps, divisor)
+
+    others = [(alive[s.past(last)], partial(s.logits, norm=norm, head=head)) for s in streams]
+    return mean_divergences((exact, logits), others, device)
 
 
 class _Stream:

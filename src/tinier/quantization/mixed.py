@@ -8,10 +8,9 @@ model's output is measured; `pick_wide` then spends the bits where they save mos
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinier.calibration import DecoderWalk
+from tinier.calibration import DecoderWalk, mean_divergences
 from tinier.checkpoint import Checkpoint
 from tinier.errors import SchemeError
 from tinier.families import (
@@ -32,7 +31,6 @@ from tinier.quantization.scales import round_nearest, searched_scales
 from tinier.schemes import Preset, preset_named
 
 _TOKENS = 1024
-_CHUNK = 128
 
 
 @torch.no_grad()
@@ -71,19 +69,11 @@ def measure_sensitivity(
         head = read(EMBEDDING if geometry.tied_head else HEAD)
 
     def logits(hidden: Tensor) -> Tensor:
-        eps, divisor = geometry.norm_eps, geometry.multipliers.logits
-        found = output_logits(hidden.to(walk.device), norm, head, eps, divisor)
-        return F.log_softmax(found.float(), dim=-1)
+        return output_logits(hidden, norm, head, geometry.norm_eps, geometry.multipliers.logits)
 
-    divergences = dict.fromkeys(streams, 0.0)
-    flat = exact.flatten(0, 1)
-    for start in range(0, len(flat), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        original = logits(flat[rows])
-        for name, stream in streams.items():
-            own = logits(stream.flatten(0, 1)[rows])
-            divergences[name] += (original.exp() * (original - own)).sum().item()
-    return {name: total / len(flat) for name, total in divergences.items()}
+    others = [(stream, logits) for stream in streams.values()]
+    found = mean_divergences((exact, logits), others, walk.device)
+    return dict(zip(streams, found, strict=True))
 
 
 def pick_wide(

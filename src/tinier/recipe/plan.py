@@ -7,8 +7,9 @@ now. `describe` estimates memory, disk and time of the whole.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,7 +89,7 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}
     for name in recipe.order():
-        planned[name] = plan_stage(recipe, name, models, parts)
+        planned[name] = stage_of(recipe, name, models, parts).plan()
         models[name] = replace(base, config=planned[name].output_config)
     check_shared(models, recipe.measure.tensor_parallel, recipe.device)
     return PlannedRun(recipe, base, parts, windows, mmlu, workloads, loads, planned)
@@ -106,50 +107,39 @@ def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: st
             raise InputError(f"{name}: {error}") from None
 
 
-def plan_stage(
-    recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: TextParts
-) -> StagePlan:
-    """Plan the stage of one variant on the models that it needs."""
-    variant = recipe.variants[name]
-    source = models[variant.from_]
-    if variant.quantize:
-        return plan_quantize(source, quantize_plan(recipe, variant.quantize), parts.calibration)
-    if variant.prune:
-        return plan_prune(source, prune_plan(recipe, name, models), parts.calibration)
-    assert variant.distill is not None
-    plan = distill_plan(recipe, variant.distill)
-    teacher = models[variant.distill.teacher]
-    return plan_distill(source, teacher, plan, parts.training, parts.calibration)
+class Stage(NamedTuple):
+    """The stage that makes one variant."""
+
+    plan: Callable[[], StagePlan]
+    make: Callable[[Path], Checkpoint]
+    """In the folder that it is given"""
 
 
-def stage_runner(
-    recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: TextParts
-) -> Callable[[Path], Checkpoint]:
-    """The stage of one variant as a function of the folder to write."""
+def stage_of(recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: TextParts) -> Stage:
+    """The stage of one variant on the models that it needs."""
     variant = recipe.variants[name]
-    source = models[variant.from_]
+    source, calibration, device = models[variant.from_], parts.calibration, recipe.device
     if variant.quantize:
-        plan = quantize_plan(recipe, variant.quantize)
-        return lambda out: quantize(
-            source, plan, out, documents=parts.calibration, device=recipe.device
+        grid = quantize_plan(recipe, variant.quantize)
+        return Stage(
+            partial(plan_quantize, source, grid, calibration),
+            partial(quantize, source, grid, documents=calibration, device=device),
         )
     if variant.prune:
         cut = prune_plan(recipe, name, models)
-        return lambda out: prune(
-            source, cut, out, documents=parts.calibration, device=recipe.device
+        return Stage(
+            partial(plan_prune, source, cut, calibration),
+            partial(prune, source, cut, documents=calibration, device=device),
         )
     assert variant.distill is not None
-    training = distill_plan(recipe, variant.distill)
-    teacher = models[variant.distill.teacher]
-    return lambda out: distill(
-        source,
-        teacher,
-        training,
-        out,
-        documents=parts.training,
-        heldout=parts.calibration,
-        device=recipe.device,
-    )
+    training, teacher = distill_plan(recipe, variant.distill), models[variant.distill.teacher]
+    return Stage(
+        partial(plan_distill, source, teacher, training, parts.training, calibration),
+        partial(
+            distill, source, teacher, training, documents=parts.training, heldout=calibration,
+            device=device,
+        ),
+    )  # fmt: skip
 
 
 def quantize_plan(recipe: Recipe, asked: Quantize) -> QuantizePlan:

@@ -31,7 +31,7 @@ from tinier.engine import Decoder, EngineConfig, load_decoder
 from tinier.errors import OutputError, TinierError
 from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
 from tinier.progress import say, warn
-from tinier.recipe.plan import PlannedRun, plan_recipe, plan_stage, stage_runner
+from tinier.recipe.plan import PlannedRun, plan_recipe, stage_of
 from tinier.recipe.results import assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
 from tinier.serving import MAX_BATCH_SIZE, Service
@@ -123,7 +123,8 @@ def _make_variant(
     One that is made from other inputs, or by other code, is made again beside the old one, which goes when
     the new one is whole.
     """
-    stage = plan_stage(run.recipe, name, models, run.parts)
+    made_by = stage_of(run.recipe, name, models, run.parts)
+    stage = made_by.plan()
     current, fresh = folder / name, folder / f"{name}{_FRESH}"
     if finished_checkpoint(fresh, stage.key) is not None:  # killed before it took its place
         _replace(current, fresh)
@@ -134,13 +135,12 @@ def _make_variant(
             say(f"{name}: warning: {warning}")
         return found
     say(f"{name}: {stage.stage} {run.recipe.variants[name].from_}")
-    make = stage_runner(run.recipe, name, models, run.parts)
     if not current.exists():
-        return make(current)
+        return made_by.make(current)
     say(f"{name}: was made from other inputs or code; the old one stays until the new one is there")
     for path in (fresh, fresh.with_name(f"{fresh.name}-last")):
         shutil.rmtree(path, ignore_errors=True)
-    make(fresh)
+    made_by.make(fresh)
     _replace(current, fresh)
     return open_checkpoint(current)
 

@@ -1,0 +1,32 @@
+"""KL divergence between what two streams of hidden states say of the next token."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# tokens whose logits are held at once
+_CHUNK = 128
+
+Stream = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""The last layer's outputs [n, length, hidden], and what makes logits [T, vocab] of [T, hidden] of them"""
+
+
+@torch.no_grad()
+def mean_divergences(exact: Stream, others: Sequence[Stream], device: torch.device) -> list[float]:
+    """KL(exact ‖ other) of each other stream, in nats per token. device: where logits are made."""
+
+    def log_likely(stream: Stream, rows: slice) -> Tensor:
+        hidden, logits = stream
+        return F.log_softmax(logits(hidden.flatten(0, 1)[rows].to(device)).float(), dim=-1)
+
+    tokens = exact[0].shape[:2].numel()
+    totals = [0.0] * len(others)
+    for start in range(0, tokens, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        original = log_likely(exact, rows)
+        for number, other in enumerate(others):
+            own = log_likely(other, rows)
+            totals[number] += (original.exp() * (original - own)).sum().item()
+    return [total / tokens for total in totals]
