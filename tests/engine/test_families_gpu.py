@@ -24,7 +24,7 @@ def logits(
     if noise:
         table = decoder.embedding
         draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
-        table.copy_(table.float() * (1 + noise * (2 * draw - 1)))
+        table.copy_(table.float() * (1 + noise * (2 * draw.to(device) - 1)))
     hidden = decoder.hidden_states(windows).flatten(0, 1)
     return decoder.logits_float32(hidden).cpu()
 
