@@ -18,6 +18,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import peak_memory_bytes, pick_device
 from tinier.engine import Engine, SamplingParams
 from tinier.families import open_model
+from tinier.schemes import Int4Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,17 @@ class ServingMemory:
 
 
 def measure_memory(
-    checkpoint: Checkpoint, workload: Workload, device: str, tensor_parallel: int = 1
+    checkpoint: Checkpoint,
+    workload: Workload,
+    device: str,
+    tensor_parallel: int = 1,
+    int4_inputs: Int4Inputs = "int8",
 ) -> ServingMemory:
     """Serve one workload in a fresh process and report its memory; where several processes share the
     model, that of one."""
     request = {
         "folder": str(checkpoint.folder), "workload": asdict(workload), "device": device,
-        "tensor_parallel": tensor_parallel,
+        "tensor_parallel": tensor_parallel, "int4_inputs": int4_inputs,
     }  # fmt: skip
     command = [sys.executable, "-m", "tinier.benchmark.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -49,12 +54,12 @@ def measure_memory(
 
 
 def _serve_once(
-    folder: Path, workload: Workload, device: str, tensor_parallel: int
+    folder: Path, workload: Workload, device: str, tensor_parallel: int, int4_inputs: Int4Inputs
 ) -> ServingMemory:
     place = pick_device(device)
     on_gpu = place.type == "cuda"
     start = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    engine = Engine(open_model(folder), engine_for(workload, device, tensor_parallel))
+    engine = Engine(open_model(folder), engine_for(workload, device, tensor_parallel, int4_inputs))
     params = SamplingParams(max_tokens=workload.output_length)
     engine.generate(random_prompts(engine, workload, seed=0), params)
     return ServingMemory(
@@ -69,6 +74,6 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     memory = _serve_once(
         Path(asked["folder"]), Workload(**asked["workload"]), asked["device"],
-        asked["tensor_parallel"],
+        asked["tensor_parallel"], asked["int4_inputs"],
     )  # fmt: skip
     print(json.dumps(asdict(memory)))

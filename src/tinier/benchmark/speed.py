@@ -19,6 +19,7 @@ from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import InputError
 from tinier.families import check_length
 from tinier.progress import bar
+from tinier.schemes import Int4Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,9 @@ class SpeedResult:
     """Output tokens/s over the base's of the same round; None for a base measured alone."""
 
 
-def engine_for(workload: Workload, device: str, tensor_parallel: int = 1) -> EngineConfig:
+def engine_for(
+    workload: Workload, device: str, tensor_parallel: int = 1, int4_inputs: Int4Inputs = "int8"
+) -> EngineConfig:
     """An engine with room for exactly this workload."""
     return EngineConfig(
         max_batch_size=workload.concurrency,
@@ -81,6 +84,7 @@ def engine_for(workload: Workload, device: str, tensor_parallel: int = 1) -> Eng
         reuse_prefixes=False,  # the rounds send the same prompts
         device=device,
         tensor_parallel=tensor_parallel,
+        int4_inputs=int4_inputs,
     )
 
 
@@ -93,6 +97,7 @@ def bench(
     seed: int,
     device: str,
     tensor_parallel: int = 1,
+    int4_inputs: Int4Inputs = "int8",
 ) -> dict[str, SpeedResult]:
     """Load the models side by side and measure them by turns; they are freed before this returns.
 
@@ -104,7 +109,7 @@ def bench(
     for checkpoint in models.values():
         check_length(checkpoint, workload.input_length + workload.output_length)
     engines = {
-        name: Engine(checkpoint, engine_for(workload, device, tensor_parallel))
+        name: Engine(checkpoint, engine_for(workload, device, tensor_parallel, int4_inputs))
         for name, checkpoint in models.items()
     }
     results = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)

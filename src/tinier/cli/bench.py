@@ -53,6 +53,7 @@ def bench(
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
+    int4_inputs: options.Int4Inputs = "int8",
     json: options.Json = False,
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
@@ -82,7 +83,7 @@ def bench(
         return
     _bench_model(
         model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
-        seed, revision, device, tensor_parallel, as_json=json,
+        seed, revision, device, tensor_parallel, int4_inputs, as_json=json,
     )  # fmt: skip
 
 
@@ -149,7 +150,8 @@ def _bench_server(
 
 def _bench_model(
     model: str, against: str | None, concurrency: list[int], input_length: int, output_length: int,
-    repeats: int, seed: int, revision: str | None, device: str, tensor_parallel: int, *, as_json: bool,
+    repeats: int, seed: int, revision: str | None, device: str, tensor_parallel: int,
+    int4_inputs: options.Int4Inputs, *, as_json: bool,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
@@ -176,11 +178,12 @@ def _bench_model(
             seed=seed,
             device=device,
             tensor_parallel=tensor_parallel,
+            int4_inputs=int4_inputs,
         )
         speed.append({name: asdict(result) for name, result in measured.items()})
     largest = max(workloads, key=lambda w: w.concurrency)
     memory = {
-        name: asdict(measure_memory(checkpoint, largest, device, tensor_parallel))
+        name: asdict(measure_memory(checkpoint, largest, device, tensor_parallel, int4_inputs))
         for name, checkpoint in checkpoints.items()
     }
     data = {

@@ -34,6 +34,7 @@ def eval_(
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
+    int4_inputs: options.Int4Inputs = "int8",
     json: options.Json = False,
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
@@ -94,10 +95,10 @@ def eval_(
     reference = reference_states(load_decoder(original, device=place), held) if original else None
     if engine:
         quality, answers = measure_served(
-            checkpoint, tokenizer, held, questions, shots, device, tensor_parallel
+            checkpoint, tokenizer, held, questions, shots, device, tensor_parallel, int4_inputs
         )
     else:
-        decoder = load_decoder(checkpoint, device=place)
+        decoder = load_decoder(checkpoint, device=place, int4_inputs=int4_inputs)
         quality = evaluate(decoder, held, reference)
         answers = evaluate_mmlu(decoder, tokenizer, questions, shots) if questions else None
     data = {

@@ -43,6 +43,7 @@ def generate(
     seed: options.Seed = 0,
     revision: options.Revision = None,
     device: options.Device = "auto",
+    int4_inputs: options.Int4Inputs = "int8",
     json: options.Json = False,
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
@@ -81,7 +82,7 @@ def generate(
     ids = encode_prompt(tokenizer, _standard_input() if prompt == "-" else prompt, chat=chat)
     config = EngineConfig(
         max_batch_size=1, max_seq_len=len(ids) + max_tokens, tensor_parallel=tensor_parallel,
-        device=device,
+        device=device, int4_inputs=int4_inputs,
     )  # fmt: skip
     engine = Engine(checkpoint, config, tokenizer=tokenizer)
     stream = TextStream(tokenizer, params.stop, params.min_tokens)

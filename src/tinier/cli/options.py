@@ -1,7 +1,7 @@
 """The arguments that several verbs share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,14 @@ Length = Annotated[int, typer.Option("--length", help="Tokens in one window.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel", help="GPUs, from --device on, that share each layer.")
+]
+Int4Inputs = Annotated[
+    Literal["int8", "16bit"],
+    typer.Option(
+        "--int4-inputs",
+        help="INT4 on a CPU: int8 rounds the inputs to 8 bits in blocks of 32, which is faster; "
+        "16bit leaves them.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]

@@ -102,6 +102,7 @@ def serve(
         bool, typer.Option("--ray", help="vllm: over the hosts of a running Ray cluster.")
     ] = False,
     device: options.Device = "auto",
+    int4_inputs: options.Int4Inputs = "int8",
     quiet: options.Quiet = False,
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
@@ -141,6 +142,7 @@ def serve(
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
         max_step_tokens=max(max_step_tokens, max_batch_size), device=device,
+        int4_inputs=int4_inputs,
         tensor_parallel=1 if backend == "vllm" else tensor_parallel,
     )  # fmt: skip
     config = ServeConfig(

@@ -1,8 +1,10 @@
 """Limits of one engine."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from tinier.errors import InputError
+from tinier.schemes import Int4Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,9 @@ class EngineConfig:
     tensor_parallel: int = 1
     """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
     and ends its own if one of them ends."""
+    int4_inputs: Int4Inputs = "int8"
+    """Of INT4 weights on a CPU: `int8` rounds the inputs to 8 bits with a scale for each 32 of them and
+    multiplies in integers, which is faster; `16bit` leaves them."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one."""
 
@@ -40,6 +45,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+        if self.int4_inputs not in get_args(Int4Inputs):
+            raise InputError(f"int4_inputs={self.int4_inputs!r}. Use int8 or 16bit.")
         if self.max_input_len is not None and not 1 <= self.max_input_len < self.max_seq_len:
             raise InputError(
                 f"max_input_len={self.max_input_len} with max_seq_len={self.max_seq_len}. "

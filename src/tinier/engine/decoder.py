@@ -49,7 +49,7 @@ from tinier.kernels import (
 )
 from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
-from tinier.schemes import Layout
+from tinier.schemes import Int4Inputs, Layout
 
 Rotations = dict[str | None, tuple[Tensor, Tensor]]
 """By LayerKind.rope: cos and sin, each [T, R] for the R channels of a head that turn"""
@@ -308,12 +308,12 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
 
 def load_decoder(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None,
-    share: Share = ALONE,
+    share: Share = ALONE, int4_inputs: Int4Inputs = "16bit",
 ) -> Decoder:  # fmt: skip
     """Read a verified checkpoint onto `device`, or this process's share of it.
 
-    dtype: what to compute in; None: the checkpoint's. Raises CheckpointError for a quantization that the
-    engine cannot run, InputError where the model cannot be shared so.
+    dtype: what to compute in; None: the checkpoint's. int4_inputs: EngineConfig's. Raises CheckpointError
+    for a quantization that the engine cannot run, InputError where the model cannot be shared so.
     """
     whole = geometry_of(checkpoint)
     geometry = share.geometry(whole)
@@ -324,7 +324,7 @@ def load_decoder(
         "Use a smaller variant, or another --device.",
     )  # fmt: skip
     with checkpoint.reader(device) as read:
-        weights = _Weights(checkpoint, read, layout, dtype, share, whole)
+        weights = _Weights(checkpoint, read, layout, dtype, share, whole, int4_inputs)
         layers = [weights.layer(layer_name(i)) for i in range(geometry.layers)]
         embedding = read(EMBEDDING).to(dtype)
         final_norm = norm_weight(read(FINAL_NORM).to(dtype), geometry)
@@ -332,7 +332,7 @@ def load_decoder(
             StoredLinear(embedding, None) if geometry.tied_head else weights.stored(HEAD_LINEAR)
         )
         cut = share.rows if _shares_head(geometry, share) else ALONE.rows
-        head = make_linear([cut(stored)], dtype)
+        head = make_linear([cut(stored)], dtype, int4_inputs)
     config = hf_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
@@ -349,6 +349,7 @@ class _Weights:
     share: Share
     whole: Geometry
     """Of the model, not of the share"""
+    int4_inputs: Int4Inputs
 
     def layer(self, name: str) -> Layer:
         geometry = self.whole
@@ -358,14 +359,14 @@ class _Weights:
         is_mlp = geometry.mixture is None
         return Layer(
             input_norm=self._norm(name, names.attention_in),
-            qkv=make_linear(self._rows(name, qkv), self.dtype),
+            qkv=self._linear(self._rows(name, qkv)),
             q_norm=self._head_norm(attention, "q_norm"),
             k_norm=self._head_norm(attention, "k_norm"),
             norms_all_heads=geometry.head_norms == "all",
-            out=make_linear([self._columns(name, out)], self.dtype),
+            out=self._linear([self._columns(name, out)]),
             post_norm=self._norm(name, names.mlp_in),
-            gate_up=make_linear(self._rows(name, gate_up), self.dtype) if is_mlp else None,
-            down=make_linear([self._columns(name, down)], self.dtype) if is_mlp else None,
+            gate_up=self._linear(self._rows(name, gate_up)) if is_mlp else None,
+            down=self._linear([self._columns(name, down)]) if is_mlp else None,
             experts=None if is_mlp else self._experts(name, mlps),
             attention_out_norm=self._norm(name, names.attention_out),
             mlp_out_norm=self._norm(name, names.mlp_out),
@@ -382,6 +383,9 @@ class _Weights:
             return StoredLinear(self.read(f"{name}.weight"), bias)
         weight, input_scale = unpack_linear(find, name, scheme)
         return StoredLinear(weight, bias, scheme, input_scale)
+
+    def _linear(self, parts: list[StoredLinear]) -> Linear:
+        return make_linear(parts, self.dtype, self.int4_inputs)
 
     def _rows(self, layer: str, block: Input) -> list[StoredLinear]:
         """This process's outputs of the linear layers that read one input."""
@@ -407,6 +411,7 @@ class _Weights:
             sums_to_one=geometry.shares_sum_to_one,
             in_float32=geometry.mixture.in_float32,
             activation=geometry.activation,
+            int4_inputs=self.int4_inputs,
         )
 
     def _norm(self, layer: str, name: str | None) -> Tensor | None:

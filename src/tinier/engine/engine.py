@@ -82,7 +82,8 @@ class Engine:
         """The model, or where several processes share it this one's part; the others load theirs."""
         device = pick_device(self.config.device)
         if self.config.tensor_parallel == 1:
-            return load_decoder(model, device=device, dtype=dtype)
+            inputs = self.config.int4_inputs
+            return load_decoder(model, device=device, dtype=dtype, int4_inputs=inputs)
         crew = crew_for(self.config.tensor_parallel, device)
         number = crew.build(model.folder, self.config, dtype, tokenizer)
         try:

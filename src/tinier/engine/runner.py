@@ -148,8 +148,9 @@ class Runner:
         inputs = self._inputs(chunks, rows, count).to(self.decoder.device, non_blocking=True)
         if self._captures:
             self._staging[-1].sent.record()
-        if self._native and rows == count and not any(map(_scores_prompt, chunks)):
-            return self._compute_natively(inputs, count)
+        if self._native:
+            wants_hidden = any(map(_scores_prompt, chunks))
+            return self._compute_natively(inputs, rows, count, hidden=wants_hidden)
         return self._compute(inputs, counts, longest)
 
     @torch.inference_mode()
@@ -261,17 +262,19 @@ class Runner:
         if decoder.share.size > 1:
             reason = "the model is shared by several processes"
         if reason is not None:
-            log.info("decode steps run operator by operator: %s", reason)
+            log.info("steps run operator by operator: %s", reason)
             return None
         rotations = [inputs.rotation for inputs in self._head_inputs]
         return CpuDecoder(weights, self._caches, rotations, self._block_size)
 
-    def _compute_natively(self, inputs: Tensor, count: int) -> Output:
+    def _compute_natively(
+        self, inputs: Tensor, rows: int, sequences: int, *, hidden: bool
+    ) -> Output:
         assert self._native is not None
-        tokens, positions, slots, contexts, seats, _, _, tables = self._split(inputs, count, count)
+        tokens, positions, slots, _, seats, starts, _, tables = self._split(inputs, rows, sequences)
         known = known_tokens(tokens, self._sampled).int()
-        logits = self._native.step(known, positions, slots, contexts, tables)
-        return Output(logits, greedy(logits, seats, self._sampled), None)
+        logits, states = self._native.step(known, positions, slots, starts, tables, hidden=hidden)
+        return Output(logits, greedy(logits, seats, self._sampled), states)
 
     def _parts(self, rows: int, sequences: int) -> list[int]:
         """Sizes of what `_inputs` joins."""

@@ -21,6 +21,7 @@ from tinier.evaluation.mmlu import (
 )
 from tinier.evaluation.quality import Quality, stderr
 from tinier.progress import bar
+from tinier.schemes import Int4Inputs
 from tinier.tokenizer import Tokenizer
 
 # the largest bias that a request may ask for
@@ -29,14 +30,17 @@ _ONLY_THESE = 100.0
 
 def measure_served(
     checkpoint: Checkpoint, tokenizer: Tokenizer, windows: Tensor, mmlu: Mmlu | None, shots: int,
-    device: str, tensor_parallel: int = 1,
+    device: str, tensor_parallel: int = 1, int4_inputs: Int4Inputs = "int8",
 ) -> tuple[Quality, MmluResult | None]:  # fmt: skip
     """Both measures on an engine with room for the longest window or question."""
     lengths = [windows.shape[1]]
     if mmlu:
         lengths += map(len, question_prompts(tokenizer, mmlu))
     config = EngineConfig(
-        max_seq_len=max(lengths) + 1, device=device, tensor_parallel=tensor_parallel
+        max_seq_len=max(lengths) + 1,
+        device=device,
+        tensor_parallel=tensor_parallel,
+        int4_inputs=int4_inputs,
     )
     engine = Engine(checkpoint, config)
     quality = evaluate_served(engine, windows)

@@ -1,13 +1,14 @@
-// One decode step on the CPU: one new token for each of M sequences, through the whole decoder.
+// One step on the CPU: new tokens of some sequences, one each or a prompt's, through the whole decoder.
 //
 // Start at `decode_step`: one parallel region; in it every thread runs `Worker::run`, layer after layer.
 // A thread multiplies its share of a matrix's rows by all M inputs; barriers part the phases. What is small
-// (norms, residual sums, rounding of inputs) every thread does for itself, which is cheaper than a barrier.
+// (norms, residual sums, rounding of inputs) every thread does for itself while rows are few, which is cheaper
+// than a barrier; from TOGETHER rows on each does its share of the rows.
 //
 // Rounds to bf16 wherever the torch reference does (reference.py, linear.py). The sums of a row have one
 // order, whatever M and the number of threads are, so a row's logits do not depend on the batch.
 //
-// M: rows. T: threads. D: head size. Vectors are GCC's own, which any machine has; only dot products have
+// M: rows, each a token. S: sequences. T: threads. D: head size. Vectors are GCC's own, which any machine has; only dot products have
 // instructions of their own (AVX-512 BF16, VNNI, AVX2). cpu_decode.py mirrors the structs below.
 #include <omp.h>
 
@@ -35,8 +36,10 @@
 
 typedef uint16_t bf16;
 enum Format : int32_t { BF16, INT8, INT4, E4M3, E5M2, FORMATS };
-// What inputs of E4M3 weights are rounded to: not at all; E4M3 with a scale for each token, or one for all
-enum Rounding : int32_t { NONE, TOKEN, STATIC };
+constexpr int INT4_BYTES = FORMATS, ORDERS = FORMATS + 1;
+// What inputs are rounded to. Of E4M3 weights: not at all; E4M3 with a scale for each token, or one for all.
+// Of INT4 weights: not at all; INT8 with a scale for each token, or for each 32 inputs of it
+enum Rounding : int32_t { NONE, TOKEN, STATIC, BLOCKS };
 
 struct Linear {
   const void *weight;     // [out, in]: bf16 | int8 | int4 in pairs, the even column in the low half | 8-bit floats
@@ -45,7 +48,7 @@ struct Linear {
   const int32_t *sums;    // int8: of each row's codes [out]
   const bf16 *bias;       // [out] or null
   int32_t out, in, format, group;
-  int32_t rounding;       // of a layer of E4M3: its inputs'
+  int32_t rounding;       // of a layer of E4M3 or INT4: its inputs'
   float input_scale;      // STATIC: theirs
 };
 
@@ -76,10 +79,12 @@ struct Model {
 };
 
 struct Batch {
-  const int32_t *tokens, *positions, *slots, *contexts;  // [M]
-  const int32_t *tables;  // [M, width] cache blocks
-  bf16 *logits;           // [M, vocab]
-  int32_t rows, width;
+  const int32_t *tokens, *positions, *slots;  // [M]
+  const int32_t *starts;  // [S + 1]: the first row of each sequence
+  const int32_t *tables;  // [S, width] cache blocks
+  bf16 *logits;           // [S, vocab], after each one's last row
+  bf16 *hidden;           // [M, hidden] after the final norm; or null
+  int32_t rows, sequences, width;
 };
 
 namespace {
@@ -88,6 +93,8 @@ typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
+typedef int8_t C16 __attribute__((vector_size(16)));
+typedef int16_t S16 __attribute__((vector_size(32)));
 
 constexpr int TILE = 8;    // rows of a matrix whose results make one vector
 constexpr int STREAMS = 4; // of them that are read together
@@ -96,6 +103,8 @@ constexpr int BLOCK = 4;
 #else
 constexpr int BLOCK = 3;
 #endif
+constexpr int TOGETHER = 16;           // rows from which on threads share what is done for each row
+constexpr size_t IN_CACHE = 256 << 10; // bytes of inputs that a tile after tile is multiplied by
 constexpr int SPINS = 500; // about 10 us: a thread is later than that only if it lost its core
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -115,6 +124,17 @@ template <class V> inline V load(const void *p) {
 }
 inline void store(float *p, F8 v) { memcpy(p, &v, sizeof v); }
 inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
+// a · b + c. Said here, and not left to the compiler (-ffp-contract=off): it joins some products and not others
+inline F8 fused(F8 a, F8 b, F8 c) {
+#if defined(__FMA__)
+  return (F8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < 8; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
 inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
 inline float sum(F8 v) {
@@ -152,7 +172,7 @@ inline F8 exp8(F8 x) {  // Cephes' expf: 2^n times a polynomial; error below 2e-
   F8 r = (x - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
   F8 y = all(1.9875691500e-4f);
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = y * r + all(c);
+    y = fused(y, r, all(c));
   y = y * r * r + r + all(1.0f);
   return y * (F8)((__builtin_convertvector(n, I8) + 127) << 23);
 }
@@ -235,8 +255,8 @@ struct Bf16Dot {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
             acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], (__m256bh)both, load<__m256bh>(at));
 #else
-            acc[m][r] += (F8)(both << 16) * load<F8>(at);
-            acc[m][r] += (F8)(both & 0xffff0000) * load<F8>(at + 8);
+            acc[m][r] = fused((F8)(both << 16), load<F8>(at), acc[m][r]);
+            acc[m][r] = fused((F8)(both & 0xffff0000), load<F8>(at + 8), acc[m][r]);
 #endif
           }
         }
@@ -355,13 +375,111 @@ struct Int4Dot {
             U8 codes = load<U8>(w[first + r] + c / 2);
             codes = j < 7 ? codes & (0xfu << 4 * j) : codes >> 28;
             F8 code = __builtin_convertvector((I8)codes, F8);
-            UNROLL for (int m = 0; m < N; ++m) acc[m][r] += code * load<F8>(x + m * stride + 8 * j);
+            UNROLL for (int m = 0; m < N; ++m) acc[m][r] = fused(code, load<F8>(x + m * stride + 8 * j), acc[m][r]);
           }
         UNROLL for (int r = 0; r < RUN; ++r) {
           F8 factor = factors(scale[first + r], group, two);
-          UNROLL for (int m = 0; m < N; ++m) total[m][first + r] += factor * acc[m][r];
+          UNROLL for (int m = 0; m < N; ++m)
+            total[m][first + r] = fused(factor, acc[m][r], total[m][first + r]);
         }
       }
+    }
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(total[m]);
+  }
+};
+
+// The same with inputs of 8 bits: products in integers, a scale for each 32 inputs.
+struct Int4ByteDot {
+  static constexpr int SPAN = 64, BLOCK_SIZE = 32;
+  struct Span {         // of inputs; a lane is for bytes of the weight, the first half of which are one block's
+    uint8_t even[32], odd[32];  // int8 codes of the even and the odd columns
+    I8 offset;          // -8 times the sum of a block's codes, in the first lane of its half
+    F8 scale;           // of the block, in each lane of its half
+  };
+  // by_token: one scale for all (quantize_tokens_int8 of numerics/activations.py); otherwise, of each block,
+  // its largest over 127
+  static void arrange(const bf16 *x, int n, bool by_token, Span *to) {
+    float scale = by_token ? largest_of(x, n) / 127.5f : 0.0f;
+    const F8 magic = all(12582912.0f);
+    for (int c = 0; c < n; c += SPAN, ++to) {
+      to->offset = I8{};
+      for (int half = 0; half < 2; ++half) {
+        const bf16 *block = x + c + BLOCK_SIZE * half;
+        if (!by_token) scale = largest_of(block, BLOCK_SIZE) / 127.0f;
+        const float by = scale == 0.0f ? 1.0f : scale;
+        int total = 0;
+        for (int i = 0; i < BLOCK_SIZE; i += 8) {
+          F8 code = (read8(block + i) / all(by) + magic) - magic;
+          I8 codes = __builtin_convertvector(larger(smaller(code, all(127.0f)), all(-128.0f)), I8);
+          for (int j = 0; j < 8; ++j) {
+            (j % 2 ? to->odd : to->even)[BLOCK_SIZE / 2 * half + (i + j) / 2] = uint8_t(codes[j]);
+            total += codes[j];
+          }
+        }
+        to->offset[4 * half] = -8 * total;
+        for (int lane = 0; lane < 4; ++lane) to->scale[4 * half + lane] = by;
+      }
+    }
+  }
+  // acc plus the products of 64 codes of a weight's row and an input, by lane
+  static I8 products(I8 acc, U8 even, U8 odd, const Span &x) {
+#if defined(DPBUSD)
+    acc = (I8)DPBUSD((__m256i)acc, (__m256i)even, load<__m256i>(x.even));
+    return (I8)DPBUSD((__m256i)acc, (__m256i)odd, load<__m256i>(x.odd));
+#elif defined(__AVX2__)
+    // two products and two of their sums stay below 2^15
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)even, load<__m256i>(x.even)),
+                                     _mm256_maddubs_epi16((__m256i)odd, load<__m256i>(x.odd)));
+    return acc + (I8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    uint8_t codes[2][32];
+    memcpy(codes[0], &even, 32), memcpy(codes[1], &odd, 32);
+    for (int i = 0; i < 32; ++i)
+      acc[i / 4] += codes[0][i] * int8_t(x.even[i]) + codes[1][i] * int8_t(x.odd[i]);
+    return acc;
+#endif
+  }
+#if defined(__AVX512VL__)
+  static constexpr int MOST = 4, RUN = 4;  // inputs and rows at a time: their sums stay in registers
+#else
+  static constexpr int MOST = 2, RUN = 4;
+#endif
+  template <int N>
+  static void dot(const Linear &l, const int *rows, const Span *x, size_t stride, F8 *out, bool stream) {
+    const size_t groups = l.in / l.group, width = l.in / 2;
+    const bool two = l.group < SPAN;
+    F8 total[N][TILE];
+    UNROLL for (int first = 0; first < TILE; first += RUN) {
+      const uint8_t *w[RUN];
+      const bf16 *scale[RUN], *zero[RUN];
+      for (int r = 0; r < RUN; ++r) {
+        const size_t row = rows[first + r];
+        w[r] = (const uint8_t *)l.weight + row * width;
+        scale[r] = (const bf16 *)l.scale + row * groups;
+        zero[r] = l.zero + row * groups;
+      }
+      F8 part[N][RUN] = {};
+      for (int c = 0, span = 0; c < l.in; c += SPAN, ++span) {
+        if (stream) fetch<RUN>(w[0] + c / 2 * RUN);
+        const int group = c / l.group;
+        UNROLL for (int r = 0; r < RUN; ++r) {
+          U8 codes = load<U8>(w[r] + c / 2), even = codes & 0x0f0f0f0f, odd = codes >> 4 & 0x0f0f0f0f;
+          const F8 factor = Int4Dot::factors(scale[r], group, two);
+          UNROLL for (int m = 0; m < N; ++m) {
+            const Span &at = x[m * stride + span];
+            F8 sums;
+            if (l.zero) {
+              sums = __builtin_convertvector(products(I8{}, even, odd, at), F8);
+              sums += Int4Dot::factors(zero[r], group, two) * __builtin_convertvector(at.offset, F8);
+            } else {
+              sums = __builtin_convertvector(products(at.offset, even, odd, at), F8);
+            }
+            part[m][r] = fused(sums, at.scale * factor, part[m][r]);
+          }
+        }
+      }
+      UNROLL for (int m = 0; m < N; ++m)
+        UNROLL for (int r = 0; r < RUN; ++r) total[m][first + r] = part[m][r];
     }
     for (int m = 0; m < N; ++m) out[m] = lane_sums(total[m]);
   }
@@ -401,6 +519,10 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
     }
     return bits;
   }
+  static F8 made(F8 sums) { return sums; }  // the result, of sums of codes times arranged inputs
+  static void expand(const uint8_t *codes, int n, bf16 *to) {
+    for (int c = 0; c < n; c += 16) _mm256_storeu_si256((__m256i *)(to + c), wide<true>(codes + c));
+  }
   static constexpr int MOST = 8;  // inputs that share the decoding
   template <int N>
   static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
@@ -420,6 +542,14 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
     for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
   }
 #else
+  static F8 made(F8 sums) { return sums * half_way(); }
+  static void expand(const uint8_t *codes, int n, bf16 *to) {
+    for (int c = 0; c < n; c += 16) {
+      S16 code = __builtin_convertvector(load<C16>(codes + c), S16);  // the sign everywhere above
+      S16 values = code << (8 - SHIFT) & short(MASK >> 16);
+      memcpy(to + c, &values, sizeof values);
+    }
+  }
   static constexpr int MOST = BLOCK;
   typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
   static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
@@ -444,12 +574,12 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
             F8 even = decoded(both << 24), odd = decoded(both << 16);
             UNROLL for (int m = 0; m < N; ++m) {
               const Value *at = x + m * stride + c + half;
-              acc[m][r] += even * load<F8>(at);
-              acc[m][r] += odd * load<F8>(at + 8);
+              acc[m][r] = fused(even, load<F8>(at), acc[m][r]);
+              acc[m][r] = fused(odd, load<F8>(at + 8), acc[m][r]);
             }
           }
       }
-    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]) * half_way();
+    for (int m = 0; m < N; ++m) out[m] = made(lane_sums(acc[m]));
   }
 #endif
 };
@@ -469,46 +599,57 @@ template <class T> struct Buffer {
     if (lines.size() < need) lines.resize(need);
     return (T *)lines.data();
   }
+  T *data() { return (T *)lines.data(); }
   const T *data() const { return (const T *)lines.data(); }
 };
 
-// The inputs of a matrix [M, in] in the order of each format that reads them
+// In which order a layer reads its inputs: a format, or INT4_BYTES
+inline int order_of(const Linear &l) { return l.format == INT4 && l.rounding ? INT4_BYTES : l.format; }
+
+// The inputs of a matrix [M, in] in each order that they are read in
 struct Input {
   int rows = 0, columns = 0;
   const bf16 *x = nullptr;
-  bool ready[FORMATS] = {};
   Buffer<Bf16Dot::Value> bf16s;
   Buffer<Int8Dot::Value> int8s;
   Buffer<Int4Dot::Value> int4s;
+  Buffer<Int4ByteDot::Span> int4_bytes;
   Buffer<E4m3Dot::Value> e4m3s;
   Buffer<E5m2Dot::Value> e5m2s;
   Buffer<float> scales, e4m3_scales;
 
-  void set(const bf16 *values, int m, int n) {
-    x = values, rows = m, columns = n;
-    std::fill(ready, ready + FORMATS, false);
-  }
+  void set(const bf16 *values, int m, int n) { x = values, rows = m, columns = n; }
   size_t int4_stride() const { return size_t(columns) / Int4Dot::SPAN * Int4Dot::VALUES; }
-  void prepare(const Linear &l) {
-    if (ready[l.format]) return;
-    ready[l.format] = true;
-    size_t n = columns;
-    for (int m = 0; m < rows; ++m) {
+  // how many of them stay in the cache while the matrix goes by
+  int block_rows() const { return std::max(12, int(IN_CACHE / (sizeof(float) * columns)) / 12 * 12); }
+  void reserve(int order) {
+    const size_t count = size_t(rows) * columns;
+    if (order == BF16) bf16s.of(count);
+    if (order == INT8) scales.of(rows), int8s.of(count);
+    if (order == INT4) int4s.of(rows * int4_stride());
+    if (order == INT4_BYTES) int4_bytes.of(count / Int4ByteDot::SPAN);
+    if (order == E4M3) e4m3_scales.of(rows), e4m3s.of(count);
+    if (order == E5M2) e5m2s.of(count);
+  }
+  // Rows [first, last), for which there is room
+  void arrange(const Linear &l, int first, int last) {
+    const size_t n = columns;
+    for (int m = first; m < last; ++m) {
       const bf16 *row = x + m * n;
-      if (l.format == BF16) Bf16Dot::arrange(row, columns, bf16s.of(rows * n) + m * n);
-      if (l.format == INT8)
-        scales.of(rows)[m] = Int8Dot::arrange(row, columns, int8s.of(rows * n) + m * n);
+      if (l.format == BF16) Bf16Dot::arrange(row, columns, bf16s.data() + m * n);
+      if (l.format == INT8) scales.data()[m] = Int8Dot::arrange(row, columns, int8s.data() + m * n);
       if (l.format == E4M3) {
         float scale = 1.0f;
         if (l.rounding == STATIC) scale = l.input_scale;
         if (l.rounding == TOKEN) scale = largest_of(row, columns) / 448.0f;
         if (scale == 0.0f) scale = 1.0f;
-        e4m3_scales.of(rows)[m] = scale;
-        E4m3Dot::arrange(row, columns, l.rounding != NONE, scale, e4m3s.of(rows * n) + m * n);
+        e4m3_scales.data()[m] = scale;
+        E4m3Dot::arrange(row, columns, l.rounding != NONE, scale, e4m3s.data() + m * n);
       }
-      if (l.format == E5M2) E5m2Dot::arrange(row, columns, false, 1.0f, e5m2s.of(rows * n) + m * n);
-      if (l.format == INT4)
-        Int4Dot::arrange(row, columns, int4s.of(rows * int4_stride()) + m * int4_stride());
+      if (l.format == E5M2) E5m2Dot::arrange(row, columns, false, 1.0f, e5m2s.data() + m * n);
+      if (order_of(l) == INT4) Int4Dot::arrange(row, columns, int4s.data() + m * int4_stride());
+      if (order_of(l) == INT4_BYTES)
+        Int4ByteDot::arrange(row, columns, l.rounding == TOKEN, int4_bytes.data() + m * n / Int4ByteDot::SPAN);
     }
   }
 };
@@ -521,8 +662,41 @@ template <int N, class Body> void in_blocks(int rows, Body body, int m = 0) {
 
 inline int tiles(const Linear &l) { return (l.out + TILE - 1) / TILE; }
 
-// Outputs of one tile's rows for each input, rounded to bf16. Rows past the last are the last again.
-void multiply(const Linear &l, int tile, const Input &in, F8 *y) {
+constexpr int MANY = 8;
+
+// Sums of one tile's rows for some inputs, whose scales may be null. For many inputs the codes become bf16
+// once, before: the same products in the same order.
+template <class Dot>
+void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count, F8 *y) {
+  const size_t n = l.in;
+  const uint8_t *codes[TILE];
+  F8 scale;
+  for (int r = 0; r < TILE; ++r) {
+    codes[r] = (const uint8_t *)l.weight + rows[r] * n;
+    scale[r] = ((const float *)l.scale)[rows[r]];
+  }
+  if (count > MANY) {
+    static thread_local Buffer<bf16> expanded;
+    const bf16 *w[TILE];
+    for (int r = 0; r < TILE; ++r) {
+      w[r] = expanded.of(TILE * n) + r * n;
+      Dot::expand(codes[r], n, expanded.data() + r * n);
+    }
+    in_blocks<BLOCK>(count, [&](int m, auto N) {
+      Bf16Dot::dot<N.value>(w, n, x + m * n, n, y + m, false);
+    });
+    for (int m = 0; m < count; ++m) y[m] = Dot::made(y[m]);
+  } else {
+    in_blocks<Dot::MOST>(count, [&](int m, auto N) {
+      Dot::template dot<N.value>(codes, n, x + m * n, n, y + m, !m);
+    });
+  }
+  for (int m = 0; m < count; ++m) y[m] = y[m] * all(scales ? scales[m] : 1.0f) * scale;
+}
+
+// Outputs [count] of one tile's rows for the inputs from `from` on, rounded to bf16 unless they are `exact`.
+// Rows past the last are the last again.
+void multiply(const Linear &l, int tile, const Input &in, int from, int count, F8 *y, bool exact = false) {
   int rows[TILE];
   for (int r = 0; r < TILE; ++r) rows[r] = std::min(tile * TILE + r, l.out - 1);
   const size_t n = l.in;
@@ -534,46 +708,56 @@ void multiply(const Linear &l, int tile, const Input &in, F8 *y) {
   if (l.format == BF16) {
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
-    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
-      Bf16Dot::dot<N.value>(w, l.in, in.bf16s.data() + m * n, n, y + m, !m);
+    in_blocks<BLOCK>(count, [&](int m, auto N) {
+      Bf16Dot::dot<N.value>(w, l.in, in.bf16s.data() + (from + m) * n, n, y + m, !m);
     });
   } else if (l.format == INT8) {
     const int8_t *w[TILE];
     for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
     const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
-    in_blocks<BLOCK>(in.rows, [&](int m, auto N) {
+    I8 offset;
+    for (int r = 0; r < TILE; ++r) offset[r] = Int8Dot::OFFSET * l.sums[rows[r]];
+    in_blocks<BLOCK>(count, [&](int m, auto N) {
       I8 product[N.value];
-      Int8Dot::dot<N.value>(w, l.in, in.int8s.data() + m * n, n, product, !m);
+      Int8Dot::dot<N.value>(w, l.in, in.int8s.data() + (from + m) * n, n, product, !m);
       for (int i = 0; i < N.value; ++i) {
-        if (Int8Dot::OFFSET)
-          for (int r = 0; r < TILE; ++r) product[i][r] -= Int8Dot::OFFSET * l.sums[rows[r]];
-        y[m + i] = __builtin_convertvector(product[i], F8) * all(in.scales.data()[m + i]) * scale;
+        y[m + i] = __builtin_convertvector(product[i] - offset, F8) * all(in.scales.data()[from + m + i]) * scale;
       }
     });
-  } else if (l.format == E4M3 || l.format == E5M2) {
-    const uint8_t *w[TILE];
-    for (int r = 0; r < TILE; ++r) w[r] = (const uint8_t *)l.weight + rows[r] * n;
-    const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
-    in_blocks<E4m3Dot::MOST>(in.rows, [&](int m, auto N) {
-      if (l.format == E5M2)
-        E5m2Dot::dot<N.value>(w, l.in, in.e5m2s.data() + m * n, n, y + m, !m);
-      else
-        E4m3Dot::dot<N.value>(w, l.in, in.e4m3s.data() + m * n, n, y + m, !m);
-      for (int i = 0; i < N.value; ++i)
-        y[m + i] = y[m + i] * all(l.format == E4M3 ? in.e4m3_scales.data()[m + i] : 1.0f) * scale;
+  } else if (l.format == E4M3) {
+    multiply_fp8<E4m3Dot>(l, rows, in.e4m3s.data() + from * n, in.e4m3_scales.data() + from, count, y);
+  } else if (l.format == E5M2) {
+    multiply_fp8<E5m2Dot>(l, rows, in.e5m2s.data() + from * n, nullptr, count, y);
+  } else if (l.rounding) {
+    in_blocks<Int4ByteDot::MOST>(count, [&](int m, auto N) {
+      const size_t stride = n / Int4ByteDot::SPAN;
+      Int4ByteDot::dot<N.value>(l, rows, in.int4_bytes.data() + (from + m) * stride, stride, y + m, !m);
     });
   } else {
-    in_blocks<4>(in.rows, [&](int m, auto N) {
+    in_blocks<4>(count, [&](int m, auto N) {
       const size_t stride = in.int4_stride();
-      Int4Dot::dot<N.value>(l, rows, in.int4s.data() + m * stride, stride, y + m, !m);
+      Int4Dot::dot<N.value>(l, rows, in.int4s.data() + (from + m) * stride, stride, y + m, !m);
     });
   }
   if (l.bias) {
     const F8 bias = each([&](int row) { return to_float(l.bias[row]); });
     // F.linear adds the bias before it rounds, the quantized layers after
-    for (int m = 0; m < in.rows; ++m) y[m] = (l.format == BF16 ? y[m] : round8(y[m])) + bias;
+    for (int m = 0; m < count; ++m) y[m] = (l.format == BF16 || exact ? y[m] : round8(y[m])) + bias;
   }
-  for (int m = 0; m < in.rows; ++m) y[m] = round8(y[m]);
+  for (int m = 0; m < count && !exact; ++m) y[m] = round8(y[m]);
+}
+
+inline void write(bf16 *y, const F8 &x, int lanes) {
+  if (lanes == TILE) return write8(y, x);
+  for (int r = 0; r < lanes; ++r) y[r] = to_bf16(x[r]);
+}
+inline void write(float *y, const F8 &x, int lanes) { memcpy(y, &x, lanes * sizeof *y); }
+
+// Outputs of a tile's rows to y [count, width]
+template <class T> void write_tile(const Linear &l, int tile, const F8 *out, int count, size_t width, T *y) {
+  const int lanes = std::min(TILE, l.out - tile * TILE);
+  y += tile * TILE;
+  for (int m = 0; m < count; ++m, y += width) write(y, out[m], lanes);
 }
 
 // ---- The step ----
@@ -612,10 +796,18 @@ struct Barrier {
 #endif
 };
 
+// The residual stream [M, hidden], the next matrix's inputs, and what a mixture adds; of each thread, or of all
+struct Rows {
+  Buffer<bf16> x, y, mixed;
+  Input in;
+};
+
 // What threads hand each other: [M, ...]
 struct Shared {
-  bf16 *qkv, *attended, *delta, *act;
+  bf16 *qkv, *turned, *attended, *delta, *act;  // turned: q after norm and RoPE
   bf16 *routed, *made;  // of the router [M, experts]; of the experts [M · chosen, hidden]
+  const int32_t *sequence;  // [M]
+  Rows *rows;  // null: each thread has its own
   Barrier barrier;
 };
 
@@ -628,21 +820,21 @@ struct Routing {
 };
 
 struct Scratch {
-  Buffer<bf16> x, y, z, q, k;
+  Rows rows;
+  Buffer<bf16> z;
   Buffer<Bf16Dot::Value> query;
   Buffer<float> scores;
   Buffer<F8> tile;
   Buffer<size_t> offsets;
-  Input in;
   Routing routing;
-  Buffer<bf16> gathered, mixed;
-  Input own;  // of one expert
+  Buffer<bf16> gathered;
+  Input own;  // of one expert, or of the head
 };
 
 // What a norm over n numbers multiplies them with before its weight
 float rms_factor(const bf16 *x, int n, float eps) {
   F8 squares = all(0.0f);
-  for (int c = 0; c < n; c += 8) squares += read8(x + c) * read8(x + c);
+  for (int c = 0; c < n; c += 8) squares = fused(read8(x + c), read8(x + c), squares);
   return 1.0f / std::sqrt(sum(squares) / float(n) + eps);
 }
 
@@ -663,6 +855,35 @@ struct Worker {
   Shared &shared;
   Scratch &s;
   const int thread, threads, longest;  // the last: cached tokens of any sequence
+  Rows &state = shared.rows ? *shared.rows : s.rows;
+  const bool together = shared.rows != nullptr;
+  const int first_row = together ? int64_t(batch.rows) * thread / threads : 0;
+  const int last_row = together ? int64_t(batch.rows) * (thread + 1) / threads : batch.rows;
+  bool ready[ORDERS] = {};  // what the state's inputs are arranged for
+
+  void next_input(const bf16 *x, int columns) {
+    if (!together || !thread) state.in.set(x, batch.rows, columns);
+    if (together) shared.barrier.wait(threads);
+    std::fill(ready, ready + ORDERS, false);
+  }
+
+  // The state's inputs, as these layers read them
+  void prepare(std::initializer_list<const Linear *> parts) {
+    bool any = false;
+    for (auto *part : parts) {
+      if (ready[order_of(*part)]) continue;
+      ready[order_of(*part)] = any = true;
+      if (!together) state.in.reserve(order_of(*part));
+      state.in.arrange(*part, first_row, last_row);
+    }
+    if (together && any) shared.barrier.wait(threads);
+  }
+
+  // Calls body(first, count) for blocks of rows whose inputs stay in the cache
+  template <class Body> void in_cache(const Input &in, Body body) const {
+    const int most = in.block_rows();
+    for (int first = 0; first < in.rows; first += most) body(first, std::min(most, in.rows - first));
+  }
 
   // Calls body(tile) for this thread's share
   template <class Body> void share(int count, Body body) const {
@@ -672,45 +893,51 @@ struct Worker {
 
   // y [M, all parts' outputs] of layers that share the input
   void project(std::initializer_list<const Linear *> parts, bf16 *y) {
-    int count = 0;
+    prepare(parts);
+    project(parts, state.in, y);
+  }
+  void project(std::initializer_list<const Linear *> parts, const Input &in, bf16 *y) {
+    int tiles_of_all = 0;
     size_t width = 0;
-    for (auto *part : parts) s.in.prepare(*part), count += tiles(*part), width += part->out;
-    share(count, [&](int tile) {
-      bf16 *to = y;
-      auto part = parts.begin();
-      for (; tile >= tiles(**part); ++part) tile -= tiles(**part), to += (*part)->out;
-      product(**part, tile, s.in, width, to);
+    for (auto *part : parts) tiles_of_all += tiles(*part), width += part->out;
+    in_cache(in, [&](int first, int count) {
+      share(tiles_of_all, [&](int tile) {
+        bf16 *to = y + first * width;
+        auto part = parts.begin();
+        for (; tile >= tiles(**part); ++part) tile -= tiles(**part), to += (*part)->out;
+        product(**part, tile, in, first, count, width, to);
+      });
     });
   }
 
-  // One tile of a layer's outputs, to y [rows, width]
-  void product(const Linear &l, int tile, const Input &in, size_t width, bf16 *y) {
-    F8 *out = s.tile.of(2 * batch.rows);
-    multiply(l, tile, in, out);
-    const int valid = std::min(TILE, l.out - tile * TILE);
-    y += tile * TILE;
-    for (int m = 0; m < in.rows; ++m, y += width)
-      if (valid == TILE) write8(y, out[m]);
-      else
-        for (int r = 0; r < valid; ++r) y[r] = to_bf16(out[m][r]);
+  // One tile of a layer's outputs for some rows, to y [count, width]
+  void product(const Linear &l, int tile, const Input &in, int first, int count, size_t width, bf16 *y) {
+    F8 *out = s.tile.of(count);
+    multiply(l, tile, in, first, count, out);
+    write_tile(l, tile, out, count, width, y);
   }
 
   void gate_up(const Layer &layer) {
-    s.in.prepare(layer.gate), s.in.prepare(layer.up);
-    share(tiles(layer.gate), [&](int tile) { gated(layer.gate, layer.up, tile, s.in, shared.act); });
+    prepare({&layer.gate, &layer.up});
+    in_cache(state.in, [&](int first, int count) {
+      share(tiles(layer.gate), [&](int tile) {
+        gated(layer.gate, layer.up, tile, state.in, first, count, shared.act);
+      });
+    });
   }
 
   // One tile of what `down` reads, to act [rows, intermediate]
-  void gated(const Linear &gate, const Linear &up, int tile, const Input &in, bf16 *act) {
-    F8 *first = s.tile.of(2 * batch.rows), *second = first + batch.rows;
-    multiply(gate, tile, in, first);
-    multiply(up, tile, in, second);
-    for (int m = 0; m < in.rows; ++m) {
+  void gated(const Linear &gate, const Linear &up, int tile, const Input &in, int from, int count, bf16 *act) {
+    F8 *first = s.tile.of(2 * count), *second = first + count;
+    multiply(gate, tile, in, from, count, first);
+    multiply(up, tile, in, from, count, second);
+    act += size_t(from) * model.intermediate + tile * TILE;
+    for (int m = 0; m < count; ++m, act += model.intermediate) {
       F8 inner = first[m];
       if (model.gelu)  // the tanh form, as a sigmoid
         inner = all(1.5957691216057308f) * (inner + all(0.044715f) * inner * inner * inner);
       F8 active = round8(first[m] / (all(1.0f) + exp8(-inner)));
-      write8(act + size_t(m) * model.intermediate + tile * TILE, active * second[m]);
+      write8(act, active * second[m]);
     }
   }
 
@@ -769,6 +996,18 @@ struct Worker {
     });
   }
 
+  // The rows of an expert's slots as its inputs
+  void own_rows(const bf16 *x, int count, int columns, std::initializer_list<const Linear *> readers) {
+    s.own.set(x, count, columns);
+    bool done[ORDERS] = {};
+    for (auto *l : readers) {
+      if (done[order_of(*l)]) continue;
+      done[order_of(*l)] = true;
+      s.own.reserve(order_of(*l));
+      s.own.arrange(*l, 0, count);
+    }
+  }
+
   void experts(const Layer &layer) {
     const size_t n = model.hidden, inner = model.intermediate;
     project({&layer.router}, shared.routed);
@@ -777,30 +1016,28 @@ struct Worker {
     const int32_t *rows = s.routing.rows.data();
     share_experts(tiles(layer.experts[0]), [&](int expert, int first, int count) {
       bf16 *x = s.gathered.of(count * n);
-      for (int i = 0; i < count; ++i) memcpy(x + i * n, s.in.x + rows[first + i] * n, n * sizeof *x);
-      s.own.set(x, count, n);
-      s.own.prepare(layer.experts[3 * expert]), s.own.prepare(layer.experts[3 * expert + 1]);
+      for (int i = 0; i < count; ++i) memcpy(x + i * n, state.in.x + rows[first + i] * n, n * sizeof *x);
+      own_rows(x, count, n, {layer.experts + 3 * expert, layer.experts + 3 * expert + 1});
     }, [&](int expert, int first, int tile) {
       const Linear *parts = layer.experts + 3 * expert;
-      gated(parts[0], parts[1], tile, s.own, shared.act + first * inner);
+      gated(parts[0], parts[1], tile, s.own, 0, s.own.rows, shared.act + first * inner);
     });
     shared.barrier.wait(threads);
     share_experts(tiles(layer.experts[2]), [&](int expert, int first, int count) {
-      s.own.set(shared.act + first * inner, count, inner);
-      s.own.prepare(layer.experts[3 * expert + 2]);
+      own_rows(shared.act + first * inner, count, inner, {layer.experts + 3 * expert + 2});
     }, [&](int expert, int first, int tile) {
-      product(layer.experts[3 * expert + 2], tile, s.own, n, shared.made + first * n);
+      product(layer.experts[3 * expert + 2], tile, s.own, 0, s.own.rows, n, shared.made + first * n);
     });
     shared.barrier.wait(threads);
     mix();
   }
 
-  // The sum of what each row's experts made, times their shares, in the order of their numbers: s.mixed
+  // The sum of what each row's experts made, times their shares, in the order of their numbers
   void mix() {
     const int n = model.hidden, chosen = model.chosen;
-    bf16 *out = s.mixed.of(size_t(batch.rows) * n);
-    for (int m = 0; m < batch.rows; ++m, out += n)
+    for (int m = first_row; m < last_row; ++m)
       for (int i = 0; i < chosen; ++i) {
+        bf16 *out = state.mixed.data() + size_t(m) * n;
         const bf16 *made = shared.made + size_t(s.routing.slots.data()[m * chosen + i]) * n;
         float share = s.routing.shares.data()[m * chosen + i];
         if (!model.shares_in_float32) share = to_float(to_bf16(share));
@@ -845,48 +1082,77 @@ struct Worker {
     }
   }
 
+  // q of each row turned, k turned and v to their cache slots
+  void turn_all(const Layer &layer) {
+    const int n = model.head_dim, heads = model.heads, kv_heads = model.kv_heads;
+    share(batch.rows * (heads + kv_heads), [&](int task) {
+      const int m = task / (heads + kv_heads), head = task % (heads + kv_heads), position = batch.positions[m];
+      const bf16 *qkv = shared.qkv + size_t(m) * (heads + 2 * kv_heads) * n;
+      if (head < heads) {
+        bf16 *q = shared.turned + (size_t(m) * heads + head) * n;
+        return turn(layer, qkv, head, heads, layer.q_norm, position, q);
+      }
+      const int kv = head - heads;
+      const size_t at = (size_t(batch.slots[m]) * kv_heads + kv) * n;
+      turn(layer, qkv + heads * n, kv, kv_heads, layer.k_norm, position, layer.keys + at);
+      memcpy(layer.values + at, qkv + (heads + kv_heads + kv) * n, n * sizeof *qkv);
+    });
+  }
+
   void attend(const Layer &layer) {
-    // shares of about as many cached tokens
+    // shares of about as many cached tokens; with many rows the heads of a group go together
+    const int group = model.heads / model.kv_heads, each = together ? group : 1;
+    auto cost = [&](int m) { return int64_t(batch.positions[m]) + 33; };
     int64_t total = 0, before = 0;
-    for (int m = 0; m < batch.rows; ++m) total += int64_t(model.heads) * (batch.contexts[m] + 32);
+    for (int m = 0; m < batch.rows; ++m) total += model.heads / each * cost(m);
     for (int m = 0; m < batch.rows; ++m)
-      for (int h = 0; h < model.heads; ++h) {
-        int64_t cost = batch.contexts[m] + 32;
-        if ((before + cost / 2) * threads / total == thread) attend(layer, m, h);
-        before += cost;
+      for (int h = 0; h < model.heads; h += each, before += cost(m)) {
+        if ((before + cost(m) / 2) * threads / total != thread) continue;
+        in_blocks<3>(each, [&](int first, auto N) { attend<N.value>(layer, m, h + first); });
       }
   }
 
-  void attend(const Layer &layer, int m, int head) {
-    const int n = model.head_dim, kv = head / (model.heads / model.kv_heads);
-    const int context = batch.contexts[m], position = batch.positions[m];
-    const bf16 *qkv = shared.qkv + size_t(m) * (model.heads + 2 * model.kv_heads) * n;
-    bf16 *q = s.q.of(n), *k = s.k.of(n);
-    const bf16 *v = qkv + (model.heads + model.kv_heads + kv) * n;
-    turn(layer, qkv, head, model.heads, layer.q_norm, position, q);
-    // each head of a group turns the key again, so that none waits for another to write the cache
-    turn(layer, qkv + model.heads * n, kv, model.kv_heads, layer.k_norm, position, k);
-    const size_t row = size_t(model.kv_heads) * n;
-    if (head % (model.heads / model.kv_heads) == 0) {
-      memcpy(layer.keys + batch.slots[m] * row + kv * n, k, n * sizeof *k);
-      memcpy(layer.values + batch.slots[m] * row + kv * n, v, n * sizeof *v);
-    }
-    const int first = layer.window ? std::max(0, context - layer.window) : 0, last = context - 1;
-    const size_t *offsets = s.offsets.of(0) + size_t(m) * longest;
-    auto cached = [&](const bf16 *cache, const bf16 *newest, int at) {
-      return at < last ? cache + offsets[at] + kv * n : newest;
-    };
-    auto *query = s.query.of(n);
-    Bf16Dot::arrange(q, n, query);
-    const int count = context - first, padded = (count + 7) / 8 * 8;
-    float *scores = s.scores.of(padded);
+  // N heads of one group
+  template <int N> void attend(const Layer &layer, int m, int head) {
+    const int n = model.head_dim, context = batch.positions[m] + 1;
+    const int first = layer.window ? std::max(0, context - layer.window) : 0, count = context - first;
+    const int padded = (count + 7) / 8 * 8, kv = head / (model.heads / model.kv_heads);
+    const size_t *offsets = s.offsets.data() + size_t(shared.sequence[m]) * longest + first;
+    auto *query = s.query.of(N * n);
+    const bf16 *q = shared.turned + (size_t(m) * model.heads + head) * n;
+    for (int h = 0; h < N; ++h) Bf16Dot::arrange(q + h * n, n, query + h * n);
+    float *scores = s.scores.of(N * padded);
     for (int i = 0; i < padded; i += TILE) {
       const bf16 *w[TILE];
-      for (int r = 0; r < TILE; ++r) w[r] = cached(layer.keys, k, first + i + r);
-      F8 eight;
-      Bf16Dot::dot<1>(w, n, query, 0, &eight, false);
-      store(scores + i, eight);
+      for (int r = 0; r < TILE; ++r) w[r] = layer.keys + offsets[std::min(i + r, count - 1)] + kv * n;
+      F8 eight[N];
+      Bf16Dot::dot<N>(w, n, query, n, eight, false);
+      for (int h = 0; h < N; ++h) store(scores + h * padded + i, eight[h]);
     }
+    F8 share[N];
+    for (int h = 0; h < N; ++h) share[h] = all(1.0f / softmax(scores + h * padded, count));
+    bf16 *out = shared.attended + (size_t(m) * model.heads + head) * n;
+    auto average = [&](int c, auto width) {
+      F8 acc[N][width.value] = {};
+      for (int i = 0; i < count; ++i) {
+        const bf16 *value = layer.values + offsets[i] + kv * n + c;
+        UNROLL for (int j = 0; j < width.value; ++j) {
+          F8 eight = read8(value + 8 * j);
+          UNROLL for (int h = 0; h < N; ++h) acc[h][j] = fused(all(scores[h * padded + i]), eight, acc[h][j]);
+        }
+      }
+      for (int h = 0; h < N; ++h)
+        for (int j = 0; j < width.value; ++j) write8(out + h * n + c + 8 * j, acc[h][j] * share[h]);
+    };
+    constexpr int WIDTH = N == 1 ? 8 : N == 2 ? 4 : 2;
+    int c = 0;
+    for (; c + 8 * WIDTH <= n; c += 8 * WIDTH) average(c, std::integral_constant<int, WIDTH>());
+    for (; c < n; c += 16) average(c, std::integral_constant<int, 2>());
+  }
+
+  // Scores become their exponentials against the largest; returns their sum
+  float softmax(float *scores, int count) const {
+    const int padded = (count + 7) / 8 * 8;
     for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
     F8 most = load<F8>(scores);
     for (int i = 8; i < padded; i += 8) most = larger(most, load<F8>(scores + i));
@@ -898,29 +1164,17 @@ struct Worker {
       for (int j = count - i; j < 8; ++j) weight[j] = 0.0f;
       sums += weight;
     }
-    bf16 *out = shared.attended + (size_t(m) * model.heads + head) * n;
-    const F8 share = all(1.0f / sum(sums));
-    auto average = [&](int c, auto width) {
-      F8 acc[width.value] = {};
-      for (int i = 0; i < count; ++i) {
-        const bf16 *value = cached(layer.values, v, first + i) + c;
-        UNROLL for (int j = 0; j < width.value; ++j) acc[j] += all(scores[i]) * read8(value + 8 * j);
-      }
-      for (int j = 0; j < width.value; ++j) write8(out + c + 8 * j, acc[j] * share);
-    };
-    int c = 0;
-    for (; c + 64 <= n; c += 64) average(c, std::integral_constant<int, 8>());
-    for (; c < n; c += 16) average(c, std::integral_constant<int, 2>());
+    return sum(sums);
   }
 
   // Where each cached token of each sequence is, in a layer's keys and values
   void find_cached() {
-    size_t *offsets = s.offsets.of(size_t(batch.rows) * longest);
-    for (int m = 0; m < batch.rows; ++m)
-      for (int at = 0; at < batch.contexts[m]; ++at) {
-        size_t block = batch.tables[size_t(m) * batch.width + at / model.block_size];
+    size_t *offsets = s.offsets.of(size_t(batch.sequences) * longest);
+    for (int i = 0; i < batch.sequences; ++i)
+      for (int at = 0; at <= batch.positions[batch.starts[i + 1] - 1]; ++at) {
+        size_t block = batch.tables[size_t(i) * batch.width + at / model.block_size];
         size_t slot = block * model.block_size + at % model.block_size;
-        offsets[size_t(m) * longest + at] = slot * model.kv_heads * model.head_dim;
+        offsets[size_t(i) * longest + at] = slot * model.kv_heads * model.head_dim;
       }
   }
 
@@ -928,9 +1182,10 @@ struct Worker {
   void add_norm(const bf16 *delta, const void *between, const void *weight) {
     const int n = model.hidden;
     const bool wide = model.norms_in_float32;
-    bf16 *x = s.x.of(size_t(batch.rows) * n), *y = s.y.of(size_t(batch.rows) * n), *z = s.z.of(n);
+    bf16 *z = s.z.of(n);
     const F8 times = all(model.times_residual);
-    for (int m = 0; m < batch.rows; ++m, x += n, y += n) {
+    for (int m = first_row; m < last_row; ++m) {
+      bf16 *x = state.x.data() + size_t(m) * n, *y = state.y.data() + size_t(m) * n;
       if (delta) {
         const bf16 *d = delta + size_t(m) * n;
         if (between) weighted(d, rms_factor(d, n, model.eps), between, 0, wide, n, z), d = z;
@@ -938,45 +1193,62 @@ struct Worker {
       }
       if (weight) weighted(x, rms_factor(x, n, model.eps), weight, 0, wide, n, y);
     }
-    s.in.set(weight ? s.y.of(0) : s.x.of(0), batch.rows, n);
+    next_input(weight ? state.y.data() : state.x.data(), n);
   }
 
   void run() {
     const size_t n = model.hidden;
     find_cached();
+    if (!together) {
+      state.x.of(batch.rows * n), state.y.of(batch.rows * n);
+      if (model.experts) state.mixed.of(batch.rows * n);
+    }
     const bf16 *delta = nullptr;  // what the last MLP adds
-    bf16 *x = s.x.of(batch.rows * n);
-    for (int m = 0; m < batch.rows; ++m)
-      scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, x + m * n);
+    for (int m = first_row; m < last_row; ++m)
+      scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, state.x.data() + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
       add_norm(delta, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);
       project({&layer.q, &layer.k, &layer.v}, shared.qkv);
       shared.barrier.wait(threads);
+      turn_all(layer);
+      shared.barrier.wait(threads);
       attend(layer);
       shared.barrier.wait(threads);
-      s.in.set(shared.attended, batch.rows, model.heads * model.head_dim);
+      next_input(shared.attended, model.heads * model.head_dim);
       project({&layer.out}, shared.delta);
       shared.barrier.wait(threads);
       add_norm(shared.delta, layer.attention_out_norm, layer.post_norm);
       if (layer.experts) {
         experts(layer);
-        delta = s.mixed.data();
+        delta = state.mixed.data();
         continue;
       }
       gate_up(layer);
       shared.barrier.wait(threads);
-      s.in.set(shared.act, batch.rows, model.intermediate);
+      next_input(shared.act, model.intermediate);
       project({&layer.down}, shared.delta);
       shared.barrier.wait(threads);
       delta = shared.delta;
     }
     add_norm(delta, model.layers[model.num_layers - 1].mlp_out_norm, model.final_norm);
-    project({&model.head}, batch.logits);
+    head();
+  }
+
+  // Logits after the last row of each sequence, and all rows' hidden states where they are asked for
+  void head() {
+    const size_t n = model.hidden, vocab = model.head.out;
+    const bf16 *y = state.in.x;
+    if (batch.hidden)
+      for (int m = first_row; m < last_row; ++m)
+        if (together || !thread) memcpy(batch.hidden + m * n, y + m * n, n * sizeof *y);
+    bf16 *last = s.gathered.of(batch.sequences * n);
+    for (int i = 0; i < batch.sequences; ++i) memcpy(last + i * n, y + (batch.starts[i + 1] - 1) * n, n * sizeof *y);
+    own_rows(last, batch.sequences, n, {&model.head});
+    project({&model.head}, s.own, batch.logits);
     if (model.logits_by == 1) return;
     shared.barrier.wait(threads);
-    const size_t vocab = model.head.out;  // rows are shared out, whole ones
-    for (int m = thread; m < batch.rows; m += threads)
+    for (int m = thread; m < batch.sequences; m += threads)  // whole rows are shared out
       for (size_t i = 0; i < vocab; ++i) {
         bf16 *logit = batch.logits + m * vocab + i;
         *logit = to_bf16(to_float(*logit) / model.logits_by);
@@ -988,20 +1260,44 @@ struct Worker {
   }
 };
 
+// Room for the rows of all threads: every format that a layer reads, and its widest inputs
+void reserve(const Model &model, int rows, Rows &state) {
+  const size_t n = model.hidden;
+  state.x.of(rows * n), state.y.of(rows * n);
+  if (model.experts) state.mixed.of(rows * n);
+  for (int i = 0; i < model.num_layers; ++i) {
+    const Layer &layer = model.layers[i];
+    for (auto *l : {&layer.q, &layer.k, &layer.v, &layer.out, &layer.gate, &layer.up, &layer.down, &layer.router}) {
+      state.in.set(nullptr, rows, l->in);
+      if (l->weight) state.in.reserve(order_of(*l));
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" void decode_step(const Model *model, const Batch *batch) {
-  static thread_local Buffer<bf16> buffers[6];
+  static thread_local Buffer<bf16> buffers[7];
+  static thread_local Buffer<int32_t> sequence;
+  static thread_local Rows rows;
   const size_t m = batch->rows, d = model->head_dim, paths = m * std::max(1, model->chosen);
+  const bool together = m >= TOGETHER;
+  if (together) reserve(*model, m, rows);
+  int longest = 0;
+  for (int i = 0; i < batch->sequences; ++i) {
+    std::fill(sequence.of(m) + batch->starts[i], sequence.of(m) + batch->starts[i + 1], i);
+    longest = std::max(longest, batch->positions[batch->starts[i + 1] - 1] + 1);
+  }
   Shared shared{
       buffers[0].of(m * (model->heads + 2 * model->kv_heads) * d), buffers[1].of(m * model->heads * d),
-      buffers[2].of(m * model->hidden), buffers[3].of(paths * model->intermediate),
-      buffers[4].of(m * model->experts), buffers[5].of(model->experts ? paths * model->hidden : 0), {}};
+      buffers[2].of(m * model->heads * d), buffers[3].of(m * model->hidden),
+      buffers[4].of(paths * model->intermediate), buffers[5].of(m * model->experts),
+      buffers[6].of(model->experts ? paths * model->hidden : 0), sequence.data(),
+      together ? &rows : nullptr, {}};
 #pragma omp parallel num_threads(model->threads)
   {
     static thread_local Scratch scratch;
-    Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads(),
-           *std::max_element(batch->contexts, batch->contexts + batch->rows)}.run();
+    Worker{*model, *batch, shared, scratch, omp_get_thread_num(), omp_get_num_threads(), longest}.run();
   }
 }
 
@@ -1015,37 +1311,25 @@ extern "C" void use_huge_pages(const void *begin, int64_t bytes) {
 #endif
 }
 
-// A weight [out, in] of 8-bit floats in bf16: code · scale, rounded once. scale: [out]
-extern "C" void expand_fp8(const uint8_t *codes, const float *scale, int32_t is_e5m2, int32_t rows,
-                           int32_t columns, bf16 *out, int32_t threads) {
-  const F8 up = is_e5m2 ? E5m2Dot::half_way() * E5m2Dot::half_way() : E4m3Dot::half_way() * E4m3Dot::half_way();
-#pragma omp parallel for num_threads(threads)
-  for (int32_t r = 0; r < rows; ++r)
-    for (int32_t c = 0; c < columns; c += 8) {
-      uint64_t eight = load<uint64_t>(codes + size_t(r) * columns + c);
-      typedef uint8_t B8 __attribute__((vector_size(8)));
-      U8 high = __builtin_convertvector(load<B8>(&eight), U8) << 24;
-      F8 value = is_e5m2 ? E5m2Dot::decoded(high) : E4m3Dot::decoded(high);
-      write8(out + size_t(r) * columns + c, value * up * all(scale[r]));
-    }
-}
-
-// An INT4 weight [out, in] in bf16: code · scale, rounded once
-extern "C" void expand_int4(const uint8_t *pairs, const bf16 *scale, const bf16 *zero, int32_t rows,
-                            int32_t columns, int32_t group, bf16 *out, int32_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int32_t r = 0; r < rows; ++r) {
-    const size_t groups = columns / group;
-    for (size_t g = 0; g < groups; ++g) {
-      const float step = to_float(scale[r * groups + g]);
-      const float middle = zero ? 8.0f * to_float(zero[r * groups + g]) : 8.0f;
-      float values[16];
-      for (int code = 0; code < 16; ++code) values[code] = (float(code) - middle) * step;
-      for (int32_t c = 0; c < group; c += 2) {
-        const size_t at = (size_t(r) * columns + g * group + c) / 2;
-        out[2 * at] = to_bf16(values[pairs[at] & 15]);
-        out[2 * at + 1] = to_bf16(values[pairs[at] >> 4]);
-      }
+// y [rows, out] = x [rows, in] through one layer, with the products and sums of a step; bf16, or float if exact
+extern "C" void multiply_rows(const Linear *l, const bf16 *x, int32_t rows, void *y, int32_t exact, int32_t threads) {
+  static thread_local Input inputs;
+  Input &in = inputs;
+  in.set(x, rows, l->in);
+  in.reserve(order_of(*l));
+  const int most = in.block_rows(), blocks = (rows + most - 1) / most;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Buffer<F8> out;
+#pragma omp for
+    for (int m = 0; m < rows; ++m) in.arrange(*l, m, m + 1);
+#pragma omp for schedule(static)
+    for (int task = 0; task < blocks * tiles(*l); ++task) {
+      const int first = task / tiles(*l) * most, tile = task % tiles(*l), count = std::min(most, rows - first);
+      const size_t at = size_t(first) * l->out;
+      multiply(*l, tile, in, first, count, out.of(count), exact);
+      if (exact) write_tile(*l, tile, out.data(), count, l->out, (float *)y + at);
+      else write_tile(*l, tile, out.data(), count, l->out, (bf16 *)y + at);
     }
   }
 }

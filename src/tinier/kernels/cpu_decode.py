@@ -1,4 +1,4 @@
-"""One decode step on the CPU in one native call: a new token for each of M sequences.
+"""One step on the CPU in one native call: new tokens of some sequences, one each or a prompt's.
 
 Start at `CpuDecoder`: made once from `DecodeWeights`, its `step` runs the whole decoder, which
 cpu_decode.cpp has. `unsupported` says beforehand why a model cannot run so. native.py compiles it.
@@ -18,20 +18,17 @@ from torch import Tensor
 
 from tinier.errors import TinierError
 from tinier.families import Geometry
+from tinier.kernels import native
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
     DenseLinear,
-    Fp8NativeLinear,
-    Int4NativeLinear,
     Int8Linear,
     Linear,
+    NativeLinear,
     StackedLinear,
 )
-from tinier.kernels.native import load_library
+from tinier.kernels.native import LinearStruct, NativeWeight, load_library
 from tinier.kernels.reference import Cache
-
-_BF16, _INT8, _INT4, _E4M3, _E5M2 = range(5)
-_AS_THEY_ARE, _BY_TOKEN, _STATIC = range(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,21 +42,13 @@ class DecodeWeights:
     head: Linear
 
 
-class _Linear(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("weight", "scale", "zero", "sums", "bias")),
-        *((name, c_int32) for name in ("out", "in", "format", "group", "rounding")),
-        ("input_scale", c_float),
-    )
-
-
 class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in (
             "input_norm", "attention_out_norm", "post_norm", "mlp_out_norm", "q_norm", "k_norm",
         )),
-        *((name, _Linear) for name in ("q", "k", "v", "out", "gate", "up", "down", "router")),
-        ("experts", POINTER(_Linear)),
+        *((name, LinearStruct) for name in ("q", "k", "v", "out", "gate", "up", "down", "router")),
+        ("experts", POINTER(LinearStruct)),
         *((name, c_void_p) for name in ("keys", "values", "cos", "sin")), ("window", c_int32),
     )  # fmt: skip
 
@@ -67,7 +56,7 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("embedding", "final_norm")),
-        ("layers", POINTER(_Layer)), ("head", _Linear),
+        ("layers", POINTER(_Layer)), ("head", LinearStruct),
         *((name, c_int32) for name in (
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
             "threads", "turning", "norms_in_float32", "rope_in_float32", "norms_all_heads", "gelu",
@@ -81,8 +70,10 @@ class _Model(Structure):
 
 class _Batch(Structure):
     _fields_ = (
-        *((n, c_void_p) for n in ("tokens", "positions", "slots", "contexts", "tables", "logits")),
-        ("rows", c_int32), ("width", c_int32),
+        *((name, c_void_p) for name in (
+            "tokens", "positions", "slots", "starts", "tables", "logits", "hidden",
+        )),
+        *((name, c_int32) for name in ("rows", "sequences", "width")),
     )  # fmt: skip
 
 
@@ -105,7 +96,7 @@ class CpuDecoder:
             raise TinierError(f"no native decode step: {reason}")
         self._library = library
         self._kept: list[Tensor] = []  # whatever the structs point into
-        self._vocab = _rows(weights.head)
+        self._vocab, self._hidden = _rows(weights.head), weights.geometry.hidden
         w, g, m = weights, weights.geometry, weights.geometry.multipliers
         layers = [self._layer(g, *parts) for parts in zip(w.layers, caches, rotations, strict=True)]
         self._model = _Model(
@@ -120,22 +111,28 @@ class CpuDecoder:
         )  # fmt: skip
 
     def step(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, contexts: Tensor, tables: Tensor
-    ) -> Tensor:
-        """Logits [M, vocab] in bf16 after one new token of each of M sequences, whose keys and values
-        are written to the cache.
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, tables: Tensor, *,
+        hidden: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Logits [S, vocab] in bf16 after the last of some new tokens of each of S sequences, whose keys
+        and values are written to the cache; hidden: and the hidden states [T, hidden] after all of them.
 
-        All int32 on the CPU. tokens, positions, slots: [M]. contexts: [M], tokens in the cache, the new
-        one counted. tables: [M, width] cache blocks. Row i is the same whatever the others are.
+        All int32 on the CPU. tokens, positions, slots: [T], those of a sequence one after the other.
+        starts: [S + 1], where each begins. tables: [S, width] cache blocks. What is computed for a token
+        is the same whatever else the step has.
         """
-        rows = tokens.shape[0]
-        inputs = [t.contiguous() for t in (tokens, positions, slots, contexts, tables)]
-        assert all(t.dtype == torch.int32 and t.shape[0] == rows for t in inputs)
-        logits = torch.empty(rows, self._vocab, dtype=torch.bfloat16)
+        rows, sequences = tokens.shape[0], tables.shape[0]
+        inputs = [t.contiguous() for t in (tokens, positions, slots, starts, tables)]
+        assert all(t.dtype == torch.int32 for t in inputs)
+        assert starts.shape[0] == sequences + 1
+        logits = torch.empty(sequences, self._vocab, dtype=torch.bfloat16)
+        states = torch.empty(rows, self._hidden, dtype=torch.bfloat16) if hidden else None
         if rows:
-            batch = _Batch(*(t.data_ptr() for t in (*inputs, logits)), rows, tables.shape[1])
+            pointers = [t.data_ptr() for t in (*inputs, logits)]
+            to = None if states is None else states.data_ptr()
+            batch = _Batch(*pointers, to, rows, sequences, tables.shape[1])
             self._library.decode_step(ctypes.byref(self._model), ctypes.byref(batch))
-        return logits
+        return logits, states
 
     def _layer(
         self, g: Geometry, layer: Layer, cache: Cache, rotation: tuple[Tensor, Tensor]
@@ -158,24 +155,24 @@ class CpuDecoder:
 
     def _mlp(
         self, gate_up: Linear | None, down: Linear | None, hidden: int, inner: int
-    ) -> list[_Linear]:
+    ) -> list[LinearStruct]:
         """Gate, up and down; empty ones where there are experts instead."""
         if gate_up is None or down is None:
-            return [_Linear(), _Linear(), _Linear()]
+            return [LinearStruct(), LinearStruct(), LinearStruct()]
         return [
             *self._linears(gate_up, [inner, inner], hidden),
             *self._linears(down, [hidden], inner),
         ]
 
-    def _experts(self, layer: Layer, hidden: int, inner: int) -> tuple[_Linear, Any]:
+    def _experts(self, layer: Layer, hidden: int, inner: int) -> tuple[LinearStruct, Any]:
         """The router, and gate, up and down of each expert."""
         experts = layer.experts
         if experts is None:
-            return _Linear(), None
+            return LinearStruct(), None
         pairs = zip(experts.gate_up, experts.down, strict=True)
         parts = [part for pair in pairs for part in self._mlp(*pair, hidden, inner)]
         (router,) = self._linears(experts.router, [experts.count], hidden)
-        return router, (_Linear * len(parts))(*parts)
+        return router, (LinearStruct * len(parts))(*parts)
 
     def _at(self, tensor: Tensor | None) -> int | None:
         """Address of a tensor that is kept from now on."""
@@ -185,31 +182,18 @@ class CpuDecoder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _linears(self, linear: Linear, sizes: list[int], columns: int) -> list[_Linear]:
+    def _linears(self, linear: Linear, sizes: list[int], columns: int) -> list[LinearStruct]:
         """The rows of a fused layer as one layer for each of `sizes`."""
         if isinstance(linear, StackedLinear):
             parts = zip(linear.parts, sizes, strict=True)
             return [self._linears(part, [rows], columns)[0] for part, rows in parts]
-        weight, scale, zero, sums, kind = _stored(linear)
-        self._library.use_huge_pages(c_void_p(weight.data_ptr()), c_int64(weight.nbytes))
-        group = columns // scale.shape[1] if scale is not None and kind == _INT4 else 0
-        split = [
-            [None] * len(sizes) if t is None else t.split(sizes)
-            for t in (weight, scale, zero, sums, linear.bias)
-        ]
-        return [
-            _Linear(*map(self._at, part), rows, columns, kind, group, *_rounding(linear))
-            for *part, rows in zip(*split, sizes, strict=True)
-        ]
-
-
-def _rounding(linear: Linear) -> tuple[int, float]:
-    """How the inputs of a layer of 8-bit floats are rounded, and their scale where it is known."""
-    if not isinstance(linear, Fp8NativeLinear) or linear.activations is None:
-        return _AS_THEY_ARE, 1.0
-    if linear.input_scale is None:
-        return _BY_TOKEN, 1.0
-    return _STATIC, float(linear.input_scale)
+        whole = _stored(linear)
+        self._library.use_huge_pages(
+            c_void_p(whole.weight.data_ptr()), c_int64(whole.weight.nbytes)
+        )
+        rows = whole.split(sizes)
+        self._kept += [t for part in rows for t in part.tensors if t is not None]
+        return [part.struct() for part in rows]
 
 
 def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
@@ -235,24 +219,22 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
 
 def _unsupported_linear(linear: Linear) -> str | None:
     if isinstance(linear, StackedLinear):
-        floats = [part for part in linear.parts if isinstance(part, Fp8NativeLinear)]
-        if len({_rounding(part) for part in floats if _stored(part)[-1] == _E4M3}) > 1:
-            return "layers that share an input round it in different ways"
+        ways: dict[int, set[tuple[int, float]]] = {}
+        for part in linear.parts:
+            if isinstance(part, NativeLinear):
+                weight = part.weight
+                ways.setdefault(weight.kind, set()).add((weight.rounding, weight.input_scale))
+        if any(len(found) > 1 for found in ways.values()):
+            return "layers of one format that share an input round it in different ways"
         return next(filter(None, map(_unsupported_linear, linear.parts)), None)
     dense = isinstance(linear, DenseLinear) and linear.activations is None
-    if not (dense or isinstance(linear, Int8Linear | Int4NativeLinear | Fp8NativeLinear)):
+    if not (dense or isinstance(linear, Int8Linear | NativeLinear)):
         return f"{linear.path} is not among its formats"
-    weight, scale, *_, kind = _stored(linear)
-    if kind == _BF16 and weight.dtype != torch.bfloat16:
-        return f"a layer has weights in {weight.dtype}"
-    columns = weight.shape[1] * (2 if kind == _INT4 else 1)
-    if columns % (64 if kind == _INT4 else 32):
-        return f"a layer has {columns} inputs, no multiple of 32 (INT4: 64)"
-    if kind == _INT4:
-        assert scale is not None
-        group = columns // scale.shape[1]
-        if group != 32 and group % 64:
-            return f"INT4 groups of {group} columns are neither 32 nor a multiple of 64"
+    stored = _stored(linear)
+    if stored.kind == native.BF16 and stored.weight.dtype != torch.bfloat16:
+        return f"a layer has weights in {stored.weight.dtype}"
+    if stored.shape[1] % 32:
+        return f"a layer has {stored.shape[1]} inputs, no multiple of 32"
     return None
 
 
@@ -260,18 +242,15 @@ def _rows(linear: Linear) -> int:
     """Outputs of a layer."""
     if isinstance(linear, StackedLinear):
         return sum(map(_rows, linear.parts))
-    return _stored(linear)[0].shape[0]
+    return _stored(linear).shape[0]
 
 
-def _stored(linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
-    """weight, scale, zero, sums and format, as the struct Linear of cpu_decode.cpp has them."""
+def _stored(linear: Linear) -> NativeWeight:
     if isinstance(linear, DenseLinear):
-        return linear.weight, None, None, None, _BF16
+        return NativeWeight(linear.weight, native.BF16, bias=linear.bias)
     if isinstance(linear, Int8Linear):
         codes = linear.codes.t()
-        return codes, linear.scale, None, codes.sum(dim=1, dtype=torch.int32), _INT8
-    if isinstance(linear, Fp8NativeLinear):
-        kind = _E4M3 if linear.codes.dtype == torch.float8_e4m3fn else _E5M2
-        return linear.codes, linear.scale, None, None, kind
-    assert isinstance(linear, Int4NativeLinear)
-    return *linear.weight, None, _INT4
+        sums = codes.sum(dim=1, dtype=torch.int32)
+        return NativeWeight(codes, native.INT8, linear.scale, sums=sums, bias=linear.bias)
+    assert isinstance(linear, NativeLinear)
+    return linear.weight

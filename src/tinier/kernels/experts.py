@@ -14,6 +14,7 @@ from tinier.kernels.linear import Linear, StoredLinear, make_linear
 from tinier.kernels.machine import HAS_TRITON
 from tinier.kernels.operators import gated, uses_triton
 from tinier.kernels.reference import joined, through_experts
+from tinier.schemes import Int4Inputs
 
 if HAS_TRITON:
     from tinier.kernels import grouped
@@ -68,6 +69,7 @@ class Experts:
 def make_experts(
     router: Tensor, mlps: list[tuple[list[StoredLinear], StoredLinear]], dtype: torch.dtype, *,
     top_k: int, sums_to_one: bool, in_float32: bool, activation: str,
+    int4_inputs: Int4Inputs = "16bit",
 ) -> Experts:  # fmt: skip
     """router: [experts, hidden]. mlps: of each expert gate and up, and down. The others: see Experts."""
     gate_up = down = None
@@ -75,8 +77,8 @@ def make_experts(
         gate_up = _grouped([part for parts, _ in mlps for part in parts], len(mlps), dtype)
         down = _grouped([last for _, last in mlps], len(mlps), dtype)
     if gate_up is None or down is None:
-        gate_up = [make_linear(parts, dtype) for parts, _ in mlps]
-        down = [make_linear([last], dtype) for _, last in mlps]
+        gate_up = [make_linear(parts, dtype, int4_inputs) for parts, _ in mlps]
+        down = [make_linear([last], dtype, int4_inputs) for _, last in mlps]
     return Experts(
         router=make_linear([StoredLinear(router, None)], dtype), gate_up=gate_up, down=down,
         count=len(mlps), top_k=top_k, sums_to_one=sums_to_one, in_float32=in_float32,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinier.kernels import native
 from tinier.kernels.machine import HAS_TRITON, Machine, machine_of
-from tinier.kernels.native import Int4Weight, expand_fp8, expand_int4, load_library
+from tinier.kernels.native import NativeWeight, load_library
 from tinier.kernels.operators import uses_triton
 from tinier.kernels.reference import joined
 from tinier.numerics import (
@@ -35,7 +35,7 @@ from tinier.numerics import (
     round_static,
     step_size,
 )
-from tinier.schemes import Grid, Scheme
+from tinier.schemes import Grid, Int4Inputs, Scheme
 
 if HAS_TRITON:
     from tinier.kernels import skinny
@@ -243,24 +243,24 @@ class Fp8Linear(Linear):
         return out if out.shape[1] == self.rows else out[:, : self.rows].contiguous()
 
 
-class Fp8NativeLinear(RoundingLinear):
-    """8-bit floats for the native decode step (cpu_decode.py); here, for prompts, they are expanded to 16
-    bit for each product, which costs little beside it."""
+class NativeLinear(Linear):
+    """INT4 or 8-bit floats, multiplied in native code (cpu_decode.cpp) as the native step does."""
 
-    def __init__(
-        self, quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None
-    ) -> None:
-        super().__init__(bias, scheme.activations, input_scale)
-        self.codes = quantized.codes.contiguous()  # [out, in]
-        self.scale = quantized.scale.float().reshape(-1).contiguous()  # [out]
-        self.path = f"{scheme.label}: native decode step, expanded for F.linear in prompts"
+    def __init__(self, weight: NativeWeight, label: str) -> None:
+        super().__init__(weight.bias)
+        self.weight = weight
+        self.path = label
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
-        return F.linear(self.prepared(x), expand_fp8(self.codes, self.scale), self.bias)
+        assert isinstance(x, Tensor)
+        return self.weight.product(x)
 
     def float32(self, x: Tensor) -> Tensor:
-        weight = self.codes.float() * self.scale.unsqueeze(1)
-        return _product_float32(self.prepared(x), weight, self.bias)
+        return self.weight.product(x, exact=True)
 
 
 class Int4CpuLinear(Linear):
@@ -280,27 +280,6 @@ class Int4CpuLinear(Linear):
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.packed, self.group_size, self.scale_and_zero
         )
-        return out if self.bias is None else out + self.bias
-
-
-class Int4NativeLinear(Linear):
-    """INT4 weights for the native decode step (cpu_decode.py), 16-bit activations; here, for prompts, they
-    are expanded to 16 bit for each product, which costs little beside it."""
-
-    path = "INT4: native decode step, expanded for F.linear in prompts"
-
-    def __init__(self, weight: Int4Weight, bias: Tensor | None) -> None:
-        super().__init__(bias)
-        self.weight = weight
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = [*self.weight, self.bias]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    def __call__(self, x: Tensor | Quantized) -> Tensor:
-        assert isinstance(x, Tensor)
-        out = F.linear(x, expand_int4(self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -343,15 +322,18 @@ class StackedLinear(Linear):
         return torch.cat([joined(part(x), x.dtype) for part in self.parts], dim=-1)
 
 
-def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
+def make_linear(
+    parts: list[StoredLinear], dtype: torch.dtype, int4_inputs: Int4Inputs = "16bit"
+) -> Linear:
     """One layer over the stacked rows of `parts`, on the device that their tensors are on.
 
-    dtype: what the decoder computes in. Parts that are stored in different ways are multiplied one
-    after the other.
+    dtype: what the decoder computes in. int4_inputs: of INT4 weights with 16-bit activations, where they
+    are multiplied natively on a CPU. Parts that are stored in different ways are multiplied one after the
+    other.
     """
     first = parts[0]
     if any(not _alike(first, part) for part in parts[1:]):
-        return StackedLinear([make_linear([part], dtype) for part in parts])
+        return StackedLinear([make_linear([part], dtype, int4_inputs) for part in parts])
     bias = _stack([p.bias for p in parts if p.bias is not None], dtype)
     if first.scheme is None:
         weight = _stack([p.weight for p in parts if isinstance(p.weight, Tensor)], dtype)
@@ -370,7 +352,8 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
     if path == "fp8":
         return Fp8Linear(quantized, bias, first.input_scale)
     if path == "fp8 native":
-        return Fp8NativeLinear(quantized, bias, scheme, first.input_scale)
+        floats = _native_floats(quantized, bias, scheme, first.input_scale)
+        return NativeLinear(floats, f"{scheme.label}: native")
     if path == "weight-only 8-bit":
         rows = quantized.scale.float().reshape(-1)
         return WeightOnlyLinear(skinny.Weight(quantized.codes, rows, bias, sides), scheme.label)
@@ -379,7 +362,9 @@ def make_linear(parts: list[StoredLinear], dtype: torch.dtype) -> Linear:
         scale = quantized.scale.to(dtype).t().contiguous()  # [groups, out]
         return WeightOnlyLinear(skinny.Weight(packed, scale, bias, sides, size), scheme.label)
     if path == "int4 native":
-        return Int4NativeLinear(native.pack_int4(quantized), bias)
+        rounding = _int4_rounding(scheme, int4_inputs)
+        label = f"{scheme.label}: native{_ROUNDED[rounding]}"
+        return NativeLinear(native.pack_int4(quantized, bias, rounding), label)
     if path == "int4 torch":
         return Int4CpuLinear(quantized, size, bias)
     activations = scheme.activations
@@ -417,18 +402,47 @@ def linear_path(
     if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:
         return "weight-only 8-bit" if triton and machine.has_fp8 else "expanded"
     packable = grid.kind == "int" and grid.bits == 4 and grid.group_size in _INT4_GROUPS
-    if not packable or activations is not None or dtype != torch.bfloat16:
+    if not packable or dtype != torch.bfloat16:
         return "expanded"
-    if triton and grid.symmetric:
-        return "weight-only int4"
     if machine.kind == "cpu":
         # the native step takes pairs of 32 columns, and groups that they fill
         fits = columns % 64 == 0 and (grid.group_size == 32 or (grid.group_size or 64) % 64 == 0)
-        if fits and not isinstance(load_library(), str):
+        in_integers = by_token and activations is not None and activations.kind == "int"
+        if fits and (activations is None or in_integers) and not isinstance(load_library(), str):
             return "int4 native"
-        if rows % 16 == 0:
-            return "int4 torch"
+    if activations is not None:
+        return "expanded"
+    if triton and grid.symmetric:
+        return "weight-only int4"
+    if machine.kind == "cpu" and rows % 16 == 0:
+        return "int4 torch"
     return "expanded"
+
+
+def _native_floats(
+    quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None
+) -> NativeWeight:
+    codes, scale = quantized.codes.contiguous(), quantized.scale.float().reshape(-1).contiguous()
+    kind = native.E4M3 if codes.dtype == torch.float8_e4m3fn else native.E5M2
+    weight = NativeWeight(codes, kind, scale, bias=bias)
+    if scheme.activations is None:
+        return weight
+    if input_scale is None:
+        return weight._replace(rounding=native.BY_TOKEN)
+    return weight._replace(rounding=native.STATIC, input_scale=float(input_scale))
+
+
+def _int4_rounding(scheme: Scheme, int4_inputs: Int4Inputs) -> int:
+    if scheme.activations is not None:
+        return native.BY_TOKEN
+    return native.BY_BLOCK if int4_inputs == "int8" else native.AS_THEY_ARE
+
+
+_ROUNDED = {
+    native.AS_THEY_ARE: "",
+    native.BY_TOKEN: " in integers",
+    native.BY_BLOCK: " in integers, inputs rounded to 8 bits in blocks of 32",
+}
 
 
 def encode_tokens(x: Tensor, takes: str) -> Quantized:

@@ -1,12 +1,12 @@
 """Compiles cpu_decode.cpp on the machine that runs it, for that machine, and keeps the result in
-tinier's cache folder; and the layout in which it reads INT4.
+tinier's cache folder; and the weights that it reads (`NativeWeight`).
 """
 
 import ctypes
 import hashlib
 import os
 import subprocess
-from ctypes import c_int32, c_void_p
+from ctypes import Structure, byref, c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,55 +18,105 @@ from tinier.checkpoint import cache_folder, new_file
 from tinier.numerics import Quantized
 
 _SOURCE = Path(__file__).with_name("cpu_decode.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+_FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi",
+)  # fmt: skip
 
 
-class Int4Weight(NamedTuple):
-    """INT4 codes as the native step reads them."""
-
-    pairs: Tensor
-    """[out, in/2] uint8: codes + 8, the even column in the low half"""
-    scale: Tensor
-    """[out, in/group] bf16"""
-    zero: Tensor | None
-    """(zero point + 8) / 8, as the scale; None on a symmetric grid"""
+BF16, INT8, INT4, E4M3, E5M2 = range(5)
+AS_THEY_ARE, BY_TOKEN, STATIC, BY_BLOCK = range(4)
 
 
-def pack_int4(quantized: Quantized) -> Int4Weight:
+class NativeWeight(NamedTuple):
+    """A linear layer as cpu_decode.cpp reads it (struct Linear)."""
+
+    weight: Tensor
+    """[out, in] bf16, int8 or 8-bit floats; INT4: [out, in/2] uint8, codes + 8, the even column in the low
+    half"""
+    kind: int
+    """BF16, INT8, INT4, E4M3 or E5M2"""
+    scale: Tensor | None = None
+    """[out] float32; INT4: [out, in/group] bf16"""
+    zero: Tensor | None = None
+    """INT4 on an asymmetric grid: (zero point + 8) / 8, as the scale"""
+    sums: Tensor | None = None
+    """INT8: of each row's codes, [out] int32"""
+    bias: Tensor | None = None
+    """[out] bf16"""
+    rounding: int = AS_THEY_ARE
+    """Of a layer of E4M3 its inputs to E4M3: none, BY_TOKEN, or STATIC. Of INT4 to INT8: none, BY_TOKEN, or
+    BY_BLOCK, of 32 inputs. INT8 rounds by token, always"""
+    input_scale: float = 1.0
+    """STATIC: theirs"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return rows, columns * 2 if self.kind == INT4 else columns
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the struct."""
+        return self.weight, self.scale, self.zero, self.sums, self.bias
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
+
+    def split(self, sizes: list[int]) -> list["NativeWeight"]:
+        """Layers of so many rows."""
+        parts = [[None] * len(sizes) if t is None else t.split(sizes) for t in self.tensors]
+        return [
+            self._replace(weight=weight, scale=scale, zero=zero, sums=sums, bias=bias)
+            for weight, scale, zero, sums, bias in zip(*parts, strict=True)
+        ]
+
+    def struct(self) -> "LinearStruct":
+        """Points into the tensors, which must outlive it."""
+        assert all(t is None or t.is_contiguous() for t in self.tensors)
+        rows, columns = self.shape
+        group = (
+            columns // self.scale.shape[1] if self.scale is not None and self.kind == INT4 else 0
+        )
+        addresses = [None if t is None else t.data_ptr() for t in self.tensors]
+        return LinearStruct(
+            *addresses, rows, columns, self.kind, group, self.rounding, self.input_scale
+        )
+
+    def product(self, x: Tensor, *, exact: bool = False) -> Tensor:
+        """x [T, in] in bf16 through the layer, [T, out], as a step computes it; exact: in float32, not
+        rounded."""
+        library = load_library()
+        assert not isinstance(library, str)
+        x = x.contiguous()
+        dtype = torch.float32 if exact else torch.bfloat16
+        out = torch.empty(x.shape[0], self.shape[0], dtype=dtype)
+        library.multiply_rows(
+            byref(self.struct()), x.data_ptr(), x.shape[0], out.data_ptr(), exact,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class LinearStruct(Structure):
+    """struct Linear of cpu_decode.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "zero", "sums", "bias")),
+        *((name, c_int32) for name in ("out", "in", "format", "group", "rounding")),
+        ("input_scale", c_float),
+    )
+
+
+def pack_int4(quantized: Quantized, bias: Tensor | None, rounding: int) -> NativeWeight:
     """INT4 codes [out, in] for the native step."""
     unsigned = (quantized.codes + 8).to(torch.uint8)
     pairs = unsigned[:, 1::2] << 4 | unsigned[:, ::2]
     zero = quantized.zero_point
     if zero is not None:
         zero = ((zero.float() + 8) / 8).to(torch.bfloat16).contiguous()
-    return Int4Weight(pairs, quantized.scale.to(torch.bfloat16).contiguous(), zero)
-
-
-def expand_int4(weight: Int4Weight) -> Tensor:
-    """The weight [out, in] in bf16."""
-    library = load_library()
-    assert not isinstance(library, str)
-    rows, columns = weight.pairs.shape[0], 2 * weight.pairs.shape[1]
-    out = torch.empty(rows, columns, dtype=torch.bfloat16)
-    zero = None if weight.zero is None else weight.zero.data_ptr()
-    library.expand_int4(
-        weight.pairs.data_ptr(), weight.scale.data_ptr(), zero, rows, columns,
-        columns // weight.scale.shape[1], out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def expand_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """The weight [out, in] in bf16. codes: E4M3 or E5M2, columns a multiple of 8. scale: [out] float32."""
-    library = load_library()
-    assert not isinstance(library, str)
-    rows, columns = codes.shape
-    out = torch.empty(rows, columns, dtype=torch.bfloat16)
-    library.expand_fp8(
-        codes.data_ptr(), scale.data_ptr(), codes.dtype == torch.float8_e5m2, rows, columns,
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    scale = quantized.scale.to(torch.bfloat16).contiguous()
+    return NativeWeight(pairs, INT4, scale, zero, bias=bias, rounding=rounding)
 
 
 @cache
@@ -82,11 +132,8 @@ def load_library() -> ctypes.CDLL | str:
         return f"cpu_decode.cpp does not compile here: {detail.strip().splitlines()[0]}"
     library.decode_step.argtypes = (c_void_p, c_void_p)
     library.decode_step.restype = None
-    pointers, sizes = (c_void_p,) * 3, (c_int32,) * 3
-    library.expand_int4.argtypes = (*pointers, *sizes, c_void_p, c_int32)
-    library.expand_int4.restype = None
-    library.expand_fp8.argtypes = (c_void_p, c_void_p, *sizes, c_void_p, c_int32)
-    library.expand_fp8.restype = None
+    library.multiply_rows.argtypes = (c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_int32)
+    library.multiply_rows.restype = None
     return library
 
 

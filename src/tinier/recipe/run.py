@@ -239,16 +239,17 @@ class _Measurements:
             machine.get("gpu"),
         ]
         if section == "quality":
-            inputs += [tensor_sha256(self._run.windows)]
+            inputs += [asked["int4_inputs"], tensor_sha256(self._run.windows)]
         elif section == "mmlu":
-            inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
+            inputs += [asked["int4_inputs"], asked["mmlu"]["shots"], repr(self._run.mmlu)]
         else:
             asked_here = asked["serving"] if section == "serving" else asked["speed"]
-            inputs += [asked_here, asked["tensor_parallel"], *hardware]
+            inputs += [asked_here, asked["tensor_parallel"], asked["int4_inputs"], *hardware]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def _decoder(self, name: str) -> Decoder:
-        return load_decoder(self._models[name], device=self._device)
+        inputs = self._run.recipe.measure.int4_inputs
+        return load_decoder(self._models[name], device=self._device, int4_inputs=inputs)
 
     def _quality(self, name: str) -> dict[str, Any]:
         if self._reference is None:
@@ -266,7 +267,7 @@ class _Measurements:
         largest = max(self._run.workloads, key=lambda w: w.concurrency)
         memory = measure_memory(
             self._models[name], largest, self._run.recipe.device,
-            self._run.recipe.measure.tensor_parallel,
+            self._run.recipe.measure.tensor_parallel, self._run.recipe.measure.int4_inputs,
         )  # fmt: skip
         return asdict(memory)
 
@@ -282,6 +283,7 @@ class _Measurements:
                 seed=self._run.recipe.seed,
                 device=self._run.recipe.device,
                 tensor_parallel=self._run.recipe.measure.tensor_parallel,
+                int4_inputs=self._run.recipe.measure.int4_inputs,
             )
             results["paths"] = measured[name].paths
             results["variant"].append(asdict(measured[name]))
@@ -294,6 +296,7 @@ class _Measurements:
         engine = EngineConfig(
             max_batch_size=MAX_BATCH_SIZE, device=self._run.recipe.device,
             tensor_parallel=self._run.recipe.measure.tensor_parallel,
+            int4_inputs=self._run.recipe.measure.int4_inputs,
         )  # fmt: skip
         with Service([f"{name}={folder}"], engine) as service:
             endpoint = Endpoint(url=service.url, model=name, tokenizer=folder)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinier.errors import RecipeError
+from tinier.schemes import Int4Inputs
 
 BASE = "base"
 
@@ -147,6 +148,8 @@ class Measure(_Strict):
     serving: ServingMeasure | None = None
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that share each layer where memory, speed and serving are measured."""
+    int4_inputs: Int4Inputs = "int8"
+    """EngineConfig's, where anything is measured."""
 
 
 class Recipe(_Strict):
