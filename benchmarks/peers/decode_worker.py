@@ -1,8 +1,9 @@
 """What the workers of benchmarks/cpu_decode.py share: the conversation with the driver.
 
 Start at `serve`. A worker loads its model once and prints a line of JSON. It then answers each line
-it reads, {"prompt": ids, "tokens": count}, with one line: the greedy output (which goes on after
-an end of text) and when its first and last token were there, in seconds after the request.
+it reads, {"prompts": [ids], "tokens": count}, with one line: the first one's greedy output (which goes on
+after an end of text), and when every request's first token and the last of all were there, in seconds after
+the request.
 """
 
 import json
@@ -25,7 +26,7 @@ class Output(NamedTuple):
     """When each token was there, on time.perf_counter."""
 
 
-Generate = Callable[[list[int], int], Output]
+Generate = Callable[[list[list[int]], int], list[Output]]
 
 
 def serve(package: str, load: Callable[[str], Generate]) -> None:
@@ -40,9 +41,10 @@ def serve(package: str, load: Callable[[str], Generate]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         asked = time.perf_counter()
-        output = generate(request["prompt"], request["tokens"])
-        first, last = (output.times[i] - asked for i in (0, -1))
-        answer = {"content": output.content, "made": output.made, "first": first, "last": last}
+        outputs = generate(request["prompts"], request["tokens"])
+        first, last = (max(output.times[i] for output in outputs) - asked for i in (0, -1))
+        made = [output.made for output in outputs]
+        answer = {"content": outputs[0].content, "made": made, "first": first, "last": last}
         print(json.dumps(answer), file=answers)
     answers.flush()
     os._exit(0)  # vLLM's CPU build sometimes aborts while it shuts down

@@ -6,6 +6,7 @@ xllamacpp runs llama.cpp's server in this process; tokens arrive as the pieces o
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xllamacpp
@@ -15,13 +16,13 @@ from decode_worker import THREADS, Generate, Output, serve
 def load(file: str) -> Generate:
     params = xllamacpp.CommonParams()
     params.model.path = file
-    params.n_ctx = 512
-    params.n_parallel = 1
+    params.n_ctx = 8 * 1024
+    params.n_parallel = 8
     params.cpuparams.n_threads = THREADS
     params.cpuparams_batch.n_threads = THREADS
     server = xllamacpp.Server(params)
 
-    def generate(prompt: list[int], tokens: int) -> Output:
+    def one(prompt: list[int], tokens: int) -> Output:
         pieces: list[Any] = []
         times: list[float] = []
 
@@ -37,6 +38,10 @@ def load(file: str) -> Generate:
         text = "".join(piece["choices"][0]["text"] for piece in pieces)
         # the last piece is empty and brings the counts
         return Output(text, pieces[-1]["usage"]["completion_tokens"], times[:-1])
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[Output]:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: one(prompt, tokens), prompts))
 
     return generate
 

@@ -7,20 +7,18 @@ import time
 
 import torch
 from decode_worker import THREADS, Generate, Output, serve
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 
-class Clock:
-    """A streamer that notes when each token arrives."""
+class Clock(StoppingCriteria):
+    """Notes when each token is there, and stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
+    def __call__(self, ids: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
         self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+        return torch.zeros(len(ids), dtype=torch.bool)
 
 
 def load(folder: str) -> Generate:
@@ -28,16 +26,16 @@ def load(folder: str) -> Generate:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
 
-    def generate(prompt: list[int], tokens: int) -> Output:
+    def generate(prompts: list[list[int]], tokens: int) -> list[Output]:
+        """As one batch: they are of one length."""
         clock = Clock()
-        ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
+        ids = torch.tensor(prompts)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=clock
-        )
-        # the streamer is given the prompt first
-        made = out[0, len(prompt) :].tolist()
-        return Output(made, len(made), clock.times[1:])
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+        made = out[:, ids.shape[1] :].tolist()
+        return [Output(row, len(row), clock.times) for row in made]
 
     return generate
 

@@ -97,7 +97,8 @@ typedef int8_t C16 __attribute__((vector_size(16)));
 typedef int16_t S16 __attribute__((vector_size(32)));
 
 constexpr int TILE = 8;    // rows of a matrix whose results make one vector
-constexpr int STREAMS = 4; // of them that are read together
+// of them that are read together with N inputs: for one input the memory is waited for, and reads one row best
+template <int N> constexpr int STREAMS = N == 1 ? 1 : 4;
 #if defined(__AVX512VL__)  // inputs that are multiplied together: as many as there are registers for
 constexpr int BLOCK = 4;
 #else
@@ -245,10 +246,10 @@ struct Bf16Dot {
   template <int N>
   static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
         F8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+    UNROLL for (int first = 0; first < TILE; first += STREAMS<N>)
       for (int c = 0; c < n; c += 16) {
-        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
-        UNROLL for (int r = first; r < first + STREAMS; ++r) {
+        if (stream) fetch<STREAMS<N>>(w[first] + c * STREAMS<N>);
+        UNROLL for (int r = first; r < first + STREAMS<N>; ++r) {
           U8 both = load<U8>(w[r] + c);
           UNROLL for (int m = 0; m < N; ++m) {
             const Value *at = x + m * stride + c;
@@ -293,28 +294,36 @@ struct Int8Dot {
   }
   template <int N>
   static void dot(const int8_t *const *w, int n, const Value *x, size_t stride, I8 *out, bool stream) {
-    I8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+    I8 acc[N][TILE];
+    UNROLL for (int first = 0; first < TILE; first += STREAMS<N>) {
+      I8 part[N][STREAMS<N>] = {};
       for (int c = 0; c < n; c += 32) {
-        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
-        UNROLL for (int r = first; r < first + STREAMS; ++r) {
-          const int8_t *codes = w[r] + c;
+        if (stream) fetch<STREAMS<N>>(w[first] + c * STREAMS<N>);
 #if defined(DPBUSD)
-          __m256i wide = load<__m256i>(codes);
-          UNROLL for (int m = 0; m < N; ++m)
-            acc[m][r] = (I8)DPBUSD((__m256i)acc[m][r], load<__m256i>(x + m * stride + c), wide);
-#elif defined(__AVX2__)
-          UNROLL for (int half = 0; half < 32; half += 16) {
-            __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(codes + half));
-            UNROLL for (int m = 0; m < N; ++m)
-              acc[m][r] += (I8)_mm256_madd_epi16(wide, load<__m256i>(x + m * stride + c + half));
-          }
-#else
-          for (int m = 0; m < N; ++m)
-            for (int i = 0; i < 32; ++i) acc[m][r][i % 8] += codes[i] * x[m * stride + c + i];
-#endif
+        __m256i inputs[N];
+        UNROLL for (int m = 0; m < N; ++m) inputs[m] = load<__m256i>(x + m * stride + c);
+        UNROLL for (int r = 0; r < STREAMS<N>; ++r) {
+          __m256i wide = load<__m256i>(w[first + r] + c);
+          UNROLL for (int m = 0; m < N; ++m) part[m][r] = (I8)DPBUSD((__m256i)part[m][r], inputs[m], wide);
         }
+#elif defined(__AVX2__)
+        UNROLL for (int half = 0; half < 32; half += 16) {
+          __m256i inputs[N];
+          UNROLL for (int m = 0; m < N; ++m) inputs[m] = load<__m256i>(x + m * stride + c + half);
+          UNROLL for (int r = 0; r < STREAMS<N>; ++r) {
+            __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(w[first + r] + c + half));
+            UNROLL for (int m = 0; m < N; ++m) part[m][r] += (I8)_mm256_madd_epi16(wide, inputs[m]);
+          }
+        }
+#else
+        for (int r = 0; r < STREAMS<N>; ++r)
+          for (int m = 0; m < N; ++m)
+            for (int i = 0; i < 32; ++i) part[m][r][i % 8] += w[first + r][c + i] * x[m * stride + c + i];
+#endif
       }
+      UNROLL for (int m = 0; m < N; ++m)
+        UNROLL for (int r = 0; r < STREAMS<N>; ++r) acc[m][first + r] = part[m][r];
+    }
     for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
   }
 };
@@ -357,7 +366,7 @@ struct Int4Dot {
       zero[r] = l.zero + rows[r] * groups;
     }
     // rows at a time: enough sums at once to hide that each waits for the last, few enough for registers
-    constexpr int RUN = N == 1 ? STREAMS : 1;
+    constexpr int RUN = N == 1 ? 4 : 1;
     F8 total[N][TILE] = {};
     for (int c = 0; c < l.in; c += SPAN, x += VALUES) {
       if (stream) fetch<TILE>(w[0] + c / 2 * TILE);
@@ -440,14 +449,15 @@ struct Int4ByteDot {
 #endif
   }
 #if defined(__AVX512VL__)
-  static constexpr int MOST = 4, RUN = 4;  // inputs and rows at a time: their sums stay in registers
+  static constexpr int MOST = 4;  // inputs at a time: their sums stay in registers
 #else
-  static constexpr int MOST = 2, RUN = 4;
+  static constexpr int MOST = 2;
 #endif
   template <int N>
   static void dot(const Linear &l, const int *rows, const Span *x, size_t stride, F8 *out, bool stream) {
     const size_t groups = l.in / l.group, width = l.in / 2;
     const bool two = l.group < SPAN;
+    constexpr int RUN = STREAMS<N>;
     F8 total[N][TILE];
     UNROLL for (int first = 0; first < TILE; first += RUN) {
       const uint8_t *w[RUN];
@@ -526,7 +536,7 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   static constexpr int MOST = 8;  // inputs that share the decoding
   template <int N>
   static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-    constexpr int RUN = N > 4 ? STREAMS / 2 : STREAMS;  // sums at once: as many as there are registers
+    constexpr int RUN = N > 4 ? 2 : 4;  // sums at once: as many as there are registers
     F8 acc[N][TILE] = {};
     UNROLL for (int first = 0; first < TILE; first += RUN)
       for (int c = 0; c < n; c += 32) {
@@ -564,11 +574,12 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   }
   template <int N>
   static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
+    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
     F8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += STREAMS)
+    UNROLL for (int first = 0; first < TILE; first += RUN)
       for (int c = 0; c < n; c += 32) {
-        if (stream) fetch<STREAMS>(w[first] + c * STREAMS);
-        UNROLL for (int r = first; r < first + STREAMS; ++r)
+        if (stream) fetch<RUN>(w[first] + c * RUN);
+        UNROLL for (int r = first; r < first + RUN; ++r)
           UNROLL for (int half = 0; half < 32; half += 16) {
             U8 both = __builtin_convertvector(load<H8>(w[r] + c + half), U8);
             F8 even = decoded(both << 24), odd = decoded(both << 16);
@@ -662,12 +673,41 @@ template <int N, class Body> void in_blocks(int rows, Body body, int m = 0) {
 
 inline int tiles(const Linear &l) { return (l.out + TILE - 1) / TILE; }
 
-constexpr int MANY = 8;
+// Sums of one tile's rows of each format for some inputs. Functions of their own: in one of all formats GCC
+// runs out of registers, and one input takes a third longer.
+#define APART __attribute__((noinline))
 
-// Sums of one tile's rows for some inputs, whose scales may be null. For many inputs the codes become bf16
-// once, before: the same products in the same order.
+APART void multiply_bf16(const Linear &l, const int *rows, const Bf16Dot::Value *x, int count, F8 *y) {
+  const size_t n = l.in;
+  const bf16 *w[TILE];
+  for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
+  in_blocks<BLOCK>(count, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m); });
+}
+
+APART void multiply_int8(const Linear &l, const int *rows, const Int8Dot::Value *x, const float *scales, int count,
+                         F8 *y) {
+  const size_t n = l.in;
+  const int8_t *w[TILE];
+  F8 scale;
+  I8 offset;
+  for (int r = 0; r < TILE; ++r) {
+    w[r] = (const int8_t *)l.weight + rows[r] * n;
+    scale[r] = ((const float *)l.scale)[rows[r]];
+    offset[r] = Int8Dot::OFFSET * l.sums[rows[r]];
+  }
+  in_blocks<BLOCK>(count, [&](int m, auto N) {
+    I8 product[N.value];
+    Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product, !m);
+    for (int i = 0; i < N.value; ++i)
+      y[m + i] = __builtin_convertvector(product[i] - offset, F8) * all(scales[m + i]) * scale;
+  });
+}
+
+// Scales may be null. For many inputs the codes become bf16 once, before: the same products in the same order.
 template <class Dot>
-void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count, F8 *y) {
+APART void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count,
+                        F8 *y) {
+  constexpr int MANY = 8;
   const size_t n = l.in;
   const uint8_t *codes[TILE];
   F8 scale;
@@ -694,53 +734,40 @@ void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x
   for (int m = 0; m < count; ++m) y[m] = y[m] * all(scales ? scales[m] : 1.0f) * scale;
 }
 
+APART void multiply_int4(const Linear &l, const int *rows, const Int4Dot::Value *x, size_t stride, int count, F8 *y) {
+  in_blocks<4>(count, [&](int m, auto N) {
+    Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
+  });
+}
+
+APART void multiply_int4_bytes(const Linear &l, const int *rows, const Int4ByteDot::Span *x, int count, F8 *y) {
+  const size_t stride = l.in / Int4ByteDot::SPAN;
+  in_blocks<Int4ByteDot::MOST>(count, [&](int m, auto N) {
+    Int4ByteDot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
+  });
+}
+
 // Outputs [count] of one tile's rows for the inputs from `from` on, rounded to bf16 unless they are `exact`.
 // Rows past the last are the last again.
 void multiply(const Linear &l, int tile, const Input &in, int from, int count, F8 *y, bool exact = false) {
   int rows[TILE];
   for (int r = 0; r < TILE; ++r) rows[r] = std::min(tile * TILE + r, l.out - 1);
-  const size_t n = l.in;
-  auto each = [&](auto value) {
-    F8 values;
-    for (int r = 0; r < TILE; ++r) values[r] = value(rows[r]);
-    return values;
-  };
-  if (l.format == BF16) {
-    const bf16 *w[TILE];
-    for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
-    in_blocks<BLOCK>(count, [&](int m, auto N) {
-      Bf16Dot::dot<N.value>(w, l.in, in.bf16s.data() + (from + m) * n, n, y + m, !m);
-    });
-  } else if (l.format == INT8) {
-    const int8_t *w[TILE];
-    for (int r = 0; r < TILE; ++r) w[r] = (const int8_t *)l.weight + rows[r] * n;
-    const F8 scale = each([&](int row) { return ((const float *)l.scale)[row]; });
-    I8 offset;
-    for (int r = 0; r < TILE; ++r) offset[r] = Int8Dot::OFFSET * l.sums[rows[r]];
-    in_blocks<BLOCK>(count, [&](int m, auto N) {
-      I8 product[N.value];
-      Int8Dot::dot<N.value>(w, l.in, in.int8s.data() + (from + m) * n, n, product, !m);
-      for (int i = 0; i < N.value; ++i) {
-        y[m + i] = __builtin_convertvector(product[i] - offset, F8) * all(in.scales.data()[from + m + i]) * scale;
-      }
-    });
-  } else if (l.format == E4M3) {
-    multiply_fp8<E4m3Dot>(l, rows, in.e4m3s.data() + from * n, in.e4m3_scales.data() + from, count, y);
-  } else if (l.format == E5M2) {
-    multiply_fp8<E5m2Dot>(l, rows, in.e5m2s.data() + from * n, nullptr, count, y);
-  } else if (l.rounding) {
-    in_blocks<Int4ByteDot::MOST>(count, [&](int m, auto N) {
-      const size_t stride = n / Int4ByteDot::SPAN;
-      Int4ByteDot::dot<N.value>(l, rows, in.int4_bytes.data() + (from + m) * stride, stride, y + m, !m);
-    });
-  } else {
-    in_blocks<4>(count, [&](int m, auto N) {
-      const size_t stride = in.int4_stride();
-      Int4Dot::dot<N.value>(l, rows, in.int4s.data() + (from + m) * stride, stride, y + m, !m);
-    });
+  const size_t at = size_t(from) * l.in;
+  switch (order_of(l)) {
+  case BF16: multiply_bf16(l, rows, in.bf16s.data() + at, count, y); break;
+  case INT8: multiply_int8(l, rows, in.int8s.data() + at, in.scales.data() + from, count, y); break;
+  case E4M3: multiply_fp8<E4m3Dot>(l, rows, in.e4m3s.data() + at, in.e4m3_scales.data() + from, count, y); break;
+  case E5M2: multiply_fp8<E5m2Dot>(l, rows, in.e5m2s.data() + at, nullptr, count, y); break;
+  case INT4: {
+    const size_t stride = in.int4_stride();
+    multiply_int4(l, rows, in.int4s.data() + from * stride, stride, count, y);
+    break;
+  }
+  default: multiply_int4_bytes(l, rows, in.int4_bytes.data() + at / Int4ByteDot::SPAN, count, y);
   }
   if (l.bias) {
-    const F8 bias = each([&](int row) { return to_float(l.bias[row]); });
+    F8 bias;
+    for (int r = 0; r < TILE; ++r) bias[r] = to_float(l.bias[rows[r]]);
     // F.linear adds the bias before it rounds, the quantized layers after
     for (int m = 0; m < count; ++m) y[m] = (l.format == BF16 || exact ? y[m] : round8(y[m])) + bias;
   }
