@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import FAMILIES, MIXTURES, quantize_tiny
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
-from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.errors import InputError
 from tinier.kernels.native import load_library
 
@@ -53,7 +54,8 @@ def test_greedy_text_is_that_of_transformers(tiny: Tiny, family: str) -> None:
 def test_the_native_step_computes_every_family(
     tiny: Tiny, tmp_path: Path, family: str, kind: str
 ) -> None:
-    """Beside the same steps operator by operator."""
+    """Beside the same steps operator by operator: what differs is the order of sums, so less than what one
+    unit in the last place of the embeddings changes."""
     checkpoint = tiny(
         family, dtype=torch.bfloat16, head_dim=64, hidden_size=128, initializer_range=0.2,
         moe_intermediate_size=128,
@@ -61,30 +63,38 @@ def test_the_native_step_computes_every_family(
     if kind != "bf16":
         checkpoint = quantize_tiny(checkpoint, kind, tmp_path / kind)
     params = SamplingParams(max_tokens=6, logprobs=20)
-    found = []
-    for native in (True, False):
+
+    def run(*, native: bool, noise: float = 0.0) -> list[Request]:
         made = engine(checkpoint)
         assert made.runner._native is not None
         if not native:
             made.runner._native = None
+        table = made.decoder.embedding
+        draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
+        table.copy_(table.float() * (1 + noise * (2 * draw - 1)))
         requests = [made.add(prompt, params) for prompt in prompts(4)]
         while made.has_work:
             made.step()
-        found.append(requests)
+        return requests
+
+    theirs = run(native=False)
+    apart = difference(run(native=True), theirs)
+    moved = difference(run(native=False, noise=2**-8), theirs)
+    # of a mixture's most: where the last bit sends a token to another expert they are far apart
+    share = torch.tensor(0.5 if family in MIXTURES else 0.9)
+    assert apart.quantile(share) < moved.quantile(share) + 0.02
+
+
+def difference(ours: list[Request], theirs: list[Request]) -> Tensor:
+    """Of the likeliest tokens' log-probabilities, in nats, as long as both wrote the same."""
     apart = []
-    for ours, theirs in zip(*found, strict=True):
-        for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+    for one_request, other_request in zip(ours, theirs, strict=True):
+        for one, other in zip(one_request.logprobs, other_request.logprobs, strict=True):
             both = [token for token in one.top if token in other.top]
             apart += [one.top[token] - other.top[token] for token in both]
             if one.token != other.token:
                 break
-    # nats; what is left is sums in another order, rounded to bf16 (and to codes)
-    limit = {"bf16": 0.06, "int4": 0.1, "int8": 0.16, "fp8": 0.3}[kind]
-    difference = torch.tensor(apart).abs()
-    if family in MIXTURES:  # where the last bit sends a token to another expert they are far apart
-        assert difference.median() < limit
-    else:
-        assert difference.square().mean().sqrt() < limit
+    return torch.tensor(apart).abs()
 
 
 def test_batched_text_is_that_of_single_requests(tiny: Tiny) -> None:

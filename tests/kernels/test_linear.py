@@ -8,11 +8,10 @@ from tests.conftest import DEVICES
 from tinier.kernels import StoredLinear, make_linear, native, round_activations, static_scale
 from tinier.kernels.linear import (
     DenseLinear,
-    Fp8NativeLinear,
     Int4CpuLinear,
-    Int4NativeLinear,
     Int8Linear,
     Linear,
+    NativeLinear,
     WeightOnlyLinear,
     encode_tokens,
 )
@@ -106,9 +105,9 @@ def test_the_path_is_chosen_at_load_and_named() -> None:
     assert int8.fast
     int4, _, _ = build("int4", 64, torch.bfloat16, "cpu", bias=False)
     without_compiler = isinstance(native.load_library(), str)
-    assert isinstance(int4, Int4CpuLinear if without_compiler else Int4NativeLinear)
+    assert isinstance(int4, Int4CpuLinear if without_compiler else NativeLinear)
     fp8, _, _ = build("fp8", None, torch.bfloat16, "cpu", bias=False)
-    assert isinstance(fp8, DenseLinear if without_compiler else Fp8NativeLinear)
+    assert isinstance(fp8, DenseLinear if without_compiler else NativeLinear)
     mxfp4, _, _ = build("mxfp4", None, torch.bfloat16, "cpu", bias=False)
     assert isinstance(mxfp4, DenseLinear)
     assert not mxfp4.fast
@@ -169,5 +168,5 @@ def test_bytes_are_those_of_the_codes() -> None:
     assert int8.num_bytes == weight.numel() + 4 * weight.shape[0]
     int4, _, _ = build("int4", 64, torch.bfloat16, "cpu", bias=False)
     # half a byte a weight and a 16-bit scale for each 64; torch's layout has a zero beside it
-    scale_bytes = 2 if isinstance(int4, Int4NativeLinear) else 4
+    scale_bytes = 2 if isinstance(int4, NativeLinear) else 4
     assert int4.num_bytes == weight.numel() // 2 + scale_bytes * weight.numel() // 64
