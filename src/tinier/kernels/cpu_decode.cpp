@@ -8,8 +8,9 @@
 // Rounds to bf16 wherever the torch reference does (reference.py, linear.py). The sums of a row have one
 // order, whatever M and the number of threads are, so a row's logits do not depend on the batch.
 //
-// M: rows, each a token. S: sequences. T: threads. D: head size. Vectors are GCC's own, which any machine has; only dot products have
-// instructions of their own (AVX-512 BF16, VNNI, AVX2). cpu_decode.py mirrors the structs below.
+// M: rows, each a token. S: sequences. T: threads. D: head size. Vectors are GCC's own, which any machine has; only
+// dot products have instructions of their own (AVX-512 BF16, VNNI, AVX2, NEON). cpu_decode.py and native.py mirror
+// the structs below.
 #include <omp.h>
 
 #include <algorithm>
@@ -32,6 +33,8 @@
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 typedef uint16_t bf16;
@@ -125,13 +128,30 @@ template <class V> inline V load(const void *p) {
 }
 inline void store(float *p, F8 v) { memcpy(p, &v, sizeof v); }
 inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
+#if defined(__aarch64__)  // halves of vectors
+inline float32x4_t low(F8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+inline float32x4_t high(F8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+inline int32x4_t low(I8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+inline int32x4_t high(I8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+inline F8 whole(float32x4_t a, float32x4_t b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline I8 whole(int32x4_t a, int32x4_t b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+// acc plus products of 32 pairs of bytes, four to a lane
+inline I8 byte_products(I8 acc, const void *a, const void *b) {
+  auto half = [&](int32x4_t sums, int at) {
+    return vdotq_s32(sums, vld1q_s8((const int8_t *)a + at), vld1q_s8((const int8_t *)b + at));
+  };
+  return whole(half(low(acc), 0), half(high(acc), 16));
+}
+#endif
+
 // a · b + c. Said here, and not left to the compiler (-ffp-contract=off): it joins some products and not others
 inline F8 fused(F8 a, F8 b, F8 c) {
 #if defined(__FMA__)
   return (F8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < 8; ++i) c[i] = std::fma(a[i], b[i], c[i]);
-  return c;
+#elif defined(__aarch64__)
+  return whole(vfmaq_f32(low(c), low(a), low(b)), vfmaq_f32(high(c), high(a), high(b)));
 #else
   return a * b + c;
 #endif
@@ -203,9 +223,19 @@ inline F8 lane_sums(const F8 *a) {
   __m256 low = four(a), high = four(a + 4);
   return (F8)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
                            _mm256_permute2f128_ps(low, high, 0x31));
+#elif defined(__aarch64__)
+  auto four = [](const F8 *v, auto half) {
+    return vpaddq_f32(vpaddq_f32(half(v[0]), half(v[1])), vpaddq_f32(half(v[2]), half(v[3])));
+  };
+  auto lower = [](F8 v) { return low(v); };
+  auto upper = [](F8 v) { return high(v); };
+  return whole(vaddq_f32(four(a, lower), four(a, upper)), vaddq_f32(four(a + 4, lower), four(a + 4, upper)));
 #else
-  F8 sums;
-  for (int r = 0; r < TILE; ++r) sums[r] = sum(a[r]);
+  F8 sums;  // in the order of the instructions above
+  for (int r = 0; r < TILE; ++r) {
+    const F8 &v = a[r];
+    sums[r] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  }
   return sums;
 #endif
 }
@@ -275,6 +305,9 @@ struct Int8Dot {
 #if defined(DPBUSD)  // takes unsigned times signed: inputs are moved up, 128 times the row's sum comes off
   typedef uint8_t Value;
   static constexpr int OFFSET = 128;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  typedef int8_t Value;
+  static constexpr int OFFSET = 0;
 #else
   typedef int16_t Value;
   static constexpr int OFFSET = 0;
@@ -304,7 +337,10 @@ struct Int8Dot {
         UNROLL for (int m = 0; m < N; ++m) inputs[m] = load<__m256i>(x + m * stride + c);
         UNROLL for (int r = 0; r < STREAMS<N>; ++r) {
           __m256i wide = load<__m256i>(w[first + r] + c);
-          UNROLL for (int m = 0; m < N; ++m) part[m][r] = (I8)DPBUSD((__m256i)part[m][r], inputs[m], wide);
+          // one row of one input: a sum of its own each, or each product waits for the last
+          UNROLL for (int m = 0; m < N; ++m)
+            if (N == 1) part[m][r] += (I8)DPBUSD(__m256i{}, inputs[m], wide);
+            else part[m][r] = (I8)DPBUSD((__m256i)part[m][r], inputs[m], wide);
         }
 #elif defined(__AVX2__)
         UNROLL for (int half = 0; half < 32; half += 16) {
@@ -315,6 +351,10 @@ struct Int8Dot {
             UNROLL for (int m = 0; m < N; ++m) part[m][r] += (I8)_mm256_madd_epi16(wide, inputs[m]);
           }
         }
+#elif defined(__ARM_FEATURE_DOTPROD)
+        UNROLL for (int r = 0; r < STREAMS<N>; ++r)
+          UNROLL for (int m = 0; m < N; ++m)
+            part[m][r] = byte_products(part[m][r], w[first + r] + c, x + m * stride + c);
 #else
         for (int r = 0; r < STREAMS<N>; ++r)
           for (int m = 0; m < N; ++m)
@@ -440,6 +480,8 @@ struct Int4ByteDot {
     __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)even, load<__m256i>(x.even)),
                                      _mm256_maddubs_epi16((__m256i)odd, load<__m256i>(x.odd)));
     return acc + (I8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return byte_products(byte_products(acc, &even, x.even), &odd, x.odd);
 #else
     uint8_t codes[2][32];
     memcpy(codes[0], &even, 32), memcpy(codes[1], &odd, 32);
@@ -806,6 +848,8 @@ struct Barrier {
     for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins) {
 #if defined(__x86_64__)
       _mm_pause();
+#elif defined(__aarch64__)
+      __asm__ volatile("yield");
 #endif
       if (spins > SPINS) sleep(now);
     }
@@ -1171,7 +1215,7 @@ struct Worker {
       for (int h = 0; h < N; ++h)
         for (int j = 0; j < width.value; ++j) write8(out + h * n + c + 8 * j, acc[h][j] * share[h]);
     };
-    constexpr int WIDTH = N == 1 ? 8 : N == 2 ? 4 : 2;
+    constexpr int WIDTH = N == 1 ? 8 : 4;
     int c = 0;
     for (; c + 8 * WIDTH <= n; c += 8 * WIDTH) average(c, std::integral_constant<int, WIDTH>());
     for (; c < n; c += 16) average(c, std::integral_constant<int, 2>());
