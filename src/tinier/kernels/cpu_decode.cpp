@@ -102,11 +102,6 @@ typedef int16_t S16 __attribute__((vector_size(32)));
 constexpr int TILE = 8;    // rows of a matrix whose results make one vector
 // of them that are read together with N inputs: for one input the memory is waited for, and reads one row best
 template <int N> constexpr int STREAMS = N == 1 ? 1 : 4;
-#if defined(__AVX512VL__)  // inputs that are multiplied together: as many as there are registers for
-constexpr int BLOCK = 4;
-#else
-constexpr int BLOCK = 3;
-#endif
 constexpr int TOGETHER = 16;           // rows from which on threads share what is done for each row
 constexpr size_t IN_CACHE = 256 << 10; // bytes of inputs that a tile after tile is multiplied by
 constexpr int SPINS = 500; // about 10 us: a thread is later than that only if it lost its core
@@ -257,9 +252,15 @@ inline I8 lane_sums(const I8 *a) {
 }
 
 // ---- Dot products of TILE rows of weights with N inputs: out[N], a lane for each row ----
-// Each format has its own order of the inputs, made once per matrix by `arrange`.
+// Each format has its own order of the inputs, made once per matrix by `arrange`. MOST: inputs that are multiplied
+// together, as many as there are registers for.
 
 struct Bf16Dot {
+#if defined(__AVX512VL__)
+  static constexpr int MOST = 6;
+#else
+  static constexpr int MOST = 2;
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
   typedef bf16 Value;
   static void arrange(const bf16 *x, int n, Value *to) { memcpy(to, x, n * sizeof *x); }
@@ -275,7 +276,7 @@ struct Bf16Dot {
 #endif
   template <int N>
   static void dot(const bf16 *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-        F8 acc[N][TILE] = {};
+    F8 acc[N][TILE] = {};
     UNROLL for (int first = 0; first < TILE; first += STREAMS<N>)
       for (int c = 0; c < n; c += 16) {
         if (stream) fetch<STREAMS<N>>(w[first] + c * STREAMS<N>);
@@ -297,6 +298,11 @@ struct Bf16Dot {
 };
 
 struct Int8Dot {
+#if defined(__AVX512VL__)
+  static constexpr int MOST = 6;
+#else
+  static constexpr int MOST = 3;
+#endif
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define DPBUSD _mm256_dpbusd_epi32
 #elif defined(__AVXVNNI__)
@@ -490,11 +496,7 @@ struct Int4ByteDot {
     return acc;
 #endif
   }
-#if defined(__AVX512VL__)
-  static constexpr int MOST = 4;  // inputs at a time: their sums stay in registers
-#else
-  static constexpr int MOST = 2;
-#endif
+  static constexpr int MOST = 4;
   template <int N>
   static void dot(const Linear &l, const int *rows, const Span *x, size_t stride, F8 *out, bool stream) {
     const size_t groups = l.in / l.group, width = l.in / 2;
@@ -575,10 +577,10 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   static void expand(const uint8_t *codes, int n, bf16 *to) {
     for (int c = 0; c < n; c += 16) _mm256_storeu_si256((__m256i *)(to + c), wide<true>(codes + c));
   }
-  static constexpr int MOST = 8;  // inputs that share the decoding
+  static constexpr int MOST = 4;
   template <int N>
   static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-    constexpr int RUN = N > 4 ? 2 : 4;  // sums at once: as many as there are registers
+    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
     F8 acc[N][TILE] = {};
     UNROLL for (int first = 0; first < TILE; first += RUN)
       for (int c = 0; c < n; c += 32) {
@@ -602,7 +604,7 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
       memcpy(to + c, &values, sizeof values);
     }
   }
-  static constexpr int MOST = BLOCK;
+  static constexpr int MOST = 3;
   typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
   static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
     const F8 by = all(1.0f / scale);
@@ -723,7 +725,7 @@ APART void multiply_bf16(const Linear &l, const int *rows, const Bf16Dot::Value 
   const size_t n = l.in;
   const bf16 *w[TILE];
   for (int r = 0; r < TILE; ++r) w[r] = (const bf16 *)l.weight + rows[r] * n;
-  in_blocks<BLOCK>(count, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m); });
+  in_blocks<Bf16Dot::MOST>(count, [&](int m, auto N) { Bf16Dot::dot<N.value>(w, l.in, x + m * n, n, y + m, !m); });
 }
 
 APART void multiply_int8(const Linear &l, const int *rows, const Int8Dot::Value *x, const float *scales, int count,
@@ -737,7 +739,7 @@ APART void multiply_int8(const Linear &l, const int *rows, const Int8Dot::Value 
     scale[r] = ((const float *)l.scale)[rows[r]];
     offset[r] = Int8Dot::OFFSET * l.sums[rows[r]];
   }
-  in_blocks<BLOCK>(count, [&](int m, auto N) {
+  in_blocks<Int8Dot::MOST>(count, [&](int m, auto N) {
     I8 product[N.value];
     Int8Dot::dot<N.value>(w, l.in, x + m * n, n, product, !m);
     for (int i = 0; i < N.value; ++i)
@@ -749,7 +751,6 @@ APART void multiply_int8(const Linear &l, const int *rows, const Int8Dot::Value 
 template <class Dot>
 APART void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count,
                         F8 *y) {
-  constexpr int MANY = 8;
   const size_t n = l.in;
   const uint8_t *codes[TILE];
   F8 scale;
@@ -757,14 +758,14 @@ APART void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Va
     codes[r] = (const uint8_t *)l.weight + rows[r] * n;
     scale[r] = ((const float *)l.scale)[rows[r]];
   }
-  if (count > MANY) {
+  if (count > Dot::MOST) {
     static thread_local Buffer<bf16> expanded;
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) {
       w[r] = expanded.of(TILE * n) + r * n;
       Dot::expand(codes[r], n, expanded.data() + r * n);
     }
-    in_blocks<BLOCK>(count, [&](int m, auto N) {
+    in_blocks<Bf16Dot::MOST>(count, [&](int m, auto N) {
       Bf16Dot::dot<N.value>(w, n, x + m * n, n, y + m, false);
     });
     for (int m = 0; m < count; ++m) y[m] = Dot::made(y[m]);
