@@ -50,9 +50,10 @@ def test_collapsed_variants_are_no_choice() -> None:
 
 
 def test_what_the_base_beats_is_no_choice() -> None:
-    """Half the size at a quarter of the speed is no gain."""
+    """Half the size at a quarter of the speed is no gain, nor at 0.97 of it."""
     slow = candidate("fp8", 0.99, 0.26, 1.9)
     assert choose([slow]) is None
+    assert choose([candidate("fp8", 0.99, 0.97, 1.9), candidate("wide", 1.0, 1.4, 0.9)]) is None
     choices = choose([slow, candidate("int8", 0.6, 1.3, 1.9)])
     assert choices is not None
     assert choices.best_quality == "int8"

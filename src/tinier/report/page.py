@@ -36,8 +36,8 @@ def choices_text(results: dict[str, Any]) -> list[str]:
     choices = results["choices"]
     if choices is None:
         return [
-            "No variant is better than the base model here: those that have not collapsed lose as much "
-            "throughput as they save size."
+            "No variant is better than the base model here: those that have not collapsed are slower or "
+            "larger."
         ]
     rows = {row["name"]: row for row in results["variants"]}
     labels = {"best_quality": "Best quality", "balance": "Balance",

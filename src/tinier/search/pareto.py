@@ -28,14 +28,18 @@ class Candidate:
         return math.sqrt(self.speedup * self.shrinkage)
 
     @property
+    def beats_base(self) -> bool:
+        """Whether it is as fast and as small, and more in one."""
+        return self.speedup >= 1 and self.shrinkage >= 1 and self.efficiency > 1
+
+    @property
     def collapsed(self) -> bool:
         return not self.quality >= COLLAPSED  # a model that gives no numbers has collapsed too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """Names of variants, of those that gain more in throughput and size together than they lose; the base
-    model is not among them."""
+    """Names of variants that are neither slower nor larger than the base; it is not among them."""
 
     best_quality: str
     """Keeps most of the base's quality."""
@@ -59,9 +63,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def choose(candidates: Sequence[Candidate]) -> Choices | None:
-    """The three choices among compressed variants; None where all have collapsed, or are smaller only as
-    far as they are slower: then the base is the choice."""
-    usable = [c for c in candidates if not c.collapsed and c.efficiency > 1]
+    """The three choices among compressed variants; None where all have collapsed, or are slower or larger
+    than the base: then the base is the choice."""
+    usable = [c for c in candidates if not c.collapsed and c.beats_base]
     if not usable:
         return None
     balanced = max(usable, key=lambda c: c.quality * c.efficiency)
