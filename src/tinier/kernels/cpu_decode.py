@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class CpuDecoder:
             raise TinierError(f"no native decode step: {reason}")
         self._library = library
         self._kept: list[Tensor] = []  # whatever the structs point into
+        self._weights: list[Tensor] = []
         self._vocab, self._hidden = _rows(weights.head), weights.geometry.hidden
         w, g, m = weights, weights.geometry, weights.geometry.multipliers
         layers = [self._layer(g, *parts) for parts in zip(w.layers, caches, rotations, strict=True)]
@@ -109,6 +111,8 @@ class CpuDecoder:
             g.norm_eps, m.embedding, m.residual,
             g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
+        # two seconds for each GB, which the first token does not wait for
+        Thread(target=_use_huge_pages, args=(library, self._weights), daemon=True).start()
 
     def step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, tables: Tensor, *,
@@ -188,12 +192,15 @@ class CpuDecoder:
             parts = zip(linear.parts, sizes, strict=True)
             return [self._linears(part, [rows], columns)[0] for part, rows in parts]
         whole = _stored(linear)
-        self._library.use_huge_pages(
-            c_void_p(whole.weight.data_ptr()), c_int64(whole.weight.nbytes)
-        )
+        self._weights.append(whole.weight)
         rows = whole.split(sizes)
         self._kept += [t for part in rows for t in part.tensors if t is not None]
         return [part.struct() for part in rows]
+
+
+def _use_huge_pages(library: ctypes.CDLL, weights: list[Tensor]) -> None:
+    for weight in weights:
+        library.use_huge_pages(c_void_p(weight.data_ptr()), c_int64(weight.nbytes))
 
 
 def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
