@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import (
 from tinier.checkpoint import Checkpoint
 from tinier.engine import load_decoder
 from tinier.families import FAMILIES as ROWS
-from tinier.families import Family, geometry_of, open_model
+from tinier.families import Family, geometry_of, hf_config, open_model, resolved_config
 from tinier.pruning import PrunePlan, prune
 
 Tiny = Callable[..., Checkpoint]
@@ -108,3 +109,22 @@ def test_windows_of_the_families_that_have_them(tiny: Tiny) -> None:
 
 def test_half_precision_is_stored_as_it_is(tiny: Tiny) -> None:
     assert tiny(dtype=torch.float16).tensors["model.norm.weight"].dtype == "F16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_configuration_says_what_transformers_says(
+    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    checkpoint = tiny(family)
+    own, ours = vars(hf_config(checkpoint)), vars(resolved_config(checkpoint))
+    for name, value in ours.items():
+        if name in own and name not in ("dtype", "transformers_version"):
+            assert json.loads(json.dumps(own[name])) == value, name
+    first = geometry_of(checkpoint)
+    monkeypatch.setattr("tinier.families.configuration.hf_config", None)  # it was kept
+    assert geometry_of(checkpoint) == first
+    # what cannot be kept is made each time
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TINIER_CACHE", str(tmp_path / "file"))
+    assert geometry_of(checkpoint) == first

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError, InputError, TextError
@@ -170,7 +169,7 @@ def load_tokenizer(checkpoint: Checkpoint, vocab: int | None = None) -> Tokenize
     Raises CheckpointError where the folder has none that can be used.
     """
     try:
-        inner = AutoTokenizer.from_pretrained(
+        inner = _tokenizer_class(checkpoint).from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare exceptions
@@ -180,6 +179,17 @@ def load_tokenizer(checkpoint: Checkpoint, vocab: int | None = None) -> Tokenize
             "tokenizer.json and tokenizer_config.json beside config.json."
         ) from None
     return Tokenizer(inner, vocab or geometry_of(checkpoint).vocab)
+
+
+def _tokenizer_class(checkpoint: Checkpoint) -> Any:
+    """transformers' class for it. AutoTokenizer imports the model's configuration, which takes a second:
+    where the folder names the class of any tokenizer.json, it is taken."""
+    import transformers
+
+    path = checkpoint.folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    plain = isinstance(said, dict) and said.get("tokenizer_class") == "TokenizersBackend"
+    return transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
 
 
 def check_same_tokens(one: Checkpoint, other: Checkpoint) -> int:

@@ -27,9 +27,9 @@ from tinier.families import (
     Input,
     checkpoint_layout,
     geometry_of,
-    hf_config,
     layer_name,
     norm_weight,
+    resolved_config,
     rope_keys,
 )
 from tinier.kernels import (
@@ -333,7 +333,7 @@ def load_decoder(
         )
         cut = share.rows if _shares_head(geometry, share) else ALONE.rows
         head = make_linear([cut(stored)], dtype, int4_inputs)
-    config = hf_config(checkpoint)
+    config = resolved_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
 

@@ -3,17 +3,17 @@
 transformers' own module is the same, but importing its model code takes longer than reading a small model.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tinier.families import rope_parameters
 
 
 class Rope:
-    def __init__(self, config: PretrainedConfig, device: torch.device, key: str = "") -> None:
-        """key: one of families.rope_keys."""
+    def __init__(self, config: SimpleNamespace, device: torch.device, key: str = "") -> None:
+        """config: families.resolved_config. key: one of families.rope_keys."""
         self._config, self._device, self._key = config, device, key
 
     def __call__(
@@ -35,10 +35,12 @@ class Rope:
         config, parameters = self._config, rope_parameters(self._config, self._key)
         kind = parameters["rope_type"]
         if kind != "default":
+            from transformers import CONFIG_MAPPING
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            whole = CONFIG_MAPPING[config.model_type].from_dict(vars(config))
             named = {"layer_type": self._key} if self._key else {}
-            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](
-                config, seq_len=longest, **named
-            )
+            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](whole, seq_len=longest, **named)
             return found
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         turning = int(size * parameters.get("partial_rotary_factor", 1.0))

@@ -11,6 +11,7 @@ from tinier.families.configuration import (
     family_of,
     geometry_of,
     hf_config,
+    resolved_config,
     rope_keys,
     rope_parameters,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "module_names",
     "norm_weight",
     "open_model",
+    "resolved_config",
     "rope_keys",
     "rope_parameters",
 ]

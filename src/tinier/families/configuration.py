@@ -3,12 +3,16 @@
 Start at `geometry_of`.
 """
 
+import hashlib
+import json
+from contextlib import suppress
+from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from transformers import CONFIG_MAPPING
 
-from tinier.checkpoint import Checkpoint, layout_of
+from tinier.checkpoint import Checkpoint, cache_folder, layout_of, write_atomically
 from tinier.errors import CheckpointError, InputError
 from tinier.families.geometry import Geometry, module_names
 from tinier.families.table import (
@@ -24,6 +28,8 @@ from tinier.schemes import Layout
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
+# counted up when `resolved_config` keeps something else
+_RESOLVING = 1
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -54,10 +60,36 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return family
 
 
+def resolved_config(checkpoint: Checkpoint) -> SimpleNamespace:
+    """config.json with transformers' defaults filled in.
+
+    Kept in tinier's cache folder by what config.json says and transformers' version: importing one of its
+    configurations takes a second, a third of the time to the first token of a small model.
+    """
+    key = [_RESOLVING, version("transformers"), _plain_values(checkpoint)]
+    said = json.dumps(key, sort_keys=True)
+    name = f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / "configs" / name
+    if path.exists():
+        return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
+    config = hf_config(checkpoint)
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values |= {other: values[key] for other, key in config.attribute_map.items() if key in values}
+    with suppress(OSError):  # a cache that cannot be written costs a second at each start
+        write_atomically(path, json.dumps(values))
+    return SimpleNamespace(**values)
+
+
+def _plain_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+
+
 def hf_config(checkpoint: Checkpoint) -> Any:
     """transformers' own configuration object, with its defaults filled in."""
+    from transformers import CONFIG_MAPPING  # a second
+
     try:
-        values = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        values = _plain_values(checkpoint)
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # its strict classes have errors of their own
         path = checkpoint.folder / "config.json"
@@ -68,7 +100,7 @@ def hf_config(checkpoint: Checkpoint) -> Any:
 def geometry_of(checkpoint: Checkpoint) -> Geometry:
     """Sizes of a checkpoint's decoder. Raises CheckpointError for what tinier cannot run."""
     family = family_of(checkpoint)
-    config = hf_config(checkpoint)
+    config = resolved_config(checkpoint)
     _check_computable(checkpoint, config)
     _check_sizes(checkpoint, config)
     _check_mixture(checkpoint, family.mixture, config)

@@ -8,7 +8,7 @@ import torch
 
 from tinier.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve, stored_shapes
 from tinier.errors import CheckpointError
-from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, hf_config
+from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, resolved_config
 from tinier.families.geometry import (
     EMBEDDING,
     FINAL_NORM,
@@ -59,7 +59,7 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
         )
     for key in family.per_layer:
         if config.get(key) is None:  # said of each layer, so that it holds when some of them go
-            config[key] = list(getattr(hf_config(replace(checkpoint, config=config)), key))
+            config[key] = list(getattr(resolved_config(replace(checkpoint, config=config)), key))
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = str(checkpoint.dtype).removeprefix("torch.")
         notes.append(
@@ -106,7 +106,7 @@ def _tied_by_default(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str
     """config.json with its family's default spelled out: without `tie_word_embeddings` some are tied."""
     if "tie_word_embeddings" in config:
         return config
-    tied = bool(hf_config(replace(checkpoint, config=config)).tie_word_embeddings)
+    tied = bool(resolved_config(replace(checkpoint, config=config)).tie_word_embeddings)
     return config | {"tie_word_embeddings": tied}
 
 
