@@ -575,7 +575,11 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   }
   static F8 made(F8 sums) { return sums; }  // the result, of sums of codes times arranged inputs
   static void expand(const uint8_t *codes, int n, bf16 *to) {
-    for (int c = 0; c < n; c += 16) _mm256_storeu_si256((__m256i *)(to + c), wide<true>(codes + c));
+    for (int c = 0; c < n; c += 32) {
+      fetch<1>(codes + c);
+      for (int half = c; half < c + 32; half += 16)
+        _mm256_storeu_si256((__m256i *)(to + half), wide<true>(codes + half));
+    }
   }
   static constexpr int MOST = 4;
   template <int N>
@@ -599,6 +603,7 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
   static F8 made(F8 sums) { return sums * half_way(); }
   static void expand(const uint8_t *codes, int n, bf16 *to) {
     for (int c = 0; c < n; c += 16) {
+      if (c % 32 == 0) fetch<1>(codes + c);
       S16 code = __builtin_convertvector(load<C16>(codes + c), S16);  // the sign everywhere above
       S16 values = code << (8 - SHIFT) & short(MASK >> 16);
       memcpy(to + c, &values, sizeof values);
