@@ -30,7 +30,11 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["fp8", "int8-sq", "int4-awq", "int4-gptq", "int4-best", "w4a8"])
+@pytest.mark.parametrize(
+    "preset",
+    ["fp8", "int8-sq", "int4-awq", "int4-gptq", "w4a8",
+     pytest.param("int4-best", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_transformers_loads_it_with_nothing_missing(
     tiny: Tiny, tmp_path: Path, family: str, preset: str
 ) -> None:
