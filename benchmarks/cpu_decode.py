@@ -1,14 +1,14 @@
 """Prompts and decoding on two CPU cores: tinier, transformers, vLLM, llama.cpp, by turns.
 
-SmolLM2-135M-Instruct, greedy, the end of text ignored. Four workloads (`WORKLOADS`): a prompt of 64 and one
-of 512 tokens alone, timed to the first token; one request of 128 in and 64 out; eight at once of 64 in and
-32 out. Decoding is the tokens after each request's first, over the time from the latest first token to the
-last one. Each row is a worker of its own (benchmarks/peers/ENGINE_decode.py) in its engine's environment with
-two threads. All are loaded first and wait without using the CPU; then, round by round, each warms up with 8
-tokens and does the four, and each round starts with another row. The read bandwidth (of 1 GiB) is measured
-in every round. A row's share of it, one request decoding, counts the weights as stored that a token needs:
-every tensor, but not the embedding where the head is a tensor of its own; the cached keys and values add 1
-to 4 %.
+SmolLM2-135M-Instruct, greedy, the end of text ignored. Four workloads (`WORKLOADS`): a prompt of 64 and
+one of 512 tokens alone, timed to the first token; one request of 128 in and 64 out; eight at once of 64
+in and 32 out. Decoding is the tokens after each request's first, over the time from the latest first
+token to the last one. Each row is a worker of its own (benchmarks/peers/ENGINE_decode.py) in its engine's
+environment with two threads. All are loaded first and wait without using the CPU; then, round by round,
+each warms up with 8 tokens and does the four, and each round starts with another row. The read bandwidth
+(of 1 GiB) is measured in every round. A row's share of it, one request decoding, counts the weights as
+stored that a token needs: every tensor, but not the embedding where the head is a tensor of its own; the
+cached keys and values add 1 to 4 %.
 
 Before that, every row must continue "The capital of France is" sensibly: a broken conversion is an
 error in its row, as is an engine that does not start. Rows of earlier runs stay in the result file,

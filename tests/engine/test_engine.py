@@ -1,5 +1,7 @@
 """The whole engine: greedy text is transformers', whatever the schedule."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,3 +248,22 @@ def test_a_gpu_that_is_not_there_is_refused(tiny: Tiny) -> None:
         Engine(tiny(), EngineConfig(device="cuda"))
     with pytest.raises(InputError, match="'tpu' is not known"):
         Engine(tiny(), EngineConfig(device="tpu"))
+
+
+_ONE_TOKEN = """
+import sys
+from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.families import open_model
+
+engine = Engine(open_model(sys.argv[1]), EngineConfig(device="cpu", max_seq_len=64))
+engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_end_while_its_memory_is_moved_to_huge_pages(tiny: Tiny) -> None:
+    large = tiny(dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    command = [sys.executable, "-c", _ONE_TOKEN, str(large.folder)]
+    for _ in range(6):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -49,7 +49,10 @@ def measure_memory(
     command = [sys.executable, "-m", "tinier.benchmark.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring memory of {checkpoint.folder} failed:\n{done.stderr}")
+        raise RuntimeError(
+            f"measuring memory of {checkpoint.folder} ended with {done.returncode}"
+            f" (negative: a signal):\n{done.stderr}"
+        )
     return ServingMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -1,6 +1,5 @@
 """`tinier`: the program. Each verb is a function of the same name in a file of its own."""
 
-import gc
 import io
 import os
 import sys
@@ -71,8 +70,6 @@ def _root(
 
 def main() -> None:
     """Run the command line. Errors are one line on stderr; a traceback is shown with --debug alone."""
-    # what imports and checkpoints make stays: looking for garbage in it takes a tenth of the start
-    gc.set_threshold(100_000, 50, 50)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no é shows ? for it
             stream.reconfigure(errors="replace")

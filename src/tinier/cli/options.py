@@ -34,6 +34,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel", help="GPUs, from --device on, that share each layer.")
 ]
+# schemes.Int4Inputs, which imports torch: too slow for --help
 Int4Inputs = Annotated[
     Literal["int8", "16bit"],
     typer.Option(

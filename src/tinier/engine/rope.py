@@ -3,7 +3,9 @@
 transformers' own module is the same, but importing its model code takes longer than reading a small model.
 """
 
+from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +32,24 @@ class Rope:
         cos, sin = angles.cos() * scale, angles.sin() * scale
         return cos.to(dtype), sin.to(dtype)
 
+    @cached_property
+    def _hf_config(self) -> Any:
+        """transformers' own object, which its scalings want."""
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[self._config.model_type].from_dict(vars(self._config))
+
     def _frequencies(self, longest: int) -> tuple[Tensor, float]:
         """[R / 2], and what cos and sin are multiplied with."""
         config, parameters = self._config, rope_parameters(self._config, self._key)
         kind = parameters["rope_type"]
         if kind != "default":
-            from transformers import CONFIG_MAPPING
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-            whole = CONFIG_MAPPING[config.model_type].from_dict(vars(config))
             named = {"layer_type": self._key} if self._key else {}
-            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](whole, seq_len=longest, **named)
+            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](
+                self._hf_config, seq_len=longest, **named
+            )
             return found
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         turning = int(size * parameters.get("partial_rotary_factor", 1.0))

@@ -6,6 +6,7 @@ Start at `geometry_of`.
 import hashlib
 import json
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -64,10 +65,9 @@ def resolved_config(checkpoint: Checkpoint) -> SimpleNamespace:
     """config.json with transformers' defaults filled in.
 
     Kept in tinier's cache folder by what config.json says and transformers' version: importing one of its
-    configurations takes a second, a third of the time to the first token of a small model.
+    configurations takes a second.
     """
-    key = [_RESOLVING, version("transformers"), _plain_values(checkpoint)]
-    said = json.dumps(key, sort_keys=True)
+    said = json.dumps([*_resolver(), _plain_values(checkpoint)], sort_keys=True)
     name = f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     path = cache_folder() / "configs" / name
     if path.exists():
@@ -78,6 +78,12 @@ def resolved_config(checkpoint: Checkpoint) -> SimpleNamespace:
     with suppress(OSError):  # a cache that cannot be written costs a second at each start
         write_atomically(path, json.dumps(values))
     return SimpleNamespace(**values)
+
+
+@cache
+def _resolver() -> tuple[int, str]:
+    """What fills the defaults in."""
+    return _RESOLVING, version("transformers")
 
 
 def _plain_values(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,7 +21,9 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -108,8 +110,9 @@ constexpr int SPINS = 500; // about 10 us: a thread is later than that only if i
 #define UNROLL _Pragma("GCC unroll 8")
 
 // Asks for the weights in the order they are stored, though rows are read together. The hardware sees
-// those as short streams and stops at the end of each: without this, bf16 takes 1.5 times as long. Slower,
-// too: asking along each row, for a whole tile at once, or to keep in the outer caches what is read once.
+// those as short streams and stops at the end of each: without this, FP8 of one input takes 2.5 times as long,
+// eight inputs 1.1 to 1.5 times (docs/log.md). Slower, too: asking along each row, for a whole tile at once, or
+// to keep in the outer caches what is read once.
 template <int ROWS> inline void fetch(const void *now) {
   constexpr int AHEAD = 4096;
   UNROLL for (int i = 0; i < 32 * ROWS; i += 64)
@@ -378,7 +381,7 @@ struct Int8Dot {
 // which the input makes good: a power of two, nothing is lost. The top one would be a sign and is shifted.
 struct Int4Dot {
   // [span][9][8] floats: inputs of nibble j by lane, then -8 times the sums of a scale's inputs
-  static constexpr int SPAN = 64, VALUES = 72;
+  static constexpr int SPAN = 64, VALUES = 72, MOST = 4;
   typedef float Value;
   static void arrange(const bf16 *x, int n, Value *to) {
     for (int c = 0; c < n; c += SPAN, to += VALUES) {
@@ -723,7 +726,7 @@ template <int N, class Body> void in_blocks(int rows, Body body, int m = 0) {
 inline int tiles(const Linear &l) { return (l.out + TILE - 1) / TILE; }
 
 // Sums of one tile's rows of each format for some inputs. Functions of their own: in one of all formats GCC
-// runs out of registers, and one input takes a third longer.
+// runs out of registers, and one input takes a fifth (bf16) to a third (INT8) longer.
 #define APART __attribute__((noinline))
 
 APART void multiply_bf16(const Linear &l, const int *rows, const Bf16Dot::Value *x, int count, F8 *y) {
@@ -783,7 +786,7 @@ APART void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Va
 }
 
 APART void multiply_int4(const Linear &l, const int *rows, const Int4Dot::Value *x, size_t stride, int count, F8 *y) {
-  in_blocks<4>(count, [&](int m, auto N) {
+  in_blocks<Int4Dot::MOST>(count, [&](int m, auto N) {
     Int4Dot::dot<N.value>(l, rows, x + m * stride, stride, y + m, !m);
   });
 }
@@ -1379,12 +1382,17 @@ extern "C" void decode_step(const Model *model, const Batch *batch) {
 }
 
 // Maps memory in pages of 2 MB where the system can; reading all weights misses a small page's entry 65
-// thousand times a step. What cannot be moved stays as it is.
-extern "C" void use_huge_pages(const void *begin, int64_t bytes) {
+// thousand times a step. What cannot be moved stays as it is. It takes two seconds for each GB, so a thread does
+// it, one that Python does not know: the interpreter may end, and the weights may go, while it works.
+extern "C" void use_huge_pages(const uintptr_t *begins, const int64_t *bytes, int32_t count) {
 #if defined(__linux__)
-  constexpr uintptr_t PAGE = 2 << 20, COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
-  for (uintptr_t at = uintptr_t(begin) / PAGE * PAGE; at < uintptr_t(begin) + bytes; at += PAGE)
-    madvise((void *)at, PAGE, COLLAPSE);
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+  for (int i = 0; i < count; ++i) ranges.emplace_back(begins[i], begins[i] + bytes[i]);
+  std::thread([ranges] {
+    constexpr uintptr_t PAGE = 2 << 20, COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1
+    for (const auto &[begin, end] : ranges)
+      for (uintptr_t at = begin / PAGE * PAGE; at < end; at += PAGE) madvise((void *)at, PAGE, COLLAPSE);
+  }).detach();
 #endif
 }
 

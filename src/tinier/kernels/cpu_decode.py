@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any
 
 import torch
@@ -111,8 +110,7 @@ class CpuDecoder:
             g.norm_eps, m.embedding, m.residual,
             g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
-        # two seconds for each GB, which the first token does not wait for
-        Thread(target=_use_huge_pages, args=(library, self._weights), daemon=True).start()
+        self._use_huge_pages()
 
     def step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, tables: Tensor, *,
@@ -137,6 +135,13 @@ class CpuDecoder:
             batch = _Batch(*pointers, to, rows, sequences, tables.shape[1])
             self._library.decode_step(ctypes.byref(self._model), ctypes.byref(batch))
         return logits, states
+
+    def _use_huge_pages(self) -> None:
+        """Ask for them, which the first token does not wait for."""
+        count = len(self._weights)
+        begins = (c_void_p * count)(*(weight.data_ptr() for weight in self._weights))
+        sizes = (c_int64 * count)(*(weight.nbytes for weight in self._weights))
+        self._library.use_huge_pages(begins, sizes, c_int32(count))
 
     def _layer(
         self, g: Geometry, layer: Layer, cache: Cache, rotation: tuple[Tensor, Tensor]
@@ -196,11 +201,6 @@ class CpuDecoder:
         rows = whole.split(sizes)
         self._kept += [t for part in rows for t in part.tensors if t is not None]
         return [part.struct() for part in rows]
-
-
-def _use_huge_pages(library: ctypes.CDLL, weights: list[Tensor]) -> None:
-    for weight in weights:
-        library.use_huge_pages(c_void_p(weight.data_ptr()), c_int64(weight.nbytes))
 
 
 def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:

@@ -230,7 +230,7 @@ class _Measurements:
         inputs = [
             self._models[name].hash, self._models[BASE].hash, code_digest(*_MEASURED_BY[section]),
             recipe.seed, str(self._device), machine["versions"]["torch"],
-            machine["versions"]["transformers"],
+            machine["versions"]["transformers"], asked["int4_inputs"],
         ]  # fmt: skip
         hardware = [
             machine["cpu"],
@@ -239,12 +239,12 @@ class _Measurements:
             machine.get("gpu"),
         ]
         if section == "quality":
-            inputs += [asked["int4_inputs"], tensor_sha256(self._run.windows)]
+            inputs += [tensor_sha256(self._run.windows)]
         elif section == "mmlu":
-            inputs += [asked["int4_inputs"], asked["mmlu"]["shots"], repr(self._run.mmlu)]
+            inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
         else:
             asked_here = asked["serving"] if section == "serving" else asked["speed"]
-            inputs += [asked_here, asked["tensor_parallel"], asked["int4_inputs"], *hardware]
+            inputs += [asked_here, asked["tensor_parallel"], *hardware]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def _decoder(self, name: str) -> Decoder:
