@@ -142,7 +142,8 @@ class Layout:
     """How a whole checkpoint is stored."""
 
     schemes: dict[str, Scheme]
-    """By name of the linear layer, `lm_head` included; what is not in it is in 16 bit."""
+    """By name of the linear layer, `lm_head` included, or of the embedding, `model.embed_tokens`; what is
+    not in it is in 16 bit. A tied head has the embedding's weights."""
     kv_cache: Grid | None = None
     """How keys and values are rounded when they are cached: 8 bits, one static scale for the keys
     and one for the values of each layer."""
@@ -150,10 +151,14 @@ class Layout:
     @property
     def label(self) -> str:
         """Such as `INT4 W4A16 g64`; several schemes with `+`, the most frequent one first."""
-        counted = Counter(s.label for n, s in self.schemes.items() if n != "lm_head")
+        ends = {"model.embed_tokens": "embedding", "lm_head": "head"}
+        counted = Counter(s.label for n, s in self.schemes.items() if n not in ends)
         parts = [" + ".join(label for label, _ in counted.most_common())]
-        if "lm_head" in self.schemes:
-            parts.append(f"{self.schemes['lm_head'].weights.label} head")
+        quantized = {n: self.schemes[m].weights.label for m, n in ends.items() if m in self.schemes}
+        if len(quantized) == 2 and len(set(quantized.values())) == 1:
+            parts.append(f"{quantized['head']} embedding and head")
+        else:
+            parts += [f"{label} {name}" for name, label in quantized.items()]
         if self.kv_cache:
             parts.append(f"{self.kv_cache.label} KV")
         return ", ".join(parts)

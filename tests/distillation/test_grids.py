@@ -153,21 +153,30 @@ def test_bad_grids_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("head", "kv"),
+    "ends",
     [
-        ("int8", "fp8"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("fp8", None), (None, "int8"))),
+        {"head": "int8", "kv": "fp8"},
+        {"embedding": "int8"},
+        *(
+            pytest.param(ends, marks=pytest.mark.slow)
+            for ends in (
+                {"head": "fp8"},
+                {"kv": "int8"},
+                {"embedding": "fp8"},
+                {"embedding": "int4"},
+            )
+        ),
     ],
 )
-def test_head_and_cache_are_trained_with_as_they_are_written(
-    tiny: Tiny, tmp_path: Path, head: str | None, kv: str | None, tied: bool
+def test_what_lies_around_the_layers_is_trained_with_as_it_is_written(
+    tiny: Tiny, tmp_path: Path, ends: dict[str, Any], tied: bool
 ) -> None:
-    """The written checkpoint, as the engine runs it, has the loss that training measured; and the head
-    keeps the codes that it was given."""
+    """The written checkpoint, as the engine runs it, has the loss that training measured; and head and
+    embedding keep the codes that they were given."""
     source = tiny(tie_word_embeddings=tied, dtype=torch.bfloat16)
     asked = plan("int4", lr=3e-4)
     assert asked.quantize is not None
-    grid = replace(asked.quantize, head=head, kv=kv)
+    grid = replace(asked.quantize, **ends)
     made = run(source, replace(asked, quantize=grid), tmp_path / "out")
     assert kl(made, "after") < kl(made, "before")
     assert kl(made, "written") == pytest.approx(kl(made, "after"), rel=0.03)

@@ -71,7 +71,7 @@ def test_the_native_step_computes_every_family(
         assert made.runner._native is not None
         if not native:
             made.runner._native = None
-        table = made.decoder.embedding
+        table = made.decoder.embedding.codes
         draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
         table.copy_(table.float() * (1 + noise * (2 * draw - 1)))
         requests = [made.add(prompt, params) for prompt in prompts(4)]
@@ -262,7 +262,9 @@ engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
 
 @pytest.mark.slow
 def test_a_process_may_end_while_its_memory_is_moved_to_huge_pages(tiny: Tiny) -> None:
-    large = tiny(dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    large = tiny(
+        dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4
+    )
     command = [sys.executable, "-c", _ONE_TOKEN, str(large.folder)]
     for _ in range(6):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ def logits(
     """noise: the embeddings are off by up to this share, drawn at random."""
     decoder = load_decoder(checkpoint, device=torch.device(device))
     if noise:
-        table = decoder.embedding
+        table = decoder.embedding.codes
         draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
         table.copy_(table.float() * (1 + noise * (2 * draw.to(device) - 1)))
     hidden = decoder.hidden_states(windows).flatten(0, 1)

@@ -67,7 +67,7 @@ void products(const char *name, int format, int rounding, bool zeros) {
 // Two layers, four heads over two, a block of the cache for each 4 tokens
 void steps(const char *name, int format, int rounding) {
   constexpr int HIDDEN = 64, INNER = 128, HEADS = 4, KV = 2, D = 16, VOCAB = 40, SLOTS = 64;
-  std::vector<bf16> embedding = filled<bf16>(VOCAB * HIDDEN, number), norm(HIDDEN, to_bf16(1.0f));
+  std::vector<bf16> norm(HIDDEN, to_bf16(1.0f));
   std::vector<bf16> cos = filled<bf16>(SLOTS * D, number), sin = filled<bf16>(SLOTS * D, number);
   Made made[2][7], head;
   std::vector<bf16> cache[2][2];
@@ -84,22 +84,22 @@ void steps(const char *name, int format, int rounding) {
     layers[i].keys = cache[i][0].data(), layers[i].values = cache[i][1].data();
     layers[i].cos = cos.data(), layers[i].sin = sin.data();
   }
-  Model model{embedding.data(), norm.data(), layers, head.linear, 2, HIDDEN, INNER, HEADS, KV, D, 4, 2, D,
-              0, 0, 0, 0, 0, 0, 0, 0, 1e-5f, 1, 1, 0.25f, 1};
+  Model model{norm.data(), layers, head.linear, 2, HIDDEN, INNER, HEADS, KV, D, 4, 2, D,
+              0, 0, 0, 0, 0, 0, 0, 0, 1e-5f, 1, 0.25f, 1};
   // a prompt of 3 and one of 20, then one token of each
   int32_t tables[2][8] = {{5, 2, 0, 0, 0, 0, 0, 0}, {1, 3, 4, 6, 7, 8, 9, 10}};
   auto run = [&](std::vector<int> from, std::vector<int> counts) {
-    std::vector<int32_t> tokens, positions, slots, starts{0};
+    std::vector<int32_t> positions, slots, starts{0};
     for (int i = 0; i < 2; ++i) {
       for (int at = from[i]; at < from[i] + counts[i]; ++at) {
-        tokens.push_back((7 * at + 3 * i) % VOCAB), positions.push_back(at);
+        positions.push_back(at);
         slots.push_back(tables[i][at / 4] * 4 + at % 4);
       }
-      starts.push_back(tokens.size());
+      starts.push_back(positions.size());
     }
-    std::vector<bf16> logits(2 * VOCAB);
-    Batch batch{tokens.data(), positions.data(), slots.data(), starts.data(), tables[0], logits.data(), nullptr,
-                int(tokens.size()), 2, 8};
+    std::vector<bf16> entering = filled<bf16>(positions.size() * HIDDEN, number), logits(2 * VOCAB);
+    Batch batch{entering.data(), positions.data(), slots.data(), starts.data(), tables[0], logits.data(), nullptr,
+                int(positions.size()), 2, 8};
     decode_step(&model, &batch);
     std::vector<float> values;
     for (bf16 x : logits) values.push_back(to_float(x));
@@ -112,7 +112,9 @@ void steps(const char *name, int format, int rounding) {
 
 int main() {
   products("product bf16", BF16, NONE, false);
-  products("product int8", INT8, NONE, false);
+  products("product int8", INT8, TOKEN, false);
+  products("product int8 of 16 bits", INT8, NONE, false);
+  products("product int8 by block", INT8, BLOCKS, false);
   products("product int4", INT4, NONE, false);
   products("product int4 with zero points", INT4, NONE, true);
   products("product int4 by block", INT4, BLOCKS, false);
@@ -123,7 +125,8 @@ int main() {
   products("product e4m3 static", E4M3, STATIC, false);
   products("product e5m2", E5M2, NONE, false);
   steps("step bf16", BF16, NONE);
-  steps("step int8", INT8, NONE);
+  steps("step int8", INT8, TOKEN);
+  steps("step int8 by block", INT8, BLOCKS);
   steps("step int4 by block", INT4, BLOCKS);
   steps("step e4m3", E4M3, TOKEN);
 }

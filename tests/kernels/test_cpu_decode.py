@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.device import bf16_products
@@ -33,7 +32,7 @@ from tinier.numerics import (
     round_static,
 )
 from tinier.quantization.scales import absmax_scales, round_nearest
-from tinier.schemes import Int4Inputs, preset_named
+from tinier.schemes import Int4Inputs, Scheme, preset_named
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, BLOCK = 128, 192, 6, 2, 48, 77, 4
 SLOTS = 99 * BLOCK
@@ -44,17 +43,19 @@ pytestmark = pytest.mark.skipif(
 
 
 def quantized(weight: Tensor, kind: str) -> StoredLinear:
-    """kind: int8, int4-32, int4-64, int4-64-asym, those with " int8" for rounded inputs, w4a8-int8, or a
-    preset of 8-bit floats."""
+    """kind: int8, w8a16, int4-32, int4-64, int4-64-asym, those with " int8" for rounded inputs, w4a8-int8,
+    or a preset of 8-bit floats."""
     kind = kind.removesuffix(" int8")
     name, *options = [kind] if kind.startswith(("fp8", "w4a8")) else kind.split("-")
+    name = "int8" if name == "w8a16" else name
     preset = preset_named(
         name, int(options[0]) if options else None, symmetric=False if "asym" in options else None
     )
     grid = preset.scheme.weights
+    scheme = Scheme(weights=grid) if kind == "w8a16" else preset.scheme
     codes = round_nearest(weight, absmax_scales(weight, grid, torch.bfloat16), grid)
     static = torch.tensor([0.01]) if preset.scheme.static_activations else None
-    return StoredLinear(codes, None, preset.scheme, static)
+    return StoredLinear(codes, None, scheme, static)
 
 
 def stored(kind: str, rows: int, columns: int) -> StoredLinear:
@@ -124,7 +125,6 @@ def random_weights(
     )  # fmt: skip
     return DecodeWeights(
         geometry=geometry,
-        embedding=torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16),
         layers=[layer(), layer()],
         final_norm=norm(HIDDEN),
         head=make(head, VOCAB, HIDDEN),
@@ -159,7 +159,7 @@ class Step:
         sequence = torch.arange(len(contexts)).repeat_interleave(torch.tensor(self.new))
         block = self.tables[sequence, self.positions // BLOCK]
         self.slots = block * BLOCK + self.positions % BLOCK
-        self.tokens = torch.randint(VOCAB, (len(sequence),), generator=generator).int()
+        self.entering = random(len(sequence), HIDDEN)
         self.starts = torch.tensor([0, *self.new]).cumsum(0).int()
 
     def native(self, weights: DecodeWeights, only: int | None = None) -> Tensor:
@@ -171,7 +171,11 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """last: so many of its new tokens."""
         decoder = CpuDecoder(weights, self.caches(weights), self.rotations, BLOCK)
-        inputs, starts, tables = (self.tokens, self.positions, self.slots), self.starts, self.tables
+        inputs, starts, tables = (
+            (self.entering, self.positions, self.slots),
+            self.starts,
+            self.tables,
+        )
         if only is not None:
             end = int(starts[only + 1])
             begin = int(starts[only]) if last is None else end - last
@@ -192,7 +196,7 @@ class Step:
             self.tables, self.contexts, self.starts, self.positions, self.slots,
             torch.tensor([self.new.count(1)]), self.new, BLOCK, int(self.contexts.max()),
         )  # fmt: skip
-        x = F.embedding(self.tokens.long(), weights.embedding)
+        x = self.entering
         with bf16_products(torch.device("cpu")):
             parts = zip(weights.layers, self.caches(weights), self.rotations, strict=True)
             for layer, cache, rotation in parts:
@@ -214,12 +218,14 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("new", [[1, 1, 1], [1, 9, 6], [1, 1, 23]])
-@pytest.mark.parametrize("head", ["bf16", "int8"])
+@pytest.mark.parametrize("head", ["bf16", "int8", "w8a16"])
 @pytest.mark.parametrize(
     "kind",
     [
         "bf16",
         "int8",
+        "w8a16",
+        "w8a16 int8",
         "int4-32",
         "int4-64",
         "int4-64-asym",
@@ -268,7 +274,9 @@ def test_a_mixture_of_experts_is_that_of_the_reference(kind: str, family: str) -
 
 
 @pytest.mark.parametrize("mixture", [None, "Qwen3MoeForCausalLM"])
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-64", "int4-64 int8", "fp8", "fp8-e5m2"])
+@pytest.mark.parametrize(
+    "kind", ["bf16", "int8", "w8a16", "w8a16 int8", "int4-64", "int4-64 int8", "fp8", "fp8-e5m2"]
+)
 def test_a_row_does_not_depend_on_the_others_or_on_threads(kind: str, mixture: str | None) -> None:
     weights = random_weights(kind, mixture=mixture)
     contexts = [5, 12, 3, 40, 7, 21, 8, 33]
@@ -313,7 +321,7 @@ def test_8_bit_floats_are_multiplied_as_they_are_stored(kind: str) -> None:
     object.__setattr__(weights, "head", make_linear([head], torch.bfloat16))
     step = Step([3, 17])
     made = step.native(weights)
-    x = rms_norm(F.embedding(step.tokens.long(), weights.embedding), weights.final_norm, 1e-5)
+    x = rms_norm(step.entering, weights.final_norm, 1e-5)
     assert isinstance(head.weight, Quantized)
     if kind == "fp8":
         codes = quantize_tokens_e4m3(x)
@@ -347,7 +355,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize(
     "kind",
     ["fp8", "fp8-static", "fp8-e5m2", "int4-32", "int4-64-asym", "int4-32 int8", "int4-128 int8",
-     "int4-64-asym int8", "w4a8-int8"],
+     "int4-64-asym int8", "w4a8-int8", "w8a16", "w8a16 int8"],
 )  # fmt: skip
 def test_products_are_those_of_what_is_stored(kind: str, rows: int) -> None:
     """Against float64, small codes included; rounded to bf16 once, and with a bias."""
@@ -358,7 +366,7 @@ def test_products_are_those_of_what_is_stored(kind: str, rows: int) -> None:
     bias = torch.randn(27).bfloat16()
     layer = make_linear([stored._replace(bias=bias)], torch.bfloat16, int4_inputs(kind))
     assert isinstance(layer, NativeLinear)
-    assert layer.num_bytes < 27 * 256 * (1.1 if kind.startswith("fp8") else 0.65)
+    assert layer.num_bytes < 27 * 256 * (1.1 if kind.startswith(("fp8", "w8")) else 0.65)
     x = torch.randn(rows, 256).bfloat16()
     exact = rounded(x, kind) @ dequantize(stored.weight, torch.float64).t() + bias.double()
     assert apart(layer.float32(x), exact) < 2e-6

@@ -2,21 +2,26 @@
 interpreter (tests/conftest.py switches it on)."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.kernels.test_reference import paged_batch
 
 from tinier.kernels import reference
+from tinier.kernels.machine import machine_of
 from tinier.kernels.reference import Cache, HeadInputs
-from tinier.numerics import Quantized, quantize_tokens_e4m3, quantize_tokens_int8
+from tinier.kernels.table import Table
+from tinier.numerics import Quantized, dequantize, quantize_tokens_e4m3, quantize_tokens_int8
+from tinier.quantization.scales import round_nearest, searched_scales
+from tinier.schemes import PRESETS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and no triton package", allow_module_level=True)
 pytest.importorskip("triton")
-from tinier.kernels import attention, fused  # noqa: E402
+from tinier.kernels import attention, fused, skinny  # noqa: E402
 
 if INTERPRETED:
     from tests.kernels.interpreter import round_as_a_gpu_does
@@ -220,6 +225,27 @@ def test_embed_reads_tokens_that_are_on_the_device_alone() -> None:
     tokens = torch.tensor([4, -1, 0, -3], dtype=torch.int32, device=DEVICE)
     for times in (1.0, 3.3):
         expected = table[[4, 7, 0, 9]] * times
+        made = fused.embed(tokens, sampled, Table(table, None, 24, torch.bfloat16), times)
+        assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embed_reads_codes_as_they_are_stored(kind: str, dtype: torch.dtype) -> None:
+    if kind == "fp8" and DEVICE == "cuda" and not machine_of(torch.device(DEVICE)).has_fp8:
+        pytest.skip("this GPU reads no FP8")
+    grid = PRESETS[kind].scheme.weights
+    grid = replace(grid, group_size=32) if kind == "int4" else grid
+    weight = random(70, 160, dtype=dtype)
+    quantized = round_nearest(weight, searched_scales(weight, grid, dtype), grid)
+    codes, scale = quantized.codes, quantized.scale.float().reshape(-1)
+    if kind == "int4":
+        codes, scale = skinny.pack_int4(codes), quantized.scale.t().contiguous()
+    table = Table(codes, scale, 160, dtype)
+    tokens = torch.tensor([64, -1, 0, 69], dtype=torch.int32, device=DEVICE)
+    sampled = torch.tensor([31], device=DEVICE)
+    for times in (1.0, 12.25):
+        expected = dequantize(quantized, dtype)[[64, 31, 0, 69]] * times
         assert torch.equal(fused.embed(tokens, sampled, table, times), expected)
 
 

@@ -19,6 +19,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import bf16_products
 from tinier.errors import InputError, TextError
 from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name, rope_keys
+from tinier.numerics import Quantized, dequantize
 from tinier.progress import bar
 
 BATCH_TOKENS = 4096
@@ -76,10 +77,17 @@ class DecoderWalk:
         return self._positions[layer.self_attn.layer_idx]  # type: ignore[union-attr,index]
 
     @torch.no_grad()
-    def embed(self, windows: Tensor) -> Tensor:
-        """The hidden states that enter the first layer. windows: [n, length]. On the host."""
-        with self._checkpoint.reader() as read:
-            hidden = nn.functional.embedding(windows, read(EMBEDDING))
+    def embed(self, windows: Tensor, quantized: Quantized | None = None) -> Tensor:
+        """The hidden states that enter the first layer. windows: [n, length]. On the host.
+
+        quantized: an embedding in place of the checkpoint's.
+        """
+        if quantized is None:
+            with self._checkpoint.reader() as read:
+                hidden = nn.functional.embedding(windows, read(EMBEDDING))
+        else:
+            table = dequantize(quantized, self._checkpoint.dtype)
+            hidden = nn.functional.embedding(windows.to(table.device), table).cpu()
         hidden = hidden if self._times == 1 else hidden * self._times
         # pinned memory moves to and from a GPU several times faster
         return hidden.pin_memory() if self.device.type == "cuda" else hidden

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
 Value = TypeVar("Value")
+_EMBEDDING = "model.embed_tokens"
 _E8M0_BIAS = 127
 _SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 
@@ -38,7 +39,7 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json. names: every linear layer of the model, head included.
 
     One scheme targets every Linear but those it leaves alone; several are listed by layer name, as
-    TensorRT-LLM wants it, and so is a quantized head, which is no Linear to vLLM.
+    TensorRT-LLM wants it, and so are a quantized embedding and head, which are no Linear to vLLM.
     """
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -47,7 +48,7 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     )
 
     schemes = list(dict.fromkeys(layout.schemes.values()))
-    by_class = len(schemes) == 1 and "lm_head" not in layout.schemes
+    by_class = len(schemes) == 1 and not {"lm_head", _EMBEDDING} & layout.schemes.keys()
     groups = {}
     for i, scheme in enumerate(schemes):
         members = [name for name, own in layout.schemes.items() if own == scheme]
@@ -73,7 +74,8 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
 
 
 def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
-    """How a checkpoint stores each of `names`, its linear layers; None if it is not quantized.
+    """How a checkpoint stores each of `names`, its linear layers, and its embedding; None if it is not
+    quantized.
 
     Raises CheckpointError for another quantization method, or a format that tinier cannot run.
     """
@@ -107,6 +109,11 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
         hit = None if ignored.find(name) else found.find(name)
         if hit is not None:
             schemes[name] = hit
+    embedding = (
+        None if ignored.find(_EMBEDDING, "Embedding") else found.find(_EMBEDDING, "Embedding")
+    )
+    if embedding is not None:
+        schemes[_EMBEDDING] = embedding
     kv = block.get("kv_cache_scheme")
     return Layout(schemes=schemes, kv_cache=_to_kv_grid(kv) if kv else None)
 
@@ -332,9 +339,9 @@ class _Targets(Generic[Value]):
             if target.startswith("re:")
         ]
 
-    def find(self, name: str) -> Value | None:
-        """Of a linear layer: its own name goes before a pattern, and that before its class."""
+    def find(self, name: str, of_class: str = "Linear") -> Value | None:
+        """Of a layer: its own name goes before a pattern, and that before its class."""
         if name in self._values:
             return self._values[name]
         hit = next((value for pattern, value in self._patterns if pattern.match(name)), None)
-        return hit if hit is not None else self._values.get("Linear")
+        return hit if hit is not None else self._values.get(of_class)

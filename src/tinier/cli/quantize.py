@@ -34,6 +34,13 @@ def quantize(
     head: Annotated[
         str | None, typer.Option("--head", help="Quantize the output head too: fp8 or int8.")
     ] = None,
+    embedding: Annotated[
+        str,
+        typer.Option(
+            "--embedding",
+            help="Store the embedding as fp8, int8, int4 or 16bit; a tied head is the same matrix.",
+        ),
+    ] = "16bit",
     kv: Annotated[
         str | None, typer.Option("--kv", help="Quantize the KV cache: fp8 or int8.")
     ] = None,
@@ -63,7 +70,7 @@ def quantize(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Quantize a model's linear layers, and its head and KV cache if asked to.
+    """Quantize a model's linear layers, and its embedding, head and KV cache if asked to.
 
     Writes a compressed-tensors checkpoint, which transformers, vLLM and SGLang read; docs/loading.md has
     what was seen to load for each preset, and what is known to fail is said before the work, and by
@@ -95,6 +102,7 @@ def quantize(
       tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --out smollm2-int4
       tinier quantize smollm2-135m --preset int8-sq --preset fp8-gptq --out smollm2-8bit
       tinier quantize smollm2-135m --preset mixed --bits 5 --group-size 64 --out smollm2-mixed
+      tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --embedding int8 --out smollm2-small
       tinier quantize smollm2-135m --preset fp8 --head fp8 --kv fp8 --out smollm2-fp8-all
       torchrun --nproc-per-node 2 -m tinier quantize MODEL --preset int4-gptq --out DIR
     """
@@ -120,6 +128,7 @@ def quantize(
             symmetric=False if asymmetric else None,
             ignore=tuple(ignore or ()),
             head=head,  # type: ignore[arg-type]
+            embedding=embedding,  # type: ignore[arg-type]
             kv=kv,  # type: ignore[arg-type]
             bits=bits if name == "mixed" else None,
             self_text=calibration == "self",

@@ -23,7 +23,13 @@ from tinier.calibration import KeysAndValues, load_whole, turns
 from tinier.checkpoint import Checkpoint, TensorReader, pack_linear, unpack_linear
 from tinier.distillation.losses import RowsLoss, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan
-from tinier.families import EMBEDDING, HEAD, HEAD_LINEAR, checkpoint_layout, geometry_of, layer_name
+from tinier.families import (
+    EMBEDDING_MODULE,
+    HEAD_LINEAR,
+    checkpoint_layout,
+    geometry_of,
+    layer_name,
+)
 from tinier.numerics import dequantize
 from tinier.quantization import FakeWeight, fake_cache, fake_inputs, read_targets, trainable_weight
 from tinier.schemes import Grid, Scheme
@@ -66,8 +72,8 @@ class Grids(NamedTuple):
     schemes: dict[str, Scheme]
     """Of the linear layers inside decoder layers, by full name"""
     input_scales: dict[str, Tensor | None]
-    has_head: bool
-    """Whether the head is quantized; it keeps its codes while the layers are trained"""
+    kept: frozenset[str]
+    """Embedding and head, where they are quantized: they keep their codes while the layers are trained"""
 
 
 class Student(nn.Module):
@@ -185,17 +191,17 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
     cache compute as they will when it is served."""
     layout = checkpoint_layout(quantized)
     assert layout is not None
-    schemes = {name: s for name, s in layout.schemes.items() if name != HEAD_LINEAR}
-    head = layout.schemes.get(HEAD_LINEAR)
+    ends = layout.schemes.keys() & {EMBEDDING_MODULE, HEAD_LINEAR}
+    schemes = {name: s for name, s in layout.schemes.items() if name not in ends}
     input_scales: dict[str, Tensor | None] = {}
     parameters = dict(model.named_parameters())
     with quantized.reader(device) as read:
         for name in parameters.keys() & quantized.tensors.keys():
             # norms and biases, which equalization may have changed
-            if name != HEAD or head is None:
+            if name.removesuffix(".weight") not in ends:
                 parameters[name].data = read(name).to(parameters[name].dtype)
-        if head is not None:
-            _install_head(model, quantized, read, head)
+        for name in ends:
+            _install_end(model, quantized, read, name, layout.schemes[name])
         for index in range(geometry_of(quantized).layers):
             prefix = layer_name(index)
             here = {n: s for n, s in schemes.items() if n.startswith(f"{prefix}.")}
@@ -216,16 +222,24 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
                 attention.register_forward_pre_hook(
                     _rounded_cache(layout.kv_cache, scales), with_kwargs=True
                 )
-    return Grids(quantized, schemes, input_scales, head is not None)
+    return Grids(quantized, schemes, input_scales, frozenset(ends))
 
 
-def _install_head(model: Any, quantized: Checkpoint, read: TensorReader, scheme: Scheme) -> None:
-    """The head that the codes stand for, apart from the embedding, and its inputs rounded."""
-    codes, input_scale = unpack_linear(quantized.optional(read), HEAD_LINEAR, scheme)
-    embedding = model.get_parameter(EMBEDDING)
-    weight = dequantize(codes, embedding.dtype)
-    model.lm_head.weight = nn.Parameter(weight.to(embedding.device), requires_grad=False)
-    model.config.tie_word_embeddings = False
+def _install_end(
+    model: Any, quantized: Checkpoint, read: TensorReader, name: str, scheme: Scheme
+) -> None:
+    """The embedding or the head that codes stand for, apart from the other unless they are tied, and the
+    head's inputs rounded."""
+    tied, input_scale = geometry_of(quantized).tied_head, None
+    if name == EMBEDDING_MODULE or not tied:
+        codes, input_scale = unpack_linear(quantized.optional(read), name, scheme)
+        module = model.get_submodule(name)
+        weight = dequantize(codes, module.weight.dtype).to(module.weight.device)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if tied:
+            model.lm_head.weight = module.weight
+        else:
+            model.config.tie_word_embeddings = False
     activations = scheme.activations
     if activations is not None:
         # the loss multiplies the head itself, so what it reads is rounded where the final norm ends
@@ -266,7 +280,7 @@ def export(
     with origin.reader() as read:
         for name in origin.tensors:
             linear = name.rpartition(".")[0]
-            if grids and grids.has_head and linear == HEAD_LINEAR:
+            if grids and linear in grids.kept:
                 yield name, read(name)
                 continue
             if state and grids and linear in grids.schemes and not name.endswith(".bias"):

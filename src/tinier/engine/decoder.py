@@ -20,7 +20,7 @@ from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope
 from tinier.errors import InputError
 from tinier.families import (
-    EMBEDDING,
+    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD_LINEAR,
     Geometry,
@@ -38,14 +38,18 @@ from tinier.kernels import (
     Layer,
     Linear,
     StoredLinear,
+    Table,
     add_rms_norm,
+    embed,
     gated,
     joined,
     make_experts,
     make_linear,
+    make_table,
     norm_all_heads,
     reference,
     rms_norm,
+    table_of,
 )
 from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
@@ -64,7 +68,7 @@ class Decoder:
     def __init__(
         self,
         geometry: Geometry,
-        embedding: Tensor,
+        embedding: Table,
         layers: list[Layer],
         final_norm: Tensor,
         head: Linear,
@@ -84,7 +88,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return self.final_norm.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,10 +108,12 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that the weights take in memory as loaded; a tied head counts once."""
+        """Bytes that the weights take in memory as loaded; a head that reads the embedding counts once."""
         linears = sum(linear.num_bytes for layer in self.layers for linear in layer.linears)
-        head = 0 if self.geometry.tied_head else self.head.num_bytes
-        return linears + head + self.embedding.numel() * self.embedding.element_size()
+        head = table_of(self.head, self.dtype)
+        embedding = self.embedding.codes.untyped_storage().data_ptr()
+        shared = head is not None and head.codes.untyped_storage().data_ptr() == embedding
+        return linears + self.embedding.num_bytes + (0 if shared else self.head.num_bytes)
 
     @property
     def paths(self) -> dict[str, bool]:
@@ -218,10 +224,11 @@ class Decoder:
         divisor = self.geometry.multipliers.logits
         return logits if divisor == 1 else logits / divisor
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer, [T, hidden], for tokens [T]."""
-        rows, times = F.embedding(tokens, self.embedding), self.geometry.multipliers.embedding
-        return rows if times == 1 else rows * times
+    def embed(self, tokens: Tensor, sampled: Tensor | None = None) -> Tensor:
+        """What enters the first layer, [T, hidden], for tokens [T]; token -1 - i stands for sampled[i]."""
+        if sampled is None:
+            sampled = torch.zeros(1, dtype=torch.int64, device=self.device)  # none is asked for
+        return embed(tokens, sampled, self.embedding, self.geometry.multipliers.embedding)
 
     def summed(self, index: int, x: Tensor, delta: Tensor) -> Tensor:
         """The hidden states that `layer` returned as a pair, on one process."""
@@ -326,13 +333,8 @@ def load_decoder(
     with checkpoint.reader(device) as read:
         weights = _Weights(checkpoint, read, layout, dtype, share, whole, int4_inputs)
         layers = [weights.layer(layer_name(i)) for i in range(geometry.layers)]
-        embedding = read(EMBEDDING).to(dtype)
         final_norm = norm_weight(read(FINAL_NORM).to(dtype), geometry)
-        stored = (
-            StoredLinear(embedding, None) if geometry.tied_head else weights.stored(HEAD_LINEAR)
-        )
-        cut = share.rows if _shares_head(geometry, share) else ALONE.rows
-        head = make_linear([cut(stored)], dtype, int4_inputs)
+        embedding, head = weights.ends(_shares_head(geometry, share))
     config = resolved_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
@@ -373,8 +375,20 @@ class _Weights:
             kv_scales=self._kv_scales(attention),
         )
 
+    def ends(self, shares_head: bool) -> tuple[Table, Linear]:
+        """Embedding and head, one in memory where they are tied. shares_head: by rows."""
+        embedding, tied = self.stored(EMBEDDING_MODULE), self.whole.tied_head
+        if tied:
+            scheme = self.layout.schemes.get(HEAD_LINEAR) if self.layout else None
+            last = embedding._replace(scheme=scheme)
+        else:
+            last = self.stored(HEAD_LINEAR)
+        head = self._linear([self.share.rows(last) if shares_head else last])
+        table = table_of(head, self.dtype) if tied and not shares_head else None
+        return make_table(embedding, self.dtype) if table is None else table, head
+
     def stored(self, name: str) -> StoredLinear:
-        """One linear layer as the checkpoint has it, on the reader's device."""
+        """One linear layer as the checkpoint has it, or the embedding, on the reader's device."""
         find = self.checkpoint.optional(self.read)
         bias = find(f"{name}.bias")
         bias = None if bias is None else bias.to(self.dtype)

@@ -24,9 +24,7 @@ from tinier.kernels import (
     PagedBatch,
     cached_attention,
     captures,
-    embed,
     greedy,
-    known_tokens,
 )
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 
@@ -255,8 +253,8 @@ class Runner:
         """The whole step as one native call, where the model and the machine allow it."""
         decoder = self.decoder
         weights = DecodeWeights(
-            geometry=decoder.geometry, embedding=decoder.embedding, layers=decoder.layers,
-            final_norm=decoder.final_norm, head=decoder.head,
+            geometry=decoder.geometry, layers=decoder.layers, final_norm=decoder.final_norm,
+            head=decoder.head,
         )  # fmt: skip
         reason = unsupported(weights, decoder.cache_dtype)
         if decoder.share.size > 1:
@@ -272,9 +270,15 @@ class Runner:
     ) -> Output:
         assert self._native is not None
         tokens, positions, slots, _, seats, starts, _, tables = self._split(inputs, rows, sequences)
-        known = known_tokens(tokens, self._sampled).int()
-        logits, states = self._native.step(known, positions, slots, starts, tables, hidden=hidden)
+        entering = self._embed(tokens)
+        logits, states = self._native.step(
+            entering, positions, slots, starts, tables, hidden=hidden
+        )
         return Output(logits, greedy(logits, seats, self._sampled), states)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer [T, hidden]; -1 - i: the token last sampled at seat i."""
+        return self.decoder.embed(tokens, self._sampled)
 
     def _parts(self, rows: int, sequences: int) -> list[int]:
         """Sizes of what `_inputs` joins."""
@@ -302,9 +306,7 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        times = decoder.geometry.multipliers.embedding
-        entering = embed(tokens, self._sampled, decoder.embedding, times)
-        hidden = decoder.forward(entering, attend)
+        hidden = decoder.forward(self._embed(tokens), attend)
         last = hidden if rows == sequences else hidden[starts[1:].long() - 1]
         logits = decoder.logits(last)
         return Output(logits, greedy(logits, seats, self._sampled), hidden)

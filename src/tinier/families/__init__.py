@@ -17,6 +17,7 @@ from tinier.families.configuration import (
 )
 from tinier.families.geometry import (
     EMBEDDING,
+    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
     HEAD_LINEAR,
@@ -41,6 +42,7 @@ from tinier.families.table import (
 
 __all__ = [
     "EMBEDDING",
+    "EMBEDDING_MODULE",
     "FAMILIES",
     "FINAL_NORM",
     "HEAD",

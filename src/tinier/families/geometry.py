@@ -19,6 +19,7 @@ from tinier.families.table import (
 )
 
 EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_MODULE = "model.embed_tokens"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 HEAD_LINEAR = "lm_head"
@@ -218,6 +219,6 @@ def linear_names(geometry: Geometry) -> list[str]:
 
 
 def module_names(geometry: Geometry) -> list[str]:
-    """Those, and the routers: all that other loaders take for a linear layer."""
+    """Those, and the routers: all that other loaders take for a linear layer. The embedding is none."""
     routers = [f"{layer_name(i)}.{geometry.router}" for i in range(geometry.layers)]
     return [*(routers if geometry.router else []), *linear_names(geometry)]

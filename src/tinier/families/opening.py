@@ -11,6 +11,7 @@ from tinier.errors import CheckpointError
 from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, resolved_config
 from tinier.families.geometry import (
     EMBEDDING,
+    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
     HEAD_LINEAR,
@@ -18,9 +19,11 @@ from tinier.families.geometry import (
     layer_name,
 )
 from tinier.progress import warn
+from tinier.schemes import Scheme
 
 # buffers that older files carry and every loader computes for itself
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
+_HEAD_SCALE = f"{HEAD_LINEAR}.weight_scale"
 # what a weight of 16 bits or more may be stored in
 _WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
 # models that see pictures too, and what their language model alone is; of config.json's outer part it needs
@@ -138,7 +141,7 @@ def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             name if name.startswith("lm_head.") else f"model.{name}": info
             for name, info in tensors.items()
         }
-    if EMBEDDING not in tensors and HEAD in tensors:
+    if HEAD in tensors and not any(name.startswith(f"{EMBEDDING_MODULE}.") for name in tensors):
         tensors = {EMBEDDING if name == HEAD else name: info for name, info in tensors.items()}
     return {name: info for name, info in tensors.items() if not name.endswith(_BUFFERS)}
 
@@ -163,14 +166,36 @@ def _check_tie(checkpoint: Checkpoint) -> tuple[Checkpoint, str | None]:
     )
 
 
+def _check_quantized_tie(checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> None:
+    """Raise CheckpointError where a tied head is not quantized as the embedding is."""
+    embedding, head = schemes.get(EMBEDDING_MODULE), schemes.get(HEAD_LINEAR)
+    if (embedding and embedding.weights) != (head and head.weights):
+        raise CheckpointError(
+            f"{checkpoint.folder} ties its head to its embedding, and quantization_config makes "
+            f"{embedding.weights.label if embedding else '16 bit'} of the embedding and "
+            f"{head.weights.label if head else '16 bit'} of the head, which cannot both be."
+        )
+    scales = [f"{EMBEDDING_MODULE}.weight_scale", _HEAD_SCALE]
+    if all(name in checkpoint.tensors for name in scales):
+        with checkpoint.reader() as read:
+            if not torch.equal(*map(read, scales)):
+                raise CheckpointError(
+                    f"{checkpoint.folder} ties its head to its embedding, and their scales differ: "
+                    f"{' and '.join(scales)}."
+                )
+
+
 def _check_tensors(checkpoint: Checkpoint, geometry: Geometry) -> None:
     """Raise CheckpointError unless the tensors are those that config.json calls for, all of them and no
     others, of the right shapes and types."""
     expected = _expected_shapes(checkpoint, geometry)
     layout = checkpoint_layout(checkpoint)
     schemes = layout.schemes if layout else {}
-    # the shape of packed integers follows from the configuration
-    _check_leftovers(checkpoint, {*expected, *(f"{name}.weight_shape" for name in schemes)})
+    # the shape of packed integers follows from the configuration, a tied head's scales are the embedding's
+    known = {f"{name}.weight_shape" for name in schemes}
+    if geometry.tied_head and HEAD_LINEAR in schemes:
+        known.add(_HEAD_SCALE)
+    _check_leftovers(checkpoint, {*expected, *known})
     checkpoint.require(expected)
     for name, shape in expected.items():
         info = checkpoint.tensors[name]
@@ -215,23 +240,17 @@ def _check_leftovers(checkpoint: Checkpoint, expected: set[str]) -> None:
 
 
 def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (geometry.vocab, geometry.hidden),
-        FINAL_NORM: (geometry.hidden,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {FINAL_NORM: (geometry.hidden,)}
     layout = checkpoint_layout(checkpoint)
     schemes = layout.schemes if layout else {}
-    if EMBEDDING.replace(".weight", ".weight_scale") in checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.folder} has a quantized {EMBEDDING}; tinier reads none."
-        )
-    if HEAD_LINEAR in schemes and geometry.tied_head:
-        raise CheckpointError(f"{checkpoint.folder} has a head that is quantized and tied.")
+    if geometry.tied_head:
+        _check_quantized_tie(checkpoint, schemes)
     linears = {
         f"{layer_name(i)}.{name}": shape
         for i in range(geometry.layers)
         for name, shape in geometry.linears.items()
     }
+    linears[EMBEDDING_MODULE] = (geometry.vocab, geometry.hidden)
     if not geometry.tied_head:
         linears[HEAD_LINEAR] = (geometry.vocab, geometry.hidden)
     for name, shape in linears.items():

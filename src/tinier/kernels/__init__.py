@@ -5,6 +5,7 @@ device at hand, and the layer says which way it took. `operators.py` has norms, 
 the paged KV cache: Triton's on a GPU (fused.py, attention.py), reference.py's elsewhere.
 """
 
+from tinier.kernels.embedding import make_table, table_of
 from tinier.kernels.experts import Experts, make_experts
 from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
@@ -37,6 +38,7 @@ from tinier.kernels.reference import (
     rms_norm,
     through_experts,
 )
+from tinier.kernels.table import Table
 
 __all__ = [
     "LONG_CONTEXT",
@@ -48,6 +50,7 @@ __all__ = [
     "PagedBatch",
     "Peers",
     "StoredLinear",
+    "Table",
     "add_rms_norm",
     "cached_attention",
     "captures",
@@ -58,6 +61,7 @@ __all__ = [
     "known_tokens",
     "make_experts",
     "make_linear",
+    "make_table",
     "norm_all_heads",
     "open_peers",
     "output_logits",
@@ -65,6 +69,7 @@ __all__ = [
     "round_activations",
     "side_by_side",
     "static_scale",
+    "table_of",
     "through_experts",
     "uses_triton",
 ]

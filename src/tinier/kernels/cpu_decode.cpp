@@ -41,9 +41,9 @@
 
 typedef uint16_t bf16;
 enum Format : int32_t { BF16, INT8, INT4, E4M3, E5M2, FORMATS };
-constexpr int INT4_BYTES = FORMATS, ORDERS = FORMATS + 1;
+constexpr int INT4_BYTES = FORMATS, INT8_FLOATS = FORMATS + 1, INT8_BLOCKS = FORMATS + 2, ORDERS = FORMATS + 3;
 // What inputs are rounded to. Of E4M3 weights: not at all; E4M3 with a scale for each token, or one for all.
-// Of INT4 weights: not at all; INT8 with a scale for each token, or for each 32 inputs of it
+// Of INT8 and INT4 weights: not at all; INT8 with a scale for each token, or for each 32 inputs of it
 enum Rounding : int32_t { NONE, TOKEN, STATIC, BLOCKS };
 
 struct Linear {
@@ -53,7 +53,7 @@ struct Linear {
   const int32_t *sums;    // int8: of each row's codes [out]
   const bf16 *bias;       // [out] or null
   int32_t out, in, format, group;
-  int32_t rounding;       // of a layer of E4M3 or INT4: its inputs'
+  int32_t rounding;       // of a layer that is not BF16: its inputs'
   float input_scale;      // STATIC: theirs
 };
 
@@ -70,7 +70,6 @@ struct Layer {
 };
 
 struct Model {
-  const bf16 *embedding;
   const void *final_norm;
   const Layer *layers;
   Linear head;
@@ -80,11 +79,12 @@ struct Model {
   int32_t experts, chosen;  // how many there are, and how many of them a row goes through
   int32_t shares_sum_to_one, shares_in_float32;  // 0 or 1
   float eps;
-  float times_embedding, times_residual, times_attention, logits_by;  // the family's multipliers
+  float times_residual, times_attention, logits_by;  // the family's multipliers
 };
 
 struct Batch {
-  const int32_t *tokens, *positions, *slots;  // [M]
+  const bf16 *entering;   // [M, hidden]: what enters the first layer
+  const int32_t *positions, *slots;  // [M]
   const int32_t *starts;  // [S + 1]: the first row of each sequence
   const int32_t *tables;  // [S, width] cache blocks
   bf16 *logits;           // [S, vocab], after each one's last row
@@ -377,6 +377,108 @@ struct Int8Dot {
   }
 };
 
+// INT8 with inputs that are not rounded: codes become floats, or bf16, which have room for them.
+struct Int8FloatDot {
+  typedef Bf16Dot::Value Value;
+  static F8 made(F8 sums) { return sums; }
+  static void expand(const uint8_t *codes, int n, bf16 *to) {
+    for (int c = 0; c < n; c += 8) {
+      if (c % 32 == 0) fetch<1>(codes + c);
+      for (int i = c; i < c + 8; ++i) to[i] = to_bf16(float(int8_t(codes[i])));
+    }
+  }
+  static constexpr int MOST = 3;
+  template <int N>
+  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
+    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
+    F8 acc[N][TILE] = {};
+    UNROLL for (int first = 0; first < TILE; first += RUN)
+      for (int c = 0; c < n; c += 32) {
+        if (stream) fetch<RUN>(w[first] + c * RUN);
+        UNROLL for (int r = first; r < first + RUN; ++r)
+          UNROLL for (int half = 0; half < 32; half += 16) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+            const __m512i wide = _mm512_cvtepi8_epi32(load<__m128i>(w[r] + c + half));
+            const __m512i bits = _mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(wide), 16);
+            const __m256bh codes = (__m256bh)_mm512_cvtepi32_epi16(bits);
+            UNROLL for (int m = 0; m < N; ++m)
+              acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes, load<__m256bh>(x + m * stride + c + half));
+#else
+            const I8 both = (I8)__builtin_convertvector(load<H8>(w[r] + c + half), U8);
+            const F8 even = __builtin_convertvector(both << 24 >> 24, F8), odd = __builtin_convertvector(both << 16 >> 24, F8);
+            UNROLL for (int m = 0; m < N; ++m) {
+              const Value *at = x + m * stride + c + half;
+              acc[m][r] = fused(even, load<F8>(at), acc[m][r]);
+              acc[m][r] = fused(odd, load<F8>(at + 8), acc[m][r]);
+            }
+#endif
+          }
+      }
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
+  }
+};
+
+// INT8 with inputs of 8 bits, a scale for each 32 of them.
+struct Int8BlockDot {
+  struct Block {
+    int8_t codes[32];
+    float scale;  // the largest of them over 127
+  };
+  static void arrange(const bf16 *x, int n, Block *to) {
+    const F8 magic = all(12582912.0f);
+    for (int c = 0; c < n; c += 32, ++to) {
+      to->scale = largest_of(x + c, 32) / 127.0f;
+      if (to->scale == 0.0f) to->scale = 1.0f;
+      for (int i = 0; i < 32; i += 8) {
+        // not -128, whose negative is no code
+        F8 code = larger(smaller((read8(x + c + i) / all(to->scale) + magic) - magic, all(127.0f)), all(-127.0f));
+        I8 codes = __builtin_convertvector(code, I8);
+        for (int j = 0; j < 8; ++j) to->codes[i + j] = int8_t(codes[j]);
+      }
+    }
+  }
+  // 32 products, summed by lane
+  static I8 products(const int8_t *w, const Block &x) {
+#if defined(__AVX2__)
+    // unsigned times signed: the weight's signs go to the inputs. Two products stay below 2^15
+    const __m256i codes = load<__m256i>(w), signed_ = _mm256_sign_epi8(load<__m256i>(x.codes), codes);
+#if defined(DPBUSD)
+    return (I8)DPBUSD(__m256i{}, _mm256_abs_epi8(codes), signed_);
+#else
+    return (I8)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(codes), signed_), _mm256_set1_epi16(1));
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return byte_products(I8{}, w, x.codes);
+#else
+    I8 sums = {};
+    for (int i = 0; i < 32; ++i) sums[i / 4] += w[i] * x.codes[i];
+    return sums;
+#endif
+  }
+  static constexpr int MOST = 4;
+  template <int N>
+  static void dot(const int8_t *const *w, int n, const Block *x, F8 *out, bool stream) {
+    constexpr int RUN = STREAMS<N>;
+    const int blocks = n / 32;
+    F8 total[N][TILE];
+    UNROLL for (int first = 0; first < TILE; first += RUN) {
+      F8 part[N][RUN] = {};
+      for (int b = 0; b < blocks; ++b) {
+        if (stream) fetch<RUN>(w[first] + b * 32 * RUN);
+        UNROLL for (int r = 0; r < RUN; ++r)
+          UNROLL for (int m = 0; m < N; ++m) {
+            const Block &at = x[m * blocks + b];
+            const F8 sums = __builtin_convertvector(products(w[first + r] + b * 32, at), F8);
+            part[m][r] = fused(sums, all(at.scale), part[m][r]);
+          }
+      }
+      UNROLL for (int m = 0; m < N; ++m)
+        UNROLL for (int r = 0; r < RUN; ++r) total[m][first + r] = part[m][r];
+    }
+    for (int m = 0; m < N; ++m) out[m] = lane_sums(total[m]);
+  }
+};
+
 // 64 codes are 8 lanes of 8 nibbles. Nibble j is masked where it stands, so it counts 16^j times too much,
 // which the input makes good: a power of two, nothing is lost. The top one would be a sign and is shifted.
 struct Int4Dot {
@@ -666,8 +768,12 @@ template <class T> struct Buffer {
   const T *data() const { return (const T *)lines.data(); }
 };
 
-// In which order a layer reads its inputs: a format, or INT4_BYTES
-inline int order_of(const Linear &l) { return l.format == INT4 && l.rounding ? INT4_BYTES : l.format; }
+// In which order a layer reads its inputs: a format, or one of those that follow them
+inline int order_of(const Linear &l) {
+  if (l.format == INT4 && l.rounding) return INT4_BYTES;
+  if (l.format == INT8 && l.rounding != TOKEN) return l.rounding == BLOCKS ? INT8_BLOCKS : INT8_FLOATS;
+  return l.format;
+}
 
 // The inputs of a matrix [M, in] in each order that they are read in
 struct Input {
@@ -675,6 +781,7 @@ struct Input {
   const bf16 *x = nullptr;
   Buffer<Bf16Dot::Value> bf16s;
   Buffer<Int8Dot::Value> int8s;
+  Buffer<Int8BlockDot::Block> int8_blocks;
   Buffer<Int4Dot::Value> int4s;
   Buffer<Int4ByteDot::Span> int4_bytes;
   Buffer<E4m3Dot::Value> e4m3s;
@@ -687,7 +794,8 @@ struct Input {
   int block_rows() const { return std::max(12, int(IN_CACHE / (sizeof(float) * columns)) / 12 * 12); }
   void reserve(int order) {
     const size_t count = size_t(rows) * columns;
-    if (order == BF16) bf16s.of(count);
+    if (order == BF16 || order == INT8_FLOATS) bf16s.of(count);
+    if (order == INT8_BLOCKS) int8_blocks.of(count / 32);
     if (order == INT8) scales.of(rows), int8s.of(count);
     if (order == INT4) int4s.of(rows * int4_stride());
     if (order == INT4_BYTES) int4_bytes.of(count / Int4ByteDot::SPAN);
@@ -699,8 +807,9 @@ struct Input {
     const size_t n = columns;
     for (int m = first; m < last; ++m) {
       const bf16 *row = x + m * n;
-      if (l.format == BF16) Bf16Dot::arrange(row, columns, bf16s.data() + m * n);
-      if (l.format == INT8) scales.data()[m] = Int8Dot::arrange(row, columns, int8s.data() + m * n);
+      if (l.format == BF16 || order_of(l) == INT8_FLOATS) Bf16Dot::arrange(row, columns, bf16s.data() + m * n);
+      if (order_of(l) == INT8_BLOCKS) Int8BlockDot::arrange(row, columns, int8_blocks.data() + m * n / 32);
+      if (order_of(l) == INT8) scales.data()[m] = Int8Dot::arrange(row, columns, int8s.data() + m * n);
       if (l.format == E4M3) {
         float scale = 1.0f;
         if (l.rounding == STATIC) scale = l.input_scale;
@@ -755,9 +864,23 @@ APART void multiply_int8(const Linear &l, const int *rows, const Int8Dot::Value 
   });
 }
 
+APART void multiply_int8_blocks(const Linear &l, const int *rows, const Int8BlockDot::Block *x, int count, F8 *y) {
+  const size_t n = l.in;
+  const int8_t *w[TILE];
+  F8 scale;
+  for (int r = 0; r < TILE; ++r) {
+    w[r] = (const int8_t *)l.weight + rows[r] * n;
+    scale[r] = ((const float *)l.scale)[rows[r]];
+  }
+  in_blocks<Int8BlockDot::MOST>(count, [&](int m, auto N) {
+    Int8BlockDot::dot<N.value>(w, l.in, x + m * n / 32, y + m, !m);
+  });
+  for (int m = 0; m < count; ++m) y[m] = y[m] * scale;
+}
+
 // Scales may be null. For many inputs the codes become bf16 once, before: the same products in the same order.
 template <class Dot>
-APART void multiply_fp8(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count,
+APART void multiply_decoded(const Linear &l, const int *rows, const typename Dot::Value *x, const float *scales, int count,
                         F8 *y) {
   const size_t n = l.in;
   const uint8_t *codes[TILE];
@@ -807,8 +930,10 @@ void multiply(const Linear &l, int tile, const Input &in, int from, int count, F
   switch (order_of(l)) {
   case BF16: multiply_bf16(l, rows, in.bf16s.data() + at, count, y); break;
   case INT8: multiply_int8(l, rows, in.int8s.data() + at, in.scales.data() + from, count, y); break;
-  case E4M3: multiply_fp8<E4m3Dot>(l, rows, in.e4m3s.data() + at, in.e4m3_scales.data() + from, count, y); break;
-  case E5M2: multiply_fp8<E5m2Dot>(l, rows, in.e5m2s.data() + at, nullptr, count, y); break;
+  case E4M3: multiply_decoded<E4m3Dot>(l, rows, in.e4m3s.data() + at, in.e4m3_scales.data() + from, count, y); break;
+  case E5M2: multiply_decoded<E5m2Dot>(l, rows, in.e5m2s.data() + at, nullptr, count, y); break;
+  case INT8_FLOATS: multiply_decoded<Int8FloatDot>(l, rows, in.bf16s.data() + at, nullptr, count, y); break;
+  case INT8_BLOCKS: multiply_int8_blocks(l, rows, in.int8_blocks.data() + at / 32, count, y); break;
   case INT4: {
     const size_t stride = in.int4_stride();
     multiply_int4(l, rows, in.int4s.data() + from * stride, stride, count, y);
@@ -1285,7 +1410,7 @@ struct Worker {
     }
     const bf16 *delta = nullptr;  // what the last MLP adds
     for (int m = first_row; m < last_row; ++m)
-      scaled(model.embedding + batch.tokens[m] * n, all(model.times_embedding), n, state.x.data() + m * n);
+      std::copy_n(batch.entering + m * n, n, state.x.data() + m * n);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer &layer = model.layers[i];
       add_norm(delta, i ? model.layers[i - 1].mlp_out_norm : nullptr, layer.input_norm);

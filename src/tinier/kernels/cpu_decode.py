@@ -36,7 +36,6 @@ class DecodeWeights:
     """What the step needs of a decoder."""
 
     geometry: Geometry
-    embedding: Tensor
     layers: Sequence[Layer]
     final_norm: Tensor
     head: Linear
@@ -55,7 +54,7 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("embedding", "final_norm")),
+        ("final_norm", c_void_p),
         ("layers", POINTER(_Layer)), ("head", LinearStruct),
         *((name, c_int32) for name in (
             "num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "block_size",
@@ -63,7 +62,7 @@ class _Model(Structure):
             "experts", "chosen", "shares_sum_to_one", "shares_in_float32",
         )),
         *((name, c_float) for name in (
-            "eps", "times_embedding", "times_residual", "times_attention", "logits_by"
+            "eps", "times_residual", "times_attention", "logits_by"
         )),
     )  # fmt: skip
 
@@ -71,7 +70,7 @@ class _Model(Structure):
 class _Batch(Structure):
     _fields_ = (
         *((name, c_void_p) for name in (
-            "tokens", "positions", "slots", "starts", "tables", "logits", "hidden",
+            "entering", "positions", "slots", "starts", "tables", "logits", "hidden",
         )),
         *((name, c_int32) for name in ("rows", "sequences", "width")),
     )  # fmt: skip
@@ -101,31 +100,32 @@ class CpuDecoder:
         w, g, m = weights, weights.geometry, weights.geometry.multipliers
         layers = [self._layer(g, *parts) for parts in zip(w.layers, caches, rotations, strict=True)]
         self._model = _Model(
-            self._at(w.embedding), self._at(w.final_norm),
+            self._at(w.final_norm),
             (_Layer * len(layers))(*layers), self._linears(w.head, [self._vocab], g.hidden)[0],
             len(layers), g.hidden, g.intermediate, g.heads, g.kv_heads, g.head_dim, block_size,
             torch.get_num_threads(), g.turning, g.norms_in_float32, g.rope_in_float32,
             g.head_norms == "all", g.activation == "gelu_tanh", g.experts, g.top_k,
             g.shares_sum_to_one, g.mixture is not None and g.mixture.in_float32,
-            g.norm_eps, m.embedding, m.residual,
+            g.norm_eps, m.residual,
             g.head_dim**-0.5 if m.attention is None else m.attention, m.logits,
         )  # fmt: skip
         self._use_huge_pages()
 
     def step(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, tables: Tensor, *,
+        self, entering: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, tables: Tensor, *,
         hidden: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits [S, vocab] in bf16 after the last of some new tokens of each of S sequences, whose keys
         and values are written to the cache; hidden: and the hidden states [T, hidden] after all of them.
 
-        All int32 on the CPU. tokens, positions, slots: [T], those of a sequence one after the other.
-        starts: [S + 1], where each begins. tables: [S, width] cache blocks. What is computed for a token
-        is the same whatever else the step has.
+        On the CPU. entering: [T, hidden] in bf16, what enters the first layer. The others int32. positions,
+        slots: [T], those of a sequence one after the other. starts: [S + 1], where each begins. tables: [S,
+        width] cache blocks. What is computed for a token is the same whatever else the step has.
         """
-        rows, sequences = tokens.shape[0], tables.shape[0]
-        inputs = [t.contiguous() for t in (tokens, positions, slots, starts, tables)]
-        assert all(t.dtype == torch.int32 for t in inputs)
+        rows, sequences = entering.shape[0], tables.shape[0]
+        inputs = [t.contiguous() for t in (entering, positions, slots, starts, tables)]
+        assert all(t.dtype == torch.int32 for t in inputs[1:])
+        assert entering.dtype == torch.bfloat16
         assert starts.shape[0] == sequences + 1
         logits = torch.empty(sequences, self._vocab, dtype=torch.bfloat16)
         states = torch.empty(rows, self._hidden, dtype=torch.bfloat16) if hidden else None
@@ -205,8 +205,8 @@ class CpuDecoder:
 
 def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     """Why this model has no native step here; None: it has one."""
-    if weights.embedding.device.type != "cpu" or weights.embedding.dtype != torch.bfloat16:
-        return "it computes in bf16 on a CPU"
+    if weights.final_norm.device.type != "cpu":
+        return "it computes on a CPU"
     if cache_dtype != torch.bfloat16:
         return "keys and values must be cached in bf16"
     library = load_library()
@@ -258,6 +258,8 @@ def _stored(linear: Linear) -> NativeWeight:
     if isinstance(linear, Int8Linear):
         codes = linear.codes.t()
         sums = codes.sum(dim=1, dtype=torch.int32)
-        return NativeWeight(codes, native.INT8, linear.scale, sums=sums, bias=linear.bias)
+        return NativeWeight(
+            codes, native.INT8, linear.scale, sums=sums, bias=linear.bias, rounding=native.BY_TOKEN
+        )
     assert isinstance(linear, NativeLinear)
     return linear.weight

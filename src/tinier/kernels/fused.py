@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tinier.kernels.machine import machine_of
 from tinier.kernels.peers import EMPTY, MOST_PEER_TOKENS, Peers
+from tinier.kernels.table import Table
 from tinier.numerics import E4M3_MAX, Quantized
 
 CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -103,9 +104,10 @@ def store_row(y, out, scales, row, at, inside, TAKES: tl.constexpr, LARGEST: tl.
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _embed(  # type: ignore[no-untyped-def]
-    tokens, sampled, table, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
-    PDL: tl.constexpr,
+    tokens, sampled, codes, scale, out, vocab, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    TIMES: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """GROUP: columns of a scale, of INT4; 0: numbers, or 8-bit codes with a scale for each row."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -113,10 +115,20 @@ def _embed(  # type: ignore[no-untyped-def]
     token = tl.load(tokens + row).to(tl.int64)
     if token < 0:
         token = tl.load(sampled - 1 - token)
-    value = tl.load(table + token * SIZE + at, mask=inside)
+    if GROUP:
+        # words [vocab/64, SIZE/128, 64, 16] of skinny.pack_int4: word j has the columns 16·i + j of 128
+        word = (token // 64 * tl.cdiv(SIZE, 128) + at // 128) * 1024 + token % 64 * 16 + at % 16
+        nibble = tl.load(codes + word, mask=inside) >> (at % 128 // 16 * 4)
+        value = ((nibble & 15) - 8).to(tl.float32)
+        value *= tl.load(scale + at // GROUP * vocab + token, mask=inside).to(tl.float32)
+    else:
+        value = tl.load(codes + token * SIZE + at, mask=inside)
+        if scale is not None:
+            value = value.to(tl.float32) * tl.load(scale + token)
     if TIMES != 1.0:
-        value = (value.to(tl.float32) * TIMES).to(value.dtype)
-    tl.store(out + row * SIZE + at, value, mask=inside)
+        # what is stored is a number of the computing type before it is multiplied
+        value = value.to(out.dtype.element_ty).to(tl.float32) * TIMES
+    tl.store(out + row * SIZE + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -410,13 +422,18 @@ def _store_heads(  # type: ignore[no-untyped-def]
     tl.store(to_v + at, kept, mask=is_v & there)
 
 
-def embed(tokens: Tensor, sampled: Tensor, table: Tensor, times: float) -> Tensor:
-    """Rows of table [vocab, hidden], times a number, for tokens [T]; token -1 - i is sampled[i]."""
-    count, size = tokens.shape[0], table.shape[1]
-    out = torch.empty(count, size, dtype=table.dtype, device=table.device)
+def embed(tokens: Tensor, sampled: Tensor, table: Table, times: float) -> Tensor:
+    """Rows of an embedding, times a number, for tokens [T]; token -1 - i is sampled[i]."""
+    count, size = tokens.shape[0], table.hidden
+    out = torch.empty(count, size, dtype=table.dtype, device=table.codes.device)
+    group = vocab = 0
+    if table.codes.dtype == torch.int32:
+        assert table.scale is not None
+        groups, vocab = table.scale.shape
+        group = size // groups
     _embed[(count,)](
-        tokens, sampled, table, out, SIZE=size, BLOCK=triton.next_power_of_2(size), TIMES=times,
-        num_warps=4, **early_start(),
+        tokens, sampled, table.codes, table.scale, out, vocab, SIZE=size,
+        BLOCK=triton.next_power_of_2(size), TIMES=times, GROUP=group, num_warps=4, **early_start(),
     )  # fmt: skip
     return out
 

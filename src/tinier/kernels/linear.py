@@ -44,7 +44,7 @@ if HAS_TRITON:
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
 Path = Literal[
-    "int8", "fp8", "fp8 native", "weight-only 8-bit", "weight-only int4", "int4 native", "int4 torch",
+    "int8", "fp8", "8-bit native", "weight-only 8-bit", "weight-only int4", "int4 native", "int4 torch",
     "expanded",
 ]  # fmt: skip
 
@@ -244,7 +244,7 @@ class Fp8Linear(Linear):
 
 
 class NativeLinear(Linear):
-    """INT4 or 8-bit floats, multiplied in native code (cpu_decode.cpp) as the native step does."""
+    """INT4 or 8 bits, multiplied in native code (cpu_decode.cpp) as the native step does."""
 
     def __init__(self, weight: NativeWeight, label: str) -> None:
         super().__init__(weight.bias)
@@ -351,9 +351,10 @@ def make_linear(
         return Int8Linear(quantized, bias, dtype)
     if path == "fp8":
         return Fp8Linear(quantized, bias, first.input_scale)
-    if path == "fp8 native":
-        floats = _native_floats(quantized, bias, scheme, first.input_scale)
-        return NativeLinear(floats, f"{scheme.label}: native")
+    if path == "8-bit native":
+        eight = _native_8_bit(quantized, bias, scheme, first.input_scale, int4_inputs)
+        how = _ROUNDED[eight.rounding] if eight.kind == native.INT8 else ""
+        return NativeLinear(eight, f"{scheme.label}: native{how}")
     if path == "weight-only 8-bit":
         rows = quantized.scale.float().reshape(-1)
         return WeightOnlyLinear(skinny.Weight(quantized.codes, rows, bias, sides), scheme.label)
@@ -394,13 +395,14 @@ def linear_path(
     rowwise = per_row and activations is not None and activations.group_size is None
     if grid.kind == "float" and rowwise and machine.has_fp8 and aligned and dtype == torch.bfloat16:
         return "fp8"
-    is_float = grid.kind != "int" and grid.bits == 8 and per_row and dtype == torch.bfloat16
+    is_8_bit = grid.bits == 8 and per_row and dtype == torch.bfloat16
     rounded_by_step = activations is None or (rowwise and grid.kind == "float")
-    if is_float and rounded_by_step and machine.kind == "cpu" and columns % 32 == 0:
-        return "expanded" if isinstance(load_library(), str) else "fp8 native"
+    if is_8_bit and rounded_by_step and machine.kind == "cpu" and columns % 32 == 0:
+        return "expanded" if isinstance(load_library(), str) else "8-bit native"
     triton = machine.runs_triton and dtype == torch.bfloat16
-    if grid.kind != "int" and grid.bits == 8 and per_row and activations is None:
-        return "weight-only 8-bit" if triton and machine.has_fp8 else "expanded"
+    if is_8_bit and activations is None:
+        readable = grid.kind == "int" or machine.has_fp8
+        return "weight-only 8-bit" if triton and readable else "expanded"
     packable = grid.kind == "int" and grid.bits == 4 and grid.group_size in _INT4_GROUPS
     if not packable or dtype != torch.bfloat16:
         return "expanded"
@@ -419,10 +421,14 @@ def linear_path(
     return "expanded"
 
 
-def _native_floats(
-    quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None
-) -> NativeWeight:
+def _native_8_bit(
+    quantized: Quantized, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None,
+    int4_inputs: Int4Inputs,
+) -> NativeWeight:  # fmt: skip
     codes, scale = quantized.codes.contiguous(), quantized.scale.float().reshape(-1).contiguous()
+    if codes.dtype == torch.int8:
+        rounding = native.BY_BLOCK if int4_inputs == "int8" else native.AS_THEY_ARE
+        return NativeWeight(codes, native.INT8, scale, bias=bias, rounding=rounding)
     kind = native.E4M3 if codes.dtype == torch.float8_e4m3fn else native.E5M2
     weight = NativeWeight(codes, kind, scale, bias=bias)
     if scheme.activations is None:

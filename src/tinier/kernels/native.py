@@ -40,12 +40,12 @@ class NativeWeight(NamedTuple):
     zero: Tensor | None = None
     """INT4 on an asymmetric grid: (zero point + 8) / 8, as the scale"""
     sums: Tensor | None = None
-    """INT8: of each row's codes, [out] int32"""
+    """INT8 whose inputs are rounded BY_TOKEN: of each row's codes, [out] int32"""
     bias: Tensor | None = None
     """[out] bf16"""
     rounding: int = AS_THEY_ARE
-    """Of a layer of E4M3 its inputs to E4M3: none, BY_TOKEN, or STATIC. Of INT4 to INT8: none, BY_TOKEN, or
-    BY_BLOCK, of 32 inputs. INT8 rounds by token, always"""
+    """Of a layer of E4M3 its inputs to E4M3: none, BY_TOKEN, or STATIC. Of INT8 and INT4 to INT8: none,
+    BY_TOKEN, or BY_BLOCK, of 32 inputs"""
     input_scale: float = 1.0
     """STATIC: theirs"""
 

@@ -6,13 +6,13 @@ be summed, [S, T, N] (skinny.py).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.kernels import reference
 from tinier.kernels.machine import HAS_TRITON, machine_of
 from tinier.kernels.peers import Peers
 from tinier.kernels.reference import Cache, HeadInputs, PagedBatch
+from tinier.kernels.table import Table
 from tinier.numerics import Quantized
 
 if HAS_TRITON:
@@ -30,11 +30,11 @@ def captures(device: torch.device, cache_dtype: torch.dtype) -> bool:
     return machine_of(device).caches(cache_dtype)
 
 
-def embed(tokens: Tensor, sampled: Tensor, table: Tensor, times: float = 1.0) -> Tensor:
-    """Rows of table [vocab, hidden], times a number, for tokens [T]; token -1 - i stands for sampled[i]."""
-    if uses_triton(table.device):
+def embed(tokens: Tensor, sampled: Tensor, table: Table, times: float = 1.0) -> Tensor:
+    """Rows of an embedding, times a number, for tokens [T]; token -1 - i stands for sampled[i]."""
+    if uses_triton(table.codes.device):
         return fused.embed(tokens, sampled, table, times)
-    rows = F.embedding(reference.known_tokens(tokens, sampled), table)
+    rows = table.rows(reference.known_tokens(tokens, sampled))
     return rows if times == 1 else rows * times
 
 

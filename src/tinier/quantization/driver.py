@@ -46,7 +46,15 @@ from tinier.device import (
     release_memory,
     reset_peak_memory,
 )
-from tinier.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_LINEAR, geometry_of, layer_name
+from tinier.families import (
+    EMBEDDING,
+    EMBEDDING_MODULE,
+    FINAL_NORM,
+    HEAD,
+    HEAD_LINEAR,
+    geometry_of,
+    layer_name,
+)
 from tinier.kernels import static_scale
 from tinier.numerics import Quantized, round_static, snr_db
 from tinier.progress import bar, say, warn
@@ -176,6 +184,7 @@ class _Job:
         self._presets = chosen_presets(self._geometry, plan)
         self._windows = windows
         self._sensitivity: dict[str, float] = {}
+        self._embedding: Quantized | None = None
         self._hidden: Tensor | None = None
         self._exact: Tensor | None = None
         self._written: Future[None] | None = None
@@ -200,17 +209,17 @@ class _Job:
             self._windows = self._write_text()
         length = 1 if self._windows is None else self._windows.shape[1]
         self._walk = DecoderWalk(self._source, length, self._device)
+        if EMBEDDING_MODULE in self._presets:
+            self._embedding = self._rounded(EMBEDDING_MODULE)
         if self._windows is None:
             return
         if plan.bits is not None:
             self._mix(plan.bits)
-        self._hidden = self._walk.embed(
-            self._sharing.share(self._windows, self._walk.batch_windows)
-        )
+        windows = self._sharing.share(self._windows, self._walk.batch_windows)
+        self._hidden = self._walk.embed(windows, self._embedding)
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
             # the windows on their way through the original model, whose outputs are learned from
-            self._exact = torch.empty_like(self._hidden, pin_memory=self._hidden.is_pinned())
-            self._exact.copy_(self._hidden)
+            self._exact = self._walk.embed(windows)
 
     def _write_text(self) -> Tensor:
         """Windows that the model writes, once."""
@@ -368,24 +377,39 @@ class _Job:
 
     def _edge_tensors(self) -> dict[str, Tensor]:
         """Embedding, final norm and head."""
+        tied, tensors = self._geometry.tied_head, {}
         with self._source.reader(self._device) as read:
-            tensors = {EMBEDDING: read(EMBEDDING), FINAL_NORM: read(FINAL_NORM)}
-            if not self._geometry.tied_head:
+            tensors[FINAL_NORM] = read(FINAL_NORM)
+            if self._embedding is None:
+                tensors[EMBEDDING] = read(EMBEDDING)
+            if HEAD_LINEAR not in self._presets and not tied:
                 tensors[HEAD] = read(HEAD)
+        if self._embedding is not None:
+            tensors |= self._packed(EMBEDDING_MODULE, self._embedding)
         head = self._presets.get(HEAD_LINEAR)
-        if head is not None:
-            weight = tensors.pop(HEAD) if HEAD in tensors else tensors[EMBEDDING]
-            grid, dtype = head.scheme.weights, self._source.dtype
+        if head is None:
+            return tensors
+        if not tied or self._embedding is None:
+            return tensors | self._packed(HEAD_LINEAR, self._rounded(HEAD_LINEAR))
+        if head.scheme.weights.bits == 8:
+            # transformers ties the codes and has scales for each module
+            tensors[f"{HEAD_LINEAR}.weight_scale"] = self._embedding.scale.clone()
+        return tensors
+
+    def _rounded(self, name: str) -> Quantized:
+        """The embedding or the head, each scale searched."""
+        tensor = HEAD if name == HEAD_LINEAR and not self._geometry.tied_head else EMBEDDING
+        grid, dtype = self._presets[name].scheme.weights, self._source.dtype
+        with self._source.reader(self._device) as read:
             parts = [
                 round_nearest(rows, searched_scales(rows, grid, dtype), grid)
-                for rows in weight.split(_HEAD_ROWS)
+                for rows in read(tensor).split(_HEAD_ROWS)
             ]
-            codes = Quantized(
-                torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
-            )
-            for part, tensor in pack_linear(codes, head.scheme).items():
-                tensors[f"{HEAD_LINEAR}.{part}"] = tensor
-        return tensors
+        return Quantized(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
+
+    def _packed(self, name: str, codes: Quantized) -> dict[str, Tensor]:
+        parts = pack_linear(codes, self._presets[name].scheme)
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
 def write_targets(folder: Path, index: int, targets: dict[str, Tensor], dtype: torch.dtype) -> None:

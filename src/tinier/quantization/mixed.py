@@ -15,6 +15,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.errors import SchemeError
 from tinier.families import (
     EMBEDDING,
+    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
     HEAD_LINEAR,
@@ -87,7 +88,7 @@ def pick_wide(
     """
     geometry = geometry_of(source)
     wide_scheme = preset_named(MIXED_HIGH).scheme
-    layers = [name for name in presets if name != HEAD_LINEAR]
+    layers = [name for name in presets if name not in (EMBEDDING_MODULE, HEAD_LINEAR)]
     shapes = {name: linear_shape(geometry, name) for name in layers}
     weights = sum(rows * columns for rows, columns in shapes.values())
     narrow = {n: 8 * stored_bytes(presets[n].scheme, shapes[n], source.dtype) for n in layers}

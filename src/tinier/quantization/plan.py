@@ -6,7 +6,7 @@ activations, calibration text. Out: a StagePlan, and the calibration windows tha
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from tinier.calibration.walk import BATCH_TOKENS
 from tinier.checkpoint import Checkpoint, StagePlan, code_digest, quantization_config, stored_shapes
 from tinier.errors import InputError, SchemeError
 from tinier.families import (
+    EMBEDDING_MODULE,
     HEAD_LINEAR,
     Geometry,
     check_length,
@@ -34,6 +35,7 @@ NULL = "null"
 MIXED = "mixed"
 # mixed precision picks between these two; both are multiplied by kernels that engines have
 MIXED_LOW, MIXED_HIGH = "int4-gptq", "fp8-gptq"
+_EMBEDDINGS = ("16bit", "fp8", "int8", "int4")
 _PROBE_WINDOWS, _PROBE_LENGTH = 8, 512
 
 
@@ -51,6 +53,9 @@ class QuantizePlan:
     """Patterns (shell style) of layers to leave in 16 bit."""
     head: Literal["fp8", "int8"] | None = None
     """Quantize the head too; a tied one is written beside the embedding, which stays as it is."""
+    embedding: Literal["16bit", "fp8", "int8", "int4"] = "16bit"
+    """Quantize the embedding: 8 bits with a scale a row, or INT4 in groups. A tied head is the same matrix;
+    its inputs stay in 16 bit."""
     kv: Literal["fp8", "int8"] | None = None
     """Round keys and values when they are cached, with calibrated scales."""
     bits: float | None = None
@@ -68,6 +73,8 @@ class QuantizePlan:
     def __post_init__(self) -> None:
         if self.head not in (None, "fp8", "int8") or self.kv not in (None, "fp8", "int8"):
             raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
+        if self.embedding not in _EMBEDDINGS:
+            raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
         for name in ("sequences", "length", "iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
@@ -159,6 +166,7 @@ def _warnings(
             "vLLM reads all 8-bit floats as E4M3 and would not compute these E5M2 weights; transformers "
             "and this engine do"
         )
+    warnings += _embedding_warnings(geometry_of(source), plan)
     split = _split_groups(geometry_of(source), presets)
     if split:
         warnings.append(
@@ -186,6 +194,22 @@ def _warnings(
     return warnings
 
 
+def _embedding_warnings(geometry: Geometry, plan: QuantizePlan) -> list[str]:
+    """Loaders that read no quantized embedding of this kind."""
+    if plan.embedding == "16bit":
+        return []
+    also = " that is the head too" if geometry.tied_head else ""
+    if plan.embedding == "int4":
+        others = "transformers loads" if not geometry.tied_head else "transformers and vLLM load"
+        return [
+            f"{others} no packed embedding{also}; this engine does. --embedding 16bit keeps it as it is"
+        ]
+    return [
+        f"vLLM loads no {plan.embedding} embedding{also}; transformers and this engine do. --embedding "
+        "16bit keeps it as it is"
+    ]
+
+
 def chosen_presets(
     geometry: Geometry, plan: QuantizePlan, high: frozenset[str] = frozenset()
 ) -> dict[str, Preset]:
@@ -208,9 +232,28 @@ def chosen_presets(
         if len(ignored) == len(names):
             raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
         presets = {n: wide if n in high else low for n in names if n not in ignored}
-    if plan.head:
-        presets[HEAD_LINEAR] = preset_named(plan.head)
-    return presets
+    return presets | _ends(geometry, plan)
+
+
+def _ends(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
+    """Those of the embedding and the head."""
+    if plan.embedding == "16bit":
+        return {HEAD_LINEAR: preset_named(plan.head)} if plan.head else {}
+    if plan.head and geometry.tied_head:
+        raise SchemeError(
+            f"the head is the embedding, which becomes {plan.embedding}, and not {plan.head} too. "
+            "Leave --head out."
+        )
+    group_size = plan.group_size if plan.embedding == "int4" else None
+    preset = preset_named(plan.embedding, group_size)
+    # rounding what a head reads costs several times what rounding an INT8 table does (docs/log.md)
+    preset = replace(preset, scheme=Scheme(weights=preset.scheme.weights))
+    ends = {EMBEDDING_MODULE: preset}
+    if geometry.tied_head:
+        ends[HEAD_LINEAR] = preset
+    elif plan.head:
+        ends[HEAD_LINEAR] = preset_named(plan.head)
+    return ends
 
 
 def layer_presets(presets: dict[str, Preset], prefix: str) -> LayerPresets:
@@ -234,7 +277,7 @@ def kv_grid(plan: QuantizePlan) -> Grid | None:
 
 def linear_shape(geometry: Geometry, name: str) -> tuple[int, int]:
     """[out, in] of a linear layer by its full name."""
-    if name == HEAD_LINEAR:
+    if name in (HEAD_LINEAR, EMBEDDING_MODULE):
         return geometry.vocab, geometry.hidden
     return geometry.linears[name.split(".", 3)[3]]
 
@@ -245,7 +288,7 @@ def output_config(source: Checkpoint, layout: Layout) -> dict[str, object]:
     if layout.schemes or layout.kv_cache:
         block = quantization_config(layout, module_names(geometry_of(source)))
         config["quantization_config"] = block
-    if HEAD_LINEAR in layout.schemes:
+    if HEAD_LINEAR in layout.schemes and EMBEDDING_MODULE not in layout.schemes:
         config["tie_word_embeddings"] = False
     return config
 
@@ -270,7 +313,8 @@ def _windows(
         return token_windows(tokenizer, documents, length=plan.length, count=plan.sequences)
     if plan.self_text:
         raise InputError(f"{plan.preset} needs no calibration text. Leave --calibration out.")
-    if any(p.algorithm.scales == "error" for n, p in presets.items() if n != HEAD_LINEAR):
+    inside = [p for n, p in presets.items() if n not in (EMBEDDING_MODULE, HEAD_LINEAR)]
+    if any(preset.algorithm.scales == "error" for preset in inside):
         # how large each channel is can be seen on any tokens; random ones need no text
         limits = [w for w in geometry.windows if w is not None]
         length = min([_PROBE_LENGTH, geometry.max_positions, *limits])
@@ -293,9 +337,14 @@ def _quantized_bytes(source: Checkpoint, schemes: dict[str, Scheme]) -> int:
     total = source.disk_bytes - source.weight_bytes + source.typed_bytes
     for name, scheme in schemes.items():
         rows, columns = linear_shape(geometry, name)
+        if name == HEAD_LINEAR and geometry.tied_head:
+            if EMBEDDING_MODULE not in schemes:  # it lies beside the embedding
+                total += stored_bytes(scheme, (rows, columns), source.dtype)
+            elif scheme.weights.bits == 8:
+                total += rows * source.dtype.itemsize
+            continue
         total += stored_bytes(scheme, (rows, columns), source.dtype)
-        if name != HEAD_LINEAR or not geometry.tied_head:
-            total -= rows * columns * source.dtype.itemsize
+        total -= rows * columns * source.dtype.itemsize
     return total
 
 

@@ -23,7 +23,7 @@ from tinier.engine.parallel import Share
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
-from tinier.families import HEAD_LINEAR, Geometry, check_length, geometry_of, open_model
+from tinier.families import Geometry, check_length, geometry_of, open_model
 from tinier.progress import warn
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
 from tinier.quantization import QuantizePlan, plan_quantize, quantize
@@ -163,7 +163,7 @@ def _later_schemes(recipe: Recipe, name: str, geometry: Geometry) -> tuple[Schem
         grid = variant.quantize or (variant.distill and variant.distill.quantize)
         if grid:
             presets = chosen_presets(geometry, quantize_plan(recipe, grid))
-            found |= {p.scheme: None for n, p in presets.items() if n != HEAD_LINEAR}
+            found |= {p.scheme: None for n, p in presets.items() if ".layers." in n}
         found |= dict.fromkeys(_later_schemes(recipe, other, geometry))
     return tuple(found)
 

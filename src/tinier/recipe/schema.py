@@ -27,6 +27,7 @@ class Quantize(_Strict):
     symmetric: bool | None = None
     ignore: tuple[str, ...] = ()
     head: Literal["fp8", "int8"] | None = None
+    embedding: Literal["16bit", "fp8", "int8", "int4"] = "16bit"
     kv: Literal["fp8", "int8"] | None = None
     bits: float | None = None
     self_text: bool = False
