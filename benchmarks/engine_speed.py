@@ -26,7 +26,7 @@ from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.engine.decoder import Decoder, Layer
 from tinier.engine.rope import Rope
 from tinier.families import Geometry, LayerKind
-from tinier.kernels import Linear, StoredLinear, make_linear
+from tinier.kernels import Linear, StoredLinear, make_linear, make_table
 from tinier.numerics import Quantized, cast_e4m3
 from tinier.schemes import PRESETS, Grid, Layout, Scheme
 
@@ -91,9 +91,10 @@ def random_decoder(name: str) -> Decoder:
         head = make_linear([StoredLinear(embedding, None)], torch.bfloat16)
     else:
         head = random_linear(g.vocab, g.hidden, head_scheme)
-    rope = Rope(SHAPE, torch.device("cuda"))
+    table = make_table(StoredLinear(embedding, None), torch.bfloat16)
+    ropes = {"": Rope(SHAPE, torch.device("cuda"))}
     layout = Layout(schemes={}, kv_cache=KV8) if cached else None
-    return Decoder(g, embedding, [layer() for _ in range(g.layers)], ones, head, rope, layout)
+    return Decoder(g, table, [layer() for _ in range(g.layers)], ones, head, ropes, layout)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -15,8 +15,9 @@ from tinier.numerics import E2M1_MAX, E4M3_MAX, int_range
 
 ScaleFormat = Literal["model", "e4m3", "e8m0"]
 Int4Inputs = Literal["int8", "16bit"]
-"""What the inputs of INT4 weights are multiplied as on a CPU. int8: rounded to 8 bits with a scale for each
-32 inputs, in integers, which is faster, and not quite what the checkpoint says"""
+"""What the inputs of INT4 weights, and of a head that is an INT8 embedding, are multiplied as on a CPU.
+int8: rounded to 8 bits with a scale for each 32 inputs, in integers, which is faster, and not quite what
+the checkpoint says"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,10 @@ def logits(
     """noise: the embeddings are off by up to this share, drawn at random."""
     decoder = load_decoder(checkpoint, device=torch.device(device))
     if noise:
-        table = decoder.embedding.codes
-        draw = torch.rand(table.shape, generator=torch.Generator().manual_seed(3))
-        table.copy_(table.float() * (1 + noise * (2 * draw.to(device) - 1)))
+        size = decoder.geometry.vocab, decoder.geometry.hidden
+        draw = torch.rand(size, generator=torch.Generator().manual_seed(3)).to(device)
+        plain, factor = decoder.embed, 1 + noise * (2 * draw - 1)
+        decoder.embed = lambda at: (plain(at).float() * factor[at]).to(decoder.dtype)  # type: ignore
     hidden = decoder.hidden_states(windows).flatten(0, 1)
     return decoder.logits_float32(hidden).cpu()
 
@@ -32,13 +33,22 @@ def logits(
 @pytest.mark.parametrize(
     ("family", "preset"),
     [(family, None) for family in FAMILIES]
-    + [(family, preset) for family in MIXTURES for preset in ("fp8", "fp8-static", "int8", "int4")],
+    + [(family, preset) for family in MIXTURES for preset in ("fp8", "fp8-static", "int8", "int4")]
+    + [
+        (family, f"int4, {kind} embedding")
+        for family in ("llama", "gemma3", "mistral")
+        for kind in ("fp8", "int8", "int4")
+    ],
 )
 def test_a_family_on_a_gpu_computes_what_it_does_on_a_cpu(
     tiny, tmp_path: Path, family: str, preset: str | None  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
     source = tiny(family, dtype=torch.bfloat16, **WIDE)
-    made = source if preset is None else quantize_tiny(source, preset, tmp_path / "q")
+    made = source
+    if preset is not None:
+        preset, _, ends = preset.partition(", ")
+        plan = {"embedding": ends.split()[0]} if ends else {}
+        made = quantize_tiny(source, preset, tmp_path / "q", **plan)
     windows = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(1))
     ours, theirs = logits(made, "cuda", windows), logits(made, "cpu", windows)
     apart = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)

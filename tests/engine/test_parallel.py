@@ -43,6 +43,10 @@ def test_two_processes_answer_as_one(tiny: Tiny, tmp_path: Path) -> None:
     models += [
         quantize_tiny(models[0], preset, tmp_path / preset) for preset in ("int4", "fp8-static")
     ]
+    models += [
+        quantize_tiny(models[0], "int4", tmp_path / f"{kind}-table", embedding=kind)
+        for kind in ("int8", "int4")
+    ]
     fused = tiny("phi3", name="fused")  # each process takes rows of q, of k and of v
     models += [
         quantize_tiny(fused, preset, tmp_path / f"fused-{preset}")

@@ -39,8 +39,8 @@ Int4Inputs = Annotated[
     Literal["int8", "16bit"],
     typer.Option(
         "--int4-inputs",
-        help="INT4 on a CPU: int8 rounds the inputs to 8 bits in blocks of 32, which is faster; "
-        "16bit leaves them.",
+        help="INT4 layers and INT8 embeddings' heads on a CPU: int8 rounds the inputs to 8 bits in "
+        "blocks of 32, which is faster; 16bit leaves them.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]

@@ -30,8 +30,8 @@ class EngineConfig:
     """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
     and ends its own if one of them ends."""
     int4_inputs: Int4Inputs = "int8"
-    """Of INT4 weights on a CPU: `int8` rounds the inputs to 8 bits with a scale for each 32 of them and
-    multiplies in integers, which is faster; `16bit` leaves them."""
+    """Of INT4 weights on a CPU, and of a head that is an INT8 embedding: `int8` rounds the inputs to 8 bits
+    with a scale for each 32 of them and multiplies in integers, which is faster; `16bit` leaves them."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one."""
 
