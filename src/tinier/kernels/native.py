@@ -1,9 +1,10 @@
 """Compiles cpu_decode.cpp on the machine that runs it, for that machine, and keeps the result in
-tinier's cache folder; and the weights that it reads (`NativeWeight`).
+tinier's cache folder (or takes what the wheel holds); and the weights that it reads (`NativeWeight`).
 """
 
 import ctypes
 import hashlib
+import logging
 import os
 import subprocess
 from ctypes import Structure, byref, c_float, c_int32, c_void_p
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from tinier.checkpoint import cache_folder, new_file
+from tinier.kernels.compiling import FLAGS, LEVELS, SOURCE, shipped_path
 from tinier.numerics import Quantized
 
-_SOURCE = Path(__file__).with_name("cpu_decode.cpp")
-_FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi",
-)  # fmt: skip
+log = logging.getLogger(__name__)
+_FLAGS = (*FLAGS, "-march=native", "-shared")
 
 
 BF16, INT8, INT4, E4M3, E5M2 = range(5)
@@ -121,20 +121,42 @@ def pack_int4(quantized: Quantized, bias: Tensor | None, rounding: int) -> Nativ
 
 @cache
 def load_library() -> ctypes.CDLL | str:
-    """The compiled step, or why there is none."""
+    """The compiled step, or why there is none: for this very processor where there is a compiler, otherwise
+    the one that the wheel holds for its level."""
     try:
-        path = build(os.environ.get("CXX", "c++"))
-        library = ctypes.CDLL(str(path))
-    except FileNotFoundError as error:
-        return f"there is no C++ compiler {error.filename!r}. Install g++, or name one in CXX."
+        library = ctypes.CDLL(str(build(os.environ.get("CXX", "c++"))))
     except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return f"cpu_decode.cpp does not compile here: {detail.strip().splitlines()[0]}"
+        shipped = _shipped()
+        if shipped is None:
+            return _reason(error)
+        log.info("%s The library for %s is used, which is slower.", _reason(error), shipped._name)
+        library = shipped
     library.decode_step.argtypes = (c_void_p, c_void_p)
     library.decode_step.restype = None
     library.multiply_rows.argtypes = (c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_int32)
     library.multiply_rows.restype = None
     return library
+
+
+def _shipped() -> ctypes.CDLL | None:
+    path = shipped_path(LEVELS[torch.backends.cpu.get_cpu_capability()])
+    if not path.exists():
+        return None
+    # torch's OpenMP, whose threads it then shares
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    try:
+        ctypes.CDLL(str(openmp[0]) if openmp else "libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("%s of the wheel does not load: %s", path.name, error)
+        return None
+
+
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no C++ compiler {error.filename!r}. Install g++, or name one in CXX."
+    detail = getattr(error, "stderr", None) or str(error)
+    return f"cpu_decode.cpp does not compile here: {detail.strip().splitlines()[0]}"
 
 
 def build(compiler: str, folder: Path | None = None) -> Path:
@@ -146,12 +168,12 @@ def build(compiler: str, folder: Path | None = None) -> Path:
     folder = folder or cache_folder() / "kernels"
     # says the compiler's version and what `native` is here
     machine = _output(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
-    parts = (_SOURCE.read_text(encoding="utf-8"), *_FLAGS, machine)
+    parts = (SOURCE.read_text(encoding="utf-8"), *_FLAGS, machine)
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = folder / f"cpu_decode-{name}.so"
     if not path.exists():
         with new_file(path) as partial:
-            _output(compiler, *_FLAGS, str(_SOURCE), "-o", str(partial))
+            _output(compiler, *_FLAGS, str(SOURCE), "-o", str(partial))
     return path
 
 
