@@ -14,6 +14,8 @@ from tinier.errors import SchemeError
 from tinier.numerics import E2M1_MAX, E4M3_MAX, int_range
 
 ScaleFormat = Literal["model", "e4m3", "e8m0"]
+Storage = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "modelopt"]
+"""Whose tensors a quantized checkpoint has (checkpoint/formats.py)"""
 Int4Inputs = Literal["int8", "16bit"]
 """What the inputs of INT4 weights, and of a head that is an INT8 embedding, are multiplied as on a CPU.
 int8: rounded to 8 bits with a scale for each 32 inputs, in integers, which is faster, and not quite what
@@ -148,6 +150,7 @@ class Layout:
     kv_cache: Grid | None = None
     """How keys and values are rounded when they are cached: 8 bits, one static scale for the keys
     and one for the values of each layer."""
+    storage: Storage = "compressed-tensors"
 
     @property
     def label(self) -> str:

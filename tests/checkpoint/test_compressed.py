@@ -117,8 +117,8 @@ def test_what_the_engine_cannot_run_is_refused(change: dict[str, object], messag
 
 
 def test_another_method_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="quantized with 'gptq'"):
-        layout_of({"quantization_config": {"quant_method": "gptq"}}, NAMES)
+    with pytest.raises(CheckpointError, match="quantized with 'bitsandbytes'"):
+        layout_of({"quantization_config": {"quant_method": "bitsandbytes"}}, NAMES)
 
 
 @pytest.mark.parametrize(

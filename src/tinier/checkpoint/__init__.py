@@ -3,16 +3,9 @@ writes one.
 
 Start at `open_checkpoint` (folder.py). `resolve` (sources.py) turns what the user typed into a
 folder, `atomic_folder` and `TensorWriter` (writer.py) write one, `Manifest` (manifest.py) says how
-it was made, `compressed.py` is the compressed-tensors layout of quantized weights.
+it was made, `formats.py` knows the layouts of quantized weights, `compressed.py` the one that stages write.
 """
 
-from tinier.checkpoint.compressed import (
-    layout_of,
-    pack_linear,
-    quantization_config,
-    stored_shapes,
-    unpack_linear,
-)
 from tinier.checkpoint.folder import (
     Checkpoint,
     TensorInfo,
@@ -21,6 +14,13 @@ from tinier.checkpoint.folder import (
     finished_checkpoint,
     open_checkpoint,
     read_json,
+)
+from tinier.checkpoint.formats import (
+    layout_of,
+    pack_linear,
+    quantization_config,
+    stored_shapes,
+    unpack_linear,
 )
 from tinier.checkpoint.manifest import MANIFEST_NAME, Manifest, code_digest
 from tinier.checkpoint.sources import BUILTIN_MODELS, cache_folder, resolve

@@ -1,8 +1,8 @@
 """The compressed-tensors layout of quantized weights, which transformers, vLLM and SGLang load.
 
-`quantization_config` writes the block of config.json, `layout_of` reads it back, `pack_linear` lays
-out the tensors of one linear layer and `unpack_linear` reads them. Schema and packing of integers are
-the package's own; it is imported where it is used, because that takes seconds.
+`quantization_config` writes the block of config.json, `compressed_layout` reads it back, `compressed_pack`
+lays out the tensors of one linear layer and `compressed_unpack` reads them. Schema and packing of integers
+are the package's own; it is imported where it is used, because that takes seconds.
 """
 
 import re
@@ -73,29 +73,16 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     return dumped
 
 
-def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
-    """How a checkpoint stores each of `names`, its linear layers, and its embedding; None if it is not
-    quantized.
+def compressed_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
+    """How a checkpoint with this `quantization_config` stores each of `names`, its linear layers, and its
+    embedding.
 
-    Raises CheckpointError for another quantization method, or a format that tinier cannot run.
+    Raises CheckpointError for a format that tinier cannot run.
     """
-    block = config.get("quantization_config")
-    if block is None:
-        return None
-    if not isinstance(block, dict):
-        raise CheckpointError(
-            f"quantization_config in config.json is {block!r:.40}, not an object."
-        )
     if block.get("transform_config"):
         raise CheckpointError(
             "the model's inputs are rotated before they are multiplied (transform_config), which this "
             "tinier does not do. Give the 16-bit model."
-        )
-    method = block.get("quant_method")
-    if method != "compressed-tensors":
-        raise CheckpointError(
-            f"the model is quantized with {method!r}; tinier reads compressed-tensors. "
-            "Give the original 16-bit model."
         )
     schemes: dict[str, Scheme] = {}
     ignored = _Targets(dict.fromkeys(block.get("ignore") or [], True))
@@ -118,7 +105,7 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
     return Layout(schemes=schemes, kv_cache=_to_kv_grid(kv) if kv else None)
 
 
-def pack_linear(
+def compressed_pack(
     quantized: Quantized, scheme: Scheme, input_scale: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Tensors of one linear layer by the name they have on disk, without the layer's prefix.
@@ -137,14 +124,14 @@ def pack_linear(
     elif grid.bits == 8:
         packed["weight"] = codes
     else:
-        packed["weight_packed"] = _pack(codes, grid.bits)
+        packed["weight_packed"] = pack_integers(codes, grid.bits)
         packed["weight_shape"] = torch.tensor(codes.shape)
     if grid.scale_format == "e8m0":
         exponent = torch.frexp(scale.float()).exponent - 1  # a power of two is 0.5 · 2^(e + 1)
         scale = (exponent + _E8M0_BIAS).to(torch.uint8)
     packed["weight_scale"] = scale.reshape(1) if grid.granularity == "tensor" else scale
     if zero_point is not None:
-        packed["weight_zero_point"] = _pack(zero_point, grid.bits, packed_dim=0)
+        packed["weight_zero_point"] = pack_integers(zero_point, grid.bits, packed_dim=0)
     if global_scale is not None:
         packed["weight_global_scale"] = global_scale
     if scheme.input_scale_name and input_scale is not None:
@@ -152,7 +139,7 @@ def pack_linear(
     return packed
 
 
-def unpack_linear(
+def compressed_unpack(
     read: Callable[[str], Tensor | None], name: str, scheme: Scheme
 ) -> tuple[Quantized, Tensor | None]:
     """The codes and the input scale of the linear layer `name`. read: gives a stored tensor by its full
@@ -177,10 +164,10 @@ def unpack_linear(
     else:
         assert packed is not None
         columns = scale.shape[1] * (grid.group_size or 1)
-        codes = _unpack(packed, grid.bits, torch.Size((packed.shape[0], columns)))
+        codes = unpack_integers(packed, grid.bits, torch.Size((packed.shape[0], columns)))
         zeros = part("weight_zero_point")
         if zeros is not None:
-            zero_point = _unpack(zeros, grid.bits, scale.shape, packed_dim=0)
+            zero_point = unpack_integers(zeros, grid.bits, scale.shape, packed_dim=0)
     if grid.scale_format == "e8m0":
         ones = torch.ones(scale.shape, device=scale.device)
         scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
@@ -188,8 +175,8 @@ def unpack_linear(
     return Quantized(codes, scale, zero_point, part("weight_global_scale")), input_scale
 
 
-def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that `pack_linear` gives for a linear layer of `shape` [out, in]."""
+def compressed_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that `compressed_pack` gives for a linear layer of `shape` [out, in]."""
     rows, columns = shape
     grid = scheme.weights
     blocks = grid.blocks(shape)
@@ -211,14 +198,17 @@ def stored_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int
     return shapes
 
 
-def _pack(codes: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
+def pack_integers(codes: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
+    """Codes [n, m] of -2^(bits-1) and up as int32 words [n, m·bits/32], less their smallest, the first in
+    the lowest bits; packed_dim 0: along the rows."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     packed: Tensor = pack_to_int32(codes, bits, packed_dim=packed_dim)
     return packed
 
 
-def _unpack(packed: Tensor, bits: int, shape: torch.Size, packed_dim: int = 1) -> Tensor:
+def unpack_integers(packed: Tensor, bits: int, shape: torch.Size, packed_dim: int = 1) -> Tensor:
+    """The inverse of `pack_integers`, int8 of `shape`."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     codes: Tensor = unpack_from_int32(packed, bits, shape, packed_dim=packed_dim)

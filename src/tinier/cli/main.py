@@ -12,6 +12,7 @@ from tinier.cli.bench import bench
 from tinier.cli.compare import compare
 from tinier.cli.distill import distill
 from tinier.cli.eval import eval_
+from tinier.cli.export import export
 from tinier.cli.generate import generate
 from tinier.cli.prune import prune
 from tinier.cli.quantize import quantize
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "prune": prune,
     "distill": distill,
+    "export": export,
     "eval": eval_,
     "compare": compare,
     "generate": generate,

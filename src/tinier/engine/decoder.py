@@ -7,8 +7,8 @@ the evaluation of whole windows (`causal_windows`).
 T: tokens of all sequences, packed one after the other.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Decoder:
         self,
         geometry: Geometry,
         embedding: Table,
-        layers: list[Layer],
+        layers: Sequence[Layer],
         final_norm: Tensor,
         head: Linear,
         ropes: dict[str, Rope],
@@ -315,29 +315,58 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
 
 def load_decoder(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None,
-    share: Share = ALONE, int4_inputs: Int4Inputs = "16bit",
+    share: Share = ALONE, int4_inputs: Int4Inputs = "16bit", on_demand: bool = False,
 ) -> Decoder:  # fmt: skip
     """Read a verified checkpoint onto `device`, or this process's share of it.
 
-    dtype: what to compute in; None: the checkpoint's. int4_inputs: EngineConfig's. Raises CheckpointError
-    for a quantization that the engine cannot run, InputError where the model cannot be shared so.
+    dtype: what to compute in; None: the checkpoint's. int4_inputs: EngineConfig's. on_demand: each layer is
+    read when its turn comes, two are in memory. Raises CheckpointError for a quantization that the engine
+    cannot run, InputError where the model cannot be shared so.
     """
     whole = geometry_of(checkpoint)
     geometry = share.geometry(whole)
     layout = checkpoint_layout(checkpoint)
     dtype = dtype or checkpoint.dtype
+    needed = checkpoint.typed_bytes // share.size
     check_memory(
-        checkpoint.typed_bytes // share.size, device, f"loading {checkpoint.folder.name}",
+        needed // geometry.layers if on_demand else needed, device, f"loading {checkpoint.folder.name}",
         "Use a smaller variant, or another --device.",
     )  # fmt: skip
     with checkpoint.reader(device) as read:
         weights = _Weights(checkpoint, read, layout, dtype, share, whole, int4_inputs)
-        layers = [weights.layer(layer_name(i)) for i in range(geometry.layers)]
+        layers: Sequence[Layer]
+        if on_demand:
+            layers = _LayersOnDemand(weights, geometry.layers, device)
+        else:
+            layers = [weights.layer(layer_name(i)) for i in range(geometry.layers)]
         final_norm = norm_weight(read(FINAL_NORM).to(dtype), geometry)
         embedding, head = weights.ends(_shares_head(geometry, share))
     config = resolved_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
+
+
+class _LayersOnDemand(Sequence[Layer]):
+    """Layers that are read when they are asked for; the last two stay."""
+
+    def __init__(self, weights: "_Weights", count: int, device: torch.device) -> None:
+        self._weights, self._count, self._device = weights, count, device
+        self._kept: dict[int, Layer] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Layer:  # type: ignore[override]
+        index = range(self._count)[index]
+        if index not in self._kept:
+            if len(self._kept) == 2:
+                del self._kept[min(self._kept)]
+            weights = self._weights
+            with weights.checkpoint.reader(
+                self._device
+            ) as read:  # an open file keeps what was read
+                self._kept[index] = replace(weights, read=read).layer(layer_name(index))
+        return self._kept[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,7 +424,8 @@ class _Weights:
         scheme = self.layout.schemes.get(name) if self.layout else None
         if scheme is None:
             return StoredLinear(self.read(f"{name}.weight"), bias)
-        weight, input_scale = unpack_linear(find, name, scheme)
+        assert self.layout is not None
+        weight, input_scale = unpack_linear(find, name, scheme, self.layout.storage)
         return StoredLinear(weight, bias, scheme, input_scale)
 
     def _linear(self, parts: list[StoredLinear]) -> Linear:
@@ -442,7 +472,8 @@ class _Weights:
     def _kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
         if self.layout is None or self.layout.kv_cache is None:
             return None
-        return self.read(f"{attention}.k_scale"), self.read(f"{attention}.v_scale")
+        keys, values = (self.read(f"{attention}.{name}_scale").reshape(1) for name in "kv")
+        return keys, values
 
 
 def _shares_head(geometry: Geometry, share: Share) -> bool:

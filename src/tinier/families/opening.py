@@ -1,12 +1,21 @@
 """A model as every stage and the engine see it: resolved, verified, in the usual names; `open_model`."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinier.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve, stored_shapes
+from tinier.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+    resolve,
+    stored_shapes,
+)
 from tinier.errors import CheckpointError
 from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, resolved_config
 from tinier.families.geometry import (
@@ -24,6 +33,7 @@ from tinier.schemes import Scheme
 # buffers that older files carry and every loader computes for itself
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 _HEAD_SCALE = f"{HEAD_LINEAR}.weight_scale"
+_KV_SCALE = re.compile(r"\.self_attn\.[kv]_proj\.([kv])_scale$")
 # what a weight of 16 bits or more may be stored in
 _WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
 # models that see pictures too, and what their language model alone is; of config.json's outer part it needs
@@ -55,6 +65,13 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
     config = dict(checkpoint.config)
     if config.get("quantization_config", ...) is None:
         del config["quantization_config"]
+    told = checkpoint.folder / "hf_quant_config.json"
+    if (
+        "quantization_config" not in config and told.exists()
+    ):  # ModelOpt before it wrote into config.json
+        config["quantization_config"] = {"quant_method": "modelopt"} | read_json(told)[
+            "quantization"
+        ]
     if "compression_config" in config:
         raise CheckpointError(
             f"{checkpoint.folder} is quantized in an old layout of compressed-tensors "
@@ -82,6 +99,8 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
         config = _tied_by_default(checkpoint, config)
     checkpoint = replace(checkpoint, config=config, tensors=tensors)
     geometry = geometry_of(checkpoint)
+    if "quantization_config" in config:
+        checkpoint = _without_empty_biases(checkpoint, geometry)
     if geometry.tied_head:
         checkpoint, note = _check_tie(checkpoint)
         notes += [note] if note else []
@@ -143,7 +162,22 @@ def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         }
     if HEAD in tensors and not any(name.startswith(f"{EMBEDDING_MODULE}.") for name in tensors):
         tensors = {EMBEDDING if name == HEAD else name: info for name, info in tensors.items()}
+    # ModelOpt has the KV cache's scales inside the layers that write it
+    tensors = {_KV_SCALE.sub(r".self_attn.\1_scale", name): info for name, info in tensors.items()}
     return {name: info for name, info in tensors.items() if not name.endswith(_BUFFERS)}
+
+
+def _without_empty_biases(checkpoint: Checkpoint, geometry: Geometry) -> Checkpoint:
+    """Without the biases of zeros that AutoGPTQ gives layers that have none."""
+    linears = {
+        f"{layer_name(i)}.{name}" for i in range(geometry.layers) for name in geometry.linears
+    }
+    own = {f"{layer_name(i)}.{name}" for i in range(geometry.layers) for name in geometry.biases}
+    biases = {f"{name}.bias" for name in linears} & checkpoint.tensors.keys() - own
+    with checkpoint.reader() as read:
+        empty = {name for name in biases if not read(name).any()}
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in empty}
+    return replace(checkpoint, tensors=tensors)
 
 
 def _check_tie(checkpoint: Checkpoint) -> tuple[Checkpoint, str | None]:
@@ -192,14 +226,15 @@ def _check_tensors(checkpoint: Checkpoint, geometry: Geometry) -> None:
     layout = checkpoint_layout(checkpoint)
     schemes = layout.schemes if layout else {}
     # the shape of packed integers follows from the configuration, a tied head's scales are the embedding's
-    known = {f"{name}.weight_shape" for name in schemes}
+    known = {f"{name}.{part}" for name in schemes for part in ("weight_shape", "g_idx")}
     if geometry.tied_head and HEAD_LINEAR in schemes:
         known.add(_HEAD_SCALE)
     _check_leftovers(checkpoint, {*expected, *known})
     checkpoint.require(expected)
     for name, shape in expected.items():
         info = checkpoint.tensors[name]
-        if info.shape != shape:
+        is_number = math.prod(info.shape) == math.prod(shape) == 1  # [] or [1]
+        if info.shape != shape and not is_number:
             raise CheckpointError(
                 f"{name} in {checkpoint.folder} has shape {list(info.shape)}; config.json implies "
                 f"{list(shape)}. The weights and the configuration are not of one model."
@@ -257,7 +292,9 @@ def _expected_shapes(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, tu
         if name not in schemes:
             shapes[f"{name}.weight"] = shape
             continue
-        stored = stored_shapes(schemes[name], shape)
+        stored = stored_shapes(
+            schemes[name], shape, layout.storage if layout else "compressed-tensors"
+        )
         shapes.update({f"{name}.{part}": size for part, size in stored.items()})
     if geometry.router is not None:
         router = (geometry.experts, geometry.hidden)

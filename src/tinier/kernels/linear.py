@@ -347,6 +347,10 @@ def make_linear(
     columns = sides[1]
     size = scheme.weights.group_size or columns
     path = linear_path(scheme, sides, dtype, machine_of(quantized.codes.device))
+    if "int4" in path and not torch.equal(
+        quantized.scale.to(dtype).float(), quantized.scale.float()
+    ):
+        path = "expanded"  # scales of another tool that `dtype` has no numbers for
     if path == "int8":
         return Int8Linear(quantized, bias, dtype)
     if path == "fp8":

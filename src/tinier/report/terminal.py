@@ -69,6 +69,12 @@ def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]
     if "heldout_kl_before" in manifest.measures:
         before, after = (manifest.measures[f"heldout_kl_{when}"] for when in ("before", "after"))
         lines.append(f"held-out KL against the teacher: {before:.4f} before, {after:.4f} after")
+    if "kl" in manifest.measures:
+        measures = manifest.measures
+        lines.append(
+            f"read back: KL {measures['kl']:.1e} nats per token from {source.folder.name}, top-1 agreement "
+            f"{100 * measures['top_1']:.2f} % over {measures['tokens']} tokens"
+        )
     return "\n".join(lines + [f"warning: {w}" for w in manifest.warnings]), data
 
 

@@ -1,0 +1,57 @@
+"""`tinier export`"""
+
+from typing import Annotated
+
+import typer
+
+from tinier.cli import options, output
+
+
+def export(
+    model: options.Model,
+    to: Annotated[str, typer.Option("--to", help="What will read it; see below.")],
+    out: options.Out,
+    revision: options.Revision = None,
+    device: options.Device = "cpu",
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "warning",
+    debug: options.Debug = False,
+) -> None:
+    """Write a checkpoint as another engine reads it, and check that it is the same model.
+
+    Codes and scales are carried over, nothing is rounded again. What the target cannot read is refused
+    before any work, with the preset that would work. What was written is read back and its logits are
+    compared; an export that is another model leaves nothing behind.
+
+    \b
+    Targets:
+      transformers, vllm, sglang   compressed-tensors, held to the loader's rules
+      tensorrt-llm                 ModelOpt's checkpoint and hf_quant_config.json
+      gptq, gptq-v2                GPTQ: vLLM, SGLang, transformers, OpenVINO, ONNX Runtime, MLX
+      awq                          AutoAWQ GEMM
+      fp8-hf                       transformers' fine-grained FP8
+
+    \b
+    Examples:
+      tinier export smollm2-int4 --to gptq --out smollm2-gptq
+      tinier export llama-fp8 --to tensorrt-llm --out llama-trt
+    """
+    from pathlib import Path
+
+    from tinier.checkpoint import check_output
+    from tinier.export import export as write
+    from tinier.export import plan_export
+    from tinier.families import open_model
+    from tinier.report.terminal import made_text, stage_text
+
+    output.start(quiet=quiet, log_level=log_level)
+    folder = Path(out)
+    check_output(folder)
+    source = open_model(model, revision)
+    if dry_run:
+        text, data = stage_text(plan_export(source, to), folder, device)
+    else:
+        text, data = made_text(write(source, to, folder, device=device), source)
+    output.result(text, data, as_json=json)

@@ -1,0 +1,55 @@
+"""Whether an export is the model that it was made from: read back, and its logits compared.
+
+One layer of one model is in memory at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinier.checkpoint import Checkpoint
+from tinier.engine.decoder import load_decoder
+from tinier.families import geometry_of
+from tinier.text import load_calibration, token_windows
+from tinier.tokenizer import load_tokenizer
+
+_WINDOWS, _LENGTH = 2, 128
+MOST_DIVERGENCE = 1e-6
+"""Nats: both are computed in float32 by one engine, so what is stored in other words has equal logits"""
+
+
+class Likeness(NamedTuple):
+    kl: float
+    """Of the export from its source, nats per token"""
+    top_1: float
+    """Share of tokens whose likeliest next one is the same"""
+    tokens: int
+
+    @property
+    def is_same(self) -> bool:
+        return self.kl <= MOST_DIVERGENCE
+
+
+def likeness(source: Checkpoint, made: Checkpoint, device: torch.device) -> Likeness:
+    """Compare the logits of two checkpoints of one model on a little text."""
+    windows = _windows(source)
+    one, other = (_log_probabilities(model, windows, device) for model in (source, made))
+    kl = (one.exp() * (one - other)).sum(dim=-1).mean().item()
+    same = (one.argmax(dim=-1) == other.argmax(dim=-1)).float().mean().item()
+    return Likeness(max(0.0, kl), same, windows.numel())
+
+
+def _windows(source: Checkpoint) -> Tensor:
+    """[n, length] of the built-in text; of positions that the model has."""
+    geometry = geometry_of(source)
+    limits = [window for window in geometry.windows if window is not None]
+    length = min([_LENGTH, geometry.max_positions, *limits])
+    documents = load_calibration("builtin")[:1]
+    return token_windows(load_tokenizer(source), documents, length=length, count=_WINDOWS)
+
+
+def _log_probabilities(model: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
+    decoder = load_decoder(model, device=device, dtype=torch.float32, on_demand=True)
+    hidden = decoder.hidden_states(windows).flatten(0, 1)
+    return decoder.logits_float32(hidden).log_softmax(dim=-1).cpu()

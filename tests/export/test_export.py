@@ -1,0 +1,212 @@
+"""Exports hold the numbers of their source in other tensors, or are refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import quantize_tiny
+from torch import Tensor
+
+from tinier.checkpoint import Checkpoint, read_json, unpack_linear
+from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.errors import CheckpointError, InputError, MeasuredFailure, SchemeError
+from tinier.export import TARGETS, export, plan_export
+from tinier.families import checkpoint_layout, open_model
+from tinier.numerics import dequantize
+
+Tiny = Callable[..., Checkpoint]
+EXACT = [
+    ("gptq", "int4-gptq"), ("gptq", "int2"), ("gptq-v2", "int4"), ("awq", "int4"), ("awq", "int4-awq"),
+    ("fp8-hf", "fp8-block"), ("tensorrt-llm", "fp8"), ("tensorrt-llm", "fp8-static"),
+    ("tensorrt-llm", "fp8-block"), ("tensorrt-llm", "nvfp4"), ("tensorrt-llm", "int4-awq"),
+    ("vllm", "int8"), ("transformers", "int4"), ("sglang", "fp8"),
+]  # fmt: skip
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 4}
+
+
+def weights(model: Checkpoint) -> dict[str, Tensor]:
+    """Every linear layer's weight in float32, whatever it is stored as."""
+    layout = checkpoint_layout(model)
+    assert layout is not None
+    with model.reader() as read:
+        found = {
+            name: unpack_linear(model.optional(read), name, scheme, layout.storage)[0]
+            for name, scheme in layout.schemes.items()
+        }
+    return {name: dequantize(codes, torch.float32) for name, codes in found.items()}
+
+
+def quantized(tiny: Tiny, preset: str, out: Path, **plan: Any) -> Checkpoint:
+    sizes = WIDE | {"num_key_value_heads": 2} if "block" in preset else {}
+    plan = ({"group_size": 128} if "block" in preset else {}) | plan
+    return open_model(
+        quantize_tiny(tiny(dtype=torch.bfloat16, **sizes), preset, out, **plan).folder
+    )
+
+
+@pytest.mark.parametrize(("to", "preset"), EXACT)
+def test_what_is_exported_is_the_same_model(
+    tiny: Tiny, tmp_path: Path, to: str, preset: str
+) -> None:
+    source = quantized(tiny, preset, tmp_path / "source")
+    made = export(source, to, tmp_path / "made")
+    assert made.manifest is not None
+    assert made.manifest.measures["kl"] <= 1e-6
+    ours, theirs = weights(source), weights(made)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    prompts, params = [[1, 2, 3], [7]], SamplingParams(max_tokens=4)
+    engine = Engine(made, EngineConfig(device="cpu", max_seq_len=32))
+    assert len(engine.generate(prompts, params)) == 2
+
+
+def test_zero_points_go_to_awq(tiny: Tiny, tmp_path: Path) -> None:
+    source = quantized(tiny, "int4", tmp_path / "source", symmetric=False)
+    made = export(source, "awq", tmp_path / "made")
+    theirs = weights(made)
+    for name, weight in weights(source).items():
+        assert torch.equal(weight, theirs[name]), name
+    with pytest.raises(SchemeError, match="without zero points"):
+        plan_export(source, "gptq")
+
+
+def test_a_cache_in_fp8_goes_to_tensorrt(tiny: Tiny, tmp_path: Path) -> None:
+    source = quantized(tiny, "fp8", tmp_path / "source", kv="fp8")
+    made = export(source, "tensorrt-llm", tmp_path / "made")
+    assert "model.layers.0.self_attn.k_proj.k_scale" in load_file(
+        min(made.folder.glob("*.safetensors"))
+    )
+    told = read_json(made.folder / "hf_quant_config.json")["quantization"]
+    assert told["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+    assert told["kv_cache_quant_algo"] == "FP8"
+    assert told["exclude_modules"] == ["lm_head"]
+    assert "dtype: fp8" in (made.folder / "options.yaml").read_text()
+    # ModelOpt before 0.44 wrote no quantization_config into config.json
+    config = json.loads((made.folder / "config.json").read_text())
+    del config["quantization_config"]
+    (made.folder / "config.json").write_text(json.dumps(config))
+    layout = checkpoint_layout(open_model(made.folder))
+    assert layout is not None
+    assert layout == checkpoint_layout(made)
+
+
+def test_16_bit_models_go_where_they_are_read(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(dtype=torch.bfloat16)
+    made = export(source, "tensorrt-llm", tmp_path / "made")
+    assert "quantization_config" not in made.config
+    with pytest.raises(SchemeError, match="Quantize it first"):
+        plan_export(source, "gptq")
+
+
+@pytest.mark.parametrize(
+    ("to", "preset", "options", "message"),
+    [
+        ("gptq", "fp8", {}, "Quantize with int4"),
+        ("gptq", "int4", {"head": "int8"}, "all its layers in one format"),
+        ("gptq", "int4", {"embedding": "int8"}, "all its layers in one format"),
+        ("awq", "int8", {}, "Quantize with int4-awq"),
+        ("fp8-hf", "fp8", {}, "Quantize with fp8-block"),
+        ("tensorrt-llm", "int8", {}, "reads INT8 with a scale a row as FP8"),
+        ("tensorrt-llm", "int3", {}, "no word for"),
+        ("tensorrt-llm", "fp8", {"kv": "int8"}, "--kv fp8"),
+        ("vllm", "int8", {"embedding": "int8"}, "--embedding 16bit"),
+        ("vllm", "fp8-e5m2", {}, "reads all 8-bit floats as E4M3"),
+        ("vllm", "int4", {"ignore": ("*.q_proj",)}, "are one matrix there"),
+        ("transformers", "int4", {"embedding": "int4"}, "no packed embedding"),
+        ("transformers", "int4", {"symmetric": False}, "zero points"),
+    ],
+)
+def test_what_a_target_cannot_read_is_refused(
+    tiny: Tiny, tmp_path: Path, to: str, preset: str, options: dict[str, Any], message: str
+) -> None:
+    source = quantized(tiny, preset, tmp_path / "source", **options)
+    with pytest.raises(SchemeError, match=message):
+        export(source, to, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_unknown_target_is_named(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=f"Targets: {', '.join(TARGETS)}"):
+        plan_export(tiny(), "trt")
+
+
+def test_an_export_that_is_another_model_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinier.export import driver
+
+    plain = driver.pack_linear
+
+    def wrong(codes, *rest):  # type: ignore[no-untyped-def]
+        return plain(codes._replace(scale=codes.scale * 2), *rest)
+
+    monkeypatch.setattr(driver, "pack_linear", wrong)
+    source = quantized(tiny, "int4", tmp_path / "source")
+    with pytest.raises(MeasuredFailure, match="would be another model"):
+        export(source, "gptq", tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir() if "made" in path.name] == []
+
+
+def test_a_stopped_export_goes_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinier.export import driver
+
+    source = quantized(tiny, "int4", tmp_path / "source")
+    whole = export(source, "gptq", tmp_path / "whole")
+    packed: list[Tensor] = []
+    plain = driver.pack_linear
+
+    def stopped(codes, *rest):  # type: ignore[no-untyped-def]
+        packed.append(codes.codes)
+        if len(packed) == 10:  # in the second layer
+            raise KeyboardInterrupt
+        return plain(codes, *rest)
+
+    monkeypatch.setattr(driver, "pack_linear", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, "gptq", tmp_path / "made")
+    monkeypatch.undo()
+    assert not (tmp_path / "made").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".made*/*.safetensors")}
+    assert len(before) == 1
+    made = export(source, "gptq", tmp_path / "made")
+    assert made.hash == whole.hash
+    after = {path.name: path.stat().st_mtime_ns for path in made.folder.glob("*.safetensors")}
+    assert before.items() <= after.items()
+
+
+def test_groups_in_another_order_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """GPTQ with desc_act: another multiplication."""
+    made = export(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
+    path = min(made.folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("g_idx"))
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="desc_act"):
+        weights(open_model(made.folder))
+
+
+def test_biases_of_zeros_are_none(tiny: Tiny, tmp_path: Path) -> None:
+    """AutoGPTQ gives every layer a bias."""
+    made = export(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
+    path = min(made.folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    bias = "model.layers.0.mlp.down_proj.bias"
+    index = json.loads((made.folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][bias] = path.name
+    (made.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for value, fits in ((0.0, True), (0.5, False)):
+        tensors[bias] = torch.full((64,), value, dtype=torch.bfloat16)
+        save_file(tensors, path, metadata={"format": "pt"})
+        if fits:
+            assert bias not in open_model(made.folder).tensors
+        else:
+            with pytest.raises(CheckpointError, match="does not call for"):
+                open_model(made.folder)
