@@ -48,12 +48,17 @@ def quantized(tiny: Tiny, preset: str, out: Path, **plan: Any) -> Checkpoint:
     )
 
 
+def exported(source: Checkpoint, to: str, out: Path) -> Checkpoint:
+    export(source, to, out)
+    return open_model(out)
+
+
 @pytest.mark.parametrize(("to", "preset"), EXACT)
 def test_what_is_exported_is_the_same_model(
     tiny: Tiny, tmp_path: Path, to: str, preset: str
 ) -> None:
     source = quantized(tiny, preset, tmp_path / "source")
-    made = export(source, to, tmp_path / "made")
+    made = exported(source, to, tmp_path / "made")
     assert made.manifest is not None
     assert made.manifest.measures["kl"] <= 1e-6
     ours, theirs = weights(source), weights(made)
@@ -67,7 +72,7 @@ def test_what_is_exported_is_the_same_model(
 
 def test_zero_points_go_to_awq(tiny: Tiny, tmp_path: Path) -> None:
     source = quantized(tiny, "int4", tmp_path / "source", symmetric=False)
-    made = export(source, "awq", tmp_path / "made")
+    made = exported(source, "awq", tmp_path / "made")
     theirs = weights(made)
     for name, weight in weights(source).items():
         assert torch.equal(weight, theirs[name]), name
@@ -77,7 +82,7 @@ def test_zero_points_go_to_awq(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_cache_in_fp8_goes_to_tensorrt(tiny: Tiny, tmp_path: Path) -> None:
     source = quantized(tiny, "fp8", tmp_path / "source", kv="fp8")
-    made = export(source, "tensorrt-llm", tmp_path / "made")
+    made = exported(source, "tensorrt-llm", tmp_path / "made")
     assert "model.layers.0.self_attn.k_proj.k_scale" in load_file(
         min(made.folder.glob("*.safetensors"))
     )
@@ -97,7 +102,7 @@ def test_a_cache_in_fp8_goes_to_tensorrt(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_16_bit_models_go_where_they_are_read(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(dtype=torch.bfloat16)
-    made = export(source, "tensorrt-llm", tmp_path / "made")
+    made = exported(source, "tensorrt-llm", tmp_path / "made")
     assert "quantization_config" not in made.config
     with pytest.raises(SchemeError, match="Quantize it first"):
         plan_export(source, "gptq")
@@ -158,7 +163,7 @@ def test_a_stopped_export_goes_on(
     from tinier.export import driver
 
     source = quantized(tiny, "int4", tmp_path / "source")
-    whole = export(source, "gptq", tmp_path / "whole")
+    whole = exported(source, "gptq", tmp_path / "whole")
     packed: list[Tensor] = []
     plain = driver.pack_linear
 
@@ -175,7 +180,7 @@ def test_a_stopped_export_goes_on(
     assert not (tmp_path / "made").exists()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".made*/*.safetensors")}
     assert len(before) == 1
-    made = export(source, "gptq", tmp_path / "made")
+    made = exported(source, "gptq", tmp_path / "made")
     assert made.hash == whole.hash
     after = {path.name: path.stat().st_mtime_ns for path in made.folder.glob("*.safetensors")}
     assert before.items() <= after.items()
@@ -183,7 +188,7 @@ def test_a_stopped_export_goes_on(
 
 def test_groups_in_another_order_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     """GPTQ with desc_act: another multiplication."""
-    made = export(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
+    made = exported(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
     path = min(made.folder.glob("*.safetensors"))
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("g_idx"))
@@ -195,7 +200,7 @@ def test_groups_in_another_order_are_refused(tiny: Tiny, tmp_path: Path) -> None
 
 def test_biases_of_zeros_are_none(tiny: Tiny, tmp_path: Path) -> None:
     """AutoGPTQ gives every layer a bias."""
-    made = export(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
+    made = exported(quantized(tiny, "int4", tmp_path / "source"), "gptq", tmp_path / "made")
     path = min(made.folder.glob("*.safetensors"))
     tensors = load_file(path)
     bias = "model.layers.0.mlp.down_proj.bias"

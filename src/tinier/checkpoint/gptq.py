@@ -68,8 +68,8 @@ def gptq_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
         reason = None
     if reason is not None:
         raise SchemeError(
-            f"a GPTQ checkpoint has {reason}; this one is {layout.label}. Quantize with int4-gptq, int4-best, "
-            "int4-awq, int4, int3 or int2."
+            f"a GPTQ checkpoint has {reason}; this one is {layout.label}. Quantize with int4-gptq, "
+            "int4-best, int4-awq, int4, int3 or int2."
         )
     left = [name for name in names if name not in layout.schemes and name != "lm_head"]
     return {

@@ -169,8 +169,8 @@ def modelopt_unpack(
     first (pre_quant_scale)."""
     if read(f"{name}.pre_quant_scale") is not None:
         raise CheckpointError(
-            f"the inputs of {name} are multiplied with factors first (pre_quant_scale), which tinier does not do. "
-            "Give the 16-bit model."
+            f"the inputs of {name} are multiplied with factors first (pre_quant_scale), which tinier does "
+            "not do. Give the 16-bit model."
         )
     weight, scale = read(f"{name}.weight"), read(f"{name}.weight_scale")
     assert weight is not None

@@ -32,11 +32,14 @@ def export(
       gptq, gptq-v2                GPTQ: vLLM, SGLang, transformers, OpenVINO, ONNX Runtime, MLX
       awq                          AutoAWQ GEMM
       fp8-hf                       transformers' fine-grained FP8
+      gguf                         llama.cpp: INT4 to Q4_0 or Q4_1, INT8 to Q8_0, MXFP4, BF16
+      ollama                       that file and a Modelfile
 
     \b
     Examples:
       tinier export smollm2-int4 --to gptq --out smollm2-gptq
       tinier export llama-fp8 --to tensorrt-llm --out llama-trt
+      tinier export smollm2-int4 --to gguf --out smollm2-gguf
     """
     from pathlib import Path
 
@@ -44,7 +47,7 @@ def export(
     from tinier.export import export as write
     from tinier.export import plan_export
     from tinier.families import open_model
-    from tinier.report.terminal import made_text, stage_text
+    from tinier.report.terminal import exported_text, stage_text
 
     output.start(quiet=quiet, log_level=log_level)
     folder = Path(out)
@@ -53,5 +56,5 @@ def export(
     if dry_run:
         text, data = stage_text(plan_export(source, to), folder, device)
     else:
-        text, data = made_text(write(source, to, folder, device=device), source)
+        text, data = exported_text(folder, write(source, to, folder, device=device))
     output.result(text, data, as_json=json)

@@ -9,15 +9,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tinier.checkpoint import (
     Checkpoint,
+    Manifest,
     PartFiles,
     StagePlan,
     TensorReader,
     code_digest,
     copy_side_files,
+    new_file,
     pack_linear,
     quantization_config,
     resumable_folder,
@@ -28,6 +31,8 @@ from tinier.checkpoint import (
 from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import InputError, MeasuredFailure, SchemeError
 from tinier.export.check import likeness
+from tinier.export.gguf_model import MOST_APART, read_back, write_gguf
+from tinier.export.ollama import modelfile
 from tinier.export.targets import TARGETS, refusal
 from tinier.families import checkpoint_layout, geometry_of, layer_name, module_names, open_model
 from tinier.progress import bar, warn
@@ -42,9 +47,9 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     reason = refusal(source, to)
     if reason is not None:
         raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
+    config = dict(source.config)
     layout = _target_layout(source, to)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    if layout is not None:
+    if layout is not None and TARGETS[to].storage is not None:
         config["quantization_config"] = quantization_config(
             layout, module_names(geometry_of(source))
         )
@@ -60,9 +65,9 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     )
 
 
-def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Checkpoint:
-    """Write `source` to the new folder `out` as the target reads it, and compare the logits of what was
-    written with its own.
+def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Manifest:
+    """Write `source` to the new folder `out` as the target reads it, and compare what was written with it:
+    logits, or the numbers of each tensor of a GGUF file. Returns what was measured.
 
     Raises what `plan_export` raises, OutputError, and MeasuredFailure where the export is another model:
     then nothing is left.
@@ -73,27 +78,56 @@ def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Ch
         warn(warning)
     reset_peak_memory(place)
     with resumable_folder(out, stage.key, needed_bytes=stage.output_bytes) as folder:
-        _write_tensors(source, _target_layout(source, to), folder)
-        write_config(folder, stage.output_config)
-        copy_side_files(source, folder)
-        for name, text in TARGETS[to].files(stage.output_config).items():
-            write_atomically(folder / name, text)
-        found = likeness(source, open_model(folder), place)
-        if not found.is_same:
+        try:
+            if TARGETS[to].storage is None:
+                measures = _write_file(source, to, folder)
+            else:
+                measures = _write_folder(source, to, stage, folder, place)
+        except MeasuredFailure:
             shutil.rmtree(folder)
-            raise MeasuredFailure(
-                f"{out} would be another model than {source.folder}: KL {found.kl:.2e} nats per token, top-1 "
-                f"agreement {100 * found.top_1:.2f} %. Nothing was written. This is a fault of tinier: report it."
-            )
-        measures = {"kl": found.kl, "top_1": found.top_1, "tokens": found.tokens}
-        stage.manifest(started=started, device=place, measures=measures).write(folder)
-    return open_model(out)
+            raise
+        manifest = stage.manifest(started=started, device=place, measures=measures)
+        manifest.write(folder)
+    return manifest
+
+
+def _write_folder(
+    source: Checkpoint, to: str, stage: StagePlan, folder: Path, device: torch.device
+) -> dict[str, float]:
+    _write_tensors(source, _target_layout(source, to), folder)
+    write_config(folder, stage.output_config)
+    copy_side_files(source, folder)
+    for name, text in TARGETS[to].files(stage.output_config).items():
+        write_atomically(folder / name, text)
+    found = likeness(source, open_model(folder), device)
+    if not found.is_same:
+        raise MeasuredFailure(
+            f"the export would be another model than {source.folder}: KL {found.kl:.2e} nats per token, "
+            f"top-1 agreement {100 * found.top_1:.2f} %. Nothing was written. This is a fault of tinier: "
+            "report it."
+        )
+    return {"kl": found.kl, "top_1": found.top_1, "tokens": found.tokens}
+
+
+def _write_file(source: Checkpoint, to: str, folder: Path) -> dict[str, float]:
+    path = folder / "model.gguf"
+    with new_file(path) as partial:
+        write_gguf(source, partial)
+    apart = read_back(source, path)
+    if apart > MOST_APART:
+        raise MeasuredFailure(
+            f"the export would be another model than {source.folder}: a tensor differs by {apart:.2e} of "
+            "its norm. Nothing was written. This is a fault of tinier: report it."
+        )
+    if to == "ollama":
+        write_atomically(folder / "Modelfile", modelfile(source))
+    return {"largest_difference": apart}
 
 
 def _target_layout(source: Checkpoint, to: str) -> Layout | None:
     """How the export stores the layers; None: in 16 bit."""
-    layout = checkpoint_layout(source)
-    return None if layout is None else replace(layout, storage=TARGETS[to].storage)
+    layout, storage = checkpoint_layout(source), TARGETS[to].storage
+    return layout if layout is None or storage is None else replace(layout, storage=storage)
 
 
 def _write_tensors(source: Checkpoint, layout: Layout | None, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """What each engine reads, from its loader's own rules.
 
-A target has the format of its tensors (`storage`) and rules: each looks at a checkpoint's layout and says why
-the engine would not load it, or would compute something else, and what to quantize with instead. Versions that the rules were read from or seen with: docs/loading.md.
+A target has the format of its tensors (`storage`; None: llama.cpp's file) and rules: each looks at a
+checkpoint's layout and says why the engine would not load it, or would compute something else, and what to
+quantize with instead. Versions that the rules were read from or seen with: docs/loading.md.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tinier.checkpoint import Checkpoint
 from tinier.checkpoint.modelopt import hf_quant_config
+from tinier.export.gguf_model import gguf_refusal
 from tinier.families import checkpoint_layout, geometry_of
 from tinier.schemes import Layout, Storage
 
@@ -17,7 +19,8 @@ Rule = Callable[[Checkpoint, Layout], str | None]
 
 
 class Target(NamedTuple):
-    storage: Storage
+    storage: Storage | None
+    """Format of the tensors; None: llama.cpp's file"""
     rules: tuple[Rule, ...]
     about: str
     """One line for --help and the matrix"""
@@ -30,6 +33,8 @@ class Target(NamedTuple):
 def refusal(source: Checkpoint, to: str) -> str | None:
     """Why a checkpoint cannot be exported to one of TARGETS, and what would work; None: it can."""
     target, layout = TARGETS[to], checkpoint_layout(source)
+    if target.storage is None:
+        return gguf_refusal(source)
     if layout is None:
         if target.takes_16_bit:
             return None
@@ -143,5 +148,7 @@ TARGETS: dict[str, Target] = {
         "gptq_v2", (), "GPTQ v2, zeros as they are", takes_16_bit=False, files=_gptq_files
     ),
     "awq": Target("awq", (), "AutoAWQ GEMM, INT4 with or without zero points", takes_16_bit=False),
+    "gguf": Target(None, (), "llama.cpp's file: Q4_0, Q4_1, Q8_0, MXFP4, BF16, code for code"),
+    "ollama": Target(None, (), "that file and a Modelfile"),
     "fp8-hf": Target("fp8", (), "transformers' fine-grained FP8, from fp8-block", takes_16_bit=False),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tinier.checkpoint import Checkpoint, StagePlan
+from tinier.checkpoint import Checkpoint, Manifest, StagePlan
 from tinier.device import model_flops, pick_device
 from tinier.evaluation import Comparison
 from tinier.families import geometry_of
@@ -69,12 +69,27 @@ def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]
     if "heldout_kl_before" in manifest.measures:
         before, after = (manifest.measures[f"heldout_kl_{when}"] for when in ("before", "after"))
         lines.append(f"held-out KL against the teacher: {before:.4f} before, {after:.4f} after")
-    if "kl" in manifest.measures:
-        measures = manifest.measures
-        lines.append(
-            f"read back: KL {measures['kl']:.1e} nats per token from {source.folder.name}, top-1 agreement "
-            f"{100 * measures['top_1']:.2f} % over {measures['tokens']} tokens"
+    return "\n".join(lines + [f"warning: {w}" for w in manifest.warnings]), data
+
+
+def exported_text(out: Path, manifest: Manifest) -> tuple[str, dict[str, Any]]:
+    """What an export wrote and how it compares with its source."""
+    written = sum(
+        path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".gguf")
+    )
+    data = {
+        "out": str(out), "parameters": manifest.parameters, "weight_bytes": written,
+        "seconds": manifest.seconds, "measures": manifest.measures, "warnings": manifest.warnings,
+    }  # fmt: skip
+    found = manifest.measures
+    if "kl" in found:
+        said = (
+            f"KL {found['kl']:.1e} nats per token from its source and top-1 agreement "
+            f"{100 * found['top_1']:.2f} % over {found['tokens']} tokens"
         )
+    else:
+        said = f"each tensor's numbers are within {found['largest_difference']:.1e} of its norm"
+    lines = [f"{out}: {_size(written)} of weights, {manifest.seconds:.1f} s", f"read back: {said}"]
     return "\n".join(lines + [f"warning: {w}" for w in manifest.warnings]), data
 
 

@@ -1,0 +1,346 @@
+"""A checkpoint as llama.cpp's file: sizes, names, and each tensor in the type whose numbers it has.
+
+Start at `write_gguf`. In: a checkpoint of a family that `_ARCHITECTURES` lists. Out: one file; codes are
+carried over, nothing is rounded again. `read_back` compares it with the checkpoint by the `gguf` package's
+own reader.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
+from tinier.checkpoint.gguf_file import llama3_factors
+from tinier.errors import SchemeError
+from tinier.export.gguf_blocks import block_type, packed
+from tinier.export.gguf_tokenizer import add_tokenizer
+from tinier.families import (
+    Geometry,
+    checkpoint_layout,
+    family_of,
+    geometry_of,
+    resolved_config,
+    rope_keys,
+    rope_parameters,
+)
+from tinier.numerics import Quantized, dequantize
+from tinier.progress import bar
+from tinier.schemes import Scheme
+
+
+class Architecture(NamedTuple):
+    name: str
+    """llama.cpp's"""
+    interleaves: bool
+    """Whether RoPE turns neighbours there, so that the rows of q and k are put in that order"""
+
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", True),
+    "MistralForCausalLM": Architecture("llama", True),
+    "Qwen2ForCausalLM": Architecture("qwen2", False),
+    "Qwen3ForCausalLM": Architecture("qwen3", False),
+    "Gemma3ForCausalLM": Architecture("gemma3", False),
+    "GraniteForCausalLM": Architecture("granite", True),
+}
+_FILE_TYPES = {
+    GGMLQuantizationType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.F16: gguf.LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.F32: gguf.LlamaFileType.ALL_F32,
+    GGMLQuantizationType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
+}
+MOST_APART = 1e-3
+"""Of a tensor's norm: what scales and zero points lose in float16"""
+_PLAIN = {
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.float32: GGMLQuantizationType.F32,
+}
+
+
+class Entry(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    source: str
+    """The linear layer, the embedding, or the tensor that it is made of"""
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    """[rows, columns] or [size] of numbers"""
+
+
+def gguf_refusal(source: Checkpoint) -> str | None:
+    """Why a checkpoint cannot become a GGUF file, and what would work; None: it can."""
+    architecture, layout = family_of(source).architecture, checkpoint_layout(source)
+    if architecture not in _ARCHITECTURES:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in _ARCHITECTURES)
+        return f"tinier writes {known} as GGUF, and this is {architecture}."
+    if architecture == "Gemma3ForCausalLM" and not _is_llama_cpps_gemma(source):
+        return (
+            "llama.cpp's Gemma 3 has every sixth layer see all positions, the others turn by a base of 10,000, "
+            "and queries divided by the root of a head's size; config.json says otherwise."
+        )
+    if layout is None:
+        return None
+    for name, scheme in layout.schemes.items():
+        if block_type(scheme) is None:
+            return (
+                f"llama.cpp has no type for the numbers of {scheme.label} ({name}). Quantize with "
+                "int4-gptq, int4-best, int4-awq or int4 (groups of 32, 64 or 128), int8, int8-sq, or "
+                "mxfp4-w4a16."
+            )
+    if layout.kv_cache is not None:
+        return "a GGUF file says nothing of the KV cache. Quantize without --kv."
+    return None
+
+
+def _is_llama_cpps_gemma(source: Checkpoint) -> bool:
+    """Whether a Gemma 3 is what llama.cpp takes for granted of one, for a file has no words for it."""
+    geometry, config = geometry_of(source), resolved_config(source)
+    sees_all = [window is None for window in geometry.windows]
+    root = geometry.head_dim**-0.5
+    local = rope_parameters(config, "sliding_attention")["rope_theta"]
+    return (
+        sees_all == [(i + 1) % 6 == 0 for i in range(geometry.layers)]
+        and abs((geometry.multipliers.attention or root) - root) < 1e-6
+        and local == 10_000
+    )
+
+
+def write_gguf(source: Checkpoint, path: Path) -> None:
+    """Write the file, one tensor in memory at a time. Raises SchemeError for a tokenizer that llama.cpp has
+    no name for."""
+    architecture = _ARCHITECTURES[family_of(source).architecture]
+    geometry, entries = geometry_of(source), _entries(source)
+    writer = GGUFWriter(path, architecture.name)
+    _add_sizes(writer, source, geometry)
+    writer.add_file_type(_FILE_TYPES[_most(entries)])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, source, geometry.vocab)
+    factors = _rope_factors(source)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
+    for entry in entries:
+        block, size = gguf.GGML_QUANT_SIZES[entry.kind]
+        count = int(np.prod(entry.shape))
+        writer.add_tensor_info(
+            entry.name,
+            entry.shape,
+            np.dtype(np.float32),
+            count // block * size,
+            raw_dtype=entry.kind,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    with bar("export", len(entries)) as advance:
+        for entry in entries:
+            with source.reader() as read:  # one for each: an open file keeps what was read
+                writer.write_tensor_data(_data(source, entry, geometry, architecture, read))
+            advance(1)
+    writer.close()
+
+
+def read_back(source: Checkpoint, path: Path) -> float:
+    """The largest difference of a tensor's numbers from the checkpoint's, as a share of its norm, read by
+    the `gguf` package."""
+    architecture, geometry = _ARCHITECTURES[family_of(source).architecture], geometry_of(source)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    worst = 0.0
+    with bar("read back", len(stored)) as advance:
+        for entry in _entries(source):
+            tensor = stored[entry.name]
+            found = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            with source.reader() as read:
+                expected = _numbers(source, entry, geometry, architecture, read)
+            worst = max(worst, _apart(found.view(expected.shape), expected))
+            advance(1)
+    return worst
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    size, difference = float(expected.norm()), float((found - expected).norm())
+    return difference / size if size else difference
+
+
+def _entries(source: Checkpoint) -> list[Entry]:
+    """Every tensor of the file, in the order of the layers."""
+    layout, geometry = checkpoint_layout(source), geometry_of(source)
+    schemes = layout.schemes if layout else {}
+    architecture = _ARCHITECTURES[family_of(source).architecture]
+    key = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(key, geometry.layers)
+    entries, seen = [], set()
+    for tensor in sorted(source.tensors, key=_place):
+        linear = tensor.rpartition(".")[0]
+        if linear in schemes and not tensor.endswith(".bias"):
+            if linear in seen or (linear == "lm_head" and geometry.tied_head):
+                continue
+            seen.add(linear)
+            found = block_type(schemes[linear])
+            assert found is not None
+            kind, origin, tensor = found, linear, f"{linear}.weight"
+            shape: tuple[int, ...] = _sides(geometry, linear)
+        else:
+            shape, origin = source.tensors[tensor].shape, tensor
+            kind = _PLAIN[source.dtype] if len(shape) == 2 else GGMLQuantizationType.F32
+        name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise SchemeError(f"llama.cpp's {architecture.name} has no tensor for {tensor}.")
+        entries.append(Entry(name, origin, kind, shape))
+    return entries
+
+
+def _place(tensor: str) -> tuple[int, int]:
+    """Embedding, layers by their number, then what follows them."""
+    if tensor.startswith("model.layers."):
+        return 1, int(tensor.split(".")[2])
+    return (0, 0) if "embed" in tensor else (2, 0)
+
+
+def _sides(geometry: Geometry, linear: str) -> tuple[int, int]:
+    if ".layers." not in linear:
+        return geometry.vocab, geometry.hidden
+    return geometry.linears[linear.split(".", 3)[3]]
+
+
+def _most(entries: list[Entry]) -> GGMLQuantizationType:
+    """The type of most matrices."""
+    kinds = [entry.kind for entry in entries if len(entry.shape) == 2]
+    return max(set(kinds), key=kinds.count)
+
+
+def _stored(
+    source: Checkpoint,
+    entry: Entry,
+    geometry: Geometry,
+    architecture: Architecture,
+    read: TensorReader,
+) -> Tensor | Quantized:
+    """A tensor with its rows in llama.cpp's order."""
+    layout = checkpoint_layout(source)
+    schemes: dict[str, Scheme] = layout.schemes if layout else {}
+    heads = {"q_proj": geometry.heads, "k_proj": geometry.kv_heads}
+    part = entry.source.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    order = None
+    if architecture.interleaves and part in heads:
+        order = _rope_order(heads[part], geometry.head_dim)
+    if entry.source in schemes:
+        codes, _ = unpack_linear(source.optional(read), entry.source, schemes[entry.source])
+        if order is None:
+            return codes
+        # a scale of a row or of a group of its columns goes with the row
+        moved = [t if t is None else t[order] for t in (codes.codes.view(torch.uint8), *codes[1:3])]
+        assert moved[0] is not None
+        assert moved[1] is not None
+        return Quantized(moved[0].view(codes.codes.dtype), moved[1], moved[2])
+    tensor = read(entry.source)
+    if order is not None:
+        tensor = tensor[order]
+    # Gemma's norms are what 1 is added to, here before it is stored
+    return tensor.float() + geometry.norm_offset if _is_norm(entry) else tensor
+
+
+def _is_norm(entry: Entry) -> bool:
+    return entry.source.endswith("norm.weight")
+
+
+def _rope_order(heads: int, size: int) -> Tensor:
+    """Rows of q or k so that the two halves of a head, which RoPE turns together, lie side by side."""
+    return torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
+
+
+def _data(
+    source: Checkpoint,
+    entry: Entry,
+    geometry: Geometry,
+    architecture: Architecture,
+    read: TensorReader,
+) -> NDArray[Any]:
+    """The bytes of a tensor."""
+    stored = _stored(source, entry, geometry, architecture, read)
+    if isinstance(stored, Quantized):
+        return packed(stored, entry.kind)
+    if entry.kind == GGMLQuantizationType.BF16:
+        return stored.contiguous().view(torch.uint16).numpy()
+    found: NDArray[Any] = (
+        stored.float().numpy() if entry.kind == GGMLQuantizationType.F32 else stored.numpy()
+    )
+    return np.ascontiguousarray(found)
+
+
+def _numbers(
+    source: Checkpoint,
+    entry: Entry,
+    geometry: Geometry,
+    architecture: Architecture,
+    read: TensorReader,
+) -> Tensor:
+    stored = _stored(source, entry, geometry, architecture, read)
+    return dequantize(stored, torch.float32) if isinstance(stored, Quantized) else stored.float()
+
+
+def _add_sizes(writer: GGUFWriter, source: Checkpoint, geometry: Geometry) -> None:
+    config = resolved_config(source)
+    writer.add_name(source.folder.name)
+    writer.add_vocab_size(geometry.vocab)
+    writer.add_block_count(geometry.layers)
+    writer.add_context_length(geometry.max_positions)
+    writer.add_embedding_length(geometry.hidden)
+    writer.add_feed_forward_length(geometry.intermediate)
+    writer.add_head_count(geometry.heads)
+    writer.add_head_count_kv(geometry.kv_heads)
+    writer.add_key_length(geometry.head_dim)
+    writer.add_value_length(geometry.head_dim)
+    writer.add_rope_dimension_count(geometry.turning)
+    writer.add_layer_norm_rms_eps(geometry.norm_eps)
+    windows = [window for window in geometry.windows if window is not None]
+    if windows:
+        writer.add_sliding_window(windows[0])
+    m = geometry.multipliers
+    if family_of(source).architecture == "GraniteForCausalLM":
+        writer.add_embedding_scale(m.embedding)
+        writer.add_residual_scale(m.residual)
+        writer.add_attention_scale(m.attention or geometry.head_dim**-0.5)
+        writer.add_logit_scale(m.logits)
+    _add_rope(writer, config)
+
+
+def _add_rope(writer: GGUFWriter, config: Any) -> None:
+    """RoPE of the layers that see all positions; Gemma's others have a base of their own."""
+    keys = rope_keys(config)
+    key = "full_attention" if "full_attention" in keys else keys[0]
+    rope = rope_parameters(config, key)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    kind = rope["rope_type"]
+    if kind in ("default", "llama3"):
+        return
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        return
+    raise SchemeError(f"tinier writes no {kind!r} scaling of positions as GGUF.")
+
+
+def _rope_factors(source: Checkpoint) -> NDArray[np.float32] | None:
+    """What Llama 3 divides RoPE's frequencies by."""
+    config = resolved_config(source)
+    rope = rope_parameters(config, rope_keys(config)[0])
+    if rope["rope_type"] != "llama3":
+        return None
+    found: NDArray[np.float32] = llama3_factors(
+        geometry_of(source).head_dim, rope["rope_theta"], rope["factor"], rope["low_freq_factor"],
+        rope["high_freq_factor"], rope["original_max_position_embeddings"],
+    ).numpy()  # fmt: skip
+    return found
