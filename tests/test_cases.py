@@ -316,7 +316,7 @@ def test_yarn_reaches_past_the_length_of_training(tiny: Tiny) -> None:
         ({"head_dim": 15}, "even rotary dimension|heads of size 15"),
         ({"compression_config": {}}, "old layout"),
         ({"dtype": "int8"}, "not a type tinier computes"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized with 'hqq'"),
         ({"quantization_config": []}, "quantization_config"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
     ],

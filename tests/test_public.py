@@ -22,9 +22,16 @@ def test_public_names_are_pinned_and_there() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "run", "quantize", "prune", "distill", "eval", "compare", "generate", "bench", "serve",
+        "run", "quantize", "prune", "distill", "export", "eval", "compare", "generate", "bench", "serve",
         "report",
     ]  # fmt: skip
+
+
+def test_the_table_of_exports_is_that_of_the_rules() -> None:
+    from scripts.write_export_matrix import PAGE, page_with_table
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert page_with_table(text) == text, "run python -m scripts.write_export_matrix"
 
 
 def test_what_loads_in_vllm_is_what_was_measured() -> None:
@@ -32,7 +39,7 @@ def test_what_loads_in_vllm_is_what_was_measured() -> None:
     from tinier.schemes import PRESETS
 
     root = Path(__file__).parent.parent
-    page = (root / "docs" / "loading.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "loading.md").read_text(encoding="utf-8").partition("## Exports")[0]
     (name,) = set(re.findall(r"benchmarks/results/(vllm-agreement\S*\.json)", page))
     measured = json.loads((root / "benchmarks" / "results" / name).read_text())["rows"]
     lines = [line.strip("| ").split("|") for line in page.splitlines() if line.startswith("| ")]

@@ -7,12 +7,29 @@ import typer
 from tinier.cli import options, output
 
 
+def _print_matrix(asked: bool) -> None:
+    if asked:
+        from tinier.export import matrix, matrix_text
+
+        print(matrix_text(matrix()))
+        raise typer.Exit
+
+
 def export(
     model: options.Model,
     to: Annotated[str, typer.Option("--to", help="What will read it; see below.")],
     out: options.Out,
     revision: options.Revision = None,
     device: options.Device = "cpu",
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix",
+            callback=_print_matrix,
+            is_eager=True,
+            help="Print which preset goes where, and why not, and end.",
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

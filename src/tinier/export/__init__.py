@@ -1,11 +1,20 @@
 """Checkpoints for other engines: written as each really reads them, and checked after that.
 
 Start at `export` (driver.py). `TARGETS` (targets.py) says for each engine what it reads and why it
-refuses the rest, `gguf_file.py` writes llama.cpp's file, `check.py` reads an export back and compares it
+refuses the rest, `gguf_model.py` writes llama.cpp's file, `check.py` reads an export back and compares it
 with its source.
 """
 
 from tinier.export.driver import export, plan_export
+from tinier.export.matrix import matrix, matrix_text
 from tinier.export.targets import TARGETS, Target, refusal
 
-__all__ = ["TARGETS", "Target", "export", "plan_export", "refusal"]
+__all__ = [
+    "TARGETS",
+    "Target",
+    "export",
+    "matrix",
+    "matrix_text",
+    "plan_export",
+    "refusal",
+]

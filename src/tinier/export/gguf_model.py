@@ -86,8 +86,8 @@ def gguf_refusal(source: Checkpoint) -> str | None:
         return f"tinier writes {known} as GGUF, and this is {architecture}."
     if architecture == "Gemma3ForCausalLM" and not _is_llama_cpps_gemma(source):
         return (
-            "llama.cpp's Gemma 3 has every sixth layer see all positions, the others turn by a base of 10,000, "
-            "and queries divided by the root of a head's size; config.json says otherwise."
+            "llama.cpp's Gemma 3 has every sixth layer see all positions, the others turn by a base of "
+            "10,000, and queries divided by the root of a head's size; config.json says otherwise."
         )
     if layout is None:
         return None

@@ -1,0 +1,79 @@
+"""Which preset goes where: `tinier export --matrix`, and the table of docs/loading.md.
+
+Asked of the rules that `export` asks, for a Llama whose sides every format divides.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tinier.checkpoint import Checkpoint, TensorInfo, quantization_config
+from tinier.errors import SchemeError
+from tinier.export.driver import plan_export
+from tinier.export.targets import TARGETS
+from tinier.families import geometry_of, linear_names, module_names
+from tinier.quantization import QuantizePlan
+from tinier.quantization.plan import chosen_presets, kv_grid
+from tinier.schemes import PRESETS, Layout
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32_000, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    what: str
+    """A preset, with options"""
+    reasons: dict[str, str | None]
+    """By target, why it is refused; None: it is carried over, number for number"""
+
+
+def matrix() -> list[Row]:
+    """A row for the 16-bit model, each preset, and what else a checkpoint may have."""
+    plans = {name: QuantizePlan(preset=name) for name in PRESETS}
+    plans["int4, zero points"] = QuantizePlan(preset="int4", symmetric=False)
+    plans["int4, INT8 embedding"] = QuantizePlan(preset="int4", embedding="int8")
+    plans["fp8, FP8 head"] = QuantizePlan(preset="fp8", head="fp8")
+    plans["fp8, FP8 cache"] = QuantizePlan(preset="fp8", kv="fp8")
+    rows = [Row("bf16", _reasons(_checkpoint(None)))]
+    return rows + [Row(name, _reasons(_checkpoint(plan))) for name, plan in plans.items()]
+
+
+def matrix_text(rows: list[Row]) -> str:
+    """As a table in Markdown, and what each target takes; `export --dry-run` says why one is refused."""
+    lines = [f"| | {' | '.join(TARGETS)} |", "| --- |" + " --- |" * len(TARGETS)]
+    for row in rows:
+        cells = ("yes" if reason is None else "" for reason in row.reasons.values())
+        lines.append(f"| {row.what} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", *(f"- `{name}`: {target.about}" for name, target in TARGETS.items())]
+    )
+
+
+def _checkpoint(plan: QuantizePlan | None) -> Checkpoint:
+    """One that a plan would make, without weights."""
+    source = Checkpoint(Path("model"), dict(_LLAMA), {}, None)
+    if plan is None:
+        return source
+    geometry = geometry_of(source)
+    schemes = {name: p.scheme for name, p in chosen_presets(geometry, plan).items()}
+    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan))
+    config = _LLAMA | {"quantization_config": quantization_config(layout, module_names(geometry))}
+    tensors = {}
+    if plan.preset == "fp8-e5m2":  # only the codes tell it from E4M3
+        name = f"{linear_names(geometry)[0]}.weight"
+        tensors[name] = TensorInfo("model.safetensors", name, "F8_E5M2", (1,), 1)
+    return Checkpoint(Path("model"), config, tensors, None)
+
+
+def _reasons(source: Checkpoint) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for to in TARGETS:
+        try:
+            plan_export(source, to)
+            found[to] = None
+        except SchemeError as error:
+            found[to] = str(error).removeprefix(f"{source.folder} cannot go to {to}: ")
+    return found
