@@ -5,6 +5,7 @@ carried over, nothing is rounded again. `read_back` compares it with the checkpo
 own reader.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ _FILE_TYPES = {
     GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
 }
+_ROW_NUMBERS = 1 << 23
+"""Numbers that are compared at once"""
 MOST_APART = 1e-3
 """Of a tensor's norm: what scales and zero points lose in float16"""
 _PLAIN = {
@@ -153,25 +156,56 @@ def write_gguf(source: Checkpoint, path: Path) -> None:
 
 
 def read_back(source: Checkpoint, path: Path) -> float:
-    """The largest difference of a tensor's numbers from the checkpoint's, as a share of its norm, read by
-    the `gguf` package."""
-    architecture, geometry = _ARCHITECTURES[family_of(source).architecture], geometry_of(source)
+    """The largest difference of a tensor's numbers from the checkpoint's, as a share of its norm, as the
+    `gguf` package reads them."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    worst = 0.0
-    with bar("read back", len(stored)) as advance:
-        for entry in _entries(source):
-            tensor = stored[entry.name]
-            found = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            with source.reader() as read:
-                expected = _numbers(source, entry, geometry, architecture, read)
-            worst = max(worst, _apart(found.view(expected.shape), expected))
+    entries, worst = _entries(source), 0.0
+    with bar("read back", len(entries)) as advance, ThreadPoolExecutor(2) as pool:
+        for found in pool.map(
+            lambda entry: _apart(source, entry, stored[entry.name], path), entries
+        ):
+            worst = max(worst, found)
             advance(1)
     return worst
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
-    size, difference = float(expected.norm()), float((found - expected).norm())
-    return difference / size if size else difference
+def _apart(source: Checkpoint, entry: Entry, tensor: gguf.ReaderTensor, path: Path) -> float:
+    """A few rows at a time, which are read anew: what is mapped from a file stays in memory."""
+    architecture, geometry = _ARCHITECTURES[family_of(source).architecture], geometry_of(source)
+    with source.reader() as read:
+        expected = _stored(source, entry, geometry, architecture, read)
+    rows = entry.shape[0] if len(entry.shape) == 2 else 1
+    row_bytes = int(tensor.n_bytes) // rows
+    at_once = max(1, _ROW_NUMBERS * rows // int(np.prod(entry.shape)))
+    sums = torch.zeros(2, dtype=torch.float64)  # squares of the numbers, and of what they differ by
+    for first in range(0, rows, at_once):
+        count = min(at_once, rows - first)
+        place = int(tensor.data_offset) + first * row_bytes
+        data = np.fromfile(path, np.uint8, count * row_bytes, offset=place).reshape(count, -1)
+        if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            data = data.view(
+                np.float32 if tensor.tensor_type == GGMLQuantizationType.F32 else np.float16
+            )
+        found = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).astype(np.float32))
+        wanted = _numbers(expected, first, count).view(found.shape)
+        sums += torch.stack([wanted.square().sum(), (found - wanted).square().sum()]).double()
+    size, difference = sums.sqrt().tolist()
+    return float(difference / size if size else difference)
+
+
+def _numbers(stored: Tensor | Quantized, first: int, count: int) -> Tensor:
+    """Rows of a tensor in float32; of a vector, all."""
+    if isinstance(stored, Tensor):
+        return (stored[first : first + count] if stored.dim() == 2 else stored).float()
+    last = first + count
+    return dequantize(
+        Quantized(
+            stored.codes[first:last],
+            stored.scale[first:last],
+            None if stored.zero_point is None else stored.zero_point[first:last],
+        ),
+        torch.float32,
+    )
 
 
 def _entries(source: Checkpoint) -> list[Entry]:
@@ -278,17 +312,6 @@ def _data(
         stored.float().numpy() if entry.kind == GGMLQuantizationType.F32 else stored.numpy()
     )
     return np.ascontiguousarray(found)
-
-
-def _numbers(
-    source: Checkpoint,
-    entry: Entry,
-    geometry: Geometry,
-    architecture: Architecture,
-    read: TensorReader,
-) -> Tensor:
-    stored = _stored(source, entry, geometry, architecture, read)
-    return dequantize(stored, torch.float32) if isinstance(stored, Quantized) else stored.float()
 
 
 def _add_sizes(writer: GGUFWriter, source: Checkpoint, geometry: Geometry) -> None:
