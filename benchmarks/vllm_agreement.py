@@ -5,6 +5,7 @@ environment of its own (benchmarks/cpu_decode.py says how to make one); this scr
 for its half. Checkpoints that WORK has are not made again.
 
     python -m benchmarks.vllm_agreement --vllm-python VLLM/bin/python --work WORK --out RESULT.json
+        [--folders FOLDER…]     those checkpoints alone, such as exports; WORK is not used
 """
 
 import argparse
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--folders", type=Path, nargs="+")
     arguments = parser.parse_args()
 
     import torch
@@ -97,8 +99,12 @@ def main() -> None:
         "vllm": _version(arguments.vllm_python),
         "rows": {},
     }
-    for name, command in {"base": (), **commands()}.items():
+    rows = {"base": (), **commands()}
+    if arguments.folders:
+        rows = dict.fromkeys((str(folder) for folder in arguments.folders), ())
+    for name, command in rows.items():
         folder = base.folder if name == "base" else arguments.work / name.replace(", ", "-")
+        folder = Path(name) if arguments.folders else folder
         if not folder.exists():
             words = [sys.executable, "-m", "tinier", command[0], MODEL, *command[1:], "--quiet"]
             subprocess.run([*words, "--out", str(folder)], check=True)
