@@ -1,11 +1,12 @@
 """The quality of 4-bit GGUF files against their size: tinier's GPTQ codes carried over to Q4_0, and what
 llama.cpp's own quantizer makes of the same BF16 file.
 
-The weights were 4-bit once, whose grid would flatter some formats: every linear weight is moved by a random
-amount within half of its old step first (quantization_peers.off_grid). All files are judged alike: the `gguf`
-package dequantizes them, transformers computes in float32, KL from the moved model over windows of WikiText-2
-that no calibration saw. llama.cpp's quantizer comes from llama-cpp-python, built from source, in an environment
-of its own; it has no importance matrix here (the wheel lacks the tool that makes one).
+The weights were 4-bit once, whose grid would flatter some formats: every linear weight is moved by a
+random amount within half of its old step first (quantization_peers.off_grid). All files are judged
+alike: the `gguf` package dequantizes them, transformers computes in float32, KL from the moved model
+over windows of WikiText-2 that no calibration saw. llama.cpp's quantizer comes from llama-cpp-python,
+built from source, in an environment of its own; it has no importance matrix here (the wheel lacks the
+tool that makes one).
 
     python3 -m venv ENV && ENV/bin/pip install --no-binary llama-cpp-python llama-cpp-python
     python -m benchmarks.gguf_quality --models smollm2-135m gemma3-270m --text valid.txt

@@ -22,8 +22,8 @@ def test_public_names_are_pinned_and_there() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "run", "quantize", "prune", "distill", "export", "eval", "compare", "generate", "bench", "serve",
-        "report",
+        "run", "quantize", "prune", "distill", "export", "import", "eval", "compare", "generate",
+        "bench", "serve", "report",
     ]  # fmt: skip
 
 

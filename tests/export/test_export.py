@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from tinier.checkpoint import Checkpoint, read_json, unpack_linear
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import CheckpointError, InputError, MeasuredFailure, SchemeError
-from tinier.export import TARGETS, export, plan_export
+from tinier.export import TARGETS, export, plan_export, suited
 from tinier.families import checkpoint_layout, open_model
 from tinier.numerics import dequantize
+from tinier.quantization import QuantizePlan, quantize
 
 Tiny = Callable[..., Checkpoint]
 EXACT = [
@@ -68,6 +70,24 @@ def test_what_is_exported_is_the_same_model(
     prompts, params = [[1, 2, 3], [7]], SamplingParams(max_tokens=4)
     engine = Engine(made, EngineConfig(device="cpu", max_seq_len=32))
     assert len(engine.generate(prompts, params)) == 2
+
+
+@pytest.mark.parametrize(
+    ("to", "preset"), [pair for pair in EXACT if TARGETS[pair[0]].storage != "compressed-tensors"]
+)
+def test_what_was_exported_is_imported(tiny: Tiny, tmp_path: Path, to: str, preset: str) -> None:
+    """And goes on to other targets: the numbers are the same all the way."""
+    source = quantized(tiny, preset, tmp_path / "source")
+    foreign = exported(source, to, tmp_path / "foreign")
+    back = exported(foreign, "tinier", tmp_path / "back")
+    layout = checkpoint_layout(back)
+    assert layout is not None
+    assert layout.storage == "compressed-tensors"
+    theirs = weights(back)
+    for name, weight in weights(source).items():
+        assert torch.equal(weight, theirs[name]), name
+    if preset.startswith("int4"):
+        export(foreign, "gguf", tmp_path / "gguf")
 
 
 def test_zero_points_go_to_awq(tiny: Tiny, tmp_path: Path) -> None:
@@ -133,6 +153,21 @@ def test_what_a_target_cannot_read_is_refused(
     with pytest.raises(SchemeError, match=message):
         export(source, to, tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_quantization_for_a_target_fits_it(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(dtype=torch.bfloat16)
+    plan = suited(source, QuantizePlan(preset="int4"), "gguf")
+    assert plan.group_size == 32
+    export(quantize(source, plan, tmp_path / "made", device="cpu"), "gguf", tmp_path / "gguf")
+    assert suited(source, replace(plan, group_size=64), "gguf").group_size == 64
+    assert suited(source, QuantizePlan(preset="int8"), "gguf").group_size is None
+    with pytest.raises(SchemeError, match="no type for the numbers of FP8"):
+        suited(source, QuantizePlan(preset="fp8"), "gguf")
+    with pytest.raises(SchemeError, match="E5M2"):
+        suited(source, QuantizePlan(preset="fp8-e5m2"), "vllm")
+    with pytest.raises(InputError, match="--for trt is not known"):
+        suited(source, QuantizePlan(preset="fp8"), "trt")
 
 
 def test_an_unknown_target_is_named(tiny: Tiny) -> None:

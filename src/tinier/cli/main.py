@@ -14,6 +14,7 @@ from tinier.cli.distill import distill
 from tinier.cli.eval import eval_
 from tinier.cli.export import export
 from tinier.cli.generate import generate
+from tinier.cli.import_ import import_
 from tinier.cli.prune import prune
 from tinier.cli.quantize import quantize
 from tinier.cli.report import report
@@ -35,6 +36,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "distill": distill,
     "export": export,
+    "import": import_,
     "eval": eval_,
     "compare": compare,
     "generate": generate,

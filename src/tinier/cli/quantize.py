@@ -44,6 +44,14 @@ def quantize(
     kv: Annotated[
         str | None, typer.Option("--kv", help="Quantize the KV cache: fp8 or int8.")
     ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="What will read it (a target of tinier export): the group size of its blocks is taken, "
+            "and what it cannot read is refused now.",
+        ),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option("--bits", help="With mixed: average bits of a weight.")
     ] = None,
@@ -103,6 +111,7 @@ def quantize(
       tinier quantize smollm2-135m --preset int8-sq --preset fp8-gptq --out smollm2-8bit
       tinier quantize smollm2-135m --preset mixed --bits 5 --group-size 64 --out smollm2-mixed
       tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --embedding int8 --out smollm2-small
+      tinier quantize smollm2-135m --preset int4-gptq --for gguf --out smollm2-for-llama.cpp
       tinier quantize smollm2-135m --preset fp8 --head fp8 --kv fp8 --out smollm2-fp8-all
       torchrun --nproc-per-node 2 -m tinier quantize MODEL --preset int4-gptq --out DIR
     """
@@ -140,6 +149,10 @@ def quantize(
         for name in preset
     }
     source = open_model(model, revision)
+    if for_ is not None:
+        from tinier.export import suited
+
+        plans = {folder: suited(source, plan, for_) for folder, plan in plans.items()}
     reads_text = calibration != "self" and any(needs_text(plan) for plan in plans.values())
     documents = load_calibration(calibration) if reads_text else []
     if dry_run:

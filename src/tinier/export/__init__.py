@@ -7,6 +7,7 @@ with its source.
 
 from tinier.export.driver import export, plan_export
 from tinier.export.matrix import matrix, matrix_text
+from tinier.export.planned import planned, suited
 from tinier.export.targets import TARGETS, Target, refusal
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "matrix",
     "matrix_text",
     "plan_export",
+    "planned",
     "refusal",
+    "suited",
 ]

@@ -154,16 +154,17 @@ def _tensors(
     source: Checkpoint, layout: Layout | None, names: list[str], read: TensorReader
 ) -> dict[str, Tensor]:
     """Some tensors of a checkpoint as the target has them."""
-    schemes = layout.schemes if layout else {}
+    stored = checkpoint_layout(source)
     linears = dict.fromkeys(name.rpartition(".")[0] for name in names)
     written: dict[str, Tensor] = {}
     for linear in linears:
         own = [name for name in names if name.rpartition(".")[0] == linear]
-        if linear not in schemes or layout is None or layout.storage == "compressed-tensors":
+        scheme = stored.schemes.get(linear) if stored else None
+        if scheme is None or layout is None or stored is None or layout.storage == stored.storage:
             written |= {_name_there(name, layout): read(name) for name in own}
             continue
-        codes, input_scale = unpack_linear(source.optional(read), linear, schemes[linear])
-        parts = pack_linear(codes, schemes[linear], input_scale, layout.storage)
+        codes, input_scale = unpack_linear(source.optional(read), linear, scheme, stored.storage)
+        parts = pack_linear(codes, scheme, input_scale, layout.storage)
         written |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
         if f"{linear}.bias" in own:
             written[f"{linear}.bias"] = read(f"{linear}.bias")

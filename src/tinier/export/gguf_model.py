@@ -271,7 +271,9 @@ def _stored(
     if architecture.interleaves and part in heads:
         order = _rope_order(heads[part], geometry.head_dim)
     if entry.source in schemes:
-        codes, _ = unpack_linear(source.optional(read), entry.source, schemes[entry.source])
+        assert layout is not None
+        scheme = schemes[entry.source]
+        codes, _ = unpack_linear(source.optional(read), entry.source, scheme, layout.storage)
         if order is None:
             return codes
         # a scale of a row or of a group of its columns goes with the row

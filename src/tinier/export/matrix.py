@@ -6,14 +6,13 @@ Asked of the rules that `export` asks, for a Llama whose sides every format divi
 from pathlib import Path
 from typing import NamedTuple
 
-from tinier.checkpoint import Checkpoint, TensorInfo, quantization_config
+from tinier.checkpoint import Checkpoint
 from tinier.errors import SchemeError
 from tinier.export.driver import plan_export
+from tinier.export.planned import planned
 from tinier.export.targets import TARGETS
-from tinier.families import geometry_of, linear_names, module_names
 from tinier.quantization import QuantizePlan
-from tinier.quantization.plan import chosen_presets, kv_grid
-from tinier.schemes import PRESETS, Layout
+from tinier.schemes import PRESETS
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -53,19 +52,8 @@ def matrix_text(rows: list[Row]) -> str:
 
 
 def _checkpoint(plan: QuantizePlan | None) -> Checkpoint:
-    """One that a plan would make, without weights."""
     source = Checkpoint(Path("model"), dict(_LLAMA), {}, None)
-    if plan is None:
-        return source
-    geometry = geometry_of(source)
-    schemes = {name: p.scheme for name, p in chosen_presets(geometry, plan).items()}
-    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan))
-    config = _LLAMA | {"quantization_config": quantization_config(layout, module_names(geometry))}
-    tensors = {}
-    if plan.preset == "fp8-e5m2":  # only the codes tell it from E4M3
-        name = f"{linear_names(geometry)[0]}.weight"
-        tensors[name] = TensorInfo("model.safetensors", name, "F8_E5M2", (1,), 1)
-    return Checkpoint(Path("model"), config, tensors, None)
+    return source if plan is None else planned(source, plan)
 
 
 def _reasons(source: Checkpoint) -> dict[str, str | None]:

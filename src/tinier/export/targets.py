@@ -26,6 +26,8 @@ class Target(NamedTuple):
     """One line for --help and the matrix"""
     takes_16_bit: bool = True
     """Whether a model that is not quantized can go there"""
+    group_size: int | None = None
+    """Of its own blocks: what `quantize --for` takes unless told otherwise"""
     files: Callable[[dict[str, Any]], dict[str, str]] = lambda config: {}
     """Text files beside the weights, by name, from the config.json that is written"""
 
@@ -39,8 +41,6 @@ def refusal(source: Checkpoint, to: str) -> str | None:
         if target.takes_16_bit:
             return None
         return "the model is in 16 bit, and this format is for quantized ones. Quantize it first."
-    if layout.storage != "compressed-tensors":
-        return f"the model is in {layout.storage}'s format. Import it first: tinier import {source.folder}."
     for rule in target.rules:
         reason = rule(source, layout)
         if reason is not None:
@@ -124,6 +124,10 @@ def _gptq_files(config: dict[str, Any]) -> dict[str, str]:
 
 
 TARGETS: dict[str, Target] = {
+    "tinier": Target(
+        "compressed-tensors", (), "compressed-tensors, whatever the loaders make of it: `tinier import`",
+        takes_16_bit=False,
+    ),
     "transformers": Target(
         "compressed-tensors", (_no_packed_embedding, _no_zero_points, _no_experts),
         "compressed-tensors, as tinier writes it",
@@ -148,7 +152,9 @@ TARGETS: dict[str, Target] = {
         "gptq_v2", (), "GPTQ v2, zeros as they are", takes_16_bit=False, files=_gptq_files
     ),
     "awq": Target("awq", (), "AutoAWQ GEMM, INT4 with or without zero points", takes_16_bit=False),
-    "gguf": Target(None, (), "llama.cpp's file: Q4_0, Q4_1, Q8_0, MXFP4, BF16, code for code"),
-    "ollama": Target(None, (), "that file and a Modelfile"),
+    "gguf": Target(
+        None, (), "llama.cpp's file: Q4_0, Q4_1, Q8_0, MXFP4, BF16, code for code", group_size=32
+    ),
+    "ollama": Target(None, (), "that file and a Modelfile", group_size=32),
     "fp8-hf": Target("fp8", (), "transformers' fine-grained FP8, from fp8-block", takes_16_bit=False),
 }  # fmt: skip
