@@ -33,6 +33,7 @@ def read(folder: Path) -> gguf.GGUFReader:
         ("int4", {"symmetric": False}, Type.Q4_1),
         ("int8", {}, Type.Q8_0),
         ("mxfp4-w4a16", {}, Type.MXFP4),
+        ("nvfp4-w4a16", {}, Type.NVFP4),
         (None, {}, Type.BF16),
     ],
 )

@@ -6,11 +6,13 @@ Layouts: ggml's `ggml-common.h`. `d` and `m` are float16.
 - Q4_1: q · d + m, d, m and 16 bytes
 - Q8_0: q · d, d and 32 int8
 - MXFP4: an E8M0 byte and 16 bytes of E2M1, halves as in Q4_0
+- NVFP4, 64 weights: four E4M3 bytes, one for each 16, and four times 8 bytes of E2M1, in halves of 8;
+  what the scales are divided by lies beside the tensor
 """
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +34,8 @@ def block_type(scheme: Scheme) -> GGMLQuantizationType | None:
             return GGMLQuantizationType.Q4_0 if grid.symmetric else GGMLQuantizationType.Q4_1
     if grid.scale_format == "e8m0":
         return GGMLQuantizationType.MXFP4
+    if grid.scale_format == "e4m3":
+        return GGMLQuantizationType.NVFP4
     return None
 
 
@@ -39,9 +43,16 @@ def packed(quantized: Quantized, kind: GGMLQuantizationType) -> NDArray[np.uint8
     """Codes [out, in] as rows of blocks, uint8 [out, bytes]. Raises SchemeError where blocks do not fill a
     row, or float16 has no room for a scale."""
     codes, columns = quantized.codes.cpu(), quantized.codes.shape[1]
-    if columns % _BLOCK:
-        raise SchemeError(f"a row of {columns} weights does not fill blocks of {_BLOCK}.")
-    rows, blocks = len(codes), columns // _BLOCK
+    block = GGML_QUANT_SIZES[kind][0]
+    if columns % block:
+        raise SchemeError(f"a row of {columns} weights does not fill blocks of {block}.")
+    rows, blocks = len(codes), columns // block
+    if kind == GGMLQuantizationType.NVFP4:
+        scales = quantized.scale.cpu().view(torch.uint8).view(rows, blocks, 4)
+        nibbles = e2m1_codes(codes).view(rows, blocks, 4, 2, 8)
+        bytes_ = (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).flatten(2)
+        joined: NDArray[np.uint8] = torch.cat([scales, bytes_], dim=2).flatten(1).numpy()
+        return joined
     scale = (
         quantized.scale.cpu().float().repeat_interleave(blocks // quantized.scale.shape[1], dim=1)
     )

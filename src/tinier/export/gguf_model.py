@@ -58,6 +58,7 @@ _FILE_TYPES = {
     GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
+    GGMLQuantizationType.NVFP4: gguf.LlamaFileType.MOSTLY_NVFP4,
 }
 _ROW_NUMBERS = 1 << 23
 """Numbers that are compared at once"""
@@ -98,8 +99,8 @@ def gguf_refusal(source: Checkpoint) -> str | None:
         if block_type(scheme) is None:
             return (
                 f"llama.cpp has no type for the numbers of {scheme.label} ({name}). Quantize with "
-                "int4-gptq, int4-best, int4-awq or int4 (groups of 32, 64 or 128), int8, int8-sq, or "
-                "mxfp4-w4a16."
+                "int4-gptq, int4-best, int4-awq or int4 (groups of 32, 64 or 128), int8, int8-sq, "
+                "mxfp4-w4a16 or nvfp4-w4a16."
             )
     if layout.kv_cache is not None:
         return "a GGUF file says nothing of the KV cache. Quantize without --kv."
@@ -233,6 +234,11 @@ def _entries(source: Checkpoint) -> list[Entry]:
         if name is None:
             raise SchemeError(f"llama.cpp's {architecture.name} has no tensor for {tensor}.")
         entries.append(Entry(name, origin, kind, shape))
+        if kind == GGMLQuantizationType.NVFP4:
+            scale = name.removesuffix("weight") + "scale"
+            entries.append(
+                Entry(scale, f"{origin}.weight_global_scale", GGMLQuantizationType.F32, (1,))
+            )
     return entries
 
 
@@ -274,13 +280,21 @@ def _stored(
         assert layout is not None
         scheme = schemes[entry.source]
         codes, _ = unpack_linear(source.optional(read), entry.source, scheme, layout.storage)
+        codes = codes._replace(global_scale=None)  # beside the tensor
         if order is None:
             return codes
         # a scale of a row or of a group of its columns goes with the row
-        moved = [t if t is None else t[order] for t in (codes.codes.view(torch.uint8), *codes[1:3])]
-        assert moved[0] is not None
-        assert moved[1] is not None
-        return Quantized(moved[0].view(codes.codes.dtype), moved[1], moved[2])
+        # torch gathers no 8-bit floats
+        code, scale = (t.view(torch.uint8)[order].view(t.dtype) if t.itemsize == 1 else t[order]
+                       for t in codes[:2])  # fmt: skip
+        zero = codes.zero_point
+        return Quantized(code, scale, None if zero is None else zero[order])
+    linear, _, last = entry.source.rpartition(".")
+    if last == "weight_global_scale":
+        assert layout is not None
+        codes, _ = unpack_linear(source.optional(read), linear, schemes[linear], layout.storage)
+        assert codes.global_scale is not None
+        return 1 / codes.global_scale
     tensor = read(entry.source)
     if order is not None:
         tensor = tensor[order]
