@@ -120,6 +120,13 @@ def test_a_cache_in_fp8_goes_to_tensorrt(tiny: Tiny, tmp_path: Path) -> None:
     assert layout == checkpoint_layout(made)
 
 
+def test_a_model_without_a_tokenizer_is_compared_on_any_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    source = quantized(tiny, "int4", tmp_path / "source")
+    for path in source.folder.glob("tokenizer*"):
+        path.unlink()
+    assert export(source, "gptq", tmp_path / "made").measures["kl"] <= 1e-6
+
+
 def test_16_bit_models_go_where_they_are_read(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(dtype=torch.bfloat16)
     made = exported(source, "tensorrt-llm", tmp_path / "made")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
+from tinier.errors import TinierError
 from tinier.families import geometry_of
 from tinier.text import load_calibration, token_windows
 from tinier.tokenizer import load_tokenizer
@@ -41,12 +42,17 @@ def likeness(source: Checkpoint, made: Checkpoint, device: torch.device) -> Like
 
 
 def _windows(source: Checkpoint) -> Tensor:
-    """[n, length] of the built-in text; of positions that the model has."""
+    """[n, length] of the built-in text; random tokens for a model that has no tokenizer with it."""
     geometry = geometry_of(source)
     limits = [window for window in geometry.windows if window is not None]
     length = min([_LENGTH, geometry.max_positions, *limits])
+    try:
+        tokenizer = load_tokenizer(source)
+    except TinierError:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, geometry.vocab, (_WINDOWS, length), generator=generator)
     documents = load_calibration("builtin")[:1]
-    return token_windows(load_tokenizer(source), documents, length=length, count=_WINDOWS)
+    return token_windows(tokenizer, documents, length=length, count=_WINDOWS)
 
 
 def _log_probabilities(model: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
