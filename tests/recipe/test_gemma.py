@@ -10,7 +10,8 @@ from tinier.families import open_model
 from tinier.recipe import load_recipe, run_recipe
 from tinier.recipe.plan import plan_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+# four and a half minutes alone on two slow cores
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "gemma3.yaml"
 
 
