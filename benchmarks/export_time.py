@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tinier.benchmark import environment
 from tinier.checkpoint import Checkpoint, PartFiles, pack_linear, quantization_config
-from tinier.families import geometry_of, layer_name, module_names
+from tinier.families import geometry_of, layer_name, linear_shape, module_names
 from tinier.numerics import Quantized
 from tinier.quantization import QuantizePlan
-from tinier.quantization.plan import chosen_presets, linear_shape
+from tinier.quantization.plan import chosen_presets
 from tinier.schemes import Layout, Scheme
 
 

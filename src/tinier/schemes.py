@@ -13,6 +13,8 @@ from typing import Literal
 from tinier.errors import SchemeError
 from tinier.numerics import E2M1_MAX, E4M3_MAX, int_range
 
+EMBEDDING_MODULE = "model.embed_tokens"
+HEAD_LINEAR = "lm_head"
 ScaleFormat = Literal["model", "e4m3", "e8m0"]
 Storage = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "modelopt"]
 """Whose tensors a quantized checkpoint has (checkpoint/formats.py)"""
@@ -155,7 +157,7 @@ class Layout:
     @property
     def label(self) -> str:
         """Such as `INT4 W4A16 g64`; several schemes with `+`, the most frequent one first."""
-        ends = {"model.embed_tokens": "embedding", "lm_head": "head"}
+        ends = {EMBEDDING_MODULE: "embedding", HEAD_LINEAR: "head"}
         counted = Counter(s.label for n, s in self.schemes.items() if n not in ends)
         parts = [" + ".join(label for label, _ in counted.most_common())]
         quantized = {n: self.schemes[m].weights.label for m, n in ends.items() if m in self.schemes}

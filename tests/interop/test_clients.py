@@ -1,13 +1,11 @@
 """LangChain and LiteLLM with their defaults, in an environment of their own."""
 
-import fcntl
 import json
 import subprocess
 import sys
-import venv
-from pathlib import Path
 
 import pytest
+from tests.conftest import environment
 
 from tinier.serving import Service
 
@@ -46,18 +44,7 @@ print(json.dumps([second.usage.total_tokens > first.usage.total_tokens, len(piec
 @pytest.fixture(scope="module")
 def python() -> str:
     """An interpreter that has both (430 MB)."""
-    folder = Path.home() / ".cache" / "tinier" / "interop"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / ".done"
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists() or done.read_text() != str(PACKAGES):
-            venv.create(folder / "venv", with_pip=True)
-            command = [str(folder / "venv" / "bin" / "pip"), "install", "-q", *PACKAGES]
-            if subprocess.run(command, check=False).returncode:
-                pytest.skip("needs a package index")
-            done.write_text(str(PACKAGES))
-    return str(folder / "venv" / "bin" / "python")
+    return str(environment("interop", PACKAGES) / "python")
 
 
 @pytest.mark.parametrize("script", [LANGCHAIN, LITELLM], ids=["langchain", "litellm"])

@@ -1,16 +1,14 @@
 """llama.cpp computes what tinier's engine does from the GGUF files that `tinier export` writes."""
 
-import fcntl
 import json
 import subprocess
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.conftest import quantize_tiny
+from tests.conftest import environment, quantize_tiny
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
@@ -21,42 +19,13 @@ from tinier.tokenizer import load_tokenizer
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 PACKAGES = ["xllamacpp==2026.10.11549"]
 
-# the likeliest next tokens after prompts of token ids, with their log-probabilities
-NEXT_TOKENS = """
-import json, sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path = sys.argv[1]
-params.n_ctx, params.n_parallel = 256, 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
-server = xllamacpp.Server(params)
-found = []
-for prompt in json.loads(sys.argv[2]):
-    said = []
-    # a letter is drawn, whatever is likely: half a character has no log-probabilities here
-    asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": 200, "n_probs": 200,
-             "logit_bias": [[int(sys.argv[3]), 1000.0]], "cache_prompt": False, "stream": False}
-    answer = server.handle_completions(asked, said.append)
-    content = (said[0] if said else answer)["choices"][0]["logprobs"]["content"]
-    found.append([[token["id"], token["logprob"]] for token in content[0]["top_logprobs"]])
-print(json.dumps(found))
-"""
+WORKER = Path(__file__).parent.parent.parent / "benchmarks" / "peers" / "llamacpp_next.py"
 
 
 @pytest.fixture(scope="module")
 def python() -> str:
     """An interpreter that has llama.cpp (130 MB)."""
-    folder = Path.home() / ".cache" / "tinier" / "llamacpp"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / ".done"
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists() or done.read_text() != str(PACKAGES):
-            venv.create(folder / "venv", with_pip=True)
-            command = [str(folder / "venv" / "bin" / "pip"), "install", "-q", *PACKAGES]
-            if subprocess.run(command, check=False).returncode:
-                pytest.skip("needs a package index")
-            done.write_text(str(PACKAGES))
-    return str(folder / "venv" / "bin" / "python")
+    return str(environment("llamacpp", PACKAGES) / "python")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +52,10 @@ def test_llama_cpp_has_the_same_next_tokens(
     ]
     letter = load_tokenizer(source).inner.convert_tokens_to_ids("A")
     file = tmp_path / "made" / "model.gguf"
-    command = [python, "-c", NEXT_TOKENS, str(file), json.dumps(prompts), str(letter)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    command = [python, str(WORKER), str(file), str(letter), "200"]
+    done = subprocess.run(
+        command, input=json.dumps(prompts), capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     decoder = load_decoder(source, device=torch.device("cpu"), dtype=torch.float32)

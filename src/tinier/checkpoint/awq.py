@@ -14,7 +14,7 @@ from torch import Tensor
 from tinier.checkpoint.gptq import float16_scale
 from tinier.errors import CheckpointError, SchemeError
 from tinier.numerics import Quantized
-from tinier.schemes import Grid, Layout, Scheme
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, Grid, Layout, Scheme
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -36,16 +36,22 @@ def awq_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
         kind="int", bits=4, granularity="group", group_size=size,
         symmetric=not block.get("zero_point", True),
     )  # fmt: skip
-    kept = [*(block.get("modules_to_not_convert") or []), "lm_head"]
-    quantized = [name for name in names if not any(part in name for part in kept)]
-    return Layout(schemes=dict.fromkeys(quantized, Scheme(weights=grid)), storage="awq")
+    schemes = dict.fromkeys(converted(block, names), Scheme(weights=grid))
+    return Layout(schemes=schemes, storage="awq")
+
+
+def converted(block: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of `names` that no part of a name in transformers' `modules_to_not_convert` excludes, nor the
+    head, which it never converts."""
+    kept = [*(block.get("modules_to_not_convert") or []), HEAD_LINEAR]
+    return [name for name in names if not any(part in name for part in kept)]
 
 
 def awq_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a layout. Raises SchemeError for one that has no word for it."""
     schemes = set(layout.schemes.values())
     scheme = next(iter(schemes))
-    grid, ends = scheme.weights, {"lm_head", "model.embed_tokens"} & layout.schemes.keys()
+    grid, ends = scheme.weights, {HEAD_LINEAR, EMBEDDING_MODULE} & layout.schemes.keys()
     fits = grid.kind == "int" and grid.bits == 4 and grid.group_size and scheme.activations is None
     if len(schemes) != 1 or layout.kv_cache is not None or ends or not fits:
         raise SchemeError(
@@ -53,10 +59,10 @@ def awq_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
             f"embedding and KV cache in 16 bit; this one is {layout.label}. Quantize with int4-awq, "
             "int4-gptq, int4-best or int4."
         )
-    left = [name for name in names if name not in layout.schemes and name != "lm_head"]
+    left = [name for name in names if name not in layout.schemes]
     return {
         "quant_method": "awq", "bits": 4, "group_size": grid.group_size, "zero_point": True,
-        "version": "gemm", "modules_to_not_convert": ["lm_head", *left],
+        "version": "gemm", "modules_to_not_convert": left,
     }  # fmt: skip
 
 
@@ -68,7 +74,7 @@ def awq_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[int, .
     return {"qweight": (columns, words), "qzeros": (groups, words), "scales": (groups, rows)}
 
 
-def awq_pack(quantized: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+def awq_pack(quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of one linear layer by their names. Raises SchemeError for a scale that float16 lacks, or
     a number of outputs that 8 does not divide."""
     rows = quantized.codes.shape[0]

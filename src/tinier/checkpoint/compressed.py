@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 
 from tinier.errors import CheckpointError, SchemeError
-from tinier.numerics import Quantized, e2m1_codes, e2m1_values
-from tinier.schemes import Grid, Layout, Scheme
+from tinier.numerics import (
+    Quantized,
+    e2m1_codes,
+    e2m1_values,
+    e8m0_codes,
+    e8m0_values,
+    from_pairs,
+    to_pairs,
+)
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, Grid, Layout, Scheme
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
 Value = TypeVar("Value")
-_EMBEDDING = "model.embed_tokens"
-_E8M0_BIAS = 127
 _SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 
 
@@ -48,7 +54,7 @@ def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     )
 
     schemes = list(dict.fromkeys(layout.schemes.values()))
-    by_class = len(schemes) == 1 and not {"lm_head", _EMBEDDING} & layout.schemes.keys()
+    by_class = len(schemes) == 1 and not {HEAD_LINEAR, EMBEDDING_MODULE} & layout.schemes.keys()
     groups = {}
     for i, scheme in enumerate(schemes):
         members = [name for name, own in layout.schemes.items() if own == scheme]
@@ -96,11 +102,9 @@ def compressed_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
         hit = None if ignored.find(name) else found.find(name)
         if hit is not None:
             schemes[name] = hit
-    embedding = (
-        None if ignored.find(_EMBEDDING, "Embedding") else found.find(_EMBEDDING, "Embedding")
-    )
-    if embedding is not None:
-        schemes[_EMBEDDING] = embedding
+    embedding = found.find(EMBEDDING_MODULE, "Embedding")
+    if embedding is not None and not ignored.find(EMBEDDING_MODULE, "Embedding"):
+        schemes[EMBEDDING_MODULE] = embedding
     kv = block.get("kv_cache_scheme")
     return Layout(schemes=schemes, kv_cache=_to_kv_grid(kv) if kv else None)
 
@@ -119,16 +123,14 @@ def compressed_pack(
     codes, scale, zero_point, global_scale = quantized
     packed: dict[str, Tensor] = {}
     if grid.kind == "float" and grid.bits == 4:
-        nibbles = e2m1_codes(codes)
-        packed["weight_packed"] = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+        packed["weight_packed"] = to_pairs(e2m1_codes(codes))
     elif grid.bits == 8:
         packed["weight"] = codes
     else:
         packed["weight_packed"] = pack_integers(codes, grid.bits)
         packed["weight_shape"] = torch.tensor(codes.shape)
     if grid.scale_format == "e8m0":
-        exponent = torch.frexp(scale.float()).exponent - 1  # a power of two is 0.5 · 2^(e + 1)
-        scale = (exponent + _E8M0_BIAS).to(torch.uint8)
+        scale = e8m0_codes(scale)
     packed["weight_scale"] = scale.reshape(1) if grid.granularity == "tensor" else scale
     if zero_point is not None:
         packed["weight_zero_point"] = pack_integers(zero_point, grid.bits, packed_dim=0)
@@ -155,8 +157,7 @@ def compressed_unpack(
     zero_point = None
     if grid.kind == "float" and grid.bits == 4:
         assert packed is not None
-        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
-        codes = e2m1_values(nibbles)
+        codes = e2m1_values(from_pairs(packed))
     elif grid.bits == 8:
         weight = part("weight")
         assert weight is not None
@@ -169,8 +170,7 @@ def compressed_unpack(
         if zeros is not None:
             zero_point = unpack_integers(zeros, grid.bits, scale.shape, packed_dim=0)
     if grid.scale_format == "e8m0":
-        ones = torch.ones(scale.shape, device=scale.device)
-        scale = torch.ldexp(ones, scale.int() - _E8M0_BIAS)
+        scale = e8m0_values(scale)
     input_scale = part(scheme.input_scale_name) if scheme.input_scale_name else None
     return Quantized(codes, scale, zero_point, part("weight_global_scale")), input_scale
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tinier.checkpoint.awq import converted
 from tinier.errors import CheckpointError, SchemeError
 from tinier.numerics import Quantized
-from tinier.schemes import PRESETS, Layout, Scheme
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, PRESETS, Layout, Scheme
 
 _SCHEME = PRESETS["fp8-block"].scheme
 
@@ -28,14 +29,12 @@ def fine_grained_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
             f"scale_fmt={block.get('scale_fmt')!r}; tinier reads blocks of 128 x 128 with dynamic inputs. "
             "Give the 16-bit model."
         )
-    kept = [*(block.get("modules_to_not_convert") or []), "lm_head"]
-    quantized = [name for name in names if not any(part in name for part in kept)]
-    return Layout(schemes=dict.fromkeys(quantized, _SCHEME), storage="fp8")
+    return Layout(schemes=dict.fromkeys(converted(block, names), _SCHEME), storage="fp8")
 
 
 def fine_grained_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a layout. Raises SchemeError for one that has no word for it."""
-    ends = {"lm_head", "model.embed_tokens"} & layout.schemes.keys()
+    ends = {HEAD_LINEAR, EMBEDDING_MODULE} & layout.schemes.keys()
     if set(layout.schemes.values()) != {_SCHEME} or layout.kv_cache is not None or ends:
         raise SchemeError(
             "transformers' fine-grained FP8 has all layers in blocks of 128 x 128, and head, embedding and "

@@ -90,7 +90,7 @@ def pack_linear(
     if storage in ("gptq", "gptq_v2"):
         return gptq.gptq_pack(quantized, scheme, v2=storage == "gptq_v2")
     if storage == "awq":
-        return awq.awq_pack(quantized, scheme)
+        return awq.awq_pack(quantized)
     if storage == "fp8":
         return fine_grained.fine_grained_pack(quantized)
     if storage == "modelopt":

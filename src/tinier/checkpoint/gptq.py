@@ -6,6 +6,7 @@ int32 [in] each input's group. A weight is (code - zero) · scale, codes counted
 `checkpoint_format: gptq` stores each zero less one, `gptq_v2` as it is.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from tinier.checkpoint.compressed import pack_integers, unpack_integers
 from tinier.errors import CheckpointError, SchemeError
 from tinier.numerics import Quantized
-from tinier.schemes import Grid, Layout, Scheme
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, Grid, Layout, Scheme
 
 _BITS = (2, 3, 4, 8)
 
@@ -48,7 +49,8 @@ def gptq_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
     quantized = [
         name
         for name in names
-        if (name != "lm_head" or block.get("lm_head")) and not _matches(name, kept)
+        if (name != HEAD_LINEAR or block.get("lm_head"))
+        and not any(re.match(pattern, name) for pattern in kept)
     ]
     schemes = dict.fromkeys(quantized, Scheme(weights=grid))
     return Layout(schemes=schemes, storage="gptq" if version == "gptq" else "gptq_v2")
@@ -58,7 +60,7 @@ def gptq_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """The `quantization_config` of a layout. Raises SchemeError for one that has no word for it."""
     schemes = set(layout.schemes.values())
     grid = next(iter(schemes)).weights
-    if len(schemes) != 1 or layout.kv_cache is not None or "model.embed_tokens" in layout.schemes:
+    if len(schemes) != 1 or layout.kv_cache is not None or EMBEDDING_MODULE in layout.schemes:
         reason = "all its layers in one format, and embedding and KV cache in 16 bit"
     elif any(scheme.activations is not None for scheme in schemes) or grid.kind != "int":
         reason = "integers in groups, and 16-bit activations"
@@ -71,12 +73,12 @@ def gptq_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
             f"a GPTQ checkpoint has {reason}; this one is {layout.label}. Quantize with int4-gptq, "
             "int4-best, int4-awq, int4, int3 or int2."
         )
-    left = [name for name in names if name not in layout.schemes and name != "lm_head"]
+    left = [name for name in names if name not in layout.schemes and name != HEAD_LINEAR]
     return {
         "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": True,
         "desc_act": False, "static_groups": False, "true_sequential": True, "damp_percent": 0.01,
-        "lm_head": "lm_head" in layout.schemes, "checkpoint_format": layout.storage,
-        "dynamic": {f"-:{name.replace('.', chr(92) + '.')}$": {} for name in left},
+        "lm_head": HEAD_LINEAR in layout.schemes, "checkpoint_format": layout.storage,
+        "dynamic": {f"-:{re.escape(name)}$": {} for name in left},
     }  # fmt: skip
 
 
@@ -127,13 +129,14 @@ def gptq_unpack(
     half = 1 << (bits - 1)
     if not v2:
         zero = (zero.int() + half + 1).remainder(1 << bits).sub(half).to(torch.int8)
-    symmetric = bool((zero == 0).all())
-    if scheme.weights.symmetric and not symmetric:
+    scale = scales.t().contiguous()
+    if not scheme.weights.symmetric:
+        return Quantized(codes, scale, zero.contiguous())
+    if zero.any():
         raise CheckpointError(
             f"{name} has zero points, and config.json says that it has none (sym)."
         )
-    found = None if scheme.weights.symmetric else zero.contiguous()
-    return Quantized(codes, scales.t().contiguous(), found)
+    return Quantized(codes, scale)
 
 
 def float16_scale(scale: Tensor) -> Tensor:
@@ -145,9 +148,3 @@ def float16_scale(scale: Tensor) -> Tensor:
             "float16. Quantize a bfloat16 or float16 model with weights of the usual sizes."
         )
     return narrow
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    import re
-
-    return any(re.match(pattern, name) for pattern in patterns)

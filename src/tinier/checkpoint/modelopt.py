@@ -22,12 +22,23 @@ import torch
 from torch import Tensor
 
 from tinier.errors import CheckpointError, SchemeError
-from tinier.numerics import Quantized, e2m1_codes, e2m1_values
-from tinier.schemes import PRESETS, Grid, Layout, Scheme
+from tinier.numerics import Quantized, e2m1_codes, e2m1_values, from_pairs, to_pairs
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, PRESETS, Grid, Layout, Scheme
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose layout it is; readers look at the name."""
 _KV8 = Grid(kind="float", bits=8, granularity="tensor")
+_KV_SCALE = re.compile(r"\.self_attn\.(?:[kv]_proj\.)?([kv])_scale$")
+
+
+def usual_name(tensor: str) -> str:
+    """A tensor's name as the stages know it: the KV cache's scales belong to the attention."""
+    return _KV_SCALE.sub(r".self_attn.\1_scale", tensor)
+
+
+def modelopt_name(tensor: str) -> str:
+    """A tensor's name in ModelOpt's checkpoint: they belong to the layers that write the cache."""
+    return _KV_SCALE.sub(r".self_attn.\1_proj.\1_scale", tensor)
 
 
 def algorithm_of(scheme: Scheme) -> str | None:
@@ -75,7 +86,7 @@ def modelopt_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:
     """
     names = list(names)
     for name, scheme in layout.schemes.items():
-        if algorithm_of(scheme) is None or name in ("lm_head", "model.embed_tokens"):
+        if algorithm_of(scheme) is None or name in (HEAD_LINEAR, EMBEDDING_MODULE):
             trap = (
                 " TensorRT-LLM reads INT8 with a scale a row as FP8: the model would be noise."
                 if scheme.weights.kind == "int" and scheme.weights.bits == 8
@@ -146,9 +157,8 @@ def modelopt_pack(
     if algorithm == "NVFP4":
         assert quantized.global_scale is not None
         assert input_scale is not None
-        nibbles = e2m1_codes(quantized.codes)
         return {
-            "weight": nibbles[:, ::2] | (nibbles[:, 1::2] << 4), "weight_scale": scale,
+            "weight": to_pairs(e2m1_codes(quantized.codes)), "weight_scale": scale,
             "weight_scale_2": (1 / quantized.global_scale.float()).reshape(()),
             "input_scale": (1 / input_scale.float()).reshape(()),
         }  # fmt: skip
@@ -183,9 +193,9 @@ def modelopt_unpack(
         second = read(f"{name}.weight_scale_2")
         assert second is not None
         assert inputs is not None
-        nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
-        globals_ = 1 / second.float().reshape(1)
-        return Quantized(e2m1_values(nibbles), scale, None, globals_), 1 / inputs.float().reshape(1)
+        divisor = 1 / second.float().reshape(1)
+        codes = e2m1_values(from_pairs(weight))
+        return Quantized(codes, scale, None, divisor), 1 / inputs.float().reshape(1)
     if algorithm == "FP8":
         assert inputs is not None
         return Quantized(weight, scale.reshape(1, 1)), inputs.reshape(1)

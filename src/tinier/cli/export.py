@@ -1,5 +1,6 @@
 """`tinier export`"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,20 +59,24 @@ def export(
       tinier export llama-fp8 --to tensorrt-llm --out llama-trt
       tinier export smollm2-int4 --to gguf --out smollm2-gguf
     """
-    from pathlib import Path
+    output.start(quiet=quiet, log_level=log_level)
+    write_for(to, model, out, revision, device, dry_run=dry_run, json=json)
 
+
+def write_for(
+    to: str, model: str, out: Path, revision: str | None, device: str, *, dry_run: bool, json: bool
+) -> None:
+    """Export a model, or say what that would do, and print it."""
     from tinier.checkpoint import check_output
     from tinier.export import export as write
     from tinier.export import plan_export
     from tinier.families import open_model
     from tinier.report.terminal import exported_text, stage_text
 
-    output.start(quiet=quiet, log_level=log_level)
-    folder = Path(out)
-    check_output(folder)
+    check_output(out)
     source = open_model(model, revision)
     if dry_run:
-        text, data = stage_text(plan_export(source, to), folder, device)
+        text, data = stage_text(plan_export(source, to), out, device)
     else:
-        text, data = exported_text(folder, write(source, to, folder, device=device))
+        text, data = exported_text(out, write(source, to, out, device=device))
     output.result(text, data, as_json=json)

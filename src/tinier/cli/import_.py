@@ -1,6 +1,7 @@
 """`tinier import`"""
 
 from tinier.cli import options, output
+from tinier.cli.export import write_for
 
 
 def import_(
@@ -25,20 +26,5 @@ def import_(
       tinier import Qwen/Qwen2.5-7B-Instruct-AWQ --out qwen-awq
       tinier export qwen-awq --to gguf --out qwen-gguf
     """
-    from pathlib import Path
-
-    from tinier.checkpoint import check_output
-    from tinier.export import export as write
-    from tinier.export import plan_export
-    from tinier.families import open_model
-    from tinier.report.terminal import exported_text, stage_text
-
     output.start(quiet=quiet, log_level=log_level)
-    folder = Path(out)
-    check_output(folder)
-    source = open_model(model, revision)
-    if dry_run:
-        text, data = stage_text(plan_export(source, "tinier"), folder, device)
-    else:
-        text, data = exported_text(folder, write(source, "tinier", folder, device=device))
-    output.result(text, data, as_json=json)
+    write_for("tinier", model, out, revision, device, dry_run=dry_run, json=json)

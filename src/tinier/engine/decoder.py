@@ -360,12 +360,10 @@ class _LayersOnDemand(Sequence[Layer]):
         index = range(self._count)[index]
         if index not in self._kept:
             if len(self._kept) == 2:
-                del self._kept[min(self._kept)]
-            weights = self._weights
-            with weights.checkpoint.reader(
-                self._device
-            ) as read:  # an open file keeps what was read
-                self._kept[index] = replace(weights, read=read).layer(layer_name(index))
+                del self._kept[next(iter(self._kept))]  # the one that was read first
+            # a reader for each layer: an open file keeps what was read from it in memory
+            with self._weights.checkpoint.reader(self._device) as read:
+                self._kept[index] = replace(self._weights, read=read).layer(layer_name(index))
         return self._kept[index]
 
 

@@ -270,15 +270,11 @@ class Runner:
     ) -> Output:
         assert self._native is not None
         tokens, positions, slots, _, seats, starts, _, tables = self._split(inputs, rows, sequences)
-        entering = self._embed(tokens)
+        entering = self.decoder.embed(tokens, self._sampled)
         logits, states = self._native.step(
             entering, positions, slots, starts, tables, hidden=hidden
         )
         return Output(logits, greedy(logits, seats, self._sampled), states)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer [T, hidden]; -1 - i: the token last sampled at seat i."""
-        return self.decoder.embed(tokens, self._sampled)
 
     def _parts(self, rows: int, sequences: int) -> list[int]:
         """Sizes of what `_inputs` joins."""
@@ -306,7 +302,7 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        hidden = decoder.forward(self._embed(tokens), attend)
+        hidden = decoder.forward(decoder.embed(tokens, self._sampled), attend)
         last = hidden if rows == sequences else hidden[starts[1:].long() - 1]
         logits = decoder.logits(last)
         return Output(logits, greedy(logits, seats, self._sampled), hidden)

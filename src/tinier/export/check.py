@@ -16,6 +16,7 @@ from tinier.text import load_calibration, token_windows
 from tinier.tokenizer import load_tokenizer
 
 _WINDOWS, _LENGTH = 2, 128
+CHECKED_TOKENS = _WINDOWS * _LENGTH
 MOST_DIVERGENCE = 1e-6
 """Nats: both are computed in float32 by one engine, so what is stored in other words has equal logits"""
 

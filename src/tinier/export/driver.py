@@ -28,13 +28,14 @@ from tinier.checkpoint import (
     write_atomically,
     write_config,
 )
+from tinier.checkpoint.modelopt import modelopt_name
 from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import InputError, MeasuredFailure, SchemeError
-from tinier.export.check import likeness
+from tinier.export.check import CHECKED_TOKENS, likeness
 from tinier.export.gguf_model import MOST_APART, read_back, write_gguf
 from tinier.export.ollama import modelfile
 from tinier.export.targets import TARGETS, refusal
-from tinier.families import checkpoint_layout, geometry_of, layer_name, module_names, open_model
+from tinier.families import Geometry, checkpoint_layout, geometry_of, module_names, open_model
 from tinier.progress import bar, warn
 from tinier.schemes import Layout
 
@@ -59,7 +60,7 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
         inputs={"source": source},
         output_config=config,
         output_bytes=source.disk_bytes,
-        memory_bytes=2 * source.weight_bytes // geometry_of(source).layers,
+        memory_bytes=_memory_bytes(geometry_of(source), to),
         flops=0.0,
         code=code_digest("tinier.export.driver"),
     )
@@ -124,6 +125,17 @@ def _write_file(source: Checkpoint, to: str, folder: Path) -> dict[str, float]:
     return {"largest_difference": apart}
 
 
+def _memory_bytes(geometry: Geometry, to: str) -> int:
+    """What an embedding takes while it is packed and compared: with the tokens and merges of a GGUF file as
+    Python's objects (470 MB were seen on SmolLM2, for 429 here), or with two layers and the logits of a
+    folder in float32 (420 MB, for 406)."""
+    table = geometry.vocab * geometry.hidden
+    if TARGETS[to].storage is None:
+        return 3 * table + 7_000 * geometry.vocab
+    layer = sum(rows * columns for rows, columns in geometry.linears.values())
+    return 8 * (table + layer) + 12 * CHECKED_TOKENS * geometry.vocab
+
+
 def _target_layout(source: Checkpoint, to: str) -> Layout | None:
     """How the export stores the layers; None: in 16 bit."""
     layout, storage = checkpoint_layout(source), TARGETS[to].storage
@@ -131,23 +143,19 @@ def _target_layout(source: Checkpoint, to: str) -> Layout | None:
 
 
 def _write_tensors(source: Checkpoint, layout: Layout | None, folder: Path) -> None:
-    """All weights, a file a layer; what a stopped run has written stays."""
-    geometry = geometry_of(source)
-    parts = PartFiles(folder, geometry.layers + 1)
-    prefixes = [f"{layer_name(i)}." for i in range(geometry.layers)]
-    with bar("export", len(prefixes) + 1) as advance:
-        for index in range(len(prefixes) + 1):
+    """All weights, a file a layer, and one of what is around them; what a stopped run has written stays."""
+    layers = geometry_of(source).layers
+    parts = PartFiles(folder, layers + 1)
+    names: list[list[str]] = [[] for _ in range(layers + 1)]
+    for name in source.tensors:
+        names[int(name.split(".")[2]) if name.startswith("model.layers.") else layers].append(name)
+    with bar("export", layers + 1) as advance:
+        for index in range(layers + 1):
             if not parts.has(index):
-                names = [name for name in source.tensors if _part_of(name, prefixes) == index]
                 with source.reader() as read:  # one for each part: an open file keeps what was read
-                    parts.write(index, _tensors(source, layout, names, read), {})
+                    parts.write(index, _tensors(source, layout, names[index], read), {})
             advance(1)
     parts.close()
-
-
-def _part_of(name: str, prefixes: list[str]) -> int:
-    """The layer of a tensor; what is around the layers comes last."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else len(prefixes)
 
 
 def _tensors(
@@ -155,25 +163,23 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """Some tensors of a checkpoint as the target has them."""
     stored = checkpoint_layout(source)
-    linears = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    if stored is None or layout is None or layout.storage == stored.storage:
+        return {_name_there(name, layout): read(name) for name in names}
     written: dict[str, Tensor] = {}
-    for linear in linears:
-        own = [name for name in names if name.rpartition(".")[0] == linear]
-        scheme = stored.schemes.get(linear) if stored else None
-        if scheme is None or layout is None or stored is None or layout.storage == stored.storage:
-            written |= {_name_there(name, layout): read(name) for name in own}
+    for name in names:
+        linear, _, part = name.rpartition(".")
+        scheme = stored.schemes.get(linear)
+        if scheme is None or part == "bias":
+            written[_name_there(name, layout)] = read(name)
+    for linear in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        scheme = stored.schemes.get(linear)
+        if scheme is None:
             continue
         codes, input_scale = unpack_linear(source.optional(read), linear, scheme, stored.storage)
         parts = pack_linear(codes, scheme, input_scale, layout.storage)
         written |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
-        if f"{linear}.bias" in own:
-            written[f"{linear}.bias"] = read(f"{linear}.bias")
     return written
 
 
 def _name_there(name: str, layout: Layout | None) -> str:
-    """ModelOpt has the cache's scales in the layers that write it."""
-    attention, _, last = name.rpartition(".")
-    if layout is None or layout.storage != "modelopt" or last not in ("k_scale", "v_scale"):
-        return name
-    return f"{attention}.{last[0]}_proj.{last}"
+    return modelopt_name(name) if layout is not None and layout.storage == "modelopt" else name

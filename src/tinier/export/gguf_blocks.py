@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinier.errors import SchemeError
-from tinier.numerics import Quantized, e2m1_codes
+from tinier.numerics import Quantized, e2m1_codes, e8m0_codes
 from tinier.schemes import Scheme
 
 _BLOCK = 32
@@ -47,36 +47,33 @@ def packed(quantized: Quantized, kind: GGMLQuantizationType) -> NDArray[np.uint8
     if columns % block:
         raise SchemeError(f"a row of {columns} weights does not fill blocks of {block}.")
     rows, blocks = len(codes), columns // block
+    stored = quantized.scale.cpu()
+    repeats = max(1, blocks // stored.shape[1])  # a block of NVFP4 has four scales
+    scale = stored.float().repeat_interleave(repeats, dim=1)
     if kind == GGMLQuantizationType.NVFP4:
-        scales = quantized.scale.cpu().view(torch.uint8).view(rows, blocks, 4)
-        nibbles = e2m1_codes(codes).view(rows, blocks, 4, 2, 8)
-        bytes_ = (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).flatten(2)
-        joined: NDArray[np.uint8] = torch.cat([scales, bytes_], dim=2).flatten(1).numpy()
-        return joined
-    scale = (
-        quantized.scale.cpu().float().repeat_interleave(blocks // quantized.scale.shape[1], dim=1)
-    )
-    if kind == GGMLQuantizationType.MXFP4:
-        exponents = (torch.frexp(scale).exponent - 1 + 127).to(torch.uint8)
-        parts = [exponents.unsqueeze(2), _halves(e2m1_codes(codes), rows, blocks)]
+        scales = stored.view(torch.uint8).view(rows, blocks, 4)
+        parts = [scales, _halves(e2m1_codes(codes), 8).view(rows, blocks, 32)]
+    elif kind == GGMLQuantizationType.MXFP4:
+        parts = [e8m0_codes(scale).unsqueeze(2), _halves(e2m1_codes(codes), 16)]
     elif kind == GGMLQuantizationType.Q8_0:
         parts = [_half_precision(scale), codes.view(torch.uint8).view(rows, blocks, _BLOCK)]
     else:
         parts = [_half_precision(scale)]
         if kind == GGMLQuantizationType.Q4_1:
             assert quantized.zero_point is not None
-            zero = quantized.zero_point.cpu().float()
-            zero = zero.repeat_interleave(blocks // zero.shape[1], dim=1)
+            zero = quantized.zero_point.cpu().float().repeat_interleave(repeats, dim=1)
             parts.append(_half_precision(-(zero + 8) * scale))
-        parts.append(_halves((codes + 8).view(torch.uint8), rows, blocks))
+        parts.append(_halves((codes + 8).view(torch.uint8), 16))
     found: NDArray[np.uint8] = torch.cat(parts, dim=2).flatten(1).numpy()
     return found
 
 
-def _halves(nibbles: Tensor, rows: int, blocks: int) -> Tensor:
-    """Numbers of 4 bits [rows, in] as bytes [rows, blocks, 16]."""
-    halves = nibbles.view(rows, blocks, 2, _BLOCK // 2)
-    return halves[:, :, 0] | (halves[:, :, 1] << 4)
+def _halves(nibbles: Tensor, size: int) -> Tensor:
+    """Numbers of 4 bits [rows, in] as bytes [rows, in / (2 · size), size]: `size` of them in the low
+    halves, the next in the high ones."""
+    halves = nibbles.unflatten(1, (-1, 2, size))
+    joined: Tensor = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return joined
 
 
 def _half_precision(scale: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ carried over, nothing is rounded again. `read_back` compares it with the checkpo
 own reader.
 """
 
+import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +24,19 @@ from tinier.errors import SchemeError
 from tinier.export.gguf_blocks import block_type, packed
 from tinier.export.gguf_tokenizer import add_tokenizer
 from tinier.families import (
+    HEAD_LINEAR,
     Geometry,
     checkpoint_layout,
     family_of,
     geometry_of,
+    linear_shape,
     resolved_config,
     rope_keys,
     rope_parameters,
 )
 from tinier.numerics import Quantized, dequantize
 from tinier.progress import bar
-from tinier.schemes import Scheme
+from tinier.schemes import Layout, Scheme, Storage
 
 
 class Architecture(NamedTuple):
@@ -64,11 +68,36 @@ _ROW_NUMBERS = 1 << 23
 """Numbers that are compared at once"""
 MOST_APART = 1e-3
 """Of a tensor's norm: what scales and zero points lose in float16"""
+_SECOND = "weight_global_scale"
+"""NVFP4's number for a whole tensor, by the name that follows its layer's"""
+_NUMPY = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 _PLAIN = {
     torch.bfloat16: GGMLQuantizationType.BF16,
     torch.float16: GGMLQuantizationType.F16,
     torch.float32: GGMLQuantizationType.F32,
 }
+
+
+class Model(NamedTuple):
+    """A checkpoint, and what is to be known of it once."""
+
+    checkpoint: Checkpoint
+    geometry: Geometry
+    schemes: dict[str, Scheme]
+    """Of the quantized layers"""
+    storage: Storage
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> "Model":
+        layout = checkpoint_layout(source) or Layout(schemes={})
+        architecture = _ARCHITECTURES[family_of(source).architecture]
+        return cls(source, geometry_of(source), layout.schemes, layout.storage, architecture)
+
+    def codes(self, linear: str, read: TensorReader) -> Quantized:
+        """Those of a quantized layer."""
+        find, scheme = self.checkpoint.optional(read), self.schemes[linear]
+        return unpack_linear(find, linear, scheme, self.storage)[0]
 
 
 class Entry(NamedTuple):
@@ -123,26 +152,20 @@ def _is_llama_cpps_gemma(source: Checkpoint) -> bool:
 def write_gguf(source: Checkpoint, path: Path) -> None:
     """Write the file, one tensor in memory at a time. Raises SchemeError for a tokenizer that llama.cpp has
     no name for."""
-    architecture = _ARCHITECTURES[family_of(source).architecture]
-    geometry, entries = geometry_of(source), _entries(source)
-    writer = GGUFWriter(path, architecture.name)
-    _add_sizes(writer, source, geometry)
+    model = Model.of(source)
+    entries, factors = _entries(model), _rope_factors(source)
+    writer = GGUFWriter(path, model.architecture.name)
+    _add_sizes(writer, model)
     writer.add_file_type(_FILE_TYPES[_most(entries)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, source, geometry.vocab)
-    factors = _rope_factors(source)
+    add_tokenizer(writer, source, model.geometry.vocab)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     for entry in entries:
         block, size = gguf.GGML_QUANT_SIZES[entry.kind]
-        count = int(np.prod(entry.shape))
-        writer.add_tensor_info(
-            entry.name,
-            entry.shape,
-            np.dtype(np.float32),
-            count // block * size,
-            raw_dtype=entry.kind,
-        )
+        num_bytes = math.prod(entry.shape) // block * size
+        kind = np.dtype(np.float32)  # of what the bytes stand for
+        writer.add_tensor_info(entry.name, entry.shape, kind, num_bytes, raw_dtype=entry.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -150,8 +173,7 @@ def write_gguf(source: Checkpoint, path: Path) -> None:
         writer.write_tensor_data(factors)
     with bar("export", len(entries)) as advance:
         for entry in entries:
-            with source.reader() as read:  # one for each: an open file keeps what was read
-                writer.write_tensor_data(_data(source, entry, geometry, architecture, read))
+            writer.write_tensor_data(_data(_stored(model, entry), entry.kind))
             advance(1)
     writer.close()
 
@@ -159,35 +181,32 @@ def write_gguf(source: Checkpoint, path: Path) -> None:
 def read_back(source: Checkpoint, path: Path) -> float:
     """The largest difference of a tensor's numbers from the checkpoint's, as a share of its norm, as the
     `gguf` package reads them."""
+    model = Model.of(source)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    entries, worst = _entries(source), 0.0
+    entries, worst = _entries(model), 0.0
     with bar("read back", len(entries)) as advance, ThreadPoolExecutor(2) as pool:
         for found in pool.map(
-            lambda entry: _apart(source, entry, stored[entry.name], path), entries
+            lambda e: _apart(_stored(model, e), e, stored[e.name], path), entries
         ):
             worst = max(worst, found)
             advance(1)
     return worst
 
 
-def _apart(source: Checkpoint, entry: Entry, tensor: gguf.ReaderTensor, path: Path) -> float:
+def _apart(
+    expected: Tensor | Quantized, entry: Entry, tensor: gguf.ReaderTensor, path: Path
+) -> float:
     """A few rows at a time, which are read anew: what is mapped from a file stays in memory."""
-    architecture, geometry = _ARCHITECTURES[family_of(source).architecture], geometry_of(source)
-    with source.reader() as read:
-        expected = _stored(source, entry, geometry, architecture, read)
     rows = entry.shape[0] if len(entry.shape) == 2 else 1
     row_bytes = int(tensor.n_bytes) // rows
-    at_once = max(1, _ROW_NUMBERS * rows // int(np.prod(entry.shape)))
+    at_once = max(1, _ROW_NUMBERS * rows // math.prod(entry.shape))
     sums = torch.zeros(2, dtype=torch.float64)  # squares of the numbers, and of what they differ by
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
         place = int(tensor.data_offset) + first * row_bytes
         data = np.fromfile(path, np.uint8, count * row_bytes, offset=place).reshape(count, -1)
-        if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            data = data.view(
-                np.float32 if tensor.tensor_type == GGMLQuantizationType.F32 else np.float16
-            )
-        found = torch.from_numpy(gguf.dequantize(data, tensor.tensor_type).astype(np.float32))
+        data = data.view(_NUMPY.get(entry.kind, np.uint8))
+        found = torch.from_numpy(gguf.dequantize(data, entry.kind).astype(np.float32))
         wanted = _numbers(expected, first, count).view(found.shape)
         sums += torch.stack([wanted.square().sum(), (found - wanted).square().sum()]).double()
     size, difference = sums.sqrt().tolist()
@@ -198,35 +217,26 @@ def _numbers(stored: Tensor | Quantized, first: int, count: int) -> Tensor:
     """Rows of a tensor in float32; of a vector, all."""
     if isinstance(stored, Tensor):
         return (stored[first : first + count] if stored.dim() == 2 else stored).float()
-    last = first + count
-    return dequantize(
-        Quantized(
-            stored.codes[first:last],
-            stored.scale[first:last],
-            None if stored.zero_point is None else stored.zero_point[first:last],
-        ),
-        torch.float32,
-    )
+    rows = (None if part is None else part[first : first + count] for part in stored[:3])
+    return dequantize(Quantized(*rows), torch.float32)  # type: ignore[arg-type]
 
 
-def _entries(source: Checkpoint) -> list[Entry]:
+def _entries(model: Model) -> list[Entry]:
     """Every tensor of the file, in the order of the layers."""
-    layout, geometry = checkpoint_layout(source), geometry_of(source)
-    schemes = layout.schemes if layout else {}
-    architecture = _ARCHITECTURES[family_of(source).architecture]
+    source, geometry, architecture = model.checkpoint, model.geometry, model.architecture
     key = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(key, geometry.layers)
     entries, seen = [], set()
     for tensor in sorted(source.tensors, key=_place):
         linear = tensor.rpartition(".")[0]
-        if linear in schemes and not tensor.endswith(".bias"):
-            if linear in seen or (linear == "lm_head" and geometry.tied_head):
+        if linear in model.schemes and not tensor.endswith(".bias"):
+            if linear in seen or (linear == HEAD_LINEAR and geometry.tied_head):
                 continue
             seen.add(linear)
-            found = block_type(schemes[linear])
+            found = block_type(model.schemes[linear])
             assert found is not None
             kind, origin, tensor = found, linear, f"{linear}.weight"
-            shape: tuple[int, ...] = _sides(geometry, linear)
+            shape: tuple[int, ...] = linear_shape(geometry, linear)
         else:
             shape, origin = source.tensors[tensor].shape, tensor
             kind = _PLAIN[source.dtype] if len(shape) == 2 else GGMLQuantizationType.F32
@@ -236,9 +246,7 @@ def _entries(source: Checkpoint) -> list[Entry]:
         entries.append(Entry(name, origin, kind, shape))
         if kind == GGMLQuantizationType.NVFP4:
             scale = name.removesuffix("weight") + "scale"
-            entries.append(
-                Entry(scale, f"{origin}.weight_global_scale", GGMLQuantizationType.F32, (1,))
-            )
+            entries.append(Entry(scale, f"{origin}.{_SECOND}", GGMLQuantizationType.F32, (1,)))
     return entries
 
 
@@ -249,89 +257,66 @@ def _place(tensor: str) -> tuple[int, int]:
     return (0, 0) if "embed" in tensor else (2, 0)
 
 
-def _sides(geometry: Geometry, linear: str) -> tuple[int, int]:
-    if ".layers." not in linear:
-        return geometry.vocab, geometry.hidden
-    return geometry.linears[linear.split(".", 3)[3]]
-
-
 def _most(entries: list[Entry]) -> GGMLQuantizationType:
     """The type of most matrices."""
-    kinds = [entry.kind for entry in entries if len(entry.shape) == 2]
-    return max(set(kinds), key=kinds.count)
+    return Counter(e.kind for e in entries if len(e.shape) == 2).most_common(1)[0][0]
 
 
-def _stored(
-    source: Checkpoint,
-    entry: Entry,
-    geometry: Geometry,
-    architecture: Architecture,
-    read: TensorReader,
-) -> Tensor | Quantized:
+def _stored(model: Model, entry: Entry) -> Tensor | Quantized:
     """A tensor with its rows in llama.cpp's order."""
-    layout = checkpoint_layout(source)
-    schemes: dict[str, Scheme] = layout.schemes if layout else {}
-    heads = {"q_proj": geometry.heads, "k_proj": geometry.kv_heads}
-    part = entry.source.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-    order = None
-    if architecture.interleaves and part in heads:
-        order = _rope_order(heads[part], geometry.head_dim)
-    if entry.source in schemes:
-        assert layout is not None
-        scheme = schemes[entry.source]
-        codes, _ = unpack_linear(source.optional(read), entry.source, scheme, layout.storage)
-        codes = codes._replace(global_scale=None)  # beside the tensor
-        if order is None:
-            return codes
-        # a scale of a row or of a group of its columns goes with the row
-        # torch gathers no 8-bit floats
-        code, scale = (t.view(torch.uint8)[order].view(t.dtype) if t.itemsize == 1 else t[order]
-                       for t in codes[:2])  # fmt: skip
-        zero = codes.zero_point
-        return Quantized(code, scale, None if zero is None else zero[order])
     linear, _, last = entry.source.rpartition(".")
-    if last == "weight_global_scale":
-        assert layout is not None
-        codes, _ = unpack_linear(source.optional(read), linear, schemes[linear], layout.storage)
-        assert codes.global_scale is not None
-        return 1 / codes.global_scale
-    tensor = read(entry.source)
-    if order is not None:
-        tensor = tensor[order]
-    # Gemma's norms are what 1 is added to, here before it is stored
-    return tensor.float() + geometry.norm_offset if _is_norm(entry) else tensor
+    with model.checkpoint.reader() as read:  # one for each: an open file keeps what was read
+        if entry.source in model.schemes:
+            codes = model.codes(entry.source, read)._replace(global_scale=None)  # beside the tensor
+            order = _rope_order(model, last)
+            return codes if order is None else _reordered(codes, order)
+        if last == _SECOND:
+            divisor = model.codes(linear, read).global_scale
+            assert divisor is not None
+            return 1 / divisor
+        tensor = read(entry.source)
+    if entry.source.endswith(
+        "norm.weight"
+    ):  # Gemma's are what 1 is added to, here before it is stored
+        return tensor.float() + model.geometry.norm_offset
+    order = _rope_order(model, linear.rpartition(".")[2])
+    return tensor if order is None else tensor[order]
 
 
-def _is_norm(entry: Entry) -> bool:
-    return entry.source.endswith("norm.weight")
-
-
-def _rope_order(heads: int, size: int) -> Tensor:
-    """Rows of q or k so that the two halves of a head, which RoPE turns together, lie side by side."""
+def _rope_order(model: Model, projection: str) -> Tensor | None:
+    """Rows of q or k so that the two halves of a head, which RoPE turns together, lie side by side; None:
+    as they are."""
+    heads = {"q_proj": model.geometry.heads, "k_proj": model.geometry.kv_heads}.get(projection)
+    if heads is None or not model.architecture.interleaves:
+        return None
+    size = model.geometry.head_dim
     return torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
 
 
-def _data(
-    source: Checkpoint,
-    entry: Entry,
-    geometry: Geometry,
-    architecture: Architecture,
-    read: TensorReader,
-) -> NDArray[Any]:
+def _reordered(codes: Quantized, order: Tensor) -> Quantized:
+    """A scale of a row, or of a group of its columns, goes with the row."""
+
+    def rows(part: Tensor) -> Tensor:
+        # torch gathers no 8-bit floats
+        return part.view(torch.uint8)[order].view(part.dtype) if part.itemsize == 1 else part[order]
+
+    zero = codes.zero_point
+    return Quantized(rows(codes.codes), rows(codes.scale), None if zero is None else rows(zero))
+
+
+def _data(stored: Tensor | Quantized, kind: GGMLQuantizationType) -> NDArray[Any]:
     """The bytes of a tensor."""
-    stored = _stored(source, entry, geometry, architecture, read)
     if isinstance(stored, Quantized):
-        return packed(stored, entry.kind)
-    if entry.kind == GGMLQuantizationType.BF16:
-        return stored.contiguous().view(torch.uint16).numpy()
-    found: NDArray[Any] = (
-        stored.float().numpy() if entry.kind == GGMLQuantizationType.F32 else stored.numpy()
-    )
-    return np.ascontiguousarray(found)
+        return packed(stored, kind)
+    if kind == GGMLQuantizationType.F32:
+        stored = stored.float()
+    if kind == GGMLQuantizationType.BF16:
+        stored = stored.contiguous().view(torch.uint16)
+    return np.ascontiguousarray(stored.numpy())
 
 
-def _add_sizes(writer: GGUFWriter, source: Checkpoint, geometry: Geometry) -> None:
-    config = resolved_config(source)
+def _add_sizes(writer: GGUFWriter, model: Model) -> None:
+    source, geometry = model.checkpoint, model.geometry
     writer.add_name(source.folder.name)
     writer.add_vocab_size(geometry.vocab)
     writer.add_block_count(geometry.layers)
@@ -348,12 +333,12 @@ def _add_sizes(writer: GGUFWriter, source: Checkpoint, geometry: Geometry) -> No
     if windows:
         writer.add_sliding_window(windows[0])
     m = geometry.multipliers
-    if family_of(source).architecture == "GraniteForCausalLM":
+    if model.architecture.name == "granite":
         writer.add_embedding_scale(m.embedding)
         writer.add_residual_scale(m.residual)
         writer.add_attention_scale(m.attention or geometry.head_dim**-0.5)
         writer.add_logit_scale(m.logits)
-    _add_rope(writer, config)
+    _add_rope(writer, resolved_config(source))
 
 
 def _add_rope(writer: GGUFWriter, config: Any) -> None:

@@ -17,13 +17,12 @@ from tinier.families.configuration import (
 )
 from tinier.families.geometry import (
     EMBEDDING,
-    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
-    HEAD_LINEAR,
     Geometry,
     layer_name,
     linear_names,
+    linear_shape,
     module_names,
     norm_weight,
 )
@@ -39,6 +38,7 @@ from tinier.families.table import (
     Multipliers,
     Norms,
 )
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR
 
 __all__ = [
     "EMBEDDING",
@@ -61,6 +61,7 @@ __all__ = [
     "hf_config",
     "layer_name",
     "linear_names",
+    "linear_shape",
     "module_names",
     "norm_weight",
     "open_model",

@@ -17,12 +17,11 @@ from tinier.families.table import (
     Multipliers,
     Norms,
 )
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR
 
-EMBEDDING = "model.embed_tokens.weight"
-EMBEDDING_MODULE = "model.embed_tokens"
+EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-HEAD_LINEAR = "lm_head"
+HEAD = f"{HEAD_LINEAR}.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +215,13 @@ def linear_names(geometry: Geometry) -> list[str]:
     """Every linear layer that may be quantized, by its full name, the head last."""
     layers = [f"{layer_name(i)}.{n}" for i in range(geometry.layers) for n in geometry.linears]
     return [*layers, HEAD_LINEAR]
+
+
+def linear_shape(geometry: Geometry, name: str) -> tuple[int, int]:
+    """[out, in] of a linear layer, or the embedding, by its full name."""
+    if name in (HEAD_LINEAR, EMBEDDING_MODULE):
+        return geometry.vocab, geometry.hidden
+    return geometry.linears[name.split(".", 3)[3]]
 
 
 def module_names(geometry: Geometry) -> list[str]:

@@ -1,7 +1,6 @@
 """A model as every stage and the engine see it: resolved, verified, in the usual names; `open_model`."""
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,22 @@ from tinier.checkpoint import (
     resolve,
     stored_shapes,
 )
+from tinier.checkpoint.modelopt import usual_name
 from tinier.errors import CheckpointError
 from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, resolved_config
 from tinier.families.geometry import (
     EMBEDDING,
-    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
-    HEAD_LINEAR,
     Geometry,
     layer_name,
 )
 from tinier.progress import warn
-from tinier.schemes import Scheme
+from tinier.schemes import EMBEDDING_MODULE, HEAD_LINEAR, Scheme
 
 # buffers that older files carry and every loader computes for itself
 _BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 _HEAD_SCALE = f"{HEAD_LINEAR}.weight_scale"
-_KV_SCALE = re.compile(r"\.self_attn\.[kv]_proj\.([kv])_scale$")
 # what a weight of 16 bits or more may be stored in
 _WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
 # models that see pictures too, and what their language model alone is; of config.json's outer part it needs
@@ -62,21 +59,7 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose tensors have the usual names and are all that its configuration calls for."""
     checkpoint, notes = _text_part(checkpoint)
     family = family_of(checkpoint)
-    config = dict(checkpoint.config)
-    if config.get("quantization_config", ...) is None:
-        del config["quantization_config"]
-    told = checkpoint.folder / "hf_quant_config.json"
-    if (
-        "quantization_config" not in config and told.exists()
-    ):  # ModelOpt before it wrote into config.json
-        config["quantization_config"] = {"quant_method": "modelopt"} | read_json(told)[
-            "quantization"
-        ]
-    if "compression_config" in config:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized in an old layout of compressed-tensors "
-            "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
-        )
+    config = _with_quantization(checkpoint)
     for key in family.per_layer:
         if config.get(key) is None:  # said of each layer, so that it holds when some of them go
             config[key] = list(getattr(resolved_config(replace(checkpoint, config=config)), key))
@@ -121,6 +104,25 @@ def _canonical(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, notes=tuple(notes))
 
 
+def _with_quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with a `quantization_config` if the model is quantized, and only then."""
+    config = dict(checkpoint.config)
+    if "compression_config" in config:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized in an old layout of compressed-tensors "
+            "(compression_config). Give the 16-bit model, or a checkpoint with quantization_config."
+        )
+    if config.get("quantization_config", ...) is None:
+        del config["quantization_config"]
+    told = (
+        checkpoint.folder / "hf_quant_config.json"
+    )  # ModelOpt's, before it wrote into config.json
+    if "quantization_config" not in config and told.exists():
+        block = read_json(told)["quantization"]
+        config["quantization_config"] = {"quant_method": "modelopt"} | block
+    return config
+
+
 _SHORT_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
@@ -162,9 +164,7 @@ def _usual_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         }
     if HEAD in tensors and not any(name.startswith(f"{EMBEDDING_MODULE}.") for name in tensors):
         tensors = {EMBEDDING if name == HEAD else name: info for name, info in tensors.items()}
-    # ModelOpt has the KV cache's scales inside the layers that write it
-    tensors = {_KV_SCALE.sub(r".self_attn.\1_scale", name): info for name, info in tensors.items()}
-    return {name: info for name, info in tensors.items() if not name.endswith(_BUFFERS)}
+    return {usual_name(name): info for name, info in tensors.items() if not name.endswith(_BUFFERS)}
 
 
 def _without_empty_biases(checkpoint: Checkpoint, geometry: Geometry) -> Checkpoint:

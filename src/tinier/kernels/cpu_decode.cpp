@@ -377,44 +377,56 @@ struct Int8Dot {
   }
 };
 
-// INT8 with inputs that are not rounded: codes become floats, or bf16, which have room for them.
+// Products of codes that become floats, or bf16, where they are, with inputs arranged as Bf16Dot's: of 16 neighbours
+// Dot's `wide` makes bf16, or its `decoded` floats of those whose byte is the top one of a word.
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+constexpr int MOST_DECODED = 4;
+#else
+constexpr int MOST_DECODED = 3;
+#endif
+template <class Dot, int N>
+void dot_decoded(const uint8_t *const *w, int n, const typename Dot::Value *x, size_t stride, F8 *out, bool stream) {
+  constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
+  F8 acc[N][TILE] = {};
+  UNROLL for (int first = 0; first < TILE; first += RUN)
+    for (int c = 0; c < n; c += 32) {
+      if (stream) fetch<RUN>(w[first] + c * RUN);
+      UNROLL for (int r = first; r < first + RUN; ++r)
+        UNROLL for (int half = 0; half < 32; half += 16) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+          const __m256bh codes = (__m256bh)Dot::template wide<N == 1>(w[r] + c + half);
+          UNROLL for (int m = 0; m < N; ++m)
+            acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes, load<__m256bh>(x + m * stride + c + half));
+#else
+          U8 both = __builtin_convertvector(load<H8>(w[r] + c + half), U8);
+          F8 even = Dot::decoded(both << 24), odd = Dot::decoded(both << 16);
+          UNROLL for (int m = 0; m < N; ++m) {
+            const typename Dot::Value *at = x + m * stride + c + half;
+            acc[m][r] = fused(even, load<F8>(at), acc[m][r]);
+            acc[m][r] = fused(odd, load<F8>(at + 8), acc[m][r]);
+          }
+#endif
+        }
+    }
+  for (int m = 0; m < N; ++m) out[m] = Dot::made(lane_sums(acc[m]));
+}
+
+// INT8 with inputs that are not rounded: floats and bf16 have room for the codes.
 struct Int8FloatDot {
   typedef Bf16Dot::Value Value;
   static F8 made(F8 sums) { return sums; }
+  static F8 decoded(U8 high) { return __builtin_convertvector((I8)high >> 24, F8); }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+  template <bool alone> static __m256i wide(const uint8_t *codes) {
+    const __m512i whole = _mm512_cvtepi8_epi32(load<__m128i>(codes));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(whole), 16));
+  }
+#endif
   static void expand(const uint8_t *codes, int n, bf16 *to) {
     for (int c = 0; c < n; c += 8) {
       if (c % 32 == 0) fetch<1>(codes + c);
       for (int i = c; i < c + 8; ++i) to[i] = to_bf16(float(int8_t(codes[i])));
     }
-  }
-  static constexpr int MOST = 3;
-  template <int N>
-  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
-    F8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += RUN)
-      for (int c = 0; c < n; c += 32) {
-        if (stream) fetch<RUN>(w[first] + c * RUN);
-        UNROLL for (int r = first; r < first + RUN; ++r)
-          UNROLL for (int half = 0; half < 32; half += 16) {
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
-            const __m512i wide = _mm512_cvtepi8_epi32(load<__m128i>(w[r] + c + half));
-            const __m512i bits = _mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(wide), 16);
-            const __m256bh codes = (__m256bh)_mm512_cvtepi32_epi16(bits);
-            UNROLL for (int m = 0; m < N; ++m)
-              acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes, load<__m256bh>(x + m * stride + c + half));
-#else
-            const I8 both = (I8)__builtin_convertvector(load<H8>(w[r] + c + half), U8);
-            const F8 even = __builtin_convertvector(both << 24 >> 24, F8), odd = __builtin_convertvector(both << 16 >> 24, F8);
-            UNROLL for (int m = 0; m < N; ++m) {
-              const Value *at = x + m * stride + c + half;
-              acc[m][r] = fused(even, load<F8>(at), acc[m][r]);
-              acc[m][r] = fused(odd, load<F8>(at + 8), acc[m][r]);
-            }
-#endif
-          }
-      }
-    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
   }
 };
 
@@ -686,24 +698,6 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
         _mm256_storeu_si256((__m256i *)(to + half), wide<true>(codes + half));
     }
   }
-  static constexpr int MOST = 4;
-  template <int N>
-  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
-    F8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += RUN)
-      for (int c = 0; c < n; c += 32) {
-        if (stream) fetch<RUN>(w[first] + c * RUN);
-        UNROLL for (int r = first; r < first + RUN; ++r)
-          UNROLL for (int half = 0; half < 32; half += 16) {
-            const __m256bh codes = (__m256bh)wide<N == 1>(w[r] + c + half);
-            UNROLL for (int m = 0; m < N; ++m)
-              acc[m][r] = (F8)_mm256_dpbf16_ps((__m256)acc[m][r], codes,
-                                               load<__m256bh>(x + m * stride + c + half));
-          }
-      }
-    for (int m = 0; m < N; ++m) out[m] = lane_sums(acc[m]);
-  }
 #else
   static F8 made(F8 sums) { return sums * half_way(); }
   static void expand(const uint8_t *codes, int n, bf16 *to) {
@@ -714,7 +708,6 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
       memcpy(to + c, &values, sizeof values);
     }
   }
-  static constexpr int MOST = 3;
   typedef float Value;  // of 16 neighbours the 8 even ones, then the 8 odd ones
   static void arrange(const bf16 *x, int n, bool rounded, float scale, Value *to) {
     const F8 by = all(1.0f / scale);
@@ -725,26 +718,6 @@ template <int SHIFT, uint32_t MASK, int SMALLER, int FRACTION> struct Fp8Dot {
       store(to + c, even * half_way());
       store(to + c + 8, odd * half_way());
     }
-  }
-  template <int N>
-  static void dot(const uint8_t *const *w, int n, const Value *x, size_t stride, F8 *out, bool stream) {
-    constexpr int RUN = 4;  // sums at once: decoding takes longer than reading
-    F8 acc[N][TILE] = {};
-    UNROLL for (int first = 0; first < TILE; first += RUN)
-      for (int c = 0; c < n; c += 32) {
-        if (stream) fetch<RUN>(w[first] + c * RUN);
-        UNROLL for (int r = first; r < first + RUN; ++r)
-          UNROLL for (int half = 0; half < 32; half += 16) {
-            U8 both = __builtin_convertvector(load<H8>(w[r] + c + half), U8);
-            F8 even = decoded(both << 24), odd = decoded(both << 16);
-            UNROLL for (int m = 0; m < N; ++m) {
-              const Value *at = x + m * stride + c + half;
-              acc[m][r] = fused(even, load<F8>(at), acc[m][r]);
-              acc[m][r] = fused(odd, load<F8>(at + 8), acc[m][r]);
-            }
-          }
-      }
-    for (int m = 0; m < N; ++m) out[m] = made(lane_sums(acc[m]));
   }
 #endif
 };
@@ -889,7 +862,7 @@ APART void multiply_decoded(const Linear &l, const int *rows, const typename Dot
     codes[r] = (const uint8_t *)l.weight + rows[r] * n;
     scale[r] = ((const float *)l.scale)[rows[r]];
   }
-  if (count > Dot::MOST) {
+  if (count > MOST_DECODED) {
     static thread_local Buffer<bf16> expanded;
     const bf16 *w[TILE];
     for (int r = 0; r < TILE; ++r) {
@@ -901,8 +874,8 @@ APART void multiply_decoded(const Linear &l, const int *rows, const typename Dot
     });
     for (int m = 0; m < count; ++m) y[m] = Dot::made(y[m]);
   } else {
-    in_blocks<Dot::MOST>(count, [&](int m, auto N) {
-      Dot::template dot<N.value>(codes, n, x + m * n, n, y + m, !m);
+    in_blocks<MOST_DECODED>(count, [&](int m, auto N) {
+      dot_decoded<Dot, N.value>(codes, n, x + m * n, n, y + m, !m);
     });
   }
   for (int m = 0; m < count; ++m) y[m] = y[m] * all(scales ? scales[m] : 1.0f) * scale;

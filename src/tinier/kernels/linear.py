@@ -347,10 +347,9 @@ def make_linear(
     columns = sides[1]
     size = scheme.weights.group_size or columns
     path = linear_path(scheme, sides, dtype, machine_of(quantized.codes.device))
-    if "int4" in path and not torch.equal(
-        quantized.scale.to(dtype).float(), quantized.scale.float()
-    ):
-        path = "expanded"  # scales of another tool that `dtype` has no numbers for
+    if "int4" in path and quantized.scale.dtype != dtype:  # another tool's: float16, float32
+        exact = torch.equal(quantized.scale.to(dtype).float(), quantized.scale.float())
+        path = path if exact else "expanded"
     if path == "int8":
         return Int8Linear(quantized, bias, dtype)
     if path == "fp8":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinier.checkpoint import cache_folder, new_file
 from tinier.kernels.compiling import FLAGS, LEVELS, SOURCE, shipped_path
-from tinier.numerics import Quantized
+from tinier.numerics import Quantized, to_pairs
 
 log = logging.getLogger(__name__)
 _FLAGS = (*FLAGS, "-march=native", "-shared")
@@ -110,8 +110,7 @@ class LinearStruct(Structure):
 
 def pack_int4(quantized: Quantized, bias: Tensor | None, rounding: int) -> NativeWeight:
     """INT4 codes [out, in] for the native step."""
-    unsigned = (quantized.codes + 8).to(torch.uint8)
-    pairs = unsigned[:, 1::2] << 4 | unsigned[:, ::2]
+    pairs = to_pairs((quantized.codes + 8).to(torch.uint8))
     zero = quantized.zero_point
     if zero is not None:
         zero = ((zero.float() + 8) / 8).to(torch.bfloat16).contiguous()

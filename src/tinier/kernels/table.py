@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.numerics import Quantized, dequantize, from_pairs
+
 
 class Table(NamedTuple):
     """An embedding [vocab, hidden]."""
@@ -29,8 +31,7 @@ class Table(NamedTuple):
             return F.embedding(tokens, self.codes)
         # torch gathers no 8-bit floats
         codes = self.codes.view(torch.uint8)[tokens].view(self.codes.dtype)
-        scale = self.scale[tokens].float().view(len(tokens), -1, 1)
         if self.codes.dtype == torch.uint8:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).to(torch.int8) - 8
-        blocks = codes.float().view(len(tokens), scale.shape[1], -1)
-        return (blocks * scale).flatten(1).to(self.dtype)
+            codes = from_pairs(codes).to(torch.int8) - 8
+        scale = self.scale[tokens].view(len(tokens), -1)
+        return dequantize(Quantized(codes, scale), self.dtype)

@@ -16,10 +16,12 @@ from tinier.numerics.integer import (
     Quantized,
     dequantize,
     expand,
+    from_pairs,
     in_blocks,
     int_range,
     step_size,
     storable_scale,
+    to_pairs,
 )
 from tinier.numerics.measures import (
     power_db,
@@ -33,6 +35,8 @@ from tinier.numerics.minifloat import (
     cast_e5m2,
     e2m1_codes,
     e2m1_values,
+    e8m0_codes,
+    e8m0_values,
     mx_scale,
     round_to_e2m1,
     round_to_float,
@@ -48,7 +52,10 @@ __all__ = [
     "dequantize",
     "e2m1_codes",
     "e2m1_values",
+    "e8m0_codes",
+    "e8m0_values",
     "expand",
+    "from_pairs",
     "in_blocks",
     "int_range",
     "mx_scale",
@@ -64,4 +71,5 @@ __all__ = [
     "snr_db",
     "step_size",
     "storable_scale",
+    "to_pairs",
 ]

@@ -48,6 +48,16 @@ def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     return values.reshape(codes.shape).to(dtype)
 
 
+def to_pairs(nibbles: Tensor) -> Tensor:
+    """Numbers of 4 bits [n, m], uint8, as bytes [n, m/2], the even column in the low half."""
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """The inverse of `to_pairs`."""
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+
+
 def in_blocks(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """weight [out, in] as [R, out/R, C, in/C], where `blocks` is (R, C)."""
     rows, columns = weight.shape

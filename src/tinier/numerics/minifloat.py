@@ -11,6 +11,7 @@ from torch import Tensor
 E4M3_MAX = 448.0
 E5M2_MAX = 57344.0
 E2M1_MAX = 6.0
+_E8M0_BIAS = 127
 # between neighbours of 0, 0.5, 1, 1.5, 2, 3, 4, 6; at the tie the value with an even mantissa wins
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -55,6 +56,17 @@ def e2m1_values(codes: Tensor) -> Tensor:
     table = torch.tensor(_E2M1_VALUES, device=codes.device)
     value = table[(codes & 7).long()]
     return torch.where(codes >= 8, -value, value).to(torch.float8_e4m3fn)
+
+
+def e8m0_codes(scale: Tensor) -> Tensor:
+    """The exponents of powers of two, as uint8."""
+    exponent = torch.frexp(scale.float()).exponent - 1  # a power of two is 0.5 · 2^(e + 1)
+    return (exponent + _E8M0_BIAS).to(torch.uint8)
+
+
+def e8m0_values(codes: Tensor) -> Tensor:
+    """The powers of two of exponents, in float32."""
+    return torch.ldexp(torch.ones(codes.shape, device=codes.device), codes.int() - _E8M0_BIAS)
 
 
 def mx_scale(absmax: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from tinier.families import (
     Geometry,
     geometry_of,
     layer_name,
+    linear_shape,
     norm_weight,
 )
 from tinier.kernels import output_logits
 from tinier.numerics import dequantize
 from tinier.progress import bar
-from tinier.quantization.plan import MIXED_HIGH, linear_shape, stored_bytes
+from tinier.quantization.plan import MIXED_HIGH, stored_bytes
 from tinier.quantization.scales import round_nearest, searched_scales
 from tinier.schemes import Preset, preset_named
 

@@ -24,6 +24,7 @@ from tinier.families import (
     geometry_of,
     layer_name,
     linear_names,
+    linear_shape,
     module_names,
 )
 from tinier.quantization.layer import LayerPresets
@@ -273,13 +274,6 @@ def kv_grid(plan: QuantizePlan) -> Grid | None:
     if plan.kv is None:
         return None
     return Grid(kind="float" if plan.kv == "fp8" else "int", bits=8, granularity="tensor")
-
-
-def linear_shape(geometry: Geometry, name: str) -> tuple[int, int]:
-    """[out, in] of a linear layer by its full name."""
-    if name in (HEAD_LINEAR, EMBEDDING_MODULE):
-        return geometry.vocab, geometry.hidden
-    return geometry.linears[name.split(".", 3)[3]]
 
 
 def output_config(source: Checkpoint, layout: Layout) -> dict[str, object]:
