@@ -5,8 +5,8 @@ The weights were 4-bit once, whose grid would flatter some formats: every linear
 random amount within half of its old step first (quantization_peers.off_grid). All files are judged
 alike: the `gguf` package dequantizes them, transformers computes in float32, KL from the moved model
 over windows of WikiText-2 that no calibration saw. llama.cpp's quantizer comes from llama-cpp-python,
-built from source, in an environment of its own; it has no importance matrix here (the wheel lacks the
-tool that makes one).
+built from source, in an environment of its own, without an importance matrix and with one: mean squares of
+each layer's inputs, as llama-imatrix takes them, over the text that tinier calibrates on.
 
     python3 -m venv ENV && ENV/bin/pip install --no-binary llama-cpp-python llama-cpp-python
     python -m benchmarks.gguf_quality --models smollm2-135m gemma3-270m --text valid.txt
@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,46 @@ OURS = {
     ),
 }  # fmt: skip
 _QUANTIZE = """
-import sys, llama_cpp
+import sys, ctypes, numpy, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype, params.nthread = int(sys.argv[3]), 2
+if len(sys.argv) > 4:
+    kept = [(name.encode(), numpy.ascontiguousarray(x)) for name, x in numpy.load(sys.argv[4]).items()]
+    rows = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()  # the last one, empty, ends it
+    for row, (name, x) in zip(rows, kept):
+        row.name, row.size = name, x.size
+        row.data = x.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = rows
 assert llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params) == 0
 """
+
+
+def importance_matrix(base: Checkpoint, windows: torch.Tensor, file: Path) -> None:
+    """Save the mean square of each input of each linear layer, by the names of the GGUF file."""
+    model, names = load(str(base.folder), torch.float32), tensor_names(base)
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares = inputs[0].flatten(0, -2).double().square().sum(dim=0)
+            sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            found = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+            module.register_forward_pre_hook(hook(found or ""))
+    with torch.no_grad():
+        for window in windows:
+            model.model(window[None], use_cache=False)
+    means = {name: (total / windows.numel()).float().numpy() for name, total in sums.items()}
+    np.savez(file, **means)
+
+
+def tensor_names(base: Checkpoint) -> gguf.TensorNameMap:
+    kind = gguf.MODEL_ARCH.LLAMA if base.config["model_type"] == "llama" else gguf.MODEL_ARCH.GEMMA3
+    return gguf.get_tensor_name_map(kind, geometry_of(base).layers)
 
 
 def judged(file: Path, base: Checkpoint, windows: torch.Tensor) -> dict[str, Any]:
@@ -59,9 +95,7 @@ def judged(file: Path, base: Checkpoint, windows: torch.Tensor) -> dict[str, Any
     geometry, model = geometry_of(base), load(str(base.folder), torch.float32)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     turned = base.config["model_type"] == "llama"
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH.LLAMA if turned else gguf.MODEL_ARCH.GEMMA3, geometry.layers
-    )
+    names = tensor_names(base)
     for name, parameter in model.named_parameters():
         if parameter.dim() != 2:
             continue
@@ -92,7 +126,7 @@ def main() -> None:
     parser.add_argument("--llama-python", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ours", nargs="+", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--ours", nargs="*", default=list(OURS), choices=list(OURS))
     arguments = parser.parse_args()
     documents = load_documents(arguments.text)
     record: dict[str, Any] = {"environment": environment(torch.device("cpu")), "models": {}}
@@ -107,11 +141,15 @@ def main() -> None:
         if not (work / "bf16").exists():
             export(base, "gguf", work / "bf16")
         whole, files = work / "bf16" / "model.gguf", {}
+        matrix = work / "imatrix.npz"
+        if not matrix.exists():
+            importance_matrix(base, windows[:SEQUENCES], matrix)
         for kind, number in PEERS.items():
-            files[f"llama.cpp {kind}"] = file = work / f"{kind}.gguf"
-            if not file.exists():
-                command = [arguments.llama_python, "-c", _QUANTIZE, whole, file, str(number)]
-                subprocess.run(command, check=True, capture_output=True)
+            for what, more in (("", []), (", importance matrix", [matrix])):
+                files[f"llama.cpp {kind}{what}"] = file = work / f"{kind}{bool(more)}.gguf"
+                if not file.exists():
+                    command = [arguments.llama_python, "-c", _QUANTIZE, whole, file, str(number)]
+                    subprocess.run([*command, *more], check=True, capture_output=True)
         for plan in arguments.ours:
             folder = work / plan.replace(", ", "-").replace(" ", "-")
             if not folder.exists():

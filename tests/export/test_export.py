@@ -16,7 +16,7 @@ from tinier.checkpoint import Checkpoint, read_json, unpack_linear
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import CheckpointError, InputError, MeasuredFailure, SchemeError
 from tinier.export import TARGETS, export, plan_export, suited
-from tinier.families import checkpoint_layout, open_model
+from tinier.families import checkpoint_layout, geometry_of, open_model
 from tinier.numerics import dequantize
 from tinier.quantization import QuantizePlan, quantize
 
@@ -38,6 +38,7 @@ def weights(model: Checkpoint) -> dict[str, Tensor]:
         found = {
             name: unpack_linear(model.optional(read), name, scheme, layout.storage)[0]
             for name, scheme in layout.schemes.items()
+            if name != "lm_head" or not geometry_of(model).tied_head
         }
     return {name: dequantize(codes, torch.float32) for name, codes in found.items()}
 
@@ -278,3 +279,36 @@ def test_a_gpu_computes_exports_as_it_does_their_source(
         texts.append(engine.generate([[1, 2, 3], [7] * 20], SamplingParams(max_tokens=12)))
     # zero points of zero go another way, whose sums may differ in the last bit
     assert texts[0] == texts[1] or to == "awq"
+
+
+@pytest.mark.parametrize(
+    ("preset", "plan"),
+    [("int4", {}), ("int4", {"symmetric": False, "embedding": "int8"}), ("fp8", {"kv": "fp8"}),
+     ("fp8-block", {}), ("nvfp4", {}), ("int8", {"head": "int8"})],
+)  # fmt: skip
+def test_codes_become_numbers_again(
+    tiny: Tiny, tmp_path: Path, preset: str, plan: dict[str, Any]
+) -> None:
+    source = quantized(tiny, preset, tmp_path / "q", **plan)
+    made = exported(source, "16bit", tmp_path / "made")
+    assert checkpoint_layout(made) is None
+    assert made.disk_bytes <= plan_export(source, "16bit").output_bytes * 1.05 + 20_000
+    with made.reader() as read:
+        for name, expected in weights(source).items():
+            assert torch.equal(read(f"{name}.weight"), expected.to(torch.bfloat16)), name
+    with pytest.raises(SchemeError, match="16 bit already"):
+        plan_export(made, "16bit")
+
+
+def test_a_model_repository_names_its_weights(tiny: Tiny, tmp_path: Path) -> None:
+    source = quantized(tiny, "int4", tmp_path / "q")
+    for to, file in (("triton-vllm", "model.json"), ("triton-tensorrt-llm", "model.yaml")):
+        export(source, to, tmp_path / to)
+        model = tmp_path / to / "model_repository" / to
+        assert f"/models/{to}/1/weights" in (model / "1" / file).read_text()
+        assert f'name: "{to}"' in (model / "config.pbtxt").read_text()
+        made = open_model(model / "1" / "weights")
+        assert all(torch.equal(x, weights(made)[name]) for name, x in weights(source).items())
+        assert not list((tmp_path / to).rglob(".*"))
+        assert "model_repository:/models" in (tmp_path / to / "serve.txt").read_text()
+    assert (model / "1" / "weights" / "hf_quant_config.json").exists()

@@ -215,6 +215,19 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(
         Service([f"one={model_folders['one']}"], ENGINE, ServeConfig(port=port)).start()
 
 
+def test_a_unix_socket_in_place_of_a_port(tmp_path: Path, model_folders: dict[str, Path]) -> None:
+    path, model = tmp_path / "socket", f"one={model_folders['one']}"
+    with Service([model], ENGINE, ServeConfig(uds=path)):
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            body = {"model": "one", "prompt": "x", "max_tokens": 2}
+            assert client.post("http://tinier/v1/completions", json=body).status_code == 200
+        with pytest.raises(InputError, match=r"socket: Address already in use\. Use another --uds"):
+            Service([model], ENGINE, ServeConfig(uds=path)).start()
+    assert not path.exists()
+    with pytest.raises(InputError, match="Leave --uds out"):
+        ServeConfig(uds=path, triton=True)
+
+
 @pytest.mark.slow
 def test_of_two_servers_started_together_on_one_port_one_says_so(
     model_folders: dict[str, Path],

@@ -1,10 +1,13 @@
 """The real Triton server, as `tritonclient` sees it over both protocols."""
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,8 @@ import pytest
 from tests.serving.conftest import ENGINE
 
 from tinier.errors import InputError
+from tinier.export import export
+from tinier.families import open_model
 from tinier.serving import ServeConfig, Service
 from tinier.serving.triton import check_installed, packages_folder
 
@@ -28,9 +33,10 @@ TEXT = "Ten green bottles"
 
 
 @pytest.fixture(scope="module")
-def triton(model_folders: dict[str, Path]) -> Iterator[Service]:
+def installed() -> Path:
+    """The folder of tritonserver."""
     try:
-        check_installed()
+        return check_installed()
     except InputError as error:
         if "pip install" not in str(error):
             pytest.skip(str(error))
@@ -39,9 +45,13 @@ def triton(model_folders: dict[str, Path]) -> Iterator[Service]:
         if subprocess.run(command, check=False).returncode:
             pytest.skip("needs a package index")
         try:
-            check_installed()
+            return check_installed()
         except InputError as still:
             pytest.skip(str(still))
+
+
+@pytest.fixture(scope="module")
+def triton(installed: Path, model_folders: dict[str, Path]) -> Iterator[Service]:
     one, two = model_folders.values()
     config = ServeConfig(port=PORT, triton=True)
     service = Service([f"m@1={one}", f"m@2={two}", f"other={two}"], ENGINE, config)
@@ -230,3 +240,46 @@ def test_a_key_closes_triton_s_ports_too(triton: Service, model_folders: dict[st
 def test_triton_is_not_opened_to_a_network_without_a_key() -> None:
     with pytest.raises(InputError, match="lets everyone who can connect run programs"):
         ServeConfig(host="0.0.0.0", triton=True)
+
+
+@pytest.fixture
+def repository(installed: Path, tmp_path: Path, model_folders: dict[str, Path]) -> Iterator[int]:
+    """tritonserver on `tinier export --to triton`; its HTTP port, gRPC is the next one."""
+    made, port = tmp_path / "made", PORT + 20
+    export(open_model(model_folders["one"]), "triton", made)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    backends = shutil.copytree(installed / "backends", tmp_path / "backends")
+    stub = installed / "python_backend_stubs" / version / "triton_python_backend_stub"
+    (backends / "python" / stub.name).symlink_to(stub)
+    environ = os.environ | {
+        "TINIER_PACKAGES": str(packages_folder()), "TINIER_PYTHON": sys.executable,
+        "PATH": os.defpath,
+    }  # fmt: skip
+    command = [
+        installed / "bin" / "tritonserver", f"--model-repository={made / 'model_repository'}",
+        f"--backend-directory={backends}", f"--http-port={port}", f"--grpc-port={port + 1}",
+        "--allow-metrics=false",
+    ]  # fmt: skip
+    with subprocess.Popen(command, env=environ) as process:
+        yield port
+        process.terminate()
+
+
+def test_an_exported_repository_runs_tinier_s_engine(repository: int, service: Service) -> None:
+    client = http.InferenceServerClient(f"127.0.0.1:{repository}")
+    for _ in range(600):
+        with contextlib.suppress(Exception):
+            if client.is_model_ready("made"):
+                break
+        time.sleep(0.1)
+    expected = openai_text(service, "one", 8)
+    body = {"text_input": TEXT, "max_tokens": 8}
+    url = f"http://127.0.0.1:{repository}/v2/models/made"
+    assert httpx.post(f"{url}/generate", json=body).json()["text_output"] == expected
+    lines = httpx.post(f"{url}/generate_stream", json=body | {"stream": True}).text.splitlines()
+    pieces = [json.loads(line[6:])["text_output"] for line in lines if line.startswith("data: ")]
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected
+    refused = httpx.post(f"{url}/generate", json=body | {"beam_width": 2})
+    assert refused.status_code == 400
+    assert "beam_width" in refused.text

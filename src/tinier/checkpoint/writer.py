@@ -166,7 +166,7 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
     """Yield a hidden folder beside `out` that outlives this process; rename it when the block ends.
 
     A block that ends in an exception, or a process that is killed, leaves the folder for the next
-    call with the same `key` to go on; another key starts with an empty one. Names that start with a
+    call with the same `key` to go on; another key starts with an empty one. Files whose names start with a
     dot are removed once the folder is `out`. Raises OutputError where `out` exists, is being
     written by another process, or the disk is or gets full.
     """
@@ -180,7 +180,7 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_atomically(key_file, key)
-        there = sum(path.stat().st_size for path in partial.iterdir())
+        there = sum(path.stat().st_size for path in partial.rglob("*"))
         check_disk(out, needed_bytes - there)
         try:
             yield partial
@@ -189,7 +189,7 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
             partial.rename(out)
             _sync_path(out.parent)
             # after the rename: without its key a killed run's work would not be found again
-            for path in out.glob(".*"):
+            for path in out.rglob(".*"):
                 path.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             advice = ". Free some and type the same again: it goes on where it was."

@@ -47,17 +47,21 @@ def export(
     Targets:
       transformers, vllm, sglang   compressed-tensors, held to the loader's rules
       tensorrt-llm                 ModelOpt's checkpoint and hf_quant_config.json
+      triton, triton-vllm, triton-tensorrt-llm   a model repository of Triton Inference Server
       gptq, gptq-v2                GPTQ: vLLM, SGLang, transformers, OpenVINO, ONNX Runtime, MLX
       awq                          AutoAWQ GEMM
+      onnx                         ONNX Runtime GenAI (pip install 'tinier[onnx]')
       fp8-hf                       transformers' fine-grained FP8
       gguf                         llama.cpp: INT4 to Q4_0 or Q4_1, INT8 to Q8_0, MXFP4, BF16
       ollama                       that file and a Modelfile
+      16bit                        numbers instead of codes, to quantize, prune or distil again
 
     \b
     Examples:
       tinier export smollm2-int4 --to gptq --out smollm2-gptq
       tinier export llama-fp8 --to tensorrt-llm --out llama-trt
       tinier export smollm2-int4 --to gguf --out smollm2-gguf
+      tinier export downloaded-fp8 --to 16bit --out downloaded
     """
     output.start(quiet=quiet, log_level=log_level)
     write_for(to, model, out, revision, device, dry_run=dry_run, json=json)

@@ -21,6 +21,10 @@ def serve(
         str, typer.Option("--host", help="Where to listen; 0.0.0.0 is every network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8000,
+    uds: Annotated[
+        Path | None,
+        typer.Option("--uds", help="Listen on this Unix socket, not on host and port."),
+    ] = None,
     max_batch_size: Annotated[
         int, typer.Option("--max-batch-size", help="Requests computed at once; more wait.")
     ] = 64,
@@ -136,8 +140,8 @@ def serve(
         raise InputError(f"backend {backend!r} is not known. Use tinier or vllm.")
     if backend == "tinier" and (ray or pipeline_parallel > 1):
         raise InputError("--ray and --pipeline-parallel are vLLM's. Type: --backend vllm")
-    if backend == "vllm" and (triton or len(models) > 1 or replicas > 1):
-        raise InputError("--backend vllm serves one model once, and not through Triton.")
+    if backend == "vllm" and (triton or uds or len(models) > 1 or replicas > 1):
+        raise InputError("--backend vllm serves one model once, on a port, and not through Triton.")
     sources = [Source.parse(model) for model in models]
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
@@ -146,7 +150,7 @@ def serve(
         tensor_parallel=1 if backend == "vllm" else tensor_parallel,
     )  # fmt: skip
     config = ServeConfig(
-        host=host, port=port, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
+        host=host, port=port, uds=uds, api_keys=tuple(api_key or ()), max_queue=max_queue, timeout=timeout,
         drain_seconds=drain, keep_alive=keep_alive, cors_origins=tuple(cors or ()),
         max_body_bytes=options.num_bytes(max_body),
         memory_bytes=options.num_bytes(memory) if memory else None, replicas=replicas,

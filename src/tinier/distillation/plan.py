@@ -185,7 +185,8 @@ def prepare(
         if "quantization_config" in checkpoint.config:
             raise SchemeError(
                 f"the {role} {checkpoint.folder} is quantized. Distil first, then quantize the "
-                "result; or train a 16-bit student on a grid: --quantize int4-gptq"
+                "result; or train a 16-bit student on a grid: --quantize int4-gptq. If there is no 16-bit "
+                f"model: tinier export {checkpoint.folder} --to 16bit --out DIR"
             )
     common = check_same_tokens(student, teacher)
     for checkpoint in (student, teacher):

@@ -3,22 +3,28 @@
 One layer of one model is in memory at a time.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinier.checkpoint import Checkpoint
+from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.engine.decoder import load_decoder
 from tinier.errors import TinierError
-from tinier.families import geometry_of
+from tinier.export.onnx import log_probabilities as graph_log_probabilities
+from tinier.families import checkpoint_layout, geometry_of
+from tinier.numerics import dequantize
+from tinier.schemes import HEAD_LINEAR
 from tinier.text import load_calibration, token_windows
 from tinier.tokenizer import load_tokenizer
 
 _WINDOWS, _LENGTH = 2, 128
 CHECKED_TOKENS = _WINDOWS * _LENGTH
 MOST_DIVERGENCE = 1e-6
-"""Nats: both are computed in float32 by one engine, so what is stored in other words has equal logits"""
+"""Nats: both are computed in float32, so what is stored in other words has equal logits"""
+MOST_ROUNDED = 2**-8
+"""Of a tensor's norm: what rounding its numbers to bfloat16 may change"""
 
 
 class Likeness(NamedTuple):
@@ -37,9 +43,36 @@ def likeness(source: Checkpoint, made: Checkpoint, device: torch.device) -> Like
     """Compare the logits of two checkpoints of one model on a little text."""
     windows = _windows(source)
     one, other = (_log_probabilities(model, windows, device) for model in (source, made))
+    return _compared(one, other)
+
+
+def graph_likeness(source: Checkpoint, folder: Path, device: torch.device) -> Likeness:
+    """Compare a checkpoint with an ONNX graph of it."""
+    windows = _windows(source)
+    one = _log_probabilities(source, windows, device)
+    return _compared(one, graph_log_probabilities(folder, geometry_of(source), windows))
+
+
+def most_apart(source: Checkpoint, made: Checkpoint) -> float:
+    """The largest difference of a layer's numbers from what its codes say, as a share of its norm."""
+    layout, worst = checkpoint_layout(source), 0.0
+    assert layout is not None
+    for name, scheme in layout.schemes.items():
+        if name == HEAD_LINEAR and geometry_of(source).tied_head:
+            continue
+        with source.reader() as read, made.reader() as again:
+            codes, _ = unpack_linear(source.optional(read), name, scheme, layout.storage)
+            wanted = dequantize(codes, torch.float32)
+            apart = (again(f"{name}.weight").float() - wanted).norm() / wanted.norm()
+            worst = max(worst, float(apart.nan_to_num(nan=0.0 if not wanted.any() else torch.inf)))
+    return worst
+
+
+def _compared(one: Tensor, other: Tensor) -> Likeness:
+    """Of log-probabilities [tokens, vocab]."""
     kl = (one.exp() * (one - other)).sum(dim=-1).mean().item()
     same = (one.argmax(dim=-1) == other.argmax(dim=-1)).float().mean().item()
-    return Likeness(max(0.0, kl), same, windows.numel())
+    return Likeness(max(0.0, kl), same, len(one))
 
 
 def _windows(source: Checkpoint) -> Tensor:

@@ -4,6 +4,7 @@ Start at `export`. One layer is in memory at a time; a run that was stopped goes
 same is asked for again.
 """
 
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -31,13 +32,23 @@ from tinier.checkpoint import (
 from tinier.checkpoint.modelopt import modelopt_name
 from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import InputError, MeasuredFailure, SchemeError
-from tinier.export.check import CHECKED_TOKENS, likeness
+from tinier.export.check import (
+    CHECKED_TOKENS,
+    MOST_ROUNDED,
+    Likeness,
+    graph_likeness,
+    likeness,
+    most_apart,
+)
 from tinier.export.gguf_model import MOST_APART, read_back, write_gguf
 from tinier.export.ollama import modelfile
+from tinier.export.onnx import build, check_builder
 from tinier.export.targets import TARGETS, refusal
+from tinier.export.triton import weights_folder
 from tinier.families import Geometry, checkpoint_layout, geometry_of, module_names, open_model
+from tinier.numerics import dequantize
 from tinier.progress import bar, warn
-from tinier.schemes import Layout
+from tinier.schemes import HEAD_LINEAR, Layout
 
 
 def plan_export(source: Checkpoint, to: str) -> StagePlan:
@@ -48,9 +59,9 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     reason = refusal(source, to)
     if reason is not None:
         raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
-    config = dict(source.config)
-    layout = _target_layout(source, to)
-    if layout is not None and TARGETS[to].storage is not None:
+    config, layout = dict(source.config), _target_layout(source, to)
+    config.pop("quantization_config", None)
+    if layout is not None:
         config["quantization_config"] = quantization_config(
             layout, module_names(geometry_of(source))
         )
@@ -59,7 +70,7 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
         parameters={"to": to},
         inputs={"source": source},
         output_config=config,
-        output_bytes=source.disk_bytes,
+        output_bytes=2 * geometry_of(source).parameters if to == "16bit" else source.disk_bytes,
         memory_bytes=_memory_bytes(geometry_of(source), to),
         flops=0.0,
         code=code_digest("tinier.export.driver"),
@@ -73,17 +84,26 @@ def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Ma
     Raises what `plan_export` raises, OutputError, and MeasuredFailure where the export is another model:
     then nothing is left.
     """
-    started, place = time.monotonic(), pick_device(device)
+    started, place, target = time.monotonic(), pick_device(device), TARGETS[to]
     stage = plan_export(source, to)
+    if target.writes == "onnx":
+        check_builder()
     for warning in stage.all_warnings:
         warn(warning)
     reset_peak_memory(place)
     with resumable_folder(out, stage.key, needed_bytes=stage.output_bytes) as folder:
         try:
-            if TARGETS[to].storage is None:
+            if target.writes == "gguf":
                 measures = _write_file(source, to, folder)
+            elif target.writes == "onnx":
+                measures = _write_graph(source, stage, folder, place)
+            elif target.repository is not None:
+                name = re.sub(r"[^A-Za-z0-9_.-]", "-", out.name)
+                _write_texts(folder, target.repository(name))
+                weights = folder / weights_folder(name)
+                measures = _write_folder(source, stage, weights, place)
             else:
-                measures = _write_folder(source, to, stage, folder, place)
+                measures = _write_folder(source, stage, folder, place)
         except MeasuredFailure:
             shutil.rmtree(folder)
             raise
@@ -93,14 +113,38 @@ def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Ma
 
 
 def _write_folder(
-    source: Checkpoint, to: str, stage: StagePlan, folder: Path, device: torch.device
+    source: Checkpoint, stage: StagePlan, folder: Path, device: torch.device
 ) -> dict[str, float]:
+    to = stage.parameters["to"]
+    folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(source, _target_layout(source, to), folder)
     write_config(folder, stage.output_config)
     copy_side_files(source, folder)
-    for name, text in TARGETS[to].files(stage.output_config).items():
+    _write_texts(folder, TARGETS[to].files(stage.output_config))
+    made = open_model(folder)
+    if to == "16bit":
+        return {"largest_difference": _small(source, most_apart(source, made), MOST_ROUNDED)}
+    return _same(source, likeness(source, made, device))
+
+
+def _write_graph(
+    source: Checkpoint, stage: StagePlan, folder: Path, device: torch.device
+) -> dict[str, float]:
+    gptq = folder / ".gptq"
+    _write_folder(source, stage, gptq, device)
+    build(gptq, folder, tied=bool(source.config["tie_word_embeddings"]))
+    shutil.rmtree(gptq)
+    return _same(source, graph_likeness(source, folder, device))
+
+
+def _write_texts(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, text)
-    found = likeness(source, open_model(folder), device)
+
+
+def _same(source: Checkpoint, found: Likeness) -> dict[str, float]:
+    """What is kept of a comparison of logits. Raises MeasuredFailure where they differ."""
     if not found.is_same:
         raise MeasuredFailure(
             f"the export would be another model than {source.folder}: KL {found.kl:.2e} nats per token, "
@@ -110,16 +154,21 @@ def _write_folder(
     return {"kl": found.kl, "top_1": found.top_1, "tokens": found.tokens}
 
 
-def _write_file(source: Checkpoint, to: str, folder: Path) -> dict[str, float]:
-    path = folder / "model.gguf"
-    with new_file(path) as partial:
-        write_gguf(source, partial)
-    apart = read_back(source, path)
-    if apart > MOST_APART:
+def _small(source: Checkpoint, apart: float, most: float) -> float:
+    """A tensor's largest difference, as it is. Raises MeasuredFailure where it is not small."""
+    if apart > most:
         raise MeasuredFailure(
             f"the export would be another model than {source.folder}: a tensor differs by {apart:.2e} of "
             "its norm. Nothing was written. This is a fault of tinier: report it."
         )
+    return apart
+
+
+def _write_file(source: Checkpoint, to: str, folder: Path) -> dict[str, float]:
+    path = folder / "model.gguf"
+    with new_file(path) as partial:
+        write_gguf(source, partial)
+    apart = _small(source, read_back(source, path), MOST_APART)
     if to == "ollama":
         write_atomically(folder / "Modelfile", modelfile(source))
     return {"largest_difference": apart}
@@ -130,16 +179,18 @@ def _memory_bytes(geometry: Geometry, to: str) -> int:
     Python's objects (470 MB were seen on SmolLM2, for 429 here), or with two layers and the logits of a
     folder in float32 (420 MB, for 406)."""
     table = geometry.vocab * geometry.hidden
-    if TARGETS[to].storage is None:
+    if TARGETS[to].writes == "gguf":
         return 3 * table + 7_000 * geometry.vocab
     layer = sum(rows * columns for rows, columns in geometry.linears.values())
+    if TARGETS[to].writes == "onnx":  # all layers as codes, and the table in float32, twice
+        return 2 * (geometry.layers * layer + 4 * table)
     return 8 * (table + layer) + 12 * CHECKED_TOKENS * geometry.vocab
 
 
 def _target_layout(source: Checkpoint, to: str) -> Layout | None:
-    """How the export stores the layers; None: in 16 bit."""
+    """How the export stores the layers; None: in 16 bit, or as blocks of a GGUF file."""
     layout, storage = checkpoint_layout(source), TARGETS[to].storage
-    return layout if layout is None or storage is None else replace(layout, storage=storage)
+    return None if layout is None or storage is None else replace(layout, storage=storage)
 
 
 def _write_tensors(source: Checkpoint, layout: Layout | None, folder: Path) -> None:
@@ -163,21 +214,26 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """Some tensors of a checkpoint as the target has them."""
     stored = checkpoint_layout(source)
-    if stored is None or layout is None or layout.storage == stored.storage:
+    if stored is None or (layout is not None and layout.storage == stored.storage):
         return {_name_there(name, layout): read(name) for name in names}
     written: dict[str, Tensor] = {}
     for name in names:
         linear, _, part = name.rpartition(".")
-        scheme = stored.schemes.get(linear)
-        if scheme is None or part == "bias":
+        is_plain = stored.schemes.get(linear) is None or part == "bias"
+        if is_plain and not (layout is None and part in ("k_scale", "v_scale")):
             written[_name_there(name, layout)] = read(name)
     for linear in dict.fromkeys(name.rpartition(".")[0] for name in names):
         scheme = stored.schemes.get(linear)
         if scheme is None:
             continue
+        if layout is None and linear == HEAD_LINEAR and geometry_of(source).tied_head:
+            continue  # its scales are the embedding's
         codes, input_scale = unpack_linear(source.optional(read), linear, scheme, stored.storage)
-        parts = pack_linear(codes, scheme, input_scale, layout.storage)
-        written |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+        if layout is None:
+            written[f"{linear}.weight"] = dequantize(codes, torch.float32).to(source.dtype)
+        else:
+            parts = pack_linear(codes, scheme, input_scale, layout.storage)
+            written |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
     return written
 
 

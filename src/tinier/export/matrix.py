@@ -42,9 +42,10 @@ def matrix() -> list[Row]:
 
 def matrix_text(rows: list[Row]) -> str:
     """As a table in Markdown, and what each target takes; `export --dry-run` says why one is refused."""
-    lines = [f"| | {' | '.join(TARGETS)} |", "| --- |" + " --- |" * len(TARGETS)]
+    columns = [name for name, target in TARGETS.items() if target.repository is None]
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for row in rows:
-        cells = ("yes" if reason is None else "" for reason in row.reasons.values())
+        cells = ("yes" if row.reasons[name] is None else "" for name in columns)
         lines.append(f"| {row.what} | {' | '.join(cells)} |")
     return "\n".join(
         [*lines, "", *(f"- `{name}`: {target.about}" for name, target in TARGETS.items())]

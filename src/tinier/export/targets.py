@@ -1,17 +1,19 @@
 """What each engine reads, from its loader's own rules.
 
-A target has the format of its tensors (`storage`; None: llama.cpp's file) and rules: each looks at a
-checkpoint's layout and says why the engine would not load it, or would compute something else, and what to
-quantize with instead. Versions that the rules were read from or seen with: docs/loading.md.
+A target has the format of its tensors (`storage`) and rules: each looks at a checkpoint's layout and says
+why the engine would not load it, or would compute something else, and what to quantize with instead.
+Versions that the rules were read from or seen with: docs/loading.md.
 """
 
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tinier.checkpoint import Checkpoint
 from tinier.checkpoint.modelopt import hf_quant_config
 from tinier.export.gguf_model import gguf_refusal
+from tinier.export.onnx import onnx_refusal
+from tinier.export.triton import engine_repository, tensorrt_repository, vllm_repository
 from tinier.families import checkpoint_layout, geometry_of
 from tinier.schemes import Layout, Storage
 
@@ -20,24 +22,30 @@ Rule = Callable[[Checkpoint, Layout], str | None]
 
 class Target(NamedTuple):
     storage: Storage | None
-    """Format of the tensors; None: llama.cpp's file"""
+    """Format of the tensors; None: in 16 bit"""
     rules: tuple[Rule, ...]
     about: str
     """One line for --help and the matrix"""
+    writes: Literal["folder", "gguf", "onnx"] = "folder"
+    """A folder of safetensors; llama.cpp's file; a graph that ONNX Runtime's builder makes of the folder"""
     takes_16_bit: bool = True
     """Whether a model that is not quantized can go there"""
     group_size: int | None = None
     """Of its own blocks: what `quantize --for` takes unless told otherwise"""
     files: Callable[[dict[str, Any]], dict[str, str]] = lambda config: {}
     """Text files beside the weights, by name, from the config.json that is written"""
+    repository: Callable[[str], dict[str, str]] | None = None
+    """Text files of a model repository around the weights, by path, from the model's name"""
 
 
 def refusal(source: Checkpoint, to: str) -> str | None:
     """Why a checkpoint cannot be exported to one of TARGETS, and what would work; None: it can."""
     target, layout = TARGETS[to], checkpoint_layout(source)
-    if target.storage is None:
+    if target.writes == "gguf":
         return gguf_refusal(source)
     if layout is None:
+        if to == "16bit":
+            return "it is in 16 bit already."
         if target.takes_16_bit:
             return None
         return "the model is in 16 bit, and this format is for quantized ones. Quantize it first."
@@ -123,6 +131,19 @@ def _gptq_files(config: dict[str, Any]) -> dict[str, str]:
     return {"quantize_config.json": json.dumps(config["quantization_config"], indent=1) + "\n"}
 
 
+def _only_int4(source: Checkpoint, layout: Layout) -> str | None:
+    for name, scheme in layout.schemes.items():
+        if scheme.weights.bits != 4:
+            return f"its products take 4 bits ({name} has {scheme.label}). Quantize with int4-gptq."
+    return None
+
+
+def _onnx(source: Checkpoint, layout: Layout) -> str | None:
+    return onnx_refusal(source)
+
+
+_VLLM = (_no_embedding, _no_e5m2, _fused_alike, _vllm_bits, _int_kv)
+_TENSORRT = (_no_embedding, _fused_alike)
 TARGETS: dict[str, Target] = {
     "tinier": Target(
         "compressed-tensors", (), "compressed-tensors, whatever the loaders make of it: `tinier import`",
@@ -133,17 +154,25 @@ TARGETS: dict[str, Target] = {
         "compressed-tensors, as tinier writes it",
     ),
     "vllm": Target(
-        "compressed-tensors", (_no_embedding, _no_e5m2, _fused_alike, _vllm_bits, _int_kv),
-        "compressed-tensors; q, k and v alike, gate and up too",
+        "compressed-tensors", _VLLM, "compressed-tensors; q, k and v alike, gate and up too"
     ),
-    "sglang": Target(
-        "compressed-tensors", (_no_embedding, _no_e5m2, _fused_alike, _vllm_bits, _int_kv),
-        "compressed-tensors, 4 and 8 bits",
-    ),
+    "sglang": Target("compressed-tensors", _VLLM, "compressed-tensors, 4 and 8 bits"),
     "tensorrt-llm": Target(
-        "modelopt", (_no_embedding, _fused_alike),
+        "modelopt", _TENSORRT,
         "ModelOpt's checkpoint: fp8, fp8-static, fp8-block, nvfp4, INT4 without zero points, FP8 cache",
         files=_tensorrt_files,
+    ),
+    "triton": Target(
+        "compressed-tensors", (), "a model repository of Triton that runs tinier's engine",
+        repository=engine_repository,
+    ),
+    "triton-vllm": Target(
+        "compressed-tensors", _VLLM, "a model repository of Triton's vLLM backend",
+        repository=vllm_repository,
+    ),
+    "triton-tensorrt-llm": Target(
+        "modelopt", _TENSORRT, "a model repository of TensorRT-LLM's backend for Triton (llmapi)",
+        files=_tensorrt_files, repository=tensorrt_repository,
     ),
     "gptq": Target(
         "gptq", (), "GPTQ v1, symmetric integers in groups", takes_16_bit=False, files=_gptq_files
@@ -152,9 +181,17 @@ TARGETS: dict[str, Target] = {
         "gptq_v2", (), "GPTQ v2, zeros as they are", takes_16_bit=False, files=_gptq_files
     ),
     "awq": Target("awq", (), "AutoAWQ GEMM, INT4 with or without zero points", takes_16_bit=False),
-    "gguf": Target(
-        None, (), "llama.cpp's file: Q4_0, Q4_1, Q8_0, MXFP4, BF16, code for code", group_size=32
+    "onnx": Target(
+        "gptq", (_only_int4, _onnx), "ONNX Runtime GenAI: INT4 without zero points",
+        writes="onnx", takes_16_bit=False,
     ),
-    "ollama": Target(None, (), "that file and a Modelfile", group_size=32),
+    "gguf": Target(
+        None, (), "llama.cpp's file: Q4_0, Q4_1, Q8_0, MXFP4, NVFP4, BF16, code for code",
+        writes="gguf", group_size=32,
+    ),
+    "ollama": Target(None, (), "that file and a Modelfile", writes="gguf", group_size=32),
     "fp8-hf": Target("fp8", (), "transformers' fine-grained FP8, from fp8-block", takes_16_bit=False),
+    "16bit": Target(
+        None, (), "numbers instead of codes, to quantize, prune or distil again; inputs are not rounded"
+    ),
 }  # fmt: skip

@@ -139,7 +139,10 @@ def prepare(
 ) -> tuple[StagePlan, Tensor | None]:
     """The stage and the calibration windows [n, length]; None where nothing is measured."""
     if "quantization_config" in source.config:
-        raise SchemeError(f"{source.folder} is quantized. Prune first, then quantize the result.")
+        raise SchemeError(
+            f"{source.folder} is quantized. Prune first, then quantize the result. If there is no 16-bit "
+            f"model: tinier export {source.folder} --to 16bit --out DIR"
+        )
     geometry = geometry_of(source)
     sizes = wanted_sizes(source, plan)
     if plan.target is not None:

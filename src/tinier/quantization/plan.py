@@ -402,7 +402,8 @@ def _flops(
 def _check_source(source: Checkpoint) -> None:
     if "quantization_config" in source.config:
         raise SchemeError(
-            f"{source.folder} is quantized already. Quantize the 16-bit model that it was made from."
+            f"{source.folder} is quantized already. Quantize the 16-bit model that it was made from. If "
+            f"there is none: tinier export {source.folder} --to 16bit --out DIR"
         )
 
 

@@ -65,7 +65,10 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     pick_device(recipe.device)
     base = open_model(recipe.base, recipe.revision)
     if "quantization_config" in base.config:
-        raise InputError(f"the base model {recipe.base} is quantized. Give the 16-bit model.")
+        raise InputError(
+            f"the base model {recipe.base} is quantized. Give the 16-bit model. If there is none: "
+            f"tinier export {recipe.base} --to 16bit --out DIR"
+        )
     quality, speed = recipe.measure.quality, recipe.measure.speed
     loads = _loads(recipe)
     served = [load.input_length + load.output_length for load in loads]

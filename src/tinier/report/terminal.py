@@ -74,9 +74,8 @@ def made_text(made: Checkpoint, source: Checkpoint) -> tuple[str, dict[str, Any]
 
 def exported_text(out: Path, manifest: Manifest) -> tuple[str, dict[str, Any]]:
     """What an export wrote and how it compares with its source."""
-    written = sum(
-        path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".gguf")
-    )
+    kinds = (".safetensors", ".gguf", ".data")
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.suffix in kinds)
     data = {
         "out": str(out), "parameters": manifest.parameters, "weight_bytes": written,
         "seconds": manifest.seconds, "measures": manifest.measures, "warnings": manifest.warnings,

@@ -24,6 +24,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any that is free."""
+    uds: Path | None = None
+    """Listen on this Unix socket, and not on host and port."""
     api_keys: tuple[str, ...] = ()
     """Requests must carry one of them; none: open to all who can connect."""
     max_queue: int = 256
@@ -58,6 +60,8 @@ class ServeConfig:
         last = 65_532 if self.triton else 65_535
         if self.port > last or (self.triton and self.port == 0):
             raise InputError(f"port={self.port}. Use {int(self.triton)} to {last}.")
+        if self.uds is not None and self.triton:
+            raise InputError("Triton listens on ports. Leave --uds out.")
         if self.triton and not self.api_keys and self.host not in LOOPBACK:
             raise InputError(
                 f"Triton on {self.host} without a key lets everyone who can connect run programs here: "

@@ -85,7 +85,7 @@ class HttpServer(uvicorn.Server):
 
 
 Started = Callable[[int, HttpServer], None]
-"""Hears of the port and the server once requests are taken."""
+"""Called with the port (0: there is none) and the server once requests are taken"""
 
 
 async def run(
@@ -100,8 +100,11 @@ async def run(
                 raise InputError(
                     f"{name}_stream is what Triton calls {name}'s stream. Use other names."
                 )
-    listener = _listen(config.host, config.port + 3 if config.triton else config.port)
-    with contextlib.closing(listener):
+    listener = _listen(config)
+    with contextlib.ExitStack() as closing:
+        closing.callback(listener.close)
+        if config.uds is not None:
+            closing.callback(config.uds.unlink, missing_ok=True)
         metrics = Metrics()
         store = ModelStore(
             engine, replicas=config.replicas, max_queue=config.max_queue,
@@ -115,7 +118,7 @@ async def run(
             config.timeout,
             config.load_folder,
             cors_origins=config.cors_origins,
-            only_local=config.host in LOOPBACK and not config.api_keys,
+            only_local=(config.uds is not None or config.host in LOOPBACK) and not config.api_keys,
         )
         try:
             await store.load_all(sources)
@@ -161,7 +164,7 @@ async def _serve(
             http.triton = triton
         while not (http.started or serving.done()):  # from then on it hears signals
             await asyncio.sleep(0.005)
-        started(listener.getsockname()[1], http)
+        started(0 if config.uds else listener.getsockname()[1], http)
         await serving
     finally:
         http.should_exit = True
@@ -171,12 +174,12 @@ async def _serve(
 
 
 def _announce(config: ServeConfig, engine: EngineConfig, port: int, http: HttpServer) -> None:
-    if config.host not in LOOPBACK and not config.api_keys:
+    if config.uds is None and config.host not in LOOPBACK and not config.api_keys:
         log.warning(
             "listening on %s without an API key: whoever can connect can use it", config.host
         )
     names = ", ".join(model.name for model in http.models)
-    print(f"serving {names} on {address(config.host, port)}", flush=True)
+    print(f"serving {names} on {config.uds or address(config.host, port)}", flush=True)
     for model in http.models:
         if model.ready is not None:
             tokens, size = model.ready.num_blocks * engine.block_size, model.ready.cache_bytes
@@ -260,20 +263,25 @@ def _run_loop(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before the models are loaded: a port that is taken is an error at once. Who
+def _listen(config: ServeConfig) -> socket.socket:
+    """A listening socket, before the models are loaded: an address that is taken is an error at once. Who
     connects while they load waits."""
+    host, port = config.host, config.port + 3 if config.triton else config.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    where: Any = (host, port)
+    shown, advice = address(host, port), "Use another --host or --port."
+    if config.uds is not None:
+        family, where, shown = socket.AF_UNIX, str(config.uds), str(config.uds)
+        advice = "Use another --uds, or remove the file if no server listens there."
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if config.uds is None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(where)
         # two that are bound do not disturb each other, two that listen do
         listener.listen(_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         listener.close()
         why = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"cannot listen on {address(host, port)}: {why}. Use another --host or --port."
-        ) from None
+        raise InputError(f"cannot listen on {shown}: {why}. {advice}") from None
     return listener

@@ -239,30 +239,46 @@ def _write_repository(folder: Path, labels: list[str], max_batch_size: int) -> l
                 (folder / kind / number).mkdir(parents=True)
                 source = Path(__file__).with_name("triton_model.py")
                 shutil.copy(source, folder / kind / number / "model.py")
-            config = _config(kind, name, decoupled=decoupled, max_batch_size=max_batch_size)
+            config = python_config(
+                kind, {"tinier_model": name}, decoupled=decoupled, max_batch_size=max_batch_size
+            )
             (folder / kind / "config.pbtxt").write_text(config, encoding="utf-8")
             made.append(kind)
     return made
 
 
-def _config(kind: str, name: str, *, decoupled: bool, max_batch_size: int) -> str:
+def python_config(
+    name: str,
+    parameters: dict[str, str],
+    *,
+    decoupled: bool,
+    max_batch_size: int,
+    stream: bool = False,
+) -> str:
+    """config.pbtxt of a model of the Python backend that runs triton_model.py. stream: whether requests say
+    if they want their answer in pieces."""
+    types = _INPUTS | ({"stream": "TYPE_BOOL"} if stream else {})
     inputs = ",\n".join(
         f'  {{ name: "{n}" data_type: {t} dims: [ {-1 if n == "stop_words" else 1} ]'
         + ("" if n == "text_input" else " optional: true")
         + " }"
-        for n, t in _INPUTS.items()
+        for n, t in types.items()
     )
     outputs = ",\n".join(
         f'  {{ name: "{n}" data_type: {t} dims: [ {d} ] }}' for n, (t, d) in _OUTPUTS.items()
     )
-    return f"""name: "{kind}"
+    told = "\n".join(
+        f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}'
+        for key, text in parameters.items()
+    )
+    return f"""name: "{name}"
 backend: "python"
 max_batch_size: {max_batch_size}
 dynamic_batching {{ }}
 version_policy {{ all {{ }} }}
 model_transaction_policy {{ decoupled: {str(decoupled).lower()} }}
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-parameters {{ key: "tinier_model" value {{ string_value: "{name}" }} }}
+{told}
 input [
 {inputs}
 ]

@@ -1,19 +1,28 @@
 """The model that Triton's Python backend runs: it hands requests to the tinier server over a Unix socket.
 
 It is copied into the model repository and runs in Triton's own Python, so it imports nothing of tinier.
-Names of inputs and outputs are those of the TensorRT-LLM backend. One file serves both kinds: `NAME`
-answers once, `NAME_stream` (decoupled) piece by piece.
+Names of inputs and outputs are those of the TensorRT-LLM backend. One file serves all kinds: of `tinier
+serve --triton`, `NAME` answers once and `NAME_stream` (decoupled) piece by piece; a repository of `tinier
+export --to triton` has one that is asked with `stream`, and starts the server itself.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 
 # where its numpy is
-sys.path.append(os.environ["TINIER_PACKAGES"])
+sys.path.append(os.environ.get("TINIER_PACKAGES", "/nowhere"))
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -39,16 +48,26 @@ PARAMETERS = {"priority", "timeout", "triton_enable_empty_final_response", "stre
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
+        parameters = {name: x["string_value"] for name, x in config["parameters"].items()}
         self._decoupled = config["model_transaction_policy"]["decoupled"]
-        name = config["parameters"]["tinier_model"]["string_value"]
-        self._label = f"{name}@{args['model_version']}"
         self._answers = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._tell("attach")
+        self._server = None
+        if "tinier_serve" in parameters:  # of an exported repository
+            folder = os.path.join(args["model_repository"], args["model_version"], "weights")
+            self._server = _Server(folder, parameters["tinier_serve"])
+            self._socket, self._key, self._label = self._server.socket, "", "model"
+        else:
+            self._socket, self._key = os.environ["TINIER_SOCKET"], os.environ["TINIER_SOCKET_KEY"]
+            self._label = f"{parameters['tinier_model']}@{args['model_version']}"
+            self._tell("attach")
 
     def finalize(self):
-        self._tell("detach")
+        if self._server is None:
+            self._tell("detach")
+        else:
+            self._server.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def execute(self, requests):
@@ -79,7 +98,7 @@ class TritonPythonModel:
 
     async def _answer(self, bodies, request, sender):
         try:
-            if self._decoupled:
+            if self._streams(request):
                 await self._stream(bodies, sender, request)
             else:
                 sender.send(await self._whole(bodies, request), flags=FINAL)
@@ -88,6 +107,12 @@ class TritonPythonModel:
         except Exception as error:
             failed = pb_utils.TritonError(f"tinier: {type(error).__name__}")
             sender.send(pb_utils.InferenceResponse(error=failed), flags=FINAL)
+
+    def _streams(self, request):
+        if self._server is None:
+            return self._decoupled
+        asked = _rows(request, "stream")
+        return asked is not None and bool(asked.flat[0])
 
     def _bodies(self, request):
         """A completion body for each row of text_input [rows, 1]."""
@@ -176,17 +201,54 @@ class TritonPythonModel:
         return status, text
 
     async def _open(self, path, body):
-        reader, writer = await asyncio.open_unix_connection(
-            os.environ["TINIER_SOCKET"], limit=1 << 24
-        )
+        reader, writer = await asyncio.open_unix_connection(self._socket, limit=1 << 24)
         raw = json.dumps(body).encode()
         writer.write(
             f"POST {path} HTTP/1.1\r\nHost: tinier\r\nConnection: close\r\n"
-            f"Authorization: Bearer {os.environ['TINIER_SOCKET_KEY']}\r\n"
+            f"Authorization: Bearer {self._key}\r\n"
             f"Content-Length: {len(raw)}\r\n\r\n".encode()
             + raw
         )
         return reader, writer
+
+
+class _Server:
+    """`tinier serve` on one model, until `stop`, or until this process ends."""
+
+    def __init__(self, weights, options):
+        self._folder = tempfile.mkdtemp(prefix="tinier-triton-")
+        self.socket = os.path.join(self._folder, "socket")
+        # the Python that tinier is installed in; what Triton set up for its own is not for it
+        python = os.environ.get("TINIER_PYTHON", "python3")
+        kept = {name: x for name, x in os.environ.items() if not name.startswith("PYTHON")}
+        command = [python, "-m", "tinier", "serve", f"model={weights}", "--uds", self.socket]
+        self._process = subprocess.Popen(
+            [*command, *shlex.split(options)], env=kept, preexec_fn=_end_with_parent
+        )
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise pb_utils.TritonModelException("tinier serve did not start: see the log above")
+            time.sleep(0.2)
+
+    def _is_ready(self):
+        with socket.socket(socket.AF_UNIX) as asking, contextlib.suppress(OSError):
+            asking.settimeout(1)
+            asking.connect(self.socket)
+            asking.sendall(
+                b"GET /health/ready HTTP/1.1\r\nHost: tinier\r\nConnection: close\r\n\r\n"
+            )
+            return asking.recv(16).split()[1:2] == [b"200"]
+        return False
+
+    def stop(self):
+        self._process.terminate()
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _end_with_parent():
+    """The server hears SIGTERM when Triton's process dies (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
