@@ -86,8 +86,8 @@ def main() -> None:
         prompts = [window[: 5 + 2 * i].tolist() for i, window in enumerate(windows)]
         rows = record["models"].setdefault(name, {})
         for row, plan in PLANS.items():
-            if row in rows:
-                continue
+            if row in rows or (name.startswith("gemma") and "nvfp4" in row):
+                continue  # llama.cpp's Gemma 3 has no NVFP4
             folder = arguments.work / name / row.replace(", ", "-").replace(" ", "-")
             model = base
             if plan is not None:

@@ -44,13 +44,15 @@ class Architecture(NamedTuple):
     """llama.cpp's"""
     interleaves: bool
     """Whether RoPE turns neighbours there, so that the rows of q and k are put in that order"""
+    has_nvfp4: bool = False
+    """Whether its graph multiplies with the second scale of NVFP4: where it does not, logits are NaN"""
 
 
 _ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", True),
-    "MistralForCausalLM": Architecture("llama", True),
+    "LlamaForCausalLM": Architecture("llama", True, has_nvfp4=True),
+    "MistralForCausalLM": Architecture("llama", True, has_nvfp4=True),
     "Qwen2ForCausalLM": Architecture("qwen2", False),
-    "Qwen3ForCausalLM": Architecture("qwen3", False),
+    "Qwen3ForCausalLM": Architecture("qwen3", False, has_nvfp4=True),
     "Gemma3ForCausalLM": Architecture("gemma3", False),
     "GraniteForCausalLM": Architecture("granite", True),
 }
@@ -130,6 +132,14 @@ def gguf_refusal(source: Checkpoint) -> str | None:
                 f"llama.cpp has no type for the numbers of {scheme.label} ({name}). Quantize with "
                 "int4-gptq, int4-best, int4-awq or int4 (groups of 32, 64 or 128), int8, int8-sq, "
                 "mxfp4-w4a16 or nvfp4-w4a16."
+            )
+        if (
+            block_type(scheme) == GGMLQuantizationType.NVFP4
+            and not _ARCHITECTURES[architecture].has_nvfp4
+        ):
+            return (
+                f"llama.cpp's {architecture.removesuffix('ForCausalLM')} leaves the second scale of NVFP4 "
+                "out, and its logits are NaN. Quantize with mxfp4-w4a16 or int4-gptq."
             )
     if layout.kv_cache is not None:
         return "a GGUF file says nothing of the KV cache. Quantize without --kv."
