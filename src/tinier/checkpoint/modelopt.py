@@ -5,7 +5,7 @@ for TensorRT-LLM. Tensors of a linear layer, scales in float32:
 
 - FP8: `weight` E4M3 [out, in], `weight_scale` and `input_scale`, a number each
 - FP8_PER_CHANNEL_PER_TOKEN: `weight` E4M3, `weight_scale` [out]
-- FP8_PB_WO: `weight` E4M3, `weight_scale` [out/128, in/128]
+- fp8_pb_wo, which is written in small letters: `weight` E4M3, `weight_scale` [out/128, 1, in/128, 1]
 - NVFP4: `weight` uint8 [out, in/2], the even column in the low half; `weight_scale` E4M3 [out, in/16],
   `weight_scale_2` and `input_scale`, a number each: the inverse of compressed-tensors' global scales
 - W4A16_AWQ: `weight` uint8 [out/2, in], two rows a byte, the even one in the low half, two's complement;
@@ -47,7 +47,7 @@ def algorithm_of(scheme: Scheme) -> str | None:
     if grid.kind == "int" and grid.bits == 4 and grid.symmetric and grid.granularity == "group":
         return "W4A16_AWQ" if scheme.activations is None else None
     for preset, name in (
-        ("fp8-static", "FP8"), ("fp8", "FP8_PER_CHANNEL_PER_TOKEN"), ("fp8-block", "FP8_PB_WO"),
+        ("fp8-static", "FP8"), ("fp8", "FP8_PER_CHANNEL_PER_TOKEN"), ("fp8-block", "fp8_pb_wo"),
         ("nvfp4", "NVFP4"),
     ):  # fmt: skip
         if PRESETS[preset].scheme == scheme:
@@ -133,7 +133,7 @@ def modelopt_shapes(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[i
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "FP8": {"weight": shape, "weight_scale": number, "input_scale": number},
         "FP8_PER_CHANNEL_PER_TOKEN": {"weight": shape, "weight_scale": (rows,)},
-        "FP8_PB_WO": {"weight": shape, "weight_scale": grid.blocks(shape)},
+        "fp8_pb_wo": {"weight": shape, "weight_scale": _four_sides(grid.blocks(shape))},
         "NVFP4": {
             "weight": (rows, columns // 2), "weight_scale": grid.blocks(shape),
             "weight_scale_2": number, "input_scale": number,
@@ -169,19 +169,15 @@ def modelopt_pack(
         packed["input_scale"] = input_scale.float().reshape(())
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         packed["weight_scale"] = scale.float().reshape(-1)
+    if algorithm == "fp8_pb_wo":
+        packed["weight_scale"] = scale.float().reshape(_four_sides(tuple(scale.shape)))
     return packed
 
 
 def modelopt_unpack(
     read: Callable[[str], Tensor | None], name: str, scheme: Scheme
 ) -> tuple[Quantized, Tensor | None]:
-    """Codes and input scale of the linear layer `name`. Raises CheckpointError for inputs that are divided
-    first (pre_quant_scale)."""
-    if read(f"{name}.pre_quant_scale") is not None:
-        raise CheckpointError(
-            f"the inputs of {name} are multiplied with factors first (pre_quant_scale), which tinier does "
-            "not do. Give the 16-bit model."
-        )
+    """Codes and input scale of the linear layer `name`."""
     weight, scale = read(f"{name}.weight"), read(f"{name}.weight_scale")
     assert weight is not None
     assert scale is not None
@@ -201,7 +197,13 @@ def modelopt_unpack(
         return Quantized(weight, scale.reshape(1, 1)), inputs.reshape(1)
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         scale = scale.reshape(-1, 1)
+    if algorithm == "fp8_pb_wo":
+        scale = scale.reshape(scale.shape[::2])
     return Quantized(weight, scale), None
+
+
+def _four_sides(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    return (blocks[0], 1, blocks[1], 1)
 
 
 def _options(scheme: Scheme) -> dict[str, Any]:
@@ -221,8 +223,10 @@ def _options(scheme: Scheme) -> dict[str, Any]:
 
 def _scheme(options: dict[str, Any]) -> Scheme:
     algorithm = options.get("quant_algo")
+    if algorithm == "FP8_PB_WO":  # as its documentation has it
+        algorithm = "fp8_pb_wo"
     presets = {
-        "FP8": "fp8-static", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8-block", "NVFP4": "nvfp4",
+        "FP8": "fp8-static", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "fp8_pb_wo": "fp8-block", "NVFP4": "nvfp4",
     }  # fmt: skip
     if algorithm in presets:
         return PRESETS[presets[algorithm]].scheme
