@@ -20,7 +20,7 @@ from typing import Any
 MODEL = "smollm2-135m"
 WINDOWS, LENGTH = 4, 128
 NO_DATA = ("fp8", "fp8-e5m2", "int8", "nvfp4-w4a16", "mxfp4-w4a16")
-CALIBRATED = ("fp8-gptq", "fp8-static", "int8-sq", "nvfp4", "mxfp4")
+CALIBRATED = ("fp8-gptq", "fp8-static", "int8-sq", "int8-w8a16", "nvfp4", "mxfp4")
 GROUPED = ("int4", "int4-awq", "int4-gptq", "int4-best", "w4a8", "w4a8-int8", "int3", "int2")
 FEW = ("--sequences", "8")
 """Whether it loads and agrees does not depend on how good the codes are."""
@@ -36,7 +36,16 @@ def commands() -> dict[str, tuple[str, ...]]:
     made["int4-best"] += ("--iterations", "2")
     made["fp8-block"] = ("quantize", "--preset", "fp8-block", *GROUPS)  # 128 does not divide 576
     made["int4, zero points"] = ("quantize", "--preset", "int4", "--asymmetric", *GROUPS)
-    made["mixed, 5 bits"] = ("quantize", "--preset", "mixed", "--bits", "5", *GROUPS, *FEW)
+    made["mixed, 5 bits"] = (
+        "quantize",
+        "--preset",
+        "mixed",
+        "--bits",
+        "5",
+        "--formats",
+        "int4-gptq:64,fp8-gptq",
+        *FEW,
+    )
     made["fp8, head and KV cache"] = ("quantize", "--preset", "fp8", "--head", "fp8", "--kv", "fp8")
     return made
 

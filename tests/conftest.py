@@ -162,7 +162,16 @@ DOCUMENTS = [
 
 def quantize_tiny(source: Checkpoint, preset: str | None, out: Path, **plan: object) -> Checkpoint:
     """Quantize a tiny model, with groups that divide it and a little text where text is needed."""
-    fixed = preset in (None, "fp8", "fp8-gptq", "fp8-static", "fp8-e5m2", "int8", "int8-sq")
+    fixed = preset in (
+        None,
+        "fp8",
+        "fp8-gptq",
+        "fp8-static",
+        "fp8-e5m2",
+        "int8",
+        "int8-sq",
+        "int8-w8a16",
+    )
     if not fixed and not preset.startswith(("nvfp4", "mxfp4")):  # type: ignore[union-attr]
         plan = {"group_size": 32} | plan
     small: dict[str, object] = {"sequences": 8, "length": 64, "iterations": 5}

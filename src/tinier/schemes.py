@@ -241,6 +241,10 @@ PRESETS: dict[str, Preset] = {
         scheme=Scheme(weights=_INT8_CHANNEL, activations=_INT8_TOKEN),
         algorithm=Algorithm(equalize="smoothquant", scales="error", rounding="gptq"),
     ),
+    "int8-w8a16": Preset(
+        scheme=Scheme(weights=_INT8_CHANNEL),
+        algorithm=_GPTQ,
+    ),
     "int4": Preset(
         scheme=Scheme(weights=_INT4),
         algorithm=Algorithm(scales="error"),

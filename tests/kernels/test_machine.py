@@ -31,6 +31,7 @@ def test_every_preset_has_a_way_on_every_gpu(gpu: str) -> None:
         expected |= dict.fromkeys(
             ("int4", "int4-awq", "int4-gptq", "int4-best"), "weight-only int4"
         )
+        expected["int8-w8a16"] = "weight-only 8-bit"
     assert {name: path(name, gpu) for name in PRESETS} == expected
 
 

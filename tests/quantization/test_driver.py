@@ -249,23 +249,14 @@ def test_null_copies_every_weight(tiny: Tiny, tmp_path: Path) -> None:
     assert "quantization_config" not in made.config
 
 
-def test_mixed_spends_bits_where_they_save_most(tiny: Tiny, tmp_path: Path) -> None:
-    source = tiny(num_hidden_layers=3)
-    made = quantize_tiny(source, "mixed", tmp_path / "out", bits=6.5)
+def test_layers_have_formats_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    formats = {"model.layers.1.mlp.down_proj": "int3:32", "model.layers.0.self_attn.o_proj": "fp8"}
+    made = quantize_tiny(tiny(), "int4", tmp_path / "out", layer_formats=formats)
     layout = checkpoint_layout(made)
     assert layout is not None
-    assert {s.weights.bits for s in layout.schemes.values()} == {4, 8}
-    assert made.manifest is not None
-    sensitivity = made.manifest.measures["sensitivity_kl"]
-    assert len(sensitivity) == 3 * 4
-    assert all(value > 0 for value in sensitivity.values())
-    for i in range(3):  # what engines fuse is stored alike
-        own = {layout.schemes[f"model.layers.{i}.self_attn.{p}_proj"] for p in "qkv"}
-        assert len(own) == 1
-    stored = sum(i.num_bytes for n, i in made.tensors.items() if "_proj" in n and "shape" not in n)
-    with source.reader() as read:
-        weights = sum(read(name).numel() for name in source.tensors if "_proj" in name)
-    assert 5.0 < 8 * stored / weights <= 6.5
+    labels = {name: layout.schemes[name].label for name in formats}
+    assert list(labels.values()) == ["INT3 W3A16 g32", "FP8 W8A8"]
+    assert layout.schemes["model.layers.0.mlp.down_proj"].label == "INT4 W4A16 g32"
 
 
 def test_the_model_writes_its_own_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
@@ -343,6 +334,14 @@ def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None
         ({"preset": "fp8", "head": "int4"}, "Use fp8 or int8"),
         ({"preset": "mixed"}, "bits and preset 'mixed' go together"),
         ({"preset": "fp8", "bits": 5.0}, "bits and preset 'mixed' go together"),
+        ({"preset": "fp8", "formats": ("int4:32",)}, "what the preset 'mixed' chooses from"),
+        ({"preset": "mixed", "bits": 5.0, "formats": ("int4:x",)}, "'int4:x' is no format"),
+        ({"preset": "mixed", "bits": 5.0, "symmetric": False}, "without zero points"),
+        (
+            {"preset": "mixed", "bits": 5.0, "layer_formats": {"x": "int4"}},
+            "mixed chooses them itself",
+        ),
+        ({"preset": "fp8", "layer_formats": {"x": "int4"}}, "names 'x', which is not quantized"),
         ({"preset": "int4-gptq", "group_size": 32}, "needs calibration text"),
         ({"preset": "int4-gptq", "group_size": 32, "length": 512}, "more than the 256 positions"),
         ({"preset": "fp8", "self_text": True}, "needs no calibration text"),
@@ -360,8 +359,8 @@ def test_bad_input_is_found_before_any_work(
 
 
 def test_too_few_bits_for_mixed_say_which_can_be_had(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(SchemeError, match=r"bits=3.0 is below 5\.00.*between it and 8\.\d\d"):
-        quantize_tiny(tiny(), "mixed", tmp_path / "out", bits=3.0)
+    with pytest.raises(SchemeError, match=r"bits=2.0 is below 2\.50.*between it and 8\.\d\d"):
+        quantize_tiny(tiny(), "mixed", tmp_path / "out", bits=2.0, group_size=None)
 
 
 def test_too_little_memory_is_refused_before_any_work(

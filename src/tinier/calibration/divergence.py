@@ -10,7 +10,8 @@ from torch import Tensor
 _CHUNK = 128
 
 Stream = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""The last layer's outputs [n, length, hidden], and what makes logits [T, vocab] of [T, hidden] of them"""
+"""The last layer's outputs [n, length, hidden], and what makes float32 logits [T, vocab] of [T, hidden] of
+them"""
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def mean_divergences(exact: Stream, others: Sequence[Stream], device: torch.devi
 
     def log_likely(stream: Stream, rows: slice) -> Tensor:
         hidden, logits = stream
-        return F.log_softmax(logits(hidden.flatten(0, 1)[rows].to(device)).float(), dim=-1)
+        return F.log_softmax(logits(hidden.flatten(0, 1)[rows].to(device)), dim=-1)
 
     tokens = exact[0].shape[:2].numel()
     totals = [0.0] * len(others)

@@ -53,7 +53,16 @@ def quantize(
         ),
     ] = None,
     bits: Annotated[
-        float | None, typer.Option("--bits", help="With mixed: average bits of a weight.")
+        float | None,
+        typer.Option("--bits", help="With mixed: average bits of a weight, scales included."),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--formats",
+            help="With mixed: what a layer may become, as PRESET or PRESET:GROUP_SIZE with commas.",
+            show_default="2 to 4 bits in two group sizes each, and 8 bits",
+        ),
     ] = None,
     calibration: Annotated[
         str,
@@ -93,6 +102,7 @@ def quantize(
       fp8-e5m2     E5M2 weights per channel, 16-bit activations; needs no text
       int8         INT8 weights per channel, activations per token, to nearest; needs no text
       int8-sq      the same grid, SmoothQuant folded into the weights, GPTQ
+      int8-w8a16   INT8 weights per channel, 16-bit activations, GPTQ
       int4         INT4 weights in groups, to nearest; needs no text
       int4-awq     INT4 weights in groups, AWQ
       int4-gptq    INT4 weights in groups, GPTQ
@@ -101,7 +111,7 @@ def quantize(
       nvfp4        FP4 weights and activations in blocks of 16; nvfp4-w4a16: weights only
       mxfp4        FP4 weights and activations in blocks of 32; mxfp4-w4a16: weights only
       int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ
-      mixed        INT4 or FP8 for each layer, by measured sensitivity, within --bits
+      mixed        the format of each layer that loses least within --bits, of --formats
       null         no quantization: every weight as it is
 
     \b
@@ -109,7 +119,8 @@ def quantize(
       tinier quantize smollm2-135m --preset fp8 --out smollm2-fp8
       tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --out smollm2-int4
       tinier quantize smollm2-135m --preset int8-sq --preset fp8-gptq --out smollm2-8bit
-      tinier quantize smollm2-135m --preset mixed --bits 5 --group-size 64 --out smollm2-mixed
+      tinier quantize smollm2-135m --preset mixed --bits 3.5 --out smollm2-mixed
+      tinier quantize smollm2-135m --preset mixed --bits 5 --formats int4-gptq:64,fp8-gptq --out mixed5
       tinier quantize smollm2-135m --preset int4-gptq --group-size 64 --embedding int8 --out smollm2-small
       tinier quantize smollm2-135m --preset int4-gptq --for gguf --out smollm2-for-llama.cpp
       tinier quantize smollm2-135m --preset fp8 --head fp8 --kv fp8 --out smollm2-fp8-all
@@ -140,6 +151,7 @@ def quantize(
             embedding=embedding,  # type: ignore[arg-type]
             kv=kv,  # type: ignore[arg-type]
             bits=bits if name == "mixed" else None,
+            formats=tuple(formats.split(",")) if formats and name == "mixed" else (),
             self_text=calibration == "self",
             sequences=sequences,
             length=length,

@@ -104,6 +104,8 @@ def _fused_alike(source: Checkpoint, layout: Layout) -> str | None:
 def _vllm_bits(source: Checkpoint, layout: Layout) -> str | None:
     for name, scheme in layout.schemes.items():
         grid = scheme.weights
+        if (grid.kind, grid.bits, scheme.activations) == ("int", 8, None):
+            return f"it takes INT8 weights with INT8 inputs ({name} has 16-bit ones). Quantize with int8."
         if grid.kind == "int" and grid.bits in (2, 3):
             return f"no kernel of it that was seen takes INT{grid.bits} ({name}). Quantize with int4-gptq."
     return None

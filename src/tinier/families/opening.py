@@ -260,9 +260,10 @@ def _check_leftovers(checkpoint: Checkpoint, expected: set[str]) -> None:
     some = ", ".join(left[:4]) + (" …" if len(left) > 4 else "")
     factors = next((name for name in left if name.endswith(".pre_quant_scale")), None)
     if factors is not None:
+        name = factors.removesuffix(".pre_quant_scale")
         raise CheckpointError(
-            f"the inputs of {factors.removesuffix('.pre_quant_scale')} in {checkpoint.folder} are multiplied "
-            "with factors first (pre_quant_scale), which tinier does not do. Give the 16-bit model."
+            f"the inputs of {name} in {checkpoint.folder} are multiplied with factors first "
+            "(pre_quant_scale), which tinier does not do. Give the 16-bit model."
         )
     said = f"{checkpoint.folder} holds {len(left)} tensors that its config.json does not call for: {some}."
     if any(

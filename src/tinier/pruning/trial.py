@@ -63,7 +63,7 @@ def _divergences(
             advance(1)
     last = geometry.layers - 1
     with source.reader(device) as read:
-        norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD)
+        norm, head = read(FINAL_NORM), read(EMBEDDING if geometry.tied_head else HEAD).float()
 
     def logits(hidden: Tensor) -> Tensor:
         weight, divisor = norm_weight(norm, geometry), geometry.multipliers.logits

@@ -7,6 +7,7 @@ them again, so it goes on with the very numbers that it would have had.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,10 +61,11 @@ from tinier.numerics import Quantized, round_static, snr_db
 from tinier.progress import bar, say, warn
 from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
 from tinier.quantization.learned import learn_rounding
-from tinier.quantization.mixed import measure_sensitivity, pick_wide
+from tinier.quantization.mixed import Found, mix
 from tinier.quantization.plan import (
     QuantizePlan,
     chosen_presets,
+    format_named,
     kv_grid,
     layer_presets,
     needs_text,
@@ -181,9 +183,9 @@ class _Job:
         self._out, self._device, self._ranks = out, device, ranks
         # a few random windows, where no text is needed, are seen by every process
         self._sharing = ranks if needs_text(plan) else Ranks()
-        self._presets = chosen_presets(self._geometry, plan)
+        self._presets = chosen_presets(self._geometry, plan, dtype=source.dtype)
         self._windows = windows
-        self._sensitivity: dict[str, float] = {}
+        self._mixed: Found | None = None
         self._embedding: Quantized | None = None
         self._hidden: Tensor | None = None
         self._exact: Tensor | None = None
@@ -214,7 +216,7 @@ class _Job:
         if self._windows is None:
             return
         if plan.bits is not None:
-            self._mix(plan.bits)
+            self._mix()
         windows = self._sharing.share(self._windows, self._walk.batch_windows)
         self._hidden = self._walk.embed(windows, self._embedding)
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
@@ -232,17 +234,19 @@ class _Job:
         self._ranks.wait()
         return torch.tensor(json.loads(path.read_text(encoding="ascii")))
 
-    def _mix(self, bits: float) -> None:
-        """Choose between the two presets of `mixed` for every layer."""
+    def _mix(self) -> None:
+        """Choose a format for every layer."""
         assert self._windows is not None
-        path = self._folder / ".sensitivity.json"
+        path = self._folder / ".mixed.json"
         if not path.exists() and self._ranks.writes:
-            measured = measure_sensitivity(self._source, self._walk, self._presets, self._windows)
-            write_atomically(path, json.dumps(measured))
+            found = mix(
+                self._source, self._walk, self._plan, self._windows, self._folder / ".rounded"
+            )
+            write_atomically(path, json.dumps(found._asdict()))
         self._ranks.wait()
-        self._sensitivity = json.loads(path.read_text(encoding="utf-8"))
-        wide = pick_wide(self._source, self._sensitivity, self._presets, bits)
-        self._presets = chosen_presets(self._geometry, self._plan, wide)
+        self._mixed = Found(**json.loads(path.read_text(encoding="utf-8")))
+        mixed = {name: format_named(label) for name, label in self._mixed.formats.items()}
+        self._presets = chosen_presets(self._geometry, self._plan, mixed, self._source.dtype)
 
     @torch.no_grad()
     def layer(self, index: int) -> None:
@@ -365,8 +369,9 @@ class _Job:
         write_config(self._folder, output_config(self._source, layout))
         copy_side_files(self._source, self._folder)
         measures: dict[str, Any] = {"layout": layout.label}
-        if self._sensitivity:
-            measures["sensitivity_kl"] = self._sensitivity
+        if self._mixed is not None:
+            measures["mixed"] = self._mixed._asdict()
+            shutil.rmtree(self._folder / ".rounded", ignore_errors=True)
         self._stage.manifest(
             started=started,
             device=self._device,

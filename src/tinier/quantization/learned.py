@@ -3,7 +3,9 @@
 Start at `learn_rounding`. In: a layer quantized already (by GPTQ), inputs as the quantized model makes
 them, and the outputs of the original layer in the original model. Every code may move from the weight
 it stands for by learned offset V, every scale by a learned factor; gradients pass the rounding as if
-it were not there. Minimizes the mean square error of the layer's output.
+it were not there. Minimizes the mean square error of the layer's output, each token's as a share of its
+mean square: the norm that follows divides by that, and a few tokens (the first one above all) are hundreds
+of times larger than the rest, which would be all that is learned (docs/log.md).
 
 The problem is that of AdaRound (Nagel et al., arXiv 2004.10568) and the parameters those of AutoRound
 (Cheng et al., arXiv 2309.05516). Adam in place of sign descent, and starting from GPTQ's codes in place
@@ -68,7 +70,7 @@ def learn_rounding(
     iterations: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Improve `quantized` in place; returns the mean square error of its first batch, before and after.
+    """Improve `quantized` in place; returns the error of its first batch, before and after.
 
     layer: the module with its original weights. inputs, outputs: [windows, length, hidden], on the
     host. Integer weights with 16-bit activations only.
@@ -140,7 +142,8 @@ def _error(
     outputs: Tensor,
     windows: Tensor,
 ) -> Tensor:
-    """Mean square error of the layer's output for the chosen windows. weights: by linear layer."""
+    """Mean over tokens of ‖output - wanted‖² / ‖wanted‖², for the chosen windows. weights: by linear
+    layer."""
     parameters = {f"{name}.weight": weight for name, weight in weights.items()}
     # window by window: a slice of pinned memory is pinned, a gathered copy is not
     sent, wanted = (
@@ -149,4 +152,6 @@ def _error(
     )
     arguments = {"position_embeddings": walk.positions(layer)}
     output: Tensor = torch.func.functional_call(layer, parameters, (sent,), arguments)
-    return torch.mean((output.float() - wanted.float()).square())
+    wanted = wanted.float()
+    errors = (output.float() - wanted).square().sum(dim=-1)
+    return (errors / wanted.square().sum(dim=-1).clamp(min=1e-12)).mean()

@@ -1,128 +1,371 @@
-"""Mixed precision: give more bits to the layers that need them, within an average.
+"""Mixed precision: the format of each layer, so that the whole keeps within its bytes and loses least.
 
-Start at `measure_sensitivity`. Linear layers that share an input are one choice, for engines fuse
-them. Each choice is rounded to few bits on its own and the divergence that it alone causes at the
-model's output is measured; `pick_wide` then spends the bits where they save most divergence.
+Linear layers that share an input are one part, for engines fuse them. Three steps:
+
+1. `Rounded.make`: each part is rounded to each format by GPTQ, on the inputs that it has in the original
+   model, and kept. Beside it the error of its outputs, E‖(W - Ŵ)x‖².
+2. `measure_parts`: the divergence at the model's output that each part alone causes, in one format of each
+   number of bits. A small divergence is quadratic in the change of the weights (Malinovskii et al. 2024,
+   arXiv:2411.17525), so that those of the other formats lie on a line through these, along the error.
+   `allocate` spends the bytes where the sum is least.
+3. `search`: the sum is wrong at few bits, where errors of one layer meet those of others. Whole models are
+   put together from what is kept, and their real divergence decides: the solutions for costs that are
+   varied at random around the best so far, each of which keeps within the bytes.
 """
 
 import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinier.calibration import DecoderWalk, mean_divergences
-from tinier.checkpoint import Checkpoint
-from tinier.errors import SchemeError
+from tinier.calibration import DecoderWalk, InputStatistics, mean_divergences, observe
+from tinier.checkpoint import Checkpoint, new_file, pack_linear, stored_shapes, write_atomically
 from tinier.families import (
     EMBEDDING,
-    EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD,
-    HEAD_LINEAR,
     Geometry,
     geometry_of,
     layer_name,
-    linear_shape,
+    linear_names,
     norm_weight,
 )
 from tinier.kernels import output_logits
-from tinier.numerics import dequantize
-from tinier.progress import bar
-from tinier.quantization.plan import MIXED_HIGH, stored_bytes
-from tinier.quantization.scales import round_nearest, searched_scales
-from tinier.schemes import Preset, preset_named
+from tinier.numerics import Quantized, dequantize
+from tinier.progress import bar, say
+from tinier.quantization.allocation import Options, allocate
+from tinier.quantization.layer import install, quantize_layer
+from tinier.quantization.plan import QuantizePlan, chosen_presets, mixed_formats, stored_bytes
+from tinier.ranks import ALONE
+from tinier.schemes import Preset, Scheme
 
-_TOKENS = 1024
+_PART_TOKENS = 1024
+"""Of a part's divergence, alone in the model"""
+_WHOLE_TOKENS = 4096
+"""Of a whole model's"""
+_ROUNDS, _AT_ONCE = 4, 4
+_SPREAD, _COOLING = 0.25, 0.8
+"""Of the logarithms of costs, at first, and how it shrinks a round"""
+
+
+class Part(NamedTuple):
+    """Linear layers that share an input."""
+
+    layer: int
+    readers: tuple[str, ...]
+    """By name inside the layer"""
+
+    @property
+    def name(self) -> str:
+        """The full name of the first"""
+        return f"{layer_name(self.layer)}.{self.readers[0]}"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(f"{layer_name(self.layer)}.{reader}" for reader in self.readers)
+
+
+def parts_of(geometry: Geometry, without: frozenset[str] = frozenset()) -> list[Part]:
+    """All of a model. without: full names of layers that stay in 16 bit."""
+    found = []
+    for index in range(geometry.layers):
+        for read in geometry.inputs:
+            readers = tuple(r for r in read.readers if f"{layer_name(index)}.{r}" not in without)
+            if readers:
+                found.append(Part(index, readers))
+    return found
+
+
+class Rounded:
+    """Every part in every format, in `folder`: a file of codes a layer, and their errors."""
+
+    def __init__(
+        self, source: Checkpoint, walk: DecoderWalk, formats: Mapping[str, Preset],
+        parts: list[Part], folder: Path,
+    ) -> None:  # fmt: skip
+        self.source, self.walk, self.formats, self.parts = source, walk, formats, parts
+        self.geometry = geometry_of(source)
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.no_grad()
+    def make(self, windows: Tensor) -> None:
+        """Round what is not there yet, on calibration windows [n, length]."""
+        done = sum(self._errors(i).exists() for i in range(self.geometry.layers))
+        if done == self.geometry.layers:
+            return
+        hidden = self.walk.embed(windows)
+        with bar("round to each format", self.geometry.layers) as advance:
+            for index in range(self.geometry.layers):
+                layer = self.walk.load(index)
+                if index >= done:
+                    seen, _ = observe(
+                        self.walk, layer, self.geometry, hidden, len(windows), ALONE, moments=True
+                    )
+                    self._round(index, layer, seen)
+                self.walk.run(layer, hidden, hidden)
+                advance(1)
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """E‖(W - Ŵ)x‖², summed over a part's outputs, by part and format."""
+        found: dict[str, dict[str, float]] = {}
+        for index in range(self.geometry.layers):
+            found |= json.loads(self._errors(index).read_text(encoding="utf-8"))
+        return found
+
+    def install(self, module: nn.Module, index: int, labels: Mapping[str, str]) -> None:
+        """Put parts of one layer into its module. labels: the format by part; others stay as they are."""
+        own = [part for part in self.parts if part.layer == index and part.name in labels]
+        with safe_open(self._codes(index), "pt", device=str(self.walk.device)) as file:
+            for part in own:
+                label = labels[part.name]
+                preset = self.formats[label]
+                names = {
+                    f"{member}.{kind}": f"{label}/{member}.{kind}"
+                    for member in part.members
+                    for kind in stored_shapes(preset.scheme, self.geometry.linears[part.readers[0]])
+                }
+                tensors = {
+                    name: file.get_tensor(key)
+                    for name, key in names.items()
+                    if key in file.keys()  # noqa: SIM118
+                }
+                install(module, layer_name(index), tensors, dict.fromkeys(part.readers, preset))
+
+    def _round(self, index: int, layer: nn.Module, seen: dict[str, InputStatistics]) -> None:
+        prefix, dtype = layer_name(index), self.source.dtype
+        own = [part for part in self.parts if part.layer == index]
+        readers = [reader for part in own for reader in part.readers]
+        tensors: dict[str, Tensor] = {}
+        errors: dict[str, dict[str, float]] = {part.name: {} for part in own}
+        for label, preset in self.formats.items():
+            made = quantize_layer(
+                copy.deepcopy(layer), dict.fromkeys(readers, preset), seen, self.geometry, dtype
+            )
+            assert made is not None
+            for name, (weight, scheme, input_scale) in made.linears.items():
+                for kind, tensor in pack_linear(weight, scheme, input_scale).items():
+                    tensors[f"{label}/{prefix}.{name}.{kind}"] = tensor.cpu().contiguous()
+            for part in own:
+                errors[part.name][label] = sum(
+                    _output_error(
+                        layer, reader, made.linears[reader].weight, self._input(part, seen)
+                    )
+                    for reader in part.readers
+                )
+        with new_file(self._codes(index)) as partial:
+            save_file(tensors, partial)
+        write_atomically(self._errors(index), json.dumps(errors))
+
+    def _input(self, part: Part, seen: dict[str, InputStatistics]) -> InputStatistics:
+        return next(
+            seen[read.name] for read in self.geometry.inputs if part.readers[0] in read.readers
+        )
+
+    def _codes(self, index: int) -> Path:
+        return self._folder / f"layer-{index:05d}.safetensors"
+
+    def _errors(self, index: int) -> Path:
+        return self._folder / f"layer-{index:05d}.json"
+
+
+def _output_error(layer: nn.Module, name: str, weight: Quantized, seen: InputStatistics) -> float:
+    assert seen.moments is not None
+    change = dequantize(weight, torch.float32) - layer.get_parameter(f"{name}.weight").float()
+    return float(((change @ seen.moments) * change).sum())
 
 
 @torch.no_grad()
-def measure_sensitivity(
-    source: Checkpoint,
-    walk: DecoderWalk,
-    presets: dict[str, Preset],
-    windows: Tensor,
-) -> dict[str, float]:
-    """KL divergence at the output, in nats per token, that each choice causes when it alone is rounded.
+def measure_parts(
+    rounded: Rounded, tries: Mapping[str, Sequence[str]], windows: Tensor, base: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """KL divergence from the original model, in nats per token, of the model in which one part alone has
+    another format than in `base`.
 
-    presets: the narrow one of every layer. windows: [n, length]; the first ones of about 1,024 tokens
-    are used. A choice is named after its first linear layer. One walk over the layers: every choice
-    starts a stream of hidden states of its own, which the later layers carry on.
+    tries: the formats to measure, by part. base: the format of each part in the model around it; a part
+    that is not in it is the original's. One walk over the layers: every model starts a stream of hidden
+    states where it first differs from `base`.
     """
-    geometry = geometry_of(source)
-    windows = windows[: max(1, _TOKENS // windows.shape[1])]
+    walk, geometry = rounded.walk, rounded.geometry
+    windows = windows[: max(1, _PART_TOKENS // windows.shape[1])]
     exact = walk.embed(windows)
-    streams: dict[str, Tensor] = {}
+    current = exact.clone()
+    streams: dict[tuple[str, str], Tensor] = {}
     with bar("sensitivity", geometry.layers) as advance:
         for index in range(geometry.layers):
-            layer, prefix = walk.load(index), layer_name(index)
+            weights = walk.load(index).state_dict()
+            layer = walk.module(index, weights)
+            rounded.install(layer, index, base)
             for stream in streams.values():
                 walk.run(layer, stream, stream)
-            for group in geometry.inputs:
-                names = [n for n in group.readers if f"{prefix}.{n}" in presets]
-                if names:
-                    rounded = _rounded(layer, names, presets[f"{prefix}.{names[0]}"], source.dtype)
-                    streams[f"{prefix}.{names[0]}"] = walk.run(
-                        rounded, exact, torch.empty_like(exact)
+            for part in rounded.parts:
+                for label in tries.get(part.name, ()) if part.layer == index else ():
+                    changed = walk.module(index, weights)
+                    rounded.install(changed, index, {**base, part.name: label})
+                    streams[part.name, label] = walk.run(
+                        changed, current, torch.empty_like(current)
                     )
-            walk.run(layer, exact, exact)
+            walk.run(layer, current, current)
+            walk.run(walk.module(index, weights), exact, exact)
             advance(1)
-    with source.reader(walk.device) as read:
+    found = _divergences(rounded, exact, list(streams.values()))
+    by_part: dict[str, dict[str, float]] = {}
+    for (name, label), kl in zip(streams, found, strict=True):
+        by_part.setdefault(name, {})[label] = kl
+    return by_part
+
+
+@torch.no_grad()
+def whole_divergences(
+    rounded: Rounded, choices: list[dict[str, str]], windows: Tensor
+) -> list[float]:
+    """KL divergence of whole models, put together from rounded parts, in nats per token."""
+    walk = rounded.walk
+    windows = windows[: max(1, _WHOLE_TOKENS // windows.shape[1])]
+    exact = walk.embed(windows)
+    streams = [exact.clone() for _ in choices]
+    for index in range(rounded.geometry.layers):
+        weights = walk.load(index).state_dict()
+        walk.run(walk.module(index, weights), exact, exact)
+        for labels, stream in zip(choices, streams, strict=True):
+            module = walk.module(index, weights)
+            rounded.install(module, index, labels)
+            walk.run(module, stream, stream)
+    return _divergences(rounded, exact, streams)
+
+
+def _divergences(rounded: Rounded, exact: Tensor, streams: list[Tensor]) -> list[float]:
+    geometry, walk = rounded.geometry, rounded.walk
+    with rounded.source.reader(walk.device) as read:
         norm = norm_weight(read(FINAL_NORM), geometry)
-        head = read(EMBEDDING if geometry.tied_head else HEAD)
+        head = read(EMBEDDING if geometry.tied_head else HEAD).float()
 
     def logits(hidden: Tensor) -> Tensor:
         return output_logits(hidden, norm, head, geometry.norm_eps, geometry.multipliers.logits)
 
-    others = [(stream, logits) for stream in streams.values()]
-    found = mean_divergences((exact, logits), others, walk.device)
-    return dict(zip(streams, found, strict=True))
+    return mean_divergences((exact, logits), [(s, logits) for s in streams], walk.device)
 
 
-def pick_wide(
-    source: Checkpoint, sensitivity: dict[str, float], presets: dict[str, Preset], bits: float
-) -> frozenset[str]:
-    """Full names of the linear layers that get the wide preset, so that a quantized weight takes at
-    most `bits` bits on average, scales included.
+def predicted_costs(errors: Options, measured: Options) -> dict[str, dict[str, float]]:
+    """Divergence of each part in each format, in nats: along its error, between what was measured."""
+    costs = {}
+    for part, of in errors.items():
+        points = sorted([(0.0, 0.0), *((of[label], kl) for label, kl in measured[part].items())])
+        at, kls = zip(*points, strict=True)
+        costs[part] = {label: float(np.interp(error, at, kls)) for label, error in of.items()}
+    return costs
 
-    The choices that save most divergence for each bit come first. Raises SchemeError for an average
-    that cannot be kept.
+
+class Found(NamedTuple):
+    formats: dict[str, str]
+    """By full name of each linear layer"""
+    kl: float
+    """Of the whole, nats per token"""
+    predicted: float
+    """The sum of what its parts cost alone"""
+    tried: int
+
+
+def search(
+    rounded: Rounded,
+    costs: Options,
+    limits: Sequence[tuple[Options, float]],
+    windows: Tensor,
+    seed: int,
+) -> Found:
+    """The formats within the limits whose whole diverges least, of those that were tried.
+
+    costs, limits: of `allocate`. windows: [n, length], on which the whole is measured.
     """
+    generator = np.random.default_rng(seed)
+    best: tuple[dict[str, str], float] | None = None
+    # logarithms of what the costs of a part, or of a format, are multiplied with
+    around, spread = dict.fromkeys([*costs, *rounded.formats], 0.0), _SPREAD
+    seen: set[tuple[str, ...]] = set()
+    for turn in range(_ROUNDS):
+        tried = []
+        for number in range(_AT_ONCE):
+            point = around
+            if turn or number:
+                point = {key: x + generator.normal(0, spread) for key, x in around.items()}
+            formats = allocate(_varied(costs, point), limits)
+            if tuple(formats.values()) not in seen:
+                seen.add(tuple(formats.values()))
+                tried.append((formats, point))
+        found = whole_divergences(rounded, [formats for formats, _ in tried], windows)
+        for (formats, point), kl in zip(tried, found, strict=True):
+            if best is None or kl < best[1]:
+                best, around = (formats, kl), point
+        spread *= _COOLING
+    assert best is not None
+    formats, kl = best
+    predicted = sum(costs[part][label] for part, label in formats.items())
+    say(f"mixed: {len(seen)} models tried, KL {kl:.4f} nats (of the parts alone: {predicted:.4f})")
+    by_layer = {name: formats[part.name] for part in rounded.parts for name in part.members}
+    return Found(by_layer, kl, predicted, len(seen))
+
+
+def _varied(costs: Options, point: Mapping[str, float]) -> Options:
+    return {
+        part: {
+            label: cost * float(np.exp(point[part] + point[label]))
+            for label, cost in options.items()
+        }
+        for part, options in costs.items()
+    }
+
+
+def mix(
+    source: Checkpoint, walk: DecoderWalk, plan: QuantizePlan, windows: Tensor, folder: Path
+) -> Found:
+    """The formats of a plan with `bits`. windows: of calibration; the last ones are kept for measuring.
+    folder: for rounded parts; what a run that was stopped left there is used."""
     geometry = geometry_of(source)
-    wide_scheme = preset_named(MIXED_HIGH).scheme
-    layers = [name for name in presets if name not in (EMBEDDING_MODULE, HEAD_LINEAR)]
-    shapes = {name: linear_shape(geometry, name) for name in layers}
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    narrow = {n: 8 * stored_bytes(presets[n].scheme, shapes[n], source.dtype) for n in layers}
-    wide = {n: 8 * stored_bytes(wide_scheme, shapes[n], source.dtype) for n in layers}
-    spent = sum(narrow.values())
-    if bits * weights < spent:
-        raise SchemeError(
-            f"bits={bits} is below {spent / weights:.2f}, which the narrow preset alone takes. "
-            f"Use a number between it and {sum(wide.values()) / weights:.2f}."
-        )
-    picked: set[str] = set()
-    members = {choice: _members(choice, layers, geometry) for choice in sensitivity}
-    extra = {c: sum(wide[n] - narrow[n] for n in names) for c, names in members.items()}
-    for choice in sorted(sensitivity, key=lambda c: sensitivity[c] / extra[c], reverse=True):
-        if spent + extra[choice] <= bits * weights:
-            spent += extra[choice]
-            picked.update(members[choice])
-    return frozenset(picked)
+    presets = chosen_presets(geometry, plan, dtype=source.dtype)
+    left = frozenset(linear_names(geometry)) - presets.keys()
+    formats = {
+        # factors would be folded into layers that other formats share
+        label: replace(preset, algorithm=replace(preset.algorithm, equalize="none"))
+        for label, preset in mixed_formats(geometry, plan).items()
+    }
+    kept = min(len(windows) // 4, -(-_WHOLE_TOKENS // windows.shape[1]))
+    calibration, measured = (windows[:-kept], windows[-kept:]) if kept else (windows, windows)
+    rounded = Rounded(source, walk, formats, parts_of(geometry, left), folder)
+    rounded.make(calibration)
+    tries = dict.fromkeys((part.name for part in rounded.parts), one_each(formats))
+    costs = predicted_costs(rounded.errors(), measure_parts(rounded, tries, measured, {}))
+    shapes = [geometry.linears[reader] for part in rounded.parts for reader in part.readers]
+    weights = sum(rows * columns for rows, columns in shapes)
+    assert plan.bits is not None
+    limits = [(part_bytes(rounded), plan.bits * weights / 8)]
+    return search(rounded, costs, limits, measured, plan.seed)
 
 
-def _members(choice: str, layers: list[str], geometry: Geometry) -> list[str]:
-    """The linear layers that share their input with the one that names the choice."""
-    prefix, inside = ".".join(choice.split(".")[:3]), choice.split(".", 3)[3]
-    group = next(read.readers for read in geometry.inputs if inside in read.readers)
-    return [f"{prefix}.{name}" for name in group if f"{prefix}.{name}" in layers]
+def part_bytes(rounded: Rounded) -> dict[str, dict[str, float]]:
+    """As stored, by part and format."""
+    linears, dtype = rounded.geometry.linears, rounded.source.dtype
+
+    def size(part: Part, scheme: Scheme) -> float:
+        return float(sum(stored_bytes(scheme, linears[reader], dtype) for reader in part.readers))
+
+    return {
+        part.name: {label: size(part, p.scheme) for label, p in rounded.formats.items()}
+        for part in rounded.parts
+    }
 
 
-def _rounded(layer: nn.Module, names: list[str], preset: Preset, dtype: torch.dtype) -> nn.Module:
-    """A copy of the layer with the named linear layers rounded to nearest."""
-    rounded = copy.deepcopy(layer)
-    grid = preset.scheme.weights
-    for name in names:
-        weight = rounded.get_parameter(f"{name}.weight")
-        fit = searched_scales(weight, grid, dtype)
-        weight.data = dequantize(round_nearest(weight, fit, grid), weight.dtype)
-    return rounded
+def one_each(formats: Mapping[str, Preset]) -> list[str]:
+    """The first format of each number of bits, up to the 4 whose divergence is well above chance; if there
+    is none, all."""
+    first: dict[int, str] = {}
+    for label, preset in formats.items():
+        first.setdefault(preset.scheme.weights.bits, label)
+    return [label for bits, label in first.items() if bits <= 4] or list(formats)

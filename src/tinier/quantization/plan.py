@@ -5,8 +5,8 @@ activations, calibration text. Out: a StagePlan, and the calibration windows tha
 """
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -34,8 +34,8 @@ from tinier.tokenizer import load_tokenizer
 
 NULL = "null"
 MIXED = "mixed"
-# mixed precision picks between these two; both are multiplied by kernels that engines have
-MIXED_LOW, MIXED_HIGH = "int4-gptq", "fp8-gptq"
+# 2 to 4 bits, of which `mixed` chooses unless it is told otherwise; and 8
+_NARROW = ("int2", "int3", "int4-gptq")
 _EMBEDDINGS = ("16bit", "fp8", "int8", "int4")
 _PROBE_WINDOWS, _PROBE_LENGTH = 8, 512
 
@@ -61,6 +61,11 @@ class QuantizePlan:
     """Round keys and values when they are cached, with calibrated scales."""
     bits: float | None = None
     """For `mixed`: average bits of a weight to stay within, scales included."""
+    formats: tuple[str, ...] = ()
+    """For `mixed`: what a layer may become, PRESET or PRESET:GROUP_SIZE; none given: 2 to 4 bits in two
+    group sizes each, and 8 bits."""
+    layer_formats: Mapping[str, str] = field(default_factory=dict)
+    """Layers that get another format than the preset, PRESET or PRESET:GROUP_SIZE, by full name."""
     self_text: bool = False
     """Calibrate on text that the model writes itself."""
     sequences: int = 128
@@ -83,6 +88,12 @@ class QuantizePlan:
             raise SchemeError(
                 "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
             )
+        if self.formats and self.preset != MIXED:
+            raise SchemeError("formats are what the preset 'mixed' chooses from. Leave them out.")
+        if self.layer_formats and self.preset in (None, MIXED):
+            raise SchemeError(
+                "layer_formats are exceptions from a preset, and mixed chooses them itself."
+            )
 
 
 def plan_quantize(
@@ -103,7 +114,7 @@ def prepare(
     or the model is yet to write them."""
     _check_source(source)
     geometry = geometry_of(source)
-    presets = chosen_presets(geometry, plan)
+    presets = chosen_presets(geometry, plan, dtype=source.dtype)
     names = linear_names(geometry)
     schemes = {name: preset.scheme for name, preset in presets.items()}
     for name, scheme in schemes.items():
@@ -211,12 +222,66 @@ def _embedding_warnings(geometry: Geometry, plan: QuantizePlan) -> list[str]:
     ]
 
 
+def mixed_formats(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
+    """What a layer may become with `mixed`, by label. Raises SchemeError for one that no layer takes."""
+    shapes = set(geometry.linears.values())
+    labels = plan.formats
+    if not labels:
+        widest = plan.group_size or next(
+            (s for s in (128, 64, 32) if all(columns % s == 0 for _, columns in shapes)), 32
+        )
+        sizes = (widest, widest // 2) if plan.group_size is None else (widest,)
+        labels = (*(f"{name}:{size}" for name in _NARROW for size in sizes), "int8-w8a16")
+    return {label: format_named(label) for label in labels}
+
+
+def format_named(label: str) -> Preset:
+    """PRESET or PRESET:GROUP_SIZE. Raises SchemeError."""
+    name, colon, size = label.partition(":")
+    if colon and not size.isdigit():
+        raise SchemeError(f"{label!r} is no format. Use PRESET or PRESET:GROUP_SIZE: int4-gptq:64")
+    return preset_named(name, int(size) if colon else None)
+
+
+def average_bits(geometry: Geometry, presets: Mapping[str, Preset], dtype: torch.dtype) -> float:
+    """Of a weight of these linear layers, scales included."""
+    shapes = {name: linear_shape(geometry, name) for name in presets}
+    stored = sum(
+        stored_bytes(preset.scheme, shapes[name], dtype) for name, preset in presets.items()
+    )
+    return 8 * stored / sum(rows * columns for rows, columns in shapes.values())
+
+
+def _nearest_format(
+    geometry: Geometry, plan: QuantizePlan, names: list[str], dtype: torch.dtype
+) -> Preset:
+    """The widest format that all layers may have within `bits`: what is planned with before the search.
+    Raises SchemeError for bits that none keeps."""
+    assert plan.bits is not None
+    formats = mixed_formats(geometry, plan)
+    for preset in formats.values():
+        for name in names:
+            preset.scheme.check_fits(name, linear_shape(geometry, name))
+    bits = {
+        label: average_bits(geometry, dict.fromkeys(names, preset), dtype)
+        for label, preset in formats.items()
+    }
+    within = {label: b for label, b in bits.items() if b <= plan.bits}
+    if not within:
+        raise SchemeError(
+            f"bits={plan.bits} is below {min(bits.values()):.2f}, which the narrowest format takes. "
+            f"Use a number between it and {max(bits.values()):.2f}."
+        )
+    return formats[max(within, key=lambda label: within[label])]
+
+
 def chosen_presets(
-    geometry: Geometry, plan: QuantizePlan, high: frozenset[str] = frozenset()
-) -> dict[str, Preset]:
+    geometry: Geometry, plan: QuantizePlan, mixed: Mapping[str, Preset] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Preset]:  # fmt: skip
     """Preset by full name of each linear layer that will be quantized, the head included.
 
-    high: with `mixed`, the layers that get the wide preset.
+    mixed: what the search chose for each layer; None: it has not run yet.
     """
     names = linear_names(geometry)[:-1]
     if plan.preset is None:
@@ -224,16 +289,29 @@ def chosen_presets(
             raise SchemeError("preset null quantizes no layer and takes no group size and pattern.")
         presets: dict[str, Preset] = {}
     else:
-        if plan.preset == MIXED:
-            low = preset_named(MIXED_LOW, plan.group_size, symmetric=plan.symmetric)
-            wide = preset_named(MIXED_HIGH)
-        else:
-            low = wide = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
         ignored = _matching(names, plan.ignore)
         if len(ignored) == len(names):
             raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
-        presets = {n: wide if n in high else low for n in names if n not in ignored}
+        left = [name for name in names if name not in ignored]
+        if plan.preset == MIXED:
+            if plan.symmetric is False:
+                raise SchemeError("mixed chooses among formats without zero points.")
+            uniform = dict.fromkeys(left, _nearest_format(geometry, plan, left, dtype))
+            presets = uniform if mixed is None else dict(mixed)
+        else:
+            preset = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
+            presets = dict.fromkeys(left, preset) | _exceptions(plan, left)
     return presets | _ends(geometry, plan)
+
+
+def _exceptions(plan: QuantizePlan, names: list[str]) -> dict[str, Preset]:
+    """The layers with a format of their own. Raises SchemeError for a name that is none."""
+    unknown = [name for name in plan.layer_formats if name not in names]
+    if unknown:
+        raise SchemeError(
+            f"layer_formats names {unknown[0]!r}, which is not quantized. Names look like {names[0]}."
+        )
+    return {name: format_named(label) for name, label in plan.layer_formats.items()}
 
 
 def _ends(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
@@ -267,7 +345,9 @@ def needs_text(plan: QuantizePlan) -> bool:
     """Whether the plan needs calibration text. Raises SchemeError for an unknown preset."""
     if plan.kv or plan.preset == MIXED:
         return True
-    return plan.preset is not None and preset_named(plan.preset).needs_data
+    formats = [preset_named(plan.preset)] if plan.preset is not None else []
+    formats += [format_named(label) for label in plan.layer_formats.values()]
+    return any(preset.needs_data for preset in formats)
 
 
 def kv_grid(plan: QuantizePlan) -> Grid | None:

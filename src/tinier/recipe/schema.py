@@ -30,6 +30,8 @@ class Quantize(_Strict):
     embedding: Literal["16bit", "fp8", "int8", "int4"] = "16bit"
     kv: Literal["fp8", "int8"] | None = None
     bits: float | None = None
+    formats: tuple[str, ...] = ()
+    layer_formats: dict[str, str] = {}
     self_text: bool = False
     sequences: int = 128
     length: int = 512

@@ -1,0 +1,50 @@
+"""Which format each part gets: the least sum of costs whose sizes keep within limits, solved exactly.
+
+A multiple-choice knapsack as a mixed-integer program: one format a part, minimize Σ cost, Σ size ≤ limit
+for each kind of size (bytes, milliseconds). HiGHS, through scipy, proves the optimum. Start at `allocate`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tinier.errors import InputError
+
+Options = Mapping[str, Mapping[str, float]]
+"""A number for each format that a part may have, by part"""
+
+
+def least(sizes: Options) -> float:
+    """The smallest total there is."""
+    return sum(min(options.values()) for options in sizes.values())
+
+
+def allocate(
+    costs: Options, limits: Sequence[tuple[Options, float]], slack: float = 1e-9
+) -> dict[str, str]:
+    """The format of each part. costs: what each format of each part costs. limits: sizes, and what they may
+    add up to. slack: of a limit, for rounding of floats.
+
+    Raises InputError where no choice keeps within all limits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    picks = [(part, label) for part, options in costs.items() for label in options]
+    row_of = {part: row for row, part in enumerate(costs)}
+    rows = np.array([row_of[part] for part, _ in picks])
+    one_each = csr_array((np.ones(len(picks)), (rows, np.arange(len(picks)))))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for sizes, limit in limits:
+        row = np.array([sizes[part][label] for part, label in picks])
+        # numbers near one, for the solver's tolerances
+        constraints.append(LinearConstraint(row[None] / limit, -np.inf, 1 + slack))
+    objective = np.array([costs[part][label] for part, label in picks])
+    most = float(np.abs(objective).max()) or 1.0
+    found = milp(
+        objective / most, integrality=np.ones(len(picks)), bounds=Bounds(0, 1),
+        constraints=constraints, options={"mip_rel_gap": 1e-4},
+    )  # fmt: skip
+    if found.x is None:
+        raise InputError(f"no choice keeps within the limits ({found.message}).")
+    return {part: label for (part, label), x in zip(picks, found.x, strict=True) if x > 0.5}

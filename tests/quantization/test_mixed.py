@@ -1,0 +1,149 @@
+"""Mixed precision: what is measured is what happens, and the choice is better than one format for all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import DOCUMENTS, quantize_tiny
+
+from tinier.calibration import DecoderWalk
+from tinier.checkpoint import Checkpoint
+from tinier.engine.decoder import load_decoder
+from tinier.evaluation import evaluate, reference_states
+from tinier.families import checkpoint_layout, geometry_of
+from tinier.quantization import QuantizePlan, quantize
+from tinier.quantization.mixed import (
+    Rounded,
+    measure_parts,
+    one_each,
+    parts_of,
+    predicted_costs,
+    whole_divergences,
+)
+from tinier.quantization.plan import average_bits, format_named, mixed_formats
+from tinier.schemes import preset_named
+from tinier.text import token_windows
+from tinier.tokenizer import load_tokenizer
+
+Tiny = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def windows(tiny: Tiny) -> torch.Tensor:
+    return token_windows(load_tokenizer(tiny()), DOCUMENTS, length=64, count=8)
+
+
+def rounded(source: Checkpoint, folder: Path) -> Rounded:
+    labels = ("int4-gptq:32", "int4-gptq:16", "int8-w8a16")
+    formats = {label: format_named(label) for label in labels}
+    walk = DecoderWalk(source, 64, torch.device("cpu"))
+    return Rounded(source, walk, formats, parts_of(geometry_of(source)), folder)
+
+
+def test_a_whole_model_of_parts_diverges_as_the_quantized_one(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor
+) -> None:
+    """Put together from parts, and quantized as a whole, whose inputs are those of quantized layers."""
+    source = tiny(dtype=torch.float32)
+    parts = rounded(source, tmp_path / "parts")
+    parts.make(windows)
+    labels = dict.fromkeys((part.name for part in parts.parts), "int4-gptq:32")
+    found = whole_divergences(parts, [labels, {}], windows)
+    made = quantize(
+        source, QuantizePlan(preset="int4-gptq", group_size=32, sequences=8, length=64), tmp_path / "q",
+        documents=DOCUMENTS, device="cpu",
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    reference = reference_states(load_decoder(source, device=cpu), windows)
+    whole = evaluate(load_decoder(made, device=cpu), windows, reference)
+    assert whole.kl is not None
+    assert found[0] == pytest.approx(whole.kl, rel=0.2)
+    assert found[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_part_alone_is_measured_in_the_model_around_it(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor
+) -> None:
+    source = tiny(dtype=torch.float32)
+    parts = rounded(source, tmp_path / "parts")
+    parts.make(windows)
+    name, base = parts.parts[5].name, {parts.parts[1].name: "int4-gptq:32"}
+    for around in ({}, base):
+        alone = measure_parts(parts, {name: ["int4-gptq:16"]}, windows, around)
+        whole = whole_divergences(parts, [{**around, name: "int4-gptq:16"}], windows)
+        assert alone[name]["int4-gptq:16"] == pytest.approx(whole[0], rel=1e-4)
+
+
+def test_what_was_rounded_is_not_rounded_again(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny()
+    rounded(source, tmp_path / "parts").make(windows)
+    again = rounded(source, tmp_path / "parts")
+    (tmp_path / "parts" / "layer-00003.json").unlink()
+    made: list[int] = []
+    original = Rounded._round
+    monkeypatch.setattr(
+        Rounded,
+        "_round",
+        lambda self, index, *rest: (made.append(index), original(self, index, *rest)),
+    )
+    before = json.loads((tmp_path / "parts" / "layer-00002.json").read_text())
+    again.make(windows)
+    assert made == [3]
+    assert before.items() <= again.errors().items()
+
+
+def test_costs_lie_between_what_was_measured() -> None:
+    errors = {"x": {"a": 4.0, "b": 2.0, "c": 1.0, "d": 8.0}}
+    costs = predicted_costs(errors, {"x": {"a": 0.4, "c": 0.2}})
+    assert costs["x"] == pytest.approx({"a": 0.4, "b": 0.2 + 0.2 / 3, "c": 0.2, "d": 0.4})
+
+
+def test_bits_are_spent_where_they_save_most(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(num_hidden_layers=3)
+    made = quantize_tiny(source, "mixed", tmp_path / "out", bits=4.2, group_size=None)
+    layout = checkpoint_layout(made)
+    assert layout is not None
+    for i in range(3):  # what engines fuse is stored alike
+        own = {layout.schemes[f"model.layers.{i}.self_attn.{p}_proj"] for p in "qkv"}
+        assert len(own) == 1
+    assert len(set(layout.schemes.values())) > 1
+    stored = sum(i.num_bytes for n, i in made.tensors.items() if "_proj" in n and "shape" not in n)
+    with source.reader() as read:
+        weights = sum(read(name).numel() for name in source.tensors if "_proj" in name)
+    assert 3.9 < 8 * stored / weights <= 4.2
+    assert made.manifest is not None
+    found = made.manifest.measures["mixed"]
+    assert found["formats"].keys() == layout.schemes.keys()
+    assert found["tried"] > 1
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_formats_that_are_asked_for_are_the_only_ones(tiny: Tiny, tmp_path: Path) -> None:
+    made = quantize_tiny(
+        tiny(),
+        "mixed",
+        tmp_path / "out",
+        bits=6.5,
+        group_size=None,
+        formats=("int4-gptq:32", "fp8-gptq"),
+    )
+    layout = checkpoint_layout(made)
+    assert layout is not None
+    assert {s.label for s in layout.schemes.values()} == {"INT4 W4A16 g32", "FP8 W8A8"}
+
+
+def test_formats_by_themselves(tiny: Tiny) -> None:
+    geometry = geometry_of(tiny())
+    formats = mixed_formats(geometry, QuantizePlan(preset="mixed", bits=4.0))
+    assert list(formats) == [
+        "int2:64", "int2:32", "int3:64", "int3:32", "int4-gptq:64", "int4-gptq:32", "int8-w8a16",
+    ]  # fmt: skip
+    assert one_each(formats) == ["int2:64", "int3:64", "int4-gptq:64"]
+    assert one_each({"fp8": preset_named("fp8")}) == ["fp8"]
+    names = ["model.layers.0.mlp.down_proj"]
+    presets = dict.fromkeys(names, formats["int4-gptq:32"])
+    assert average_bits(geometry, presets, torch.bfloat16) == 4.5
