@@ -55,6 +55,7 @@ from tinier.families import (
     HEAD_LINEAR,
     geometry_of,
     layer_name,
+    norm_weight,
 )
 from tinier.kernels import static_scale
 from tinier.numerics import Quantized, round_static, snr_db
@@ -320,7 +321,7 @@ class _Job:
     ) -> None:
         before = dict(result.linears)
         error_before, error_after = learn_rounding(
-            self._walk, module, result, inputs, outputs,
+            self._walk, module, result, inputs, outputs, self._next_norm(index),
             iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
         )  # fmt: skip
         if not error_after < error_before:
@@ -328,6 +329,16 @@ class _Job:
             result.warnings.append(
                 "learned rounding did not lower the error; GPTQ's codes are kept"
             )
+
+    def _next_norm(self, index: int) -> Tensor:
+        """The weight [hidden] of the norm that reads what a layer puts out; ones where none does."""
+        name, inside = FINAL_NORM, self._geometry.norm_names.attention_in
+        if index + 1 < self._geometry.layers:
+            if inside is None:
+                return torch.ones(self._geometry.hidden, device=self._device)
+            name = f"{layer_name(index + 1)}.{inside}.weight"
+        with self._source.reader(self._device) as read:
+            return norm_weight(read(name), self._geometry).float()
 
     def _cache(self, prefix: str, tensors: dict[str, Tensor]) -> KeysAndValues | None:
         """What rounds keys and values on their way through the quantized layer."""

@@ -3,9 +3,10 @@
 Start at `learn_rounding`. In: a layer quantized already (by GPTQ), inputs as the quantized model makes
 them, and the outputs of the original layer in the original model. Every code may move from the weight
 it stands for by learned offset V, every scale by a learned factor; gradients pass the rounding as if
-it were not there. Minimizes the mean square error of the layer's output, each token's as a share of its
-mean square: the norm that follows divides by that, and a few tokens (the first one above all) are hundreds
-of times larger than the rest, which would be all that is learned (docs/log.md).
+it were not there. Minimizes the mean square error of the layer's output as the norm that follows hands it
+on: each token divided by its root mean square, each channel times that norm's weight. A few tokens (the
+first one above all) and a few channels (in Gemma 3 above all) are hundreds of times larger than the rest,
+and would be all that is learned (docs/log.md).
 
 The problem is that of AdaRound (Nagel et al., arXiv 2004.10568) and the parameters those of AutoRound
 (Cheng et al., arXiv 2309.05516). Adam in place of sign descent, and starting from GPTQ's codes in place
@@ -66,6 +67,7 @@ def learn_rounding(
     quantized: QuantizedLayer,
     inputs: Tensor,
     outputs: Tensor,
+    gain: Tensor,
     *,
     iterations: int,
     seed: int,
@@ -73,7 +75,7 @@ def learn_rounding(
     """Improve `quantized` in place; returns the error of its first batch, before and after.
 
     layer: the module with its original weights. inputs, outputs: [windows, length, hidden], on the
-    host. Integer weights with 16-bit activations only.
+    host. gain: [hidden], the weight of the norm that follows. Integer weights with 16-bit activations only.
     """
     soft = {name: _soften(quantized, name) for name in quantized.linears}
     offsets = [s.offset for s in soft.values()]
@@ -97,7 +99,7 @@ def learn_rounding(
             # the layer's gradients are summed over the windows first, and pass the rounding once
             weights = {name: w.detach().requires_grad_() for name, w in made.items()}
             for windows in chosen.split(walk.batch_windows):
-                error = _error(walk, layer, weights, inputs, outputs, windows)
+                error = _error(walk, layer, weights, inputs, outputs, gain, windows)
                 part = error * (len(windows) / len(chosen))
                 part.backward()
                 if step == 0:
@@ -108,7 +110,7 @@ def learn_rounding(
     learned = {name: own.harden() for name, own in soft.items()}
     weights = {name: dequantize(weight, inputs.dtype) for name, weight in learned.items()}
     after = sum(
-        _error(walk, layer, weights, inputs, outputs, windows).item() * len(windows)
+        _error(walk, layer, weights, inputs, outputs, gain, windows).item() * len(windows)
         for windows in batches[0].split(walk.batch_windows)
     ) / len(batches[0])
     for name, weight in learned.items():
@@ -140,10 +142,11 @@ def _error(
     weights: dict[str, Tensor],
     inputs: Tensor,
     outputs: Tensor,
+    gain: Tensor,
     windows: Tensor,
 ) -> Tensor:
-    """Mean over tokens of ‖output - wanted‖² / ‖wanted‖², for the chosen windows. weights: by linear
-    layer."""
+    """Mean over tokens of ‖gain · (output - wanted)‖² / ‖wanted‖², for the chosen windows. weights: by
+    linear layer."""
     parameters = {f"{name}.weight": weight for name, weight in weights.items()}
     # window by window: a slice of pinned memory is pinned, a gathered copy is not
     sent, wanted = (
@@ -153,5 +156,5 @@ def _error(
     arguments = {"position_embeddings": walk.positions(layer)}
     output: Tensor = torch.func.functional_call(layer, parameters, (sent,), arguments)
     wanted = wanted.float()
-    errors = (output.float() - wanted).square().sum(dim=-1)
+    errors = ((output.float() - wanted) * gain).square().sum(dim=-1)
     return (errors / wanted.square().sum(dim=-1).clamp(min=1e-12)).mean()
