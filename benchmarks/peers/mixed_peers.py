@@ -1,10 +1,11 @@
-"""Mixed precision by ModelOpt's AutoQuantize and AutoRound's AutoScheme: a 16-bit model of the weights that each
-makes, in its own environment:
+"""Mixed precision by ModelOpt's AutoQuantize and AutoRound's AutoScheme: a 16-bit model of the weights that
+each makes, in its own environment:
 
     python benchmarks/peers/mixed_peers.py modelopt|autoround BASE TOKENS.json BITS OUT [DEVICE]
 
-TOKENS: calibration windows of token ids. Both choose among 2, 3 and 4 bits in groups of 64 and 8 bits, and count
-bits without scales: BITS is what they are asked for, a quarter less than the stored bits of such groups.
+TOKENS: calibration windows of token ids. Both choose among 2, 3 and 4 bits in groups of 64 and 8 bits. BITS
+is what they are asked for: AutoQuantize counts no scales, a quarter of a bit with such groups, and the head
+among the weights with 16.
 """
 
 import json
@@ -65,7 +66,7 @@ def autoround(base: str, windows: list[list[int]], bits: float, device: str) -> 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(base)
     scheme = AutoScheme(
-        avg_bits=bits, options=tuple(f"W{width}A16G{GROUP}" for width in WIDTHS[:3]) + ("W8A16",),
+        avg_bits=bits, options=(*(f"W{width}A16G{GROUP}" for width in WIDTHS[:3]), "W8A16"),
     )  # fmt: skip
     texts = Path(f"{base}-calibration.json")
     texts.write_text(json.dumps([{"text": tokenizer.decode(window)} for window in windows]))
@@ -81,7 +82,7 @@ def main() -> None:
     tool, base, tokens, bits, out = sys.argv[1:6]
     device = sys.argv[6] if len(sys.argv) > 6 else "cpu"
     started = time.monotonic()
-    windows = json.load(open(tokens))
+    windows = json.loads(Path(tokens).read_text())
     model = {"modelopt": modelopt, "autoround": autoround}[tool](base, windows, float(bits), device)
     model.save_pretrained(out)
     print(json.dumps({"seconds": time.monotonic() - started}))

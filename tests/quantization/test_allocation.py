@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinier.errors import InputError
-from tinier.quantization.allocation import allocate, least
+from tinier.quantization.allocation import allocate
 
 
 @settings(max_examples=40, deadline=None)
@@ -41,7 +41,3 @@ def test_it_is_the_best_there_is_within_two_limits(seed: int, share: float) -> N
     best = min(total(costs, choice) for choice in within)
     assert total(costs, found) <= best * (1 + 1e-3)
     assert all(total(of, found) <= limit * (1 + 1e-6) for of, limit in limits)
-
-
-def test_the_least_there_is() -> None:
-    assert least({"x": {"a": 1.0, "b": 2.0}, "y": {"a": 5.0, "b": 0.5}}) == 1.5

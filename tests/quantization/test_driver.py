@@ -259,6 +259,31 @@ def test_layers_have_formats_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
     assert layout.schemes["model.layers.0.mlp.down_proj"].label == "INT4 W4A16 g32"
 
 
+def test_layers_that_are_rounded_as_one_matrix_have_one_format(tiny: Tiny, tmp_path: Path) -> None:
+    source, key = tiny(), "model.layers.0.self_attn.k_proj"
+    with pytest.raises(SchemeError, match="share an input and are rounded as one matrix"):
+        quantize_tiny(source, "int4", tmp_path / "out", layer_formats={key: "int3:32"})
+    formats = {key.replace("k_proj", f"{p}_proj"): "int8-w8a16" for p in "qkv"}
+    made = quantize_tiny(source, "int4", tmp_path / "out", layer_formats=formats)
+    assert made.manifest is not None
+    assert (made.manifest.layers[key]["snr_db"] or 0) > 35
+
+
+def test_only_layers_with_learned_rounding_are_learned(tiny: Tiny, tmp_path: Path) -> None:
+    source, name = tiny(), "model.layers.1.mlp.down_proj"
+    pairs = [
+        ("int4-best", {name: "fp8"}),
+        ("fp8", {name: "int4-best:32"}),
+        ("int4-gptq", {name: "int4-best:32"}),
+    ]
+    for preset, formats in pairs:
+        out = tmp_path / f"{preset}-{len(formats[name])}"
+        made = quantize_tiny(source, preset, out, layer_formats=formats)
+        assert made.manifest is not None
+    left = quantize_tiny(source, "int4-best", tmp_path / "left", ignore=("model.layers.0.*",))
+    assert left.manifest is not None
+
+
 def test_the_model_writes_its_own_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny()
     first, second = (
@@ -337,6 +362,10 @@ def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None
         ({"preset": "fp8", "formats": ("int4:32",)}, "what the preset 'mixed' chooses from"),
         ({"preset": "mixed", "bits": 5.0, "formats": ("int4:x",)}, "'int4:x' is no format"),
         ({"preset": "mixed", "bits": 5.0, "symmetric": False}, "without zero points"),
+        (
+            {"preset": "mixed", "bits": 5.0, "formats": ("int4:32",), "group_size": 32},
+            "name their group sizes",
+        ),
         (
             {"preset": "mixed", "bits": 5.0, "layer_formats": {"x": "int4"}},
             "mixed chooses them itself",

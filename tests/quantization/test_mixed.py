@@ -63,17 +63,42 @@ def test_a_whole_model_of_parts_diverges_as_the_quantized_one(
     assert found[1] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_part_alone_is_measured_in_the_model_around_it(
-    tiny: Tiny, tmp_path: Path, windows: torch.Tensor
+def test_a_part_alone_is_measured_in_the_original_model(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny(dtype=torch.float32)
     parts = rounded(source, tmp_path / "parts")
     parts.make(windows)
-    name, base = parts.parts[5].name, {parts.parts[1].name: "int4-gptq:32"}
-    for around in ({}, base):
-        alone = measure_parts(parts, {name: ["int4-gptq:16"]}, windows, around)
-        whole = whole_divergences(parts, [{**around, name: "int4-gptq:16"}], windows)
-        assert alone[name]["int4-gptq:16"] == pytest.approx(whole[0], rel=1e-4)
+    labels = ["int4-gptq:32", "int8-w8a16"]
+    found = measure_parts(parts, labels, windows)
+    for name in (parts.parts[1].name, parts.parts[-1].name):
+        for label in labels:
+            whole = whole_divergences(parts, [{name: label}], windows)
+            assert found[name][label] == pytest.approx(whole[0], rel=1e-3, abs=1e-9)
+    monkeypatch.setattr("tinier.quantization.mixed._STREAMS_BYTES", 300_000)  # a few at once
+    assert measure_parts(parts, labels, windows) == found
+
+
+def test_a_model_that_overflows_is_not_chosen(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = rounded(tiny(dtype=torch.float32), tmp_path / "parts")
+    parts.make(windows)
+    original = Rounded.install
+
+    def broken(self: Rounded, module: torch.nn.Module, index: int, labels: dict[str, str]) -> None:
+        original(self, module, index, labels)
+        if "int4-gptq:16" in labels.values():
+            module.get_parameter("mlp.down_proj.weight").data.fill_(torch.inf)
+
+    monkeypatch.setattr(Rounded, "install", broken)
+    choices = [
+        dict.fromkeys((part.name for part in parts.parts), label)
+        for label in ("int4-gptq:16", "int4-gptq:32")
+    ]
+    found = whole_divergences(parts, choices, windows)
+    assert found[0] == 1000
+    assert found[1] < 1
 
 
 def test_what_was_rounded_is_not_rounded_again(
@@ -144,6 +169,9 @@ def test_formats_by_themselves(tiny: Tiny) -> None:
     ]  # fmt: skip
     assert one_each(formats) == ["int2:64", "int3:64", "int4-gptq:64"]
     assert one_each({"fp8": preset_named("fp8")}) == ["fp8"]
+    # what lies beyond the largest error that was measured would cost as much as that one
+    finer_first = {label: format_named(label) for label in ("int4:32", "int4:128", "int2:32")}
+    assert one_each(finer_first) == ["int2:32", "int4:128"]
     names = ["model.layers.0.mlp.down_proj"]
     presets = dict.fromkeys(names, formats["int4-gptq:32"])
     assert average_bits(geometry, presets, torch.bfloat16) == 4.5

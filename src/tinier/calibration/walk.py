@@ -108,17 +108,25 @@ class DecoderWalk:
         return layer.requires_grad_(False)
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, hidden: Tensor, out: Tensor, cache: Any = None) -> Tensor:
+    def run(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        out: Tensor,
+        cache: Any = None,
+        *,
+        finite: bool = True,
+    ) -> Tensor:
         """Send hidden states [n, length, hidden] through a layer into `out`, which may be `hidden`.
 
-        cache: what the attention hands its keys and values to. Raises InputError where the layer's
+        cache: what the attention hands its keys and values to. finite: raise InputError where the layer's
         outputs are no numbers.
         """
         for inputs, outputs in zip(
             hidden.split(self.batch_windows), out.split(self.batch_windows), strict=True
         ):
             found = self.forward(layer, inputs.to(self.device, non_blocking=True), cache)
-            if not torch.isfinite(found).all():
+            if finite and not torch.isfinite(found).all():
                 name = layer_name(layer.self_attn.layer_idx)  # type: ignore[arg-type,union-attr]
                 dtype = str(self._checkpoint.dtype).removeprefix("torch.")
                 raise InputError(

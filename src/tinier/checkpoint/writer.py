@@ -180,7 +180,11 @@ def resumable_folder(out: Path, key: str, *, needed_bytes: int) -> Iterator[Path
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_atomically(key_file, key)
-        there = sum(path.stat().st_size for path in partial.rglob("*"))
+        # what a hidden folder holds is not of the output
+        there = sum(
+            path.stat().st_size for path in partial.rglob("*")
+            if not path.relative_to(partial).parts[0].startswith(".")
+        )  # fmt: skip
         check_disk(out, needed_bytes - there)
         try:
             yield partial

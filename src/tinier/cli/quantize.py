@@ -138,6 +138,8 @@ def quantize(
     output.start(quiet=quiet, log_level=log_level)
     if len(set(preset)) < len(preset):
         raise InputError(f"--preset {' '.join(preset)} names one twice.")
+    if formats and "mixed" not in preset:
+        raise InputError("--formats is what --preset mixed chooses from. Leave it out.")
     folders = {name: Path(out) / name if len(preset) > 1 else Path(out) for name in preset}
     for folder in folders.values():
         check_output(folder)

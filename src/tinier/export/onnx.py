@@ -5,7 +5,9 @@ The builder's defaults make another model: they round the head to INT4 and the i
 keeps every code: 3e-9. It holds the whole model in memory.
 """
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -55,11 +57,26 @@ def build(gptq: Path, out: Path, *, tied: bool) -> None:
         "-p", "int4", "-e", "cpu", "-c", str(gptq / "cache"),
         "--extra_options", *(f"{name}={value}" for name, value in options.items()),
     ]  # fmt: skip
+    for path in out.glob("model.onnx*"):  # of a run that was stopped
+        path.unlink()
     environ = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environ,
+        check=False,
+        preexec_fn=_end_with_parent,
+    )
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise MeasuredFailure(f"ONNX Runtime's builder failed. Nothing was written.\n{said}")
+
+
+def _end_with_parent() -> None:
+    """The builder ends when this process does (prctl(2), PR_SET_PDEATHSIG): it would write into the folder
+    of the next run."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def log_probabilities(folder: Path, geometry: Geometry, windows: Tensor) -> Tensor:

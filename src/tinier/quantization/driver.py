@@ -244,6 +244,8 @@ class _Job:
                 self._source, self._walk, self._plan, self._windows, self._folder / ".rounded"
             )
             write_atomically(path, json.dumps(found._asdict()))
+        if self._ranks.writes:
+            shutil.rmtree(self._folder / ".rounded", ignore_errors=True)
         self._ranks.wait()
         self._mixed = Found(**json.loads(path.read_text(encoding="utf-8")))
         mixed = {name: format_named(label) for name, label in self._mixed.formats.items()}
@@ -286,8 +288,9 @@ class _Job:
         )
         if result is None:
             return {}
-        if inputs is not None and outputs is not None:
-            self._learn(index, module, result, inputs, outputs)
+        learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
+        if inputs is not None and outputs is not None and learned:
+            self._learn(index, module, result, learned, inputs, outputs)
         tensors = result.tensors(prefix)
         grid = kv_grid(self._plan)
         if cache is not None and grid is not None:
@@ -317,11 +320,12 @@ class _Job:
             self._written.result()
 
     def _learn(
-        self, index: int, module: nn.Module, result: QuantizedLayer, inputs: Tensor, outputs: Tensor
-    ) -> None:
+        self, index: int, module: nn.Module, result: QuantizedLayer, names: list[str],
+        inputs: Tensor, outputs: Tensor,
+    ) -> None:  # fmt: skip
         before = dict(result.linears)
         error_before, error_after = learn_rounding(
-            self._walk, module, result, inputs, outputs, self._next_norm(index),
+            self._walk, module, result, names, inputs, outputs, self._next_norm(index),
             iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
         )  # fmt: skip
         if not error_after < error_before:
@@ -382,7 +386,6 @@ class _Job:
         measures: dict[str, Any] = {"layout": layout.label}
         if self._mixed is not None:
             measures["mixed"] = self._mixed._asdict()
-            shutil.rmtree(self._folder / ".rounded", ignore_errors=True)
         self._stage.manifest(
             started=started,
             device=self._device,

@@ -65,6 +65,7 @@ def learn_rounding(
     walk: DecoderWalk,
     layer: nn.Module,
     quantized: QuantizedLayer,
+    names: list[str],
     inputs: Tensor,
     outputs: Tensor,
     gain: Tensor,
@@ -74,10 +75,16 @@ def learn_rounding(
 ) -> tuple[float, float]:
     """Improve `quantized` in place; returns the error of its first batch, before and after.
 
-    layer: the module with its original weights. inputs, outputs: [windows, length, hidden], on the
+    layer: the module with its original weights. names: the linear layers to learn; the others' codes stay.
+    inputs, outputs: [windows, length, hidden], on the
     host. gain: [hidden], the weight of the norm that follows. Integer weights with 16-bit activations only.
     """
-    soft = {name: _soften(quantized, name) for name in quantized.linears}
+    soft = {name: _soften(quantized, name) for name in names}
+    fixed = {
+        name: dequantize(linear.weight, inputs.dtype)
+        for name, linear in quantized.linears.items()
+        if name not in soft
+    }
     offsets = [s.offset for s in soft.values()]
     stretches = [s.stretch for s in soft.values()]
     optimizer = torch.optim.Adam(
@@ -99,7 +106,7 @@ def learn_rounding(
             # the layer's gradients are summed over the windows first, and pass the rounding once
             weights = {name: w.detach().requires_grad_() for name, w in made.items()}
             for windows in chosen.split(walk.batch_windows):
-                error = _error(walk, layer, weights, inputs, outputs, gain, windows)
+                error = _error(walk, layer, fixed | weights, inputs, outputs, gain, windows)
                 part = error * (len(windows) / len(chosen))
                 part.backward()
                 if step == 0:
@@ -110,7 +117,7 @@ def learn_rounding(
     learned = {name: own.harden() for name, own in soft.items()}
     weights = {name: dequantize(weight, inputs.dtype) for name, weight in learned.items()}
     after = sum(
-        _error(walk, layer, weights, inputs, outputs, gain, windows).item() * len(windows)
+        _error(walk, layer, fixed | weights, inputs, outputs, gain, windows).item() * len(windows)
         for windows in batches[0].split(walk.batch_windows)
     ) / len(batches[0])
     for name, weight in learned.items():

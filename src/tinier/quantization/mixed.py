@@ -15,6 +15,7 @@ Linear layers that share an input are one part, for engines fuse them. Three ste
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinier.calibration import DecoderWalk, InputStatistics, mean_divergences, observe
-from tinier.checkpoint import Checkpoint, new_file, pack_linear, stored_shapes, write_atomically
+from tinier.checkpoint import (
+    Checkpoint,
+    check_disk,
+    new_file,
+    pack_linear,
+    stored_shapes,
+    write_atomically,
+)
 from tinier.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -51,6 +59,10 @@ _PART_TOKENS = 1024
 """Of a part's divergence, alone in the model"""
 _WHOLE_TOKENS = 4096
 """Of a whole model's"""
+_STREAMS_BYTES = 4 << 30
+"""Hidden states of models that are measured side by side, on the host"""
+_BROKEN = 1e3
+"""Nats that stand for numbers that are none"""
 _ROUNDS, _AT_ONCE = 4, 4
 _SPREAD, _COOLING = 0.25, 0.8
 """Of the logarithms of costs, at first, and how it shrinks a round"""
@@ -185,36 +197,40 @@ def _output_error(layer: nn.Module, name: str, weight: Quantized, seen: InputSta
 
 @torch.no_grad()
 def measure_parts(
-    rounded: Rounded, tries: Mapping[str, Sequence[str]], windows: Tensor, base: Mapping[str, str]
+    rounded: Rounded, labels: Sequence[str], windows: Tensor
 ) -> dict[str, dict[str, float]]:
-    """KL divergence from the original model, in nats per token, of the model in which one part alone has
-    another format than in `base`.
-
-    tries: the formats to measure, by part. base: the format of each part in the model around it; a part
-    that is not in it is the original's. One walk over the layers: every model starts a stream of hidden
-    states where it first differs from `base`.
-    """
-    walk, geometry = rounded.walk, rounded.geometry
+    """KL divergence at the output, in nats per token, that each part causes when it alone has each of the
+    formats `labels`: by part and format."""
     windows = windows[: max(1, _PART_TOKENS // windows.shape[1])]
+    state = windows.numel() * rounded.geometry.hidden * rounded.source.dtype.itemsize
+    at_once = max(1, _STREAMS_BYTES // (state * len(labels)))
+    found: dict[str, dict[str, float]] = {}
+    for first in range(0, len(rounded.parts), at_once):
+        found |= _measured(rounded, rounded.parts[first : first + at_once], labels, windows)
+    return found
+
+
+def _measured(
+    rounded: Rounded, parts: list[Part], labels: Sequence[str], windows: Tensor
+) -> dict[str, dict[str, float]]:
+    """One walk over the layers: every part in every format starts a stream of hidden states of its own."""
+    walk, geometry = rounded.walk, rounded.geometry
     exact = walk.embed(windows)
-    current = exact.clone()
     streams: dict[tuple[str, str], Tensor] = {}
     with bar("sensitivity", geometry.layers) as advance:
         for index in range(geometry.layers):
             weights = walk.load(index).state_dict()
             layer = walk.module(index, weights)
-            rounded.install(layer, index, base)
             for stream in streams.values():
-                walk.run(layer, stream, stream)
-            for part in rounded.parts:
-                for label in tries.get(part.name, ()) if part.layer == index else ():
+                walk.run(layer, stream, stream, finite=False)
+            for part in parts:
+                for label in labels if part.layer == index else ():
                     changed = walk.module(index, weights)
-                    rounded.install(changed, index, {**base, part.name: label})
+                    rounded.install(changed, index, {part.name: label})
                     streams[part.name, label] = walk.run(
-                        changed, current, torch.empty_like(current)
+                        changed, exact, torch.empty_like(exact), finite=False
                     )
-            walk.run(layer, current, current)
-            walk.run(walk.module(index, weights), exact, exact)
+            walk.run(layer, exact, exact)
             advance(1)
     found = _divergences(rounded, exact, list(streams.values()))
     by_part: dict[str, dict[str, float]] = {}
@@ -238,7 +254,7 @@ def whole_divergences(
         for labels, stream in zip(choices, streams, strict=True):
             module = walk.module(index, weights)
             rounded.install(module, index, labels)
-            walk.run(module, stream, stream)
+            walk.run(module, stream, stream, finite=False)
     return _divergences(rounded, exact, streams)
 
 
@@ -251,7 +267,9 @@ def _divergences(rounded: Rounded, exact: Tensor, streams: list[Tensor]) -> list
     def logits(hidden: Tensor) -> Tensor:
         return output_logits(hidden, norm, head, geometry.norm_eps, geometry.multipliers.logits)
 
-    return mean_divergences((exact, logits), [(s, logits) for s in streams], walk.device)
+    found = mean_divergences((exact, logits), [(s, logits) for s in streams], walk.device)
+    # a model that overflows is one that nobody wants, and not the end of the search
+    return [kl if math.isfinite(kl) else _BROKEN for kl in found]
 
 
 def predicted_costs(errors: Options, measured: Options) -> dict[str, dict[str, float]]:
@@ -300,6 +318,8 @@ def search(
             if tuple(formats.values()) not in seen:
                 seen.add(tuple(formats.values()))
                 tried.append((formats, point))
+        if not tried:
+            continue
         found = whole_divergences(rounded, [formats for formats, _ in tried], windows)
         for (formats, point), kl in zip(tried, found, strict=True):
             if best is None or kl < best[1]:
@@ -339,9 +359,11 @@ def mix(
     kept = min(len(windows) // 4, -(-_WHOLE_TOKENS // windows.shape[1]))
     calibration, measured = (windows[:-kept], windows[-kept:]) if kept else (windows, windows)
     rounded = Rounded(source, walk, formats, parts_of(geometry, left), folder)
+    needed = sum(sum(sizes.values()) for sizes in part_bytes(rounded).values())
+    check_disk(folder, int(needed) - sum(path.stat().st_size for path in folder.iterdir()))
     rounded.make(calibration)
-    tries = dict.fromkeys((part.name for part in rounded.parts), one_each(formats))
-    costs = predicted_costs(rounded.errors(), measure_parts(rounded, tries, measured, {}))
+    measures = measure_parts(rounded, one_each(formats), measured)
+    costs = predicted_costs(rounded.errors(), measures)
     shapes = [geometry.linears[reader] for part in rounded.parts for reader in part.readers]
     weights = sum(rows * columns for rows, columns in shapes)
     assert plan.bits is not None
@@ -363,9 +385,11 @@ def part_bytes(rounded: Rounded) -> dict[str, dict[str, float]]:
 
 
 def one_each(formats: Mapping[str, Preset]) -> list[str]:
-    """The first format of each number of bits, up to the 4 whose divergence is well above chance; if there
-    is none, all."""
-    first: dict[int, str] = {}
-    for label, preset in formats.items():
-        first.setdefault(preset.scheme.weights.bits, label)
-    return [label for bits, label in first.items() if bits <= 4] or list(formats)
+    """Of each number of bits the format with the largest groups, whose error is the largest, up to the 4
+    bits whose divergence is well above chance; if there is none, all."""
+    coarsest: dict[int, str] = {}
+    sizes = {label: p.scheme.weights.group_size or 1 << 30 for label, p in formats.items()}
+    for label in sorted(formats, key=lambda label: -sizes[label]):
+        coarsest.setdefault(formats[label].scheme.weights.bits, label)
+    few = [label for bits, label in sorted(coarsest.items()) if bits <= 4]
+    return few or list(formats)

@@ -223,9 +223,11 @@ def _embedding_warnings(geometry: Geometry, plan: QuantizePlan) -> list[str]:
 
 
 def mixed_formats(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
-    """What a layer may become with `mixed`, by label. Raises SchemeError for one that no layer takes."""
+    """What a layer may become with `mixed`, by label. Raises SchemeError for one that is none."""
     shapes = set(geometry.linears.values())
     labels = plan.formats
+    if labels and plan.group_size is not None:
+        raise SchemeError("formats name their group sizes, as int4-gptq:64. Leave group_size out.")
     if not labels:
         widest = plan.group_size or next(
             (s for s in (128, 64, 32) if all(columns % s == 0 for _, columns in shapes)), 32
@@ -300,17 +302,26 @@ def chosen_presets(
             presets = uniform if mixed is None else dict(mixed)
         else:
             preset = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
-            presets = dict.fromkeys(left, preset) | _exceptions(plan, left)
+            presets = dict.fromkeys(left, preset) | _exceptions(geometry, plan, left)
     return presets | _ends(geometry, plan)
 
 
-def _exceptions(plan: QuantizePlan, names: list[str]) -> dict[str, Preset]:
-    """The layers with a format of their own. Raises SchemeError for a name that is none."""
+def _exceptions(geometry: Geometry, plan: QuantizePlan, names: list[str]) -> dict[str, Preset]:
+    """The layers with a format of their own. Raises SchemeError for a name that is none, and for layers
+    that share an input, which are rounded as one matrix, with different formats."""
     unknown = [name for name in plan.layer_formats if name not in names]
     if unknown:
         raise SchemeError(
             f"layer_formats names {unknown[0]!r}, which is not quantized. Names look like {names[0]}."
         )
+    for index in range(geometry.layers):
+        for read in geometry.inputs:
+            together = [f"{layer_name(index)}.{reader}" for reader in read.readers]
+            if len({plan.layer_formats.get(name) for name in together if name in names}) > 1:
+                raise SchemeError(
+                    f"{', '.join(together)} share an input and are rounded as one matrix. Give all of "
+                    "them one format in layer_formats."
+                )
     return {name: format_named(label) for name, label in plan.layer_formats.items()}
 
 

@@ -227,7 +227,8 @@ class Service:
         self.stop()
 
     def _started(self, port: int, http: HttpServer) -> None:
-        self.url = address(self._config.host, port)
+        # a Unix socket has no address: clients are told its path
+        self.url = "http://localhost" if self._config.uds else address(self._config.host, port)
         self._http = http
         self._loop = asyncio.get_running_loop()
         self._up.set()

@@ -76,12 +76,12 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:  # the inputs are gone when this returns
-                bodies = self._bodies(request)
+                bodies, streams = self._bodies(request), self._streams(request)
             except Exception as error:
                 failed = pb_utils.TritonError(f"{error}", pb_utils.TritonError.INVALID_ARG)
                 sender.send(pb_utils.InferenceResponse(error=failed), flags=FINAL)
             else:
-                answer = self._answer(bodies, request, sender)
+                answer = self._answer(bodies, streams, request, sender)
                 self._loop.call_soon_threadsafe(self._begin, answer)
 
     def _begin(self, answer):
@@ -96,9 +96,9 @@ class TritonPythonModel:
         if status != 200:
             raise pb_utils.TritonModelException(f"tinier cannot {what} {self._label}: {text}")
 
-    async def _answer(self, bodies, request, sender):
+    async def _answer(self, bodies, streams, request, sender):
         try:
-            if self._streams(request):
+            if streams:
                 await self._stream(bodies, sender, request)
             else:
                 sender.send(await self._whole(bodies, request), flags=FINAL)
@@ -220,13 +220,18 @@ class _Server:
         self.socket = os.path.join(self._folder, "socket")
         # the Python that tinier is installed in; what Triton set up for its own is not for it
         python = os.environ.get("TINIER_PYTHON", "python3")
-        kept = {name: x for name, x in os.environ.items() if not name.startswith("PYTHON")}
+        kept = {
+            name: x
+            for name, x in os.environ.items()
+            if not name.startswith("PYTHON") and name != "TINIER_API_KEY"
+        }
         command = [python, "-m", "tinier", "serve", f"model={weights}", "--uds", self.socket]
         self._process = subprocess.Popen(
             [*command, *shlex.split(options)], env=kept, preexec_fn=_end_with_parent
         )
         while not self._is_ready():
             if self._process.poll() is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
                 raise pb_utils.TritonModelException("tinier serve did not start: see the log above")
             time.sleep(0.2)
 
