@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcParams["svg.hashsalt"] = "tinier"
 _TITLES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
@@ -33,7 +34,8 @@ def main() -> None:
         axes.set_xlabel("file, MB (left is better)")
         axes.set_ylabel("KL, nats (down is better)")
         axes.set_yscale("log")
-        axes.margins(x=0.3, y=0.12)
+        axes.margins(x=0.4, y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(alpha=0.25, which="both")
     path = Path(__file__).parent.parent / "docs" / "images" / "gguf-quality.svg"
     figure.savefig(path, metadata={"Date": None})

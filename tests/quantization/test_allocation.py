@@ -41,3 +41,13 @@ def test_it_is_the_best_there_is_within_two_limits(seed: int, share: float) -> N
     best = min(total(costs, choice) for choice in within)
     assert total(costs, found) <= best * (1 + 1e-3)
     assert all(total(of, found) <= limit * (1 + 1e-6) for of, limit in limits)
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    parts = [f"part{i}" for i in range(120)]
+    costs = {p: {label: float(random.uniform(0.1, 3)) for label in "abcdefg"} for p in parts}
+    sizes = {p: {label: float(random.uniform(0.1, 3)) for label in "abcdefg"} for p in parts}
+    for limit in (60.0, 90.0, 120.0):
+        allocate(costs, [(sizes, limit)])
+    assert capfd.readouterr().out == ""

@@ -4,7 +4,10 @@ A multiple-choice knapsack as a mixed-integer program: one format a part, minimi
 for each kind of size (bytes, milliseconds). HiGHS, through scipy, finds the least sum, to a millionth.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -36,10 +39,25 @@ def allocate(
         constraints.append(LinearConstraint(row[None] / limit, -np.inf, 1 + slack))
     objective = np.array([costs[part][label] for part, label in picks])
     most = float(np.abs(objective).max()) or 1.0
-    found = milp(
-        objective / most, integrality=np.ones(len(picks)), bounds=Bounds(0, 1),
-        constraints=constraints, options={"mip_rel_gap": 1e-6},
-    )  # fmt: skip
+    with _silent():
+        found = milp(
+            objective / most, integrality=np.ones(len(picks)), bounds=Bounds(0, 1),
+            constraints=constraints, options={"mip_rel_gap": 1e-6},
+        )  # fmt: skip
     if found.x is None:
         raise InputError(f"no choice keeps within the limits ({found.message}).")
     return {part: label for (part, label), x in zip(picks, found.x, strict=True) if x > 0.5}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS prints a line of its own now and then, whatever it is told."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
