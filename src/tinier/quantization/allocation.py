@@ -1,4 +1,4 @@
-"""Which format each part gets: the least sum of costs whose sizes keep within limits, solved exactly.
+"""Which format each part gets: the least sum of costs whose sizes keep within limits.
 
 A multiple-choice knapsack as a mixed-integer program: one format a part, minimize Σ cost, Σ size ≤ limit
 for each kind of size (bytes, milliseconds). HiGHS, through scipy, finds the least sum, to a millionth.
@@ -17,11 +17,13 @@ Options = Mapping[str, Mapping[str, float]]
 """A number for each format that a part may have, by part"""
 
 
-def allocate(
-    costs: Options, limits: Sequence[tuple[Options, float]], slack: float = 1e-9
-) -> dict[str, str]:
+_SLACK = 1e-9
+"""Of a limit, for rounding of floats"""
+
+
+def allocate(costs: Options, limits: Sequence[tuple[Options, float]]) -> dict[str, str]:
     """The format of each part. costs: what each format of each part costs. limits: sizes, and what they may
-    add up to. slack: of a limit, for rounding of floats.
+    add up to.
 
     Raises InputError where no choice keeps within all limits.
     """
@@ -36,7 +38,7 @@ def allocate(
     for sizes, limit in limits:
         row = np.array([sizes[part][label] for part, label in picks])
         # numbers near one, for the solver's tolerances
-        constraints.append(LinearConstraint(row[None] / limit, -np.inf, 1 + slack))
+        constraints.append(LinearConstraint(row[None] / limit, -np.inf, 1 + _SLACK))
     objective = np.array([costs[part][label] for part, label in picks])
     most = float(np.abs(objective).max()) or 1.0
     with _silent():

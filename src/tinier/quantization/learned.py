@@ -76,8 +76,8 @@ def learn_rounding(
     """Improve `quantized` in place; returns the error of its first batch, before and after.
 
     layer: the module with its original weights. names: the linear layers to learn; the others' codes stay.
-    inputs, outputs: [windows, length, hidden], on the
-    host. gain: [hidden], the weight of the norm that follows. Integer weights with 16-bit activations only.
+    inputs, outputs: [windows, length, hidden], on the host. gain: [hidden], the weight of the norm that
+    follows. Integer weights with 16-bit activations only.
     """
     soft = {name: _soften(quantized, name) for name in names}
     fixed = {

@@ -72,6 +72,8 @@ class Part(NamedTuple):
     """Linear layers that share an input."""
 
     layer: int
+    input: str
+    """Its name among Geometry.inputs"""
     readers: tuple[str, ...]
     """By name inside the layer"""
 
@@ -92,7 +94,7 @@ def parts_of(geometry: Geometry, without: frozenset[str] = frozenset()) -> list[
         for read in geometry.inputs:
             readers = tuple(r for r in read.readers if f"{layer_name(index)}.{r}" not in without)
             if readers:
-                found.append(Part(index, readers))
+                found.append(Part(index, read.name, readers))
     return found
 
 
@@ -168,19 +170,12 @@ class Rounded:
                     tensors[f"{label}/{prefix}.{name}.{kind}"] = tensor.cpu().contiguous()
             for part in own:
                 errors[part.name][label] = sum(
-                    _output_error(
-                        layer, reader, made.linears[reader].weight, self._input(part, seen)
-                    )
+                    _output_error(layer, reader, made.linears[reader].weight, seen[part.input])
                     for reader in part.readers
                 )
         with new_file(self._codes(index)) as partial:
             save_file(tensors, partial)
         write_atomically(self._errors(index), json.dumps(errors))
-
-    def _input(self, part: Part, seen: dict[str, InputStatistics]) -> InputStatistics:
-        return next(
-            seen[read.name] for read in self.geometry.inputs if part.readers[0] in read.readers
-        )
 
     def _codes(self, index: int) -> Path:
         return self._folder / f"layer-{index:05d}.safetensors"
@@ -219,8 +214,8 @@ def _measured(
     streams: dict[tuple[str, str], Tensor] = {}
     with bar("sensitivity", geometry.layers) as advance:
         for index in range(geometry.layers):
-            weights = walk.load(index).state_dict()
-            layer = walk.module(index, weights)
+            layer = walk.load(index)
+            weights = layer.state_dict()
             for stream in streams.values():
                 walk.run(layer, stream, stream, finite=False)
             for part in parts:
@@ -249,8 +244,9 @@ def whole_divergences(
     exact = walk.embed(windows)
     streams = [exact.clone() for _ in choices]
     for index in range(rounded.geometry.layers):
-        weights = walk.load(index).state_dict()
-        walk.run(walk.module(index, weights), exact, exact)
+        layer = walk.load(index)
+        weights = layer.state_dict()
+        walk.run(layer, exact, exact)
         for labels, stream in zip(choices, streams, strict=True):
             module = walk.module(index, weights)
             rounded.install(module, index, labels)
@@ -359,7 +355,8 @@ def mix(
     kept = min(len(windows) // 4, -(-_WHOLE_TOKENS // windows.shape[1]))
     calibration, measured = (windows[:-kept], windows[-kept:]) if kept else (windows, windows)
     rounded = Rounded(source, walk, formats, parts_of(geometry, left), folder)
-    needed = sum(sum(sizes.values()) for sizes in part_bytes(rounded).values())
+    sizes = part_bytes(rounded)
+    needed = sum(sum(of.values()) for of in sizes.values())
     check_disk(folder, int(needed) - sum(path.stat().st_size for path in folder.iterdir()))
     rounded.make(calibration)
     measures = measure_parts(rounded, one_each(formats), measured)
@@ -367,8 +364,7 @@ def mix(
     shapes = [geometry.linears[reader] for part in rounded.parts for reader in part.readers]
     weights = sum(rows * columns for rows, columns in shapes)
     assert plan.bits is not None
-    limits = [(part_bytes(rounded), plan.bits * weights / 8)]
-    return search(rounded, costs, limits, measured, plan.seed)
+    return search(rounded, costs, [(sizes, plan.bits * weights / 8)], measured, plan.seed)
 
 
 def part_bytes(rounded: Rounded) -> dict[str, dict[str, float]]:
