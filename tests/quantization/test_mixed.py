@@ -16,11 +16,12 @@ from tinier.families import checkpoint_layout, geometry_of
 from tinier.quantization import QuantizePlan, quantize
 from tinier.quantization.mixed import (
     Rounded,
+    divergences,
+    final_states,
     measure_parts,
     one_each,
     parts_of,
     predicted_costs,
-    whole_divergences,
 )
 from tinier.quantization.plan import average_bits, format_named, mixed_formats
 from tinier.schemes import preset_named
@@ -40,6 +41,13 @@ def rounded(source: Checkpoint, folder: Path) -> Rounded:
     formats = {label: format_named(label) for label in labels}
     walk = DecoderWalk(source, 64, torch.device("cpu"))
     return Rounded(source, walk, formats, parts_of(geometry_of(source)), folder)
+
+
+def whole_divergences(
+    parts: Rounded, choices: list[dict[str, str]], windows: torch.Tensor
+) -> list[float]:
+    exact, *states = final_states(parts, [{}, *choices], windows)
+    return divergences(parts, exact, states)
 
 
 def test_a_whole_model_of_parts_diverges_as_the_quantized_one(

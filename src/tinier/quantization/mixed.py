@@ -227,7 +227,7 @@ def _measured(
                     )
             walk.run(layer, exact, exact)
             advance(1)
-    found = _divergences(rounded, exact, list(streams.values()))
+    found = divergences(rounded, exact, list(streams.values()))
     by_part: dict[str, dict[str, float]] = {}
     for (name, label), kl in zip(streams, found, strict=True):
         by_part.setdefault(name, {})[label] = kl
@@ -235,26 +235,25 @@ def _measured(
 
 
 @torch.no_grad()
-def whole_divergences(
-    rounded: Rounded, choices: list[dict[str, str]], windows: Tensor
-) -> list[float]:
-    """KL divergence of whole models, put together from rounded parts, in nats per token."""
+def final_states(
+    rounded: Rounded, choices: Sequence[Mapping[str, str]], windows: Tensor
+) -> list[Tensor]:
+    """The last layer's outputs [n, length, hidden] of whole models, put together from rounded parts.
+    choices: the format by part; a part that is left out is the original's."""
     walk = rounded.walk
-    windows = windows[: max(1, _WHOLE_TOKENS // windows.shape[1])]
-    exact = walk.embed(windows)
-    streams = [exact.clone() for _ in choices]
+    entering = walk.embed(windows)
+    streams = [entering.clone() for _ in choices]
     for index in range(rounded.geometry.layers):
-        layer = walk.load(index)
-        weights = layer.state_dict()
-        walk.run(layer, exact, exact)
+        weights = walk.load(index).state_dict()
         for labels, stream in zip(choices, streams, strict=True):
             module = walk.module(index, weights)
             rounded.install(module, index, labels)
             walk.run(module, stream, stream, finite=False)
-    return _divergences(rounded, exact, streams)
+    return streams
 
 
-def _divergences(rounded: Rounded, exact: Tensor, streams: list[Tensor]) -> list[float]:
+def divergences(rounded: Rounded, exact: Tensor, streams: list[Tensor]) -> list[float]:
+    """KL(exact ‖ other) of each, in nats per token. exact, streams: last layers' outputs."""
     geometry, walk = rounded.geometry, rounded.walk
     with rounded.source.reader(walk.device) as read:
         norm = norm_weight(read(FINAL_NORM), geometry)
@@ -300,6 +299,7 @@ def search(
     costs, limits: of `allocate`. windows: [n, length], on which the whole is measured.
     """
     generator = np.random.default_rng(seed)
+    (exact,) = final_states(rounded, [{}], windows)
     best: tuple[dict[str, str], float] | None = None
     # logarithms of what the costs of a part, or of a format, are multiplied with
     around, spread = dict.fromkeys([*costs, *rounded.formats], 0.0), _SPREAD
@@ -316,7 +316,8 @@ def search(
                 tried.append((formats, point))
         if not tried:
             continue
-        found = whole_divergences(rounded, [formats for formats, _ in tried], windows)
+        states = final_states(rounded, [formats for formats, _ in tried], windows)
+        found = divergences(rounded, exact, states)
         for (formats, point), kl in zip(tried, found, strict=True):
             if best is None or kl < best[1]:
                 best, around = (formats, kl), point
