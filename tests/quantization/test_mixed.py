@@ -12,7 +12,7 @@ from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
 from tinier.evaluation import evaluate, reference_states
-from tinier.families import checkpoint_layout, geometry_of
+from tinier.families import checkpoint_layout, geometry_of, linear_names
 from tinier.quantization import QuantizePlan, quantize
 from tinier.quantization.mixed import (
     Rounded,
@@ -22,6 +22,7 @@ from tinier.quantization.mixed import (
     one_each,
     parts_of,
     predicted_costs,
+    table_group,
 )
 from tinier.quantization.plan import average_bits, format_named, mixed_formats
 from tinier.schemes import preset_named
@@ -37,7 +38,7 @@ def windows(tiny: Tiny) -> torch.Tensor:
 
 
 def rounded(source: Checkpoint, folder: Path) -> Rounded:
-    labels = ("int4-gptq:32", "int4-gptq:16", "int8-w8a16")
+    labels = ("int4-gptq:32", "int4-gptq:16", "int8-w8a16", "int8-sq")
     formats = {label: format_named(label) for label in labels}
     walk = DecoderWalk(source, 64, torch.device("cpu"))
     return Rounded(source, walk, formats, parts_of(geometry_of(source)), folder)
@@ -47,22 +48,33 @@ def whole_divergences(
     parts: Rounded, choices: list[dict[str, str]], windows: torch.Tensor
 ) -> list[float]:
     exact, *states = final_states(parts, [{}, *choices], windows)
-    return divergences(parts, exact, states)
+    return divergences(parts, exact, states, choices)
 
 
+@pytest.mark.parametrize(
+    ("label", "ends"),
+    [
+        ("int4-gptq:32", {}),
+        ("int8-sq", {}),  # factors that are folded into norms and other layers
+        ("int8-w8a16", {"embedding": "int4", "kv": "fp8"}),
+    ],
+)
 def test_a_whole_model_of_parts_diverges_as_the_quantized_one(
-    tiny: Tiny, tmp_path: Path, windows: torch.Tensor
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor, label: str, ends: dict[str, str]
 ) -> None:
     """Put together from parts, and quantized as a whole, whose inputs are those of quantized layers."""
     source = tiny(dtype=torch.float32)
     parts = rounded(source, tmp_path / "parts")
     parts.make(windows)
-    labels = dict.fromkeys((part.name for part in parts.parts), "int4-gptq:32")
-    found = whole_divergences(parts, [labels, {}], windows)
-    made = quantize(
-        source, QuantizePlan(preset="int4-gptq", group_size=32, sequences=8, length=64), tmp_path / "q",
-        documents=DOCUMENTS, device="cpu",
+    choice = dict.fromkeys((part.name for part in parts.parts), label) | ends
+    found = whole_divergences(parts, [choice, {}], windows)
+    size = label.partition(":")[2]
+    plan = QuantizePlan(
+        preset="int4-gptq", group_size=int(size or table_group(geometry_of(source))),
+        layer_formats=dict.fromkeys(linear_names(geometry_of(source))[:-1], label),
+        sequences=8, length=64, **ends,
     )  # fmt: skip
+    made = quantize(source, plan, tmp_path / "q", documents=DOCUMENTS, device="cpu")
     cpu = torch.device("cpu")
     reference = reference_states(load_decoder(source, device=cpu), windows)
     whole = evaluate(load_decoder(made, device=cpu), windows, reference)

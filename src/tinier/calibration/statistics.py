@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tinier.calibration.walk import DecoderWalk
 from tinier.errors import InputError
 from tinier.families import Geometry
+from tinier.numerics import round_static
 from tinier.ranks import Ranks
 
 _SAMPLE_TOKENS = 256
@@ -57,6 +58,18 @@ class KeysAndValues:
         self._rounding = rounding
         self.absmax = torch.zeros(2)
         """Largest |key| and |value| seen."""
+
+    @classmethod
+    def static(cls, kind: str, key_scale: Tensor, value_scale: Tensor) -> "KeysAndValues":
+        """One that rounds to INT8 or E4M3 (`kind` int or float) with given scales."""
+
+        def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return (
+                round_static(keys, kind, key_scale).to(keys.dtype),
+                round_static(values, kind, value_scale).to(values.dtype),
+            )
+
+        return cls(rounding)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """transformers' interface of a cache. keys, values: [batch, kv_heads, length, head_dim]."""

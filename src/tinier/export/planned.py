@@ -17,7 +17,7 @@ def planned(source: Checkpoint, plan: QuantizePlan) -> Checkpoint:
     """The checkpoint that a plan would make of a 16-bit one, without weights."""
     geometry = geometry_of(source)
     schemes = {name: preset.scheme for name, preset in chosen_presets(geometry, plan).items()}
-    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan))
+    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan.kv))
     block = quantization_config(layout, module_names(geometry))
     tensors = {}
     if any(scheme.weights.kind == "e5m2" for scheme in schemes.values()):

@@ -58,7 +58,7 @@ from tinier.families import (
     norm_weight,
 )
 from tinier.kernels import static_scale
-from tinier.numerics import Quantized, round_static, snr_db
+from tinier.numerics import Quantized, snr_db
 from tinier.progress import bar, say, warn
 from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
 from tinier.quantization.learned import learn_rounding
@@ -73,14 +73,13 @@ from tinier.quantization.plan import (
     output_config,
     prepare,
 )
-from tinier.quantization.scales import round_nearest, searched_scales
+from tinier.quantization.scales import round_table
 from tinier.ranks import Ranks, join_ranks
 from tinier.schemes import Layout
 from tinier.text import Document, written_windows
 
 # below this signal-to-noise ratio a layer's weights have lost about a bit more than INT4 costs
 _POOR_SNR_DB = 12.0
-_HEAD_ROWS = 8192
 
 
 def quantize(
@@ -292,7 +291,7 @@ class _Job:
         if inputs is not None and outputs is not None and learned:
             self._learn(index, module, result, learned, inputs, outputs)
         tensors = result.tensors(prefix)
-        grid = kv_grid(self._plan)
+        grid = kv_grid(self._plan.kv)
         if cache is not None and grid is not None:
             for name, absmax in zip(("k_scale", "v_scale"), cache.absmax, strict=True):
                 tensors[f"{prefix}.self_attn.{name}"] = static_scale(absmax, grid)
@@ -346,20 +345,13 @@ class _Job:
 
     def _cache(self, prefix: str, tensors: dict[str, Tensor]) -> KeysAndValues | None:
         """What rounds keys and values on their way through the quantized layer."""
-        grid = kv_grid(self._plan)
+        grid = kv_grid(self._plan.kv)
         if grid is None:
             return None
         key_scale, value_scale = (
             tensors[f"{prefix}.self_attn.{n}"].to(self._device) for n in ("k_scale", "v_scale")
         )
-
-        def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            return (
-                round_static(keys, grid.kind, key_scale).to(keys.dtype),
-                round_static(values, grid.kind, value_scale).to(values.dtype),
-            )
-
-        return KeysAndValues(rounding)
+        return KeysAndValues.static(grid.kind, key_scale, value_scale)
 
     def finish(self, started: float) -> None:
         """Write what is not in a decoder layer, the configuration and the manifest."""
@@ -380,7 +372,7 @@ class _Job:
             layers |= record["layers"]
             told += record["warnings"]
         schemes = {name: preset.scheme for name, preset in self._presets.items()}
-        layout = Layout(schemes=schemes, kv_cache=kv_grid(self._plan))
+        layout = Layout(schemes=schemes, kv_cache=kv_grid(self._plan.kv))
         write_config(self._folder, output_config(self._source, layout))
         copy_side_files(self._source, self._folder)
         measures: dict[str, Any] = {"layout": layout.label}
@@ -420,11 +412,7 @@ class _Job:
         tensor = HEAD if name == HEAD_LINEAR and not self._geometry.tied_head else EMBEDDING
         grid, dtype = self._presets[name].scheme.weights, self._source.dtype
         with self._source.reader(self._device) as read:
-            parts = [
-                round_nearest(rows, searched_scales(rows, grid, dtype), grid)
-                for rows in read(tensor).split(_HEAD_ROWS)
-            ]
-        return Quantized(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
+            return round_table(read(tensor), grid, dtype)
 
     def _packed(self, name: str, codes: Quantized) -> dict[str, Tensor]:
         parts = pack_linear(codes, self._presets[name].scheme)

@@ -62,6 +62,8 @@ class QuantizedLayer:
     statistics: dict[str, InputStatistics]
     """Of the layer's inputs as they are after folding, by name"""
     inputs: tuple[Input, ...]
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """What inputs were divided by to equalize them, [in], by name"""
     warnings: list[str] = field(default_factory=list)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def quantize_layer(
     """
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in geometry.linears}
     device = next(iter(weights.values())).device
-    seen = dict(statistics)
+    seen, divided = dict(statistics), dict[str, Tensor]()
     for read in geometry.inputs:
         preset = presets.get(read.readers[0])
         if preset is None or preset.algorithm.equalize == "none" or read.name not in seen:
@@ -111,8 +113,9 @@ def quantize_layer(
         factors = _factors(preset, weights, read, seen[read.name], geometry)
         applied = fold(layer, weights, read, factors, geometry)
         seen[read.name] = seen[read.name].divided_by(applied)
+        divided[read.name] = applied
     targets = {name: weight for name, weight in weights.items() if name in presets}
-    result = QuantizedLayer({}, {}, targets, seen, geometry.inputs)
+    result = QuantizedLayer({}, {}, targets, seen, geometry.inputs, divided)
     if geometry.mixture is not None and seen:
         _share_ranges(seen, geometry)
         result.warnings += _hardly_seen(seen, geometry)

@@ -18,8 +18,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tinier.calibration import DecoderWalk, InputStatistics, mean_divergences, observe
+from tinier.calibration import (
+    DecoderWalk,
+    InputStatistics,
+    KeysAndValues,
+    mean_divergences,
+    observe,
+)
 from tinier.checkpoint import (
     Checkpoint,
     check_disk,
@@ -46,12 +53,21 @@ from tinier.families import (
     linear_names,
     norm_weight,
 )
-from tinier.kernels import output_logits
+from tinier.kernels import output_logits, static_scale
 from tinier.numerics import Quantized, dequantize
 from tinier.progress import bar, say
 from tinier.quantization.allocation import Options, allocate
-from tinier.quantization.layer import install, quantize_layer
-from tinier.quantization.plan import QuantizePlan, chosen_presets, mixed_formats, stored_bytes
+from tinier.quantization.layer import QuantizedLayer, install, quantize_layer
+from tinier.quantization.plan import (
+    SIXTEEN_BIT,
+    QuantizePlan,
+    chosen_presets,
+    embedding_preset,
+    kv_grid,
+    mixed_formats,
+    stored_bytes,
+)
+from tinier.quantization.scales import round_table
 from tinier.ranks import ALONE
 from tinier.schemes import Preset, Scheme
 
@@ -61,6 +77,7 @@ _WHOLE_TOKENS = 4096
 """Of a whole model's"""
 _STREAMS_BYTES = 4 << 30
 """Hidden states of models that are measured side by side, on the host"""
+_KV_ABSMAX = "kv_absmax"
 _BROKEN = 1e3
 """Nats that stand for numbers that are none"""
 _ROUNDS, _AT_ONCE = 4, 4
@@ -98,6 +115,12 @@ def parts_of(geometry: Geometry, without: frozenset[str] = frozenset()) -> list[
     return found
 
 
+Choice = Mapping[str, str]
+"""A format by the name of a part; `EMBEDDING_PART` and `KV_PART` are such names too. What is left out, or
+called 16bit, is the original's"""
+EMBEDDING_PART, KV_PART = "embedding", "kv"
+
+
 class Rounded:
     """Every part in every format, in `folder`: a file of codes a layer, and their errors."""
 
@@ -108,6 +131,7 @@ class Rounded:
         self.source, self.walk, self.formats, self.parts = source, walk, formats, parts
         self.geometry = geometry_of(source)
         self._folder = folder
+        self._tables: dict[str, Quantized] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
@@ -121,10 +145,12 @@ class Rounded:
             for index in range(self.geometry.layers):
                 layer = self.walk.load(index)
                 if index >= done:
+                    cache = KeysAndValues(None)
                     seen, _ = observe(
-                        self.walk, layer, self.geometry, hidden, len(windows), ALONE, moments=True
-                    )
-                    self._round(index, layer, seen)
+                        self.walk, layer, self.geometry, hidden, len(windows), ALONE,
+                        moments=True, cache=cache,
+                    )  # fmt: skip
+                    self._round(index, layer, seen, cache.absmax)
                 self.walk.run(layer, hidden, hidden)
                 advance(1)
 
@@ -135,9 +161,35 @@ class Rounded:
             found |= json.loads(self._errors(index).read_text(encoding="utf-8"))
         return found
 
-    def install(self, module: nn.Module, index: int, labels: Mapping[str, str]) -> None:
+    def cache(self, index: int, kind: str | None) -> KeysAndValues | None:
+        """What rounds the keys and values of a layer as a cache of `kind` (fp8, int8) would."""
+        grid = kv_grid(None if kind == SIXTEEN_BIT else kind)
+        if grid is None:
+            return None
+        with safe_open(self._codes(index), "pt", device=str(self.walk.device)) as file:
+            key, value = (static_scale(most, grid) for most in file.get_tensor(_KV_ABSMAX))
+        return KeysAndValues.static(grid.kind, key, value)
+
+    def table(self, kind: str | None) -> Quantized | None:
+        """The embedding as `kind` (int8, int4, fp8), rounded once."""
+        if kind in (None, SIXTEEN_BIT):
+            return None
+        assert kind is not None
+        if kind not in self._tables:
+            grid = embedding_preset(kind, table_group(self.geometry)).scheme.weights
+            with self.source.reader(self.walk.device) as read:
+                self._tables[kind] = round_table(read(EMBEDDING), grid, self.source.dtype)
+        return self._tables[kind]
+
+    def install(self, module: nn.Module, index: int, labels: Choice) -> None:
         """Put parts of one layer into its module. labels: the format by part; others stay as they are."""
-        own = [part for part in self.parts if part.layer == index and part.name in labels]
+        own = [
+            part
+            for part in self.parts
+            if part.layer == index and labels.get(part.name, SIXTEEN_BIT) != SIXTEEN_BIT
+        ]
+        if not own:
+            return
         with safe_open(self._codes(index), "pt", device=str(self.walk.device)) as file:
             for part in own:
                 label = labels[part.name]
@@ -152,13 +204,41 @@ class Rounded:
                     for name, key in names.items()
                     if key in file.keys()  # noqa: SIM118
                 }
+                self._divide_inputs(module, part, label, file)
                 install(module, layer_name(index), tensors, dict.fromkeys(part.readers, preset))
+                self._undo_folding(module, part, label, file)
 
-    def _round(self, index: int, layer: nn.Module, seen: dict[str, InputStatistics]) -> None:
+    def _divide_inputs(self, module: nn.Module, part: Part, label: str, file: Any) -> None:
+        """Divide what a part reads by the factors that its columns were multiplied with: they are folded
+        into what stands before it in a quantized model, but here that may be in another format."""
+        key = f"{label}/{part.input}.factors"
+        if key not in file.keys():  # noqa: SIM118
+            return
+        factors = file.get_tensor(key)
+        for reader in part.readers:
+            module.get_submodule(reader).register_forward_pre_hook(partial(_divided, factors))
+
+    def _undo_folding(self, module: nn.Module, part: Part, label: str, file: Any) -> None:
+        """Multiply the rows of a part that factors of a later input were folded into."""
+        for read in self.geometry.inputs:
+            key = f"{label}/{read.name}.factors"
+            if read.source not in part.readers or key not in file.keys():  # noqa: SIM118
+                continue
+            factors = file.get_tensor(key)
+            if read.per_kv_head:
+                heads = factors.view(self.geometry.kv_heads, -1, self.geometry.head_dim)
+                factors = heads[:, 0].flatten()
+            made = slice(read.first_row, read.first_row + len(factors))
+            weight = module.get_parameter(f"{read.source}.weight")
+            weight.data[made] = (weight[made].float() * factors.unsqueeze(1)).to(weight.dtype)
+
+    def _round(
+        self, index: int, layer: nn.Module, seen: dict[str, InputStatistics], kv_absmax: Tensor
+    ) -> None:
         prefix, dtype = layer_name(index), self.source.dtype
         own = [part for part in self.parts if part.layer == index]
         readers = [reader for part in own for reader in part.readers]
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {_KV_ABSMAX: kv_absmax}
         errors: dict[str, dict[str, float]] = {part.name: {} for part in own}
         for label, preset in self.formats.items():
             made = quantize_layer(
@@ -168,9 +248,11 @@ class Rounded:
             for name, (weight, scheme, input_scale) in made.linears.items():
                 for kind, tensor in pack_linear(weight, scheme, input_scale).items():
                     tensors[f"{label}/{prefix}.{name}.{kind}"] = tensor.cpu().contiguous()
+            for name, factors in made.factors.items():
+                tensors[f"{label}/{name}.factors"] = factors.cpu().contiguous()
             for part in own:
                 errors[part.name][label] = sum(
-                    _output_error(layer, reader, made.linears[reader].weight, seen[part.input])
+                    _output_error(made, reader, made.statistics[part.input])
                     for reader in part.readers
                 )
         with new_file(self._codes(index)) as partial:
@@ -184,10 +266,19 @@ class Rounded:
         return self._folder / f"layer-{index:05d}.json"
 
 
-def _output_error(layer: nn.Module, name: str, weight: Quantized, seen: InputStatistics) -> float:
+def _output_error(made: QuantizedLayer, name: str, seen: InputStatistics) -> float:
     assert seen.moments is not None
-    change = dequantize(weight, torch.float32) - layer.get_parameter(f"{name}.weight").float()
+    change = dequantize(made.linears[name].weight, torch.float32) - made.targets[name]
     return float(((change @ seen.moments) * change).sum())
+
+
+def _divided(factors: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return ((inputs[0].float() / factors).to(inputs[0].dtype),)
+
+
+def table_group(geometry: Geometry) -> int:
+    """The group size of an INT4 embedding: the largest usual one that divides."""
+    return next(size for size in (128, 64, 32, 16) if geometry.hidden % size == 0)
 
 
 @torch.no_grad()
@@ -227,7 +318,7 @@ def _measured(
                     )
             walk.run(layer, exact, exact)
             advance(1)
-    found = divergences(rounded, exact, list(streams.values()))
+    found = divergences(rounded, exact, list(streams.values()), [{}] * len(streams))
     by_part: dict[str, dict[str, float]] = {}
     for (name, label), kl in zip(streams, found, strict=True):
         by_part.setdefault(name, {})[label] = kl
@@ -235,34 +326,45 @@ def _measured(
 
 
 @torch.no_grad()
-def final_states(
-    rounded: Rounded, choices: Sequence[Mapping[str, str]], windows: Tensor
-) -> list[Tensor]:
-    """The last layer's outputs [n, length, hidden] of whole models, put together from rounded parts.
-    choices: the format by part; a part that is left out is the original's."""
+def final_states(rounded: Rounded, choices: Sequence[Choice], windows: Tensor) -> list[Tensor]:
+    """The last layer's outputs [n, length, hidden] of whole models, put together from rounded parts."""
     walk = rounded.walk
-    entering = walk.embed(windows)
-    streams = [entering.clone() for _ in choices]
-    for index in range(rounded.geometry.layers):
-        weights = walk.load(index).state_dict()
-        for labels, stream in zip(choices, streams, strict=True):
-            module = walk.module(index, weights)
-            rounded.install(module, index, labels)
-            walk.run(module, stream, stream, finite=False)
+    streams = [walk.embed(windows, rounded.table(c.get(EMBEDDING_PART))) for c in choices]
+    with bar("whole models", rounded.geometry.layers) as advance:
+        for index in range(rounded.geometry.layers):
+            weights = walk.load(index).state_dict()
+            for choice, stream in zip(choices, streams, strict=True):
+                module = walk.module(index, weights)
+                rounded.install(module, index, choice)
+                cache = rounded.cache(index, choice.get(KV_PART))
+                walk.run(module, stream, stream, cache, finite=False)
+            advance(1)
     return streams
 
 
-def divergences(rounded: Rounded, exact: Tensor, streams: list[Tensor]) -> list[float]:
-    """KL(exact ‖ other) of each, in nats per token. exact, streams: last layers' outputs."""
+def divergences(
+    rounded: Rounded, exact: Tensor, streams: list[Tensor], choices: Sequence[Choice]
+) -> list[float]:
+    """KL(exact ‖ other) of each, in nats per token. exact, streams: last layers' outputs. choices: of each
+    stream; a quantized embedding is the head, too, where they are tied."""
     geometry, walk = rounded.geometry, rounded.walk
     with rounded.source.reader(walk.device) as read:
         norm = norm_weight(read(FINAL_NORM), geometry)
         head = read(EMBEDDING if geometry.tied_head else HEAD).float()
 
-    def logits(hidden: Tensor) -> Tensor:
+    def logits(hidden: Tensor, head: Tensor) -> Tensor:
         return output_logits(hidden, norm, head, geometry.norm_eps, geometry.multipliers.logits)
 
-    found = mean_divergences((exact, logits), [(s, logits) for s in streams], walk.device)
+    def head_of(choice: Choice) -> Tensor:
+        table = rounded.table(choice.get(EMBEDDING_PART)) if geometry.tied_head else None
+        return head if table is None else dequantize(table, torch.float32)
+
+    kinds = {choice.get(EMBEDDING_PART): head_of(choice) for choice in choices}
+    others = [
+        (stream, partial(logits, head=kinds[choice.get(EMBEDDING_PART)]))
+        for stream, choice in zip(streams, choices, strict=True)
+    ]
+    found = mean_divergences((exact, partial(logits, head=head)), others, walk.device)
     # a model that overflows is one that nobody wants, and not the end of the search
     return [kl if math.isfinite(kl) else _BROKEN for kl in found]
 
@@ -279,7 +381,7 @@ def predicted_costs(errors: Options, measured: Options) -> dict[str, dict[str, f
 
 class Found(NamedTuple):
     formats: dict[str, str]
-    """By full name of each linear layer"""
+    """By part; in a manifest by full name of each linear layer"""
     kl: float
     """Of the whole, nats per token"""
     predicted: float
@@ -300,9 +402,10 @@ def search(
     """
     generator = np.random.default_rng(seed)
     (exact,) = final_states(rounded, [{}], windows)
+    labels = {label for options in costs.values() for label in options}
     best: tuple[dict[str, str], float] | None = None
     # logarithms of what the costs of a part, or of a format, are multiplied with
-    around, spread = dict.fromkeys([*costs, *rounded.formats], 0.0), _SPREAD
+    around, spread = dict.fromkeys([*costs, *sorted(labels)], 0.0), _SPREAD
     seen: set[tuple[str, ...]] = set()
     for turn in range(_ROUNDS):
         tried = []
@@ -316,8 +419,9 @@ def search(
                 tried.append((formats, point))
         if not tried:
             continue
-        states = final_states(rounded, [formats for formats, _ in tried], windows)
-        found = divergences(rounded, exact, states)
+        chosen = [formats for formats, _ in tried]
+        states = final_states(rounded, chosen, windows)
+        found = divergences(rounded, exact, states, chosen)
         for (formats, point), kl in zip(tried, found, strict=True):
             if best is None or kl < best[1]:
                 best, around = (formats, kl), point
@@ -326,8 +430,7 @@ def search(
     formats, kl = best
     predicted = sum(costs[part][label] for part, label in formats.items())
     say(f"mixed: {len(seen)} models tried, KL {kl:.4f} nats (of the parts alone: {predicted:.4f})")
-    by_layer = {name: formats[part.name] for part in rounded.parts for name in part.members}
-    return Found(by_layer, kl, predicted, len(seen))
+    return Found(formats, kl, predicted, len(seen))
 
 
 def _varied(costs: Options, point: Mapping[str, float]) -> Options:
@@ -365,7 +468,9 @@ def mix(
     shapes = [geometry.linears[reader] for part in rounded.parts for reader in part.readers]
     weights = sum(rows * columns for rows, columns in shapes)
     assert plan.bits is not None
-    return search(rounded, costs, [(sizes, plan.bits * weights / 8)], measured, plan.seed)
+    found = search(rounded, costs, [(sizes, plan.bits * weights / 8)], measured, plan.seed)
+    by_layer = {name: found.formats[part.name] for part in rounded.parts for name in part.members}
+    return found._replace(formats=by_layer)
 
 
 def part_bytes(rounded: Rounded) -> dict[str, dict[str, float]]:

@@ -34,6 +34,8 @@ from tinier.tokenizer import load_tokenizer
 
 NULL = "null"
 MIXED = "mixed"
+SIXTEEN_BIT = "16bit"
+"""What a layer that is not quantized is called among formats"""
 # 2 to 4 bits, of which `mixed` chooses unless it is told otherwise; and 8
 _NARROW = ("int2", "int3", "int4-gptq")
 _EMBEDDINGS = ("16bit", "fp8", "int8", "int4")
@@ -65,7 +67,7 @@ class QuantizePlan:
     """For `mixed`: what a layer may become, PRESET or PRESET:GROUP_SIZE; none given: 2 to 4 bits in two
     group sizes each, and 8 bits."""
     layer_formats: Mapping[str, str] = field(default_factory=dict)
-    """Layers that get another format than the preset, PRESET or PRESET:GROUP_SIZE, by full name."""
+    """Layers that get another format than the preset, PRESET, PRESET:GROUP_SIZE or 16bit, by full name."""
     self_text: bool = False
     """Calibrate on text that the model writes itself."""
     sequences: int = 128
@@ -119,7 +121,7 @@ def prepare(
     schemes = {name: preset.scheme for name, preset in presets.items()}
     for name, scheme in schemes.items():
         scheme.check_fits(name, linear_shape(geometry, name))
-    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan))
+    layout = Layout(schemes=schemes, kv_cache=kv_grid(plan.kv))
     windows = _windows(source, plan, presets, documents)
     parameters = asdict(plan) | {
         "algorithm": {n: asdict(p.algorithm) for n, p in _distinct(presets).items()},
@@ -302,7 +304,9 @@ def chosen_presets(
             presets = uniform if mixed is None else dict(mixed)
         else:
             preset = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
-            presets = dict.fromkeys(left, preset) | _exceptions(geometry, plan, left)
+            exceptions = _exceptions(geometry, plan, left)
+            left = [name for name in left if plan.layer_formats.get(name) != SIXTEEN_BIT]
+            presets = dict.fromkeys(left, preset) | exceptions
     return presets | _ends(geometry, plan)
 
 
@@ -322,7 +326,11 @@ def _exceptions(geometry: Geometry, plan: QuantizePlan, names: list[str]) -> dic
                     f"{', '.join(together)} share an input and are rounded as one matrix. Give all of "
                     "them one format in layer_formats."
                 )
-    return {name: format_named(label) for name, label in plan.layer_formats.items()}
+    return {
+        name: format_named(label)
+        for name, label in plan.layer_formats.items()
+        if label != SIXTEEN_BIT
+    }
 
 
 def _ends(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
@@ -334,10 +342,7 @@ def _ends(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
             f"the head is the embedding, which becomes {plan.embedding}, and not {plan.head} too. "
             "Leave --head out."
         )
-    group_size = plan.group_size if plan.embedding == "int4" else None
-    preset = preset_named(plan.embedding, group_size)
-    # rounding what a head reads costs several times what rounding an INT8 table does (docs/log.md)
-    preset = replace(preset, scheme=Scheme(weights=preset.scheme.weights))
+    preset = embedding_preset(plan.embedding, plan.group_size)
     ends = {EMBEDDING_MODULE: preset}
     if geometry.tied_head:
         ends[HEAD_LINEAR] = preset
@@ -357,14 +362,24 @@ def needs_text(plan: QuantizePlan) -> bool:
     if plan.kv or plan.preset == MIXED:
         return True
     formats = [preset_named(plan.preset)] if plan.preset is not None else []
-    formats += [format_named(label) for label in plan.layer_formats.values()]
+    others = set(plan.layer_formats.values()) - {SIXTEEN_BIT}
+    formats += [format_named(label) for label in others]
     return any(preset.needs_data for preset in formats)
 
 
-def kv_grid(plan: QuantizePlan) -> Grid | None:
-    if plan.kv is None:
+def kv_grid(kv: str | None) -> Grid | None:
+    """Of the KV cache. kv: fp8 or int8."""
+    if kv is None:
         return None
-    return Grid(kind="float" if plan.kv == "fp8" else "int", bits=8, granularity="tensor")
+    return Grid(kind="float" if kv == "fp8" else "int", bits=8, granularity="tensor")
+
+
+def embedding_preset(kind: str, group_size: int | None) -> Preset:
+    """Of an embedding stored as `kind` (fp8, int8, int4), and of a head that is the same matrix.
+    group_size: of int4."""
+    preset = preset_named(kind, group_size if kind == "int4" else None)
+    # rounding what a head reads costs several times what rounding an INT8 table does (docs/log.md)
+    return replace(preset, scheme=Scheme(weights=preset.scheme.weights))
 
 
 def output_config(source: Checkpoint, layout: Layout) -> dict[str, object]:

@@ -34,6 +34,8 @@ _SHRINKS = tuple(1.04 - 0.04 * i for i in range(15))
 # a float grid looks the same at twice the scale: one octave of scales is all there is to search
 _OCTAVE = tuple(2 ** (-i / 24) for i in range(24))
 _ROWS = 4096
+# of a table at once: there may be a quarter of a million
+_TABLE_ROWS = 8192
 
 
 class Fit(NamedTuple):
@@ -51,6 +53,15 @@ class Fit(NamedTuple):
         """What one unit of code is worth: [R, C], float32."""
         scale = self.scale.float()
         return scale if self.global_scale is None else scale / self.global_scale
+
+
+def round_table(table: Tensor, grid: Grid, dtype: torch.dtype) -> Quantized:
+    """An embedding or a head [rows, in], each scale searched, to nearest. dtype: as in `absmax_scales`."""
+    parts = [
+        round_nearest(rows, searched_scales(rows, grid, dtype), grid)
+        for rows in table.split(_TABLE_ROWS)
+    ]
+    return Quantized(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
 
 
 def absmax_scales(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Fit:
