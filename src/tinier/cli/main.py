@@ -8,11 +8,14 @@ from collections.abc import Callable
 import typer
 
 import tinier
+from tinier.cli.advise import advise
 from tinier.cli.bench import bench
 from tinier.cli.compare import compare
 from tinier.cli.distill import distill
+from tinier.cli.doctor import doctor
 from tinier.cli.eval import eval_
 from tinier.cli.export import export
+from tinier.cli.fit import fit
 from tinier.cli.generate import generate
 from tinier.cli.import_ import import_
 from tinier.cli.prune import prune
@@ -32,6 +35,7 @@ app = typer.Typer(
 )
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
+    "fit": fit,
     "quantize": quantize,
     "prune": prune,
     "distill": distill,
@@ -43,6 +47,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "serve": serve,
     "report": report,
+    "advise": advise,
+    "doctor": doctor,
 }
 for name, verb in VERBS.items():
     app.command(name)(verb)

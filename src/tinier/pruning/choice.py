@@ -135,7 +135,7 @@ def _for_target(
             )
         return cut_to(geometry, sizes, _kept(geometry, dropped_by_count[count]), importance)
 
-    predict = _predictor(source, plan, windows, cut, device)
+    predict = measure_cuts(source, plan, windows, cut, device)
     finalists = sorted(costs, key=predict)[: plan.candidates]
     say(f"target {plan.target}: {len(costs)} sizes fit, {len(finalists)} are measured")
     cuts = [cut(sizes) for sizes in finalists]
@@ -157,40 +157,51 @@ def _fitting(source: Checkpoint, plan: PrunePlan, device: torch.device) -> dict[
     return sizes_within(source, plan, target, stored_cost(source, target))
 
 
-def _predictor(
+@dataclass(frozen=True)
+class CutCosts:
+    """An estimate of what sizes cost in divergence: each dimension's, measured on one cut, grown with the
+    share that is removed, and added up."""
+
+    whole: Sizes
+    per_share: dict[str, float]
+    """Nats per token, by dimension; in the order that they were measured in"""
+
+    def __call__(self, sizes: Sizes) -> float:
+        costs = self.per_share.items()
+        return sum((cost * self.share(name, sizes) ** _POWER for name, cost in costs), 0.0)
+
+    def share(self, name: str, sizes: Sizes) -> float:
+        """How much of a dimension is removed."""
+        before = float(getattr(self.whole, name))  # of experts there may be none
+        return 1 - float(getattr(sizes, name)) / before if before else 0.0
+
+
+def measure_cuts(
     source: Checkpoint,
     plan: PrunePlan,
     windows: Tensor,
     cut: Callable[[Sizes], Cut],
     device: torch.device,
-) -> Callable[[Sizes], float]:
-    """A function that estimates the divergence of sizes: each dimension's, measured on one cut, grown
-    with the share that is removed, and added up."""
-    geometry = geometry_of(source)
-    whole = Sizes.of(geometry)
-    possible = list(possible_sizes(geometry, plan))
-
-    def share(name: str, sizes: Sizes) -> float:
-        before = float(getattr(whole, name))  # of experts there may be none
-        return 1 - float(getattr(sizes, name)) / before if before else 0.0
-
+) -> CutCosts:
+    """What each dimension that the plan may change costs. windows: [n, length]. cut: makes one."""
+    costs = CutCosts(Sizes.of(geometry_of(source)), {})
+    possible = list(possible_sizes(geometry_of(source), plan))
     # the cut of each dimension that comes nearest to a quarter of it and touches the others least
     probes: dict[str, Sizes] = {}
     for name in ("layers", "intermediate", "kv_heads", "experts", "hidden"):
-        touching = [sizes for sizes in possible if share(name, sizes) > 0]
-        others = [n for n in asdict(whole) if n not in (name, "heads")]
+        touching = [sizes for sizes in possible if costs.share(name, sizes) > 0]
+        others = [n for n in asdict(costs.whole) if n not in (name, "heads")]
         if touching:
             probes[name] = min(
                 touching,
-                key=lambda s: (sum(share(n, s) for n in others), abs(share(name, s) - 0.25)),
+                key=lambda s: (
+                    sum(costs.share(n, s) for n in others),
+                    abs(costs.share(name, s) - 0.25),
+                ),
             )
     found = divergences(source, windows, [cut(sizes) for sizes in probes.values()], device)
-    costs: dict[str, float] = {}
-
-    def predict(sizes: Sizes) -> float:
-        return sum((cost * share(name, sizes) ** _POWER for name, cost in costs.items()), 0.0)
-
     for (name, sizes), kl in zip(probes.items(), found, strict=True):
         # a hidden size may be possible with fewer heads only: their part is known by then
-        costs[name] = max(0.0, kl - predict(sizes)) / share(name, sizes) ** _POWER
-    return predict
+        left = max(0.0, kl - costs(sizes))
+        costs.per_share[name] = left / costs.share(name, sizes) ** _POWER
+    return costs

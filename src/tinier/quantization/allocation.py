@@ -37,8 +37,8 @@ def allocate(costs: Options, limits: Sequence[tuple[Options, float]]) -> dict[st
     constraints = [LinearConstraint(one_each, 1, 1)]
     for sizes, limit in limits:
         row = np.array([sizes[part][label] for part, label in picks])
-        # numbers near one, for the solver's tolerances
-        constraints.append(LinearConstraint(row[None] / limit, -np.inf, 1 + _SLACK))
+        scale = abs(limit) or 1.0  # numbers near one, for the solver's tolerances
+        constraints.append(LinearConstraint(row[None] / scale, -np.inf, limit / scale + _SLACK))
     objective = np.array([costs[part][label] for part, label in picks])
     most = float(np.abs(objective).max()) or 1.0
     with _silent():

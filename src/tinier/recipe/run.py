@@ -310,7 +310,7 @@ def check_run_folder(out: Path) -> None:
         return
     # what starts with a dot is a lock or a leftover of a run that was killed early
     visible = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    if visible and not (out / _MARKER).is_file():
+    if visible and not ((out / _MARKER).is_file() or (out / "fit").is_dir()):
         raise OutputError(
             f"{out} exists and is not a run folder. Choose another --out; a run folder of the same "
             "recipe is continued."

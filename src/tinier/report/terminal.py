@@ -1,5 +1,6 @@
 """Results as text for the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tinier.advice import Advice, Finding
 from tinier.checkpoint import Checkpoint, Manifest, StagePlan
 from tinier.device import model_flops, pick_device
 from tinier.evaluation import Comparison
@@ -236,3 +238,36 @@ def _table(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def advice_text(found: Sequence[Advice], origin: str, lacks: Sequence[str]) -> str:
+    """Ranked chains: figures, why, what speaks against each, and the commands of the first three."""
+    head = ["", "chain", "weights GB", "memory GB", "ms/token", "tok/s", "×16 bit", "quality %"]
+    rows = [
+        [
+            str(number), one.chain, f"{one.weight_bytes / 1e9:.2f}", f"{one.memory_bytes / 1e9:.2f}",
+            f"{one.latency_ms:.2f}", f"{one.throughput:.0f}", f"{one.speedup:.2f}",
+            "–" if one.quality is None else f"{100 * one.quality:.1f}",
+        ]
+        for number, one in enumerate(found, 1)
+    ]  # fmt: skip
+    lines = [_table(head, rows, text_columns=2), origin]
+    if lacks:
+        lines.append(f"This hardware has no {', no '.join(lacks)}.")
+    for number, one in enumerate(found, 1):
+        if one.against:
+            lines.append(f"{number}. speaks against it: {'; '.join(one.against)}.")
+    for number, one in enumerate(found[:3], 1):
+        lines += ["", f"{number}. {one.chain}: {one.reason}.", *(f"   {c}" for c in one.commands)]
+    return "\n".join(lines)
+
+
+def findings_text(found: Sequence[Finding]) -> str:
+    """One line a finding, and what to do under those that are not well."""
+    marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+    lines = []
+    for finding in found:
+        lines.append(f"{marks[finding.level]}  {finding.subject}: {finding.what}.")
+        if finding.remedy:
+            lines.append(f"      → {finding.remedy}")
+    return "\n".join(lines)

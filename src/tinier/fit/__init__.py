@@ -1,0 +1,11 @@
+"""The best model within a budget of bytes, milliseconds and quality.
+
+Start at `fit` (driver.py): what parts cost is measured once (speed.py, sensitivity.py), the choice of
+formats and sizes is solved (costs.py), and candidates are made and measured as variants of a recipe
+(chains.py).
+"""
+
+from tinier.fit.budget import Amount, Budget, Figures, Limits
+from tinier.fit.driver import FitPlan, describe, fit
+
+__all__ = ["Amount", "Budget", "Figures", "FitPlan", "Limits", "describe", "fit"]

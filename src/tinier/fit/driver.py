@@ -1,0 +1,718 @@
+"""The best model within a budget: find it, make it, and say what else there is.
+
+Start at `fit`. It writes a recipe and runs it: every candidate is a variant of the run in `out`, made,
+measured and kept as `tinier run` does it. In `out/fit` are what the search measured (`measures-…`), and
+what it decided (`rounds-…`, by budget), so that a search that was stopped goes on with the same candidates,
+and another budget for the same model costs no more than solving and the new ones.
+
+1. Uniform formats are made and measured, and the base beside them.
+2. Times of parts (speed.py), divergences of parts (sensitivity.py).
+3. The formats and sizes of least divergence within the limits (costs.py); whole models put together from
+   rounded parts decide between solutions (`quantization/mixed.py`).
+4. The finalists are made and measured. Limits that a prediction missed are corrected, and solved again.
+5. Pruned finalists are healed shortly; what that brings says whether one is worth healing in full.
+6. Other points of the front, and the winner trained on its grid, as far as the time goes.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tinier.benchmark import environment
+from tinier.checkpoint import code_digest, hold, write_atomically
+from tinier.device import model_flops, pick_device
+from tinier.errors import InputError
+from tinier.families import Geometry, check_length, geometry_of, open_model
+from tinier.fit.budget import AT_LEAST, Budget, Figures, Limits
+from tinier.fit.chains import Effort, name_of, variants_of
+from tinier.fit.costs import Costs, Design
+from tinier.fit.sensitivity import Sensitivity, measure
+from tinier.fit.speed import SpeedTable
+from tinier.kernels.machine import machine_of
+from tinier.progress import say
+from tinier.pruning import PrunePlan, Sizes
+from tinier.pruning.plan import possible_sizes
+from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of, search
+from tinier.quantization.plan import SIXTEEN_BIT, format_named
+from tinier.recipe import Recipe, check_run_folder, run_recipe
+from tinier.recipe.plan import plan_recipe
+from tinier.recipe.schema import Measure, QualityMeasure, SpeedMeasure, Text, Variant
+from tinier.schemes import Preset
+from tinier.text import tensor_sha256, token_windows
+from tinier.tokenizer import load_tokenizer
+
+_SHORT_STEPS = 10
+_MOST_STEPS = 200
+_SPREAD = 4
+# a design whose prediction is this much worse than the best is not tried
+_WORTH_TRYING = 0.97
+_GOOD_ENOUGH = 0.995
+"""Quality that training would hardly better"""
+_OFF = 0.03
+"""Of a prediction, before limits are corrected for it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """What to search, and with what."""
+
+    model: str
+    budget: Budget
+    revision: str | None = None
+    text: str | Text = "builtin"
+    device: str = "auto"
+    seed: int = 0
+    sequences: int = 64
+    """Calibration windows."""
+    length: int = 512
+    """Tokens of each."""
+    formats: tuple[str, ...] = ()
+    """What a layer may become, PRESET or PRESET:GROUP_SIZE; none given: 2 to 8 bits."""
+    prune: bool = True
+    """Whether layers and widths may go."""
+    train: bool = True
+    """Whether candidates may be healed and trained on their grids."""
+
+
+class Candidate(NamedTuple):
+    name: str
+    """Of the last of its variants"""
+    design: Design
+    why: str
+
+
+def fit(plan: FitPlan, out: Path, *, command: str) -> dict[str, Any]:
+    """Search, make and measure; returns what is in out/fit.json: the winner, the front, the alternatives.
+
+    Raises the InputError of whatever is wrong before any work, OutputError for a folder in use.
+    """
+    check_run_folder(out)
+    search_ = _Search(plan, out, command)
+    (out / "fit").mkdir(parents=True, exist_ok=True)
+    with hold(out / "fit", out / "fit" / ".lock"):
+        return search_.run()
+
+
+def describe(plan: FitPlan, out: Path) -> dict[str, Any]:
+    """What `fit` would do and about how long it would take, after every check."""
+    check_run_folder(out)
+    return _Search(plan, out, "").expected()
+
+
+class _Search:
+    """One search on its way."""
+
+    def __init__(self, plan: FitPlan, out: Path, command: str) -> None:
+        if not plan.budget.limits_anything:
+            raise InputError(
+                "there is no budget. Give at least one of --max-size, --max-memory, --min-throughput, "
+                "--max-latency and --min-quality."
+            )
+        self._plan, self._out, self._command = plan, out, command
+        self._source = open_model(plan.model, plan.revision)
+        self._geometry = geometry_of(self._source)
+        if self._geometry.mixture is not None:
+            raise InputError(
+                "fit does not search mixtures of experts yet. Use tinier run with variants of your own."
+            )
+        load = plan.budget.load
+        check_length(self._source, load.input_length + load.output_length)
+        self._device = pick_device(plan.device)
+        self._formats = default_formats(plan.formats, self._geometry, self._device)
+        self._effort = _effort(plan, self._device)
+        planned = plan_recipe(self._recipe(self._uniform()))
+        self._parts = planned.parts
+        self._windows = token_windows(
+            load_tokenizer(self._source),
+            planned.parts.calibration,
+            length=plan.length,
+            count=plan.sequences,
+        )
+        said = [asdict(plan) | {"model": self._source.hash}, code_digest("tinier.fit.driver")]
+        key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+        self._decided_path = out / "fit" / f"rounds-{key}.json"
+        self._candidates: list[Candidate] = []
+        self._rounds: dict[str, list[str]] = {}
+        self._spent = 0.0
+        self._per_variant = 60.0
+
+    # --- the whole
+
+    def run(self) -> dict[str, Any]:
+        self._recall()
+        self._started = time.monotonic() - self._spent
+        for line in self.expected()["lines"]:
+            say(f"fit: {line}")
+        results = self._round("uniform", self._uniform)
+        costs, known = self._costs(results)
+        limits = self._plan.budget.limits(_figures(results, "base"))
+        results = self._round("first", lambda: self._first(costs, known, limits))
+        results = self._round("corrected", lambda: self._corrected(costs, known, limits, results))
+        self._learn_recovery(costs, results)
+        results = self._round("healed", lambda: self._healed(costs, limits, results))
+        results = self._round("spread", lambda: self._spread(costs, limits, results))
+        results = self._round("trained", lambda: self._trained(limits, results))
+        found = self._conclude(costs, limits, results)
+        write_atomically(self._out / "fit.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(self._out / "front.csv", _csv(found["front"]))
+        return found
+
+    def expected(self) -> dict[str, Any]:
+        """What the search will do, in words, and about how long each step takes."""
+        budget = self._plan.budget
+        flops = model_flops(self._device)
+        tokens = self._windows.numel()
+        linear = 2.0 * self._geometry.layers * self._geometry.layer_parameters
+        rounding = len(self._formats) * (
+            3 * linear * tokens / flops + self._source.weight_bytes / 2e8
+        )
+        streams = len(parts_of(self._geometry)) * 5 * 0.5
+        parts = streams * linear * 1024 / flops
+        lines = [
+            f"at most {budget.seconds / 60:.0f} minutes, under {budget.load.input_length} tokens in, "
+            f"{budget.load.output_length} out, {budget.load.concurrency} at once, on {self._device}",
+            f"{len(self._formats)} formats ({', '.join(self._formats)}), 16 bit; embedding, KV cache"
+            + ("; layers and widths" if self._plan.prune else ""),
+            f"about {rounding / 60:.1f} minutes to round all parts, {parts / 60:.1f} to measure each alone;"
+            " then candidates, each made and measured, and training, until the time is spent",
+        ]
+        return {
+            "lines": lines, "rounding_seconds": rounding, "parts_seconds": parts, "seconds": budget.seconds,
+            "uniform": [candidate.name for candidate in self._uniform()], "formats": list(self._formats),
+        }  # fmt: skip
+
+    # --- rounds
+
+    def _round(self, name: str, decide: Callable[[], Sequence[Candidate]]) -> dict[str, Any]:
+        """Decide on candidates, once; make and measure them. Returns the results of the whole run."""
+        if name not in self._rounds:
+            new = [c for c in decide() if c.name not in {known.name for known in self._candidates}]
+            self._candidates += new
+            self._rounds[name] = [candidate.name for candidate in new]
+            self._keep()
+        before = time.monotonic()
+        fresh = [n for n in self._rounds[name] if not (self._out / "variants" / n).exists()]
+        for candidate in self._candidates:
+            if candidate.name in self._rounds[name]:
+                say(f"fit: {name}: {candidate.name}: {candidate.why}")
+        results = run_recipe(self._recipe(self._candidates), self._out, command=self._command)
+        if fresh:
+            self._per_variant = (time.monotonic() - before) / len(fresh)
+        self._keep()
+        return results
+
+    def _keep(self) -> None:
+        self._spent = time.monotonic() - self._started
+        values = {
+            "budget": self._plan.budget.as_json(),
+            "spent": self._spent,
+            "rounds": self._rounds,
+            "candidates": [
+                {"name": c.name, "design": c.design.as_json(), "why": c.why}
+                for c in self._candidates
+            ],
+        }
+        write_atomically(self._decided_path, json.dumps(values, indent=1) + "\n")
+
+    def _recall(self) -> None:
+        """Candidates of this budget's earlier call, and of other budgets in the same folder."""
+        known: dict[str, Candidate] = {}
+        for path in sorted(
+            (self._out / "fit").glob("rounds-*.json"), key=lambda p: p.stat().st_mtime
+        ):
+            values = json.loads(path.read_text("utf-8"))
+            for value in values["candidates"]:
+                design = Design.from_json(value["design"])
+                known[value["name"]] = Candidate(value["name"], design, value["why"])
+            if path == self._decided_path:
+                self._rounds, self._spent = values["rounds"], values["spent"]
+        self._candidates = list(known.values())
+
+    def _left(self) -> float:
+        return self._plan.budget.seconds - (time.monotonic() - self._started)
+
+    def _recipe(self, candidates: Sequence[Candidate]) -> Recipe:
+        variants: dict[str, Variant] = {}
+        for candidate in candidates:
+            variants |= variants_of(candidate.design, candidate.name, self._geometry, self._effort)
+        plan, load = self._plan, self._plan.budget.load
+        return Recipe(
+            base=plan.model, revision=plan.revision, seed=plan.seed, device=plan.device, text=plan.text,
+            variants=variants,
+            measure=Measure(
+                quality=QualityMeasure(windows=32, length=min(512, plan.length)),
+                speed=SpeedMeasure(
+                    concurrency=(load.concurrency,), input_length=load.input_length,
+                    output_length=load.output_length,
+                ),
+            ),
+        )  # fmt: skip
+
+    def _named(self, design: Design, why: str, costs: Costs | None = None) -> Candidate:
+        """A candidate with a name that no other design has."""
+        whole = Sizes.of(self._geometry)
+        for known in self._candidates:
+            if known.design == design:
+                return known
+        bits = 0.0
+        if costs is not None:
+            side = self._source.disk_bytes - self._source.weight_bytes
+            bits = 8 * (costs.predicted(design).size - side) / self._geometry.parameters
+        name = name_of(design, whole, bits)
+        taken = {known.name for known in self._candidates}
+        number = 2
+        while name in taken:
+            name = f"{name_of(design, whole, bits)}.{number}"
+            number += 1
+        return Candidate(name, design, why)
+
+    # --- what is measured
+
+    def _costs(self, results: dict[str, Any]) -> tuple[Costs, Sensitivity]:
+        plan, source = self._plan, self._source
+        said = [source.hash, tensor_sha256(self._windows), list(self._formats), plan.prune,
+                code_digest("tinier.fit.sensitivity")]  # fmt: skip
+        key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+        known = measure(
+            source, self._formats, self._windows, self._out / "fit" / f"measures-{key}", self._device,
+            align=self._effort.align if plan.prune else None,
+        )  # fmt: skip
+        whole = Sizes.of(self._geometry)
+        possible = [whole]
+        if plan.prune:
+            possible = list(
+                possible_sizes(self._geometry, PrunePlan(target="1B", align=self._effort.align))
+            )
+        align = self._effort.align
+        widths = measured_widths(self._geometry, self._formats, align) if plan.prune else [whole]
+        load = plan.budget.load
+        machine = environment(self._device)
+        said = [source.config, asdict(load), list(self._formats), machine.get("gpu"), machine["cpu"],
+                machine["torch_threads"], code_digest("tinier.fit.speed")]  # fmt: skip
+        key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+        say("fit: measures how long parts take")
+        table = SpeedTable.measure(
+            source, self._formats, widths, load,
+            self._out / "fit" / f"speed-{key}.json", self._device, "int8",
+        )  # fmt: skip
+        base = next(row for row in results["variants"] if row["name"] == "base")
+        costs = Costs(
+            source=source, formats=self._formats, divergence=known.divergence, cuts=known.cuts,
+            dropped=known.dropped, table=table, machine=machine_of(self._device), load=load,
+            possible=possible, base=_figures(results, "base"),
+            base_weights=base["memory"]["weights_bytes"] + base["memory"]["kv_bytes"],
+        )  # fmt: skip
+        return costs, known
+
+    # --- what is decided
+
+    def _uniform(self) -> list[Candidate]:
+        """One format for all, the embedding in 8 bits: what a person would try first."""
+        names = [part.name for part in parts_of(self._geometry)]
+        ends = {EMBEDDING_PART: "int8", KV_PART: SIXTEEN_BIT}
+        found = []
+        for label in _first_tries(self._formats):
+            design = Design(Sizes.of(self._geometry), (), dict.fromkeys(names, label) | ends)
+            found.append(Candidate(label.replace(":", "-g"), design, "one format for all"))
+        return found
+
+    @property
+    def _objective(self) -> str:
+        """Least divergence within the limits; where only quality is limited, least size and time."""
+        b = self._plan.budget
+        limited = (b.max_size, b.max_memory, b.min_throughput, b.max_latency)
+        return "divergence" if any(limit is not None for limit in limited) else "both"
+
+    def _solvable(self, limits: Limits) -> Limits:
+        """The limits that the solver keeps: quality is what it betters where anything else is limited."""
+        return limits._replace(quality=None) if self._objective == "divergence" else limits
+
+    def _first(self, costs: Costs, known: Sensitivity, limits: Limits) -> list[Candidate]:
+        found = []
+        best = costs.solve(self._solvable(limits), self._objective, pruned=False)
+        if best is not None:
+            best = self._searched(costs, known, best, limits)
+            found.append(self._named(best, "least divergence within the budget", costs))
+        if not self._plan.prune:
+            return found
+        pruned = costs.solve(self._solvable(limits), self._objective, pruned=True)
+        if pruned is None:
+            return found
+        least = _WORTH_TRYING * costs.predicted(best).quality if best is not None else 0.0
+        if costs.predicted(pruned).quality < least:
+            say("fit: no pruned model is predicted to come near the best that is only quantized")
+            return found
+        steps = _SHORT_STEPS if self._plan.train else 0
+        pruned = replace(pruned, steps=steps)
+        return [*found, self._named(pruned, "the best with fewer layers or widths", costs)]
+
+    def _searched(self, costs: Costs, known: Sensitivity, best: Design, limits: Limits) -> Design:
+        """The formats whose whole diverges least, of those that solutions suggest."""
+        if self._objective != "divergence":
+            return best
+        limited = costs.limited(best.sizes, self._solvable(limits))
+        assert limited is not None
+        found = search(
+            known.rounded, costs.options(best.sizes), limited, known.windows, self._plan.seed
+        )
+        return replace(best, formats=found.formats)
+
+    def _corrected(
+        self, costs: Costs, known: Sensitivity, limits: Limits, results: dict[str, Any]
+    ) -> list[Candidate]:
+        """Solved again, with the limits moved by what the predictions were off."""
+        found = []
+        for candidate in self._of_round("first"):
+            measured = _figures_or_none(results, candidate.name)
+            if measured is None:
+                continue
+            predicted = costs.predicted(candidate.design)
+            moved, off = limits, False
+            for name in ("memory", "throughput", "latency"):
+                limit, ratio = (
+                    getattr(limits, name),
+                    getattr(predicted, name) / getattr(measured, name),
+                )
+                if limit is not None and abs(ratio - 1) > _OFF:
+                    moved, off = moved._replace(**{name: limit * ratio}), True
+            if not off:
+                continue
+            is_pruned = candidate.design.sizes != Sizes.of(self._geometry)
+            again = costs.solve(self._solvable(moved), self._objective, pruned=is_pruned)
+            if again is None:
+                continue
+            if is_pruned:
+                again = replace(again, steps=candidate.design.steps)
+            else:
+                again = self._searched(costs, known, again, moved)
+            found.append(
+                self._named(again, "the same, corrected for what predictions were off", costs)
+            )
+        return found
+
+    def _learn_recovery(self, costs: Costs, results: dict[str, Any]) -> None:
+        """What healing left of a cut's divergence, from the candidates that were healed."""
+        for candidate in self._candidates:
+            design = candidate.design
+            if costs.cuts is None or not design.steps or design.grid_steps:
+                continue
+            measured = _figures_or_none(results, candidate.name)
+            if measured is None or measured.quality <= 0:
+                continue
+            lost = -_log(measured.quality)
+            rounding = -_log(costs.predicted(design).quality) - costs.healed * costs.cuts(
+                design.sizes
+            )
+            costs.recovered(max(0.05, (lost - rounding) / costs.cuts(design.sizes)))
+
+    def _healed(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+        """The best pruned candidate, healed for longer, where it may win."""
+        if not (self._plan.prune and self._plan.train):
+            return []
+        pruned = [c for c in self._candidates if c.design.steps]
+        measured = {c.name: _figures_or_none(results, c.name) for c in pruned}
+        pruned = [c for c in pruned if measured[c.name] is not None]
+        if not pruned:
+            return []
+        best = max(pruned, key=lambda c: measured[c.name].quality)  # type: ignore[union-attr]
+        others = [c.name for c in self._candidates if c not in pruned]
+        kept = [
+            f for n in others if (f := _figures_or_none(results, n)) and not _resources(limits, f)
+        ]
+        bar = max((f.quality for f in kept), default=0.0)
+        own = measured[best.name]
+        assert own is not None
+        # twenty times the steps were seen to take a fifth to a third off what a short healing leaves
+        if own.quality**0.75 < bar:
+            say(f"fit: {best.name} is not healed further: {own.quality:.3f} against {bar:.3f}")
+            return []
+        steps = self._steps(best, 0.6)
+        if steps <= best.design.steps:
+            return []
+        return [
+            self._named(
+                replace(best.design, steps=steps), "the best of those, healed in full", costs
+            )
+        ]
+
+    def _steps(self, candidate: Candidate, share: float) -> int:
+        """Training steps that a share of the time that is left is enough for."""
+        tokens = self._effort.batch * self._effort.training_length
+        a_step = 8.0 * self._geometry.parameters * tokens / model_flops(self._device)
+        for manifest in self._manifests(candidate):
+            if manifest["stage"] == "distill" and manifest["parameters"]["steps"]:
+                a_step = manifest["seconds"] / manifest["parameters"]["steps"]
+        return int(min(_MOST_STEPS, share * self._left() / a_step))
+
+    def _manifests(self, candidate: Candidate) -> list[dict[str, Any]]:
+        names = variants_of(candidate.design, candidate.name, self._geometry, self._effort)
+        paths = [self._out / "variants" / name / "tinier.json" for name in names]
+        return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+
+    def _spread(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+        """Other points of the front: cheaper ones and better ones, as many as there is time for."""
+        share = 0.5 if self._plan.train else 0.9
+        count = min(_SPREAD, int(share * self._left() / max(1.0, self._per_variant)))
+        winner = self._best(limits, results)
+        size = _figures(results, winner).size if winner else _figures(results, "base").size * 0.4
+        wanted = [
+            (Limits(size=0.85 * size), "divergence", "smaller than the winner"),
+            (Limits(size=1.25 * size), "divergence", "larger than the winner"),
+            (Limits(quality=0.9), "milliseconds", "the fastest that keeps 90 %"),
+            (Limits(size=0.7 * size), "divergence", "smaller still"),
+        ]
+        found: list[Candidate] = []
+        for limits_, objective, why in wanted[:count]:
+            design = costs.solve(limits_, objective, pruned=False)
+            if design is not None:
+                candidate = self._named(design, why, costs)
+                if candidate.name not in [c.name for c in found]:
+                    found.append(candidate)
+        return found
+
+    def _trained(self, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+        """The winner trained on its grid, where there is time and something to better."""
+        winner = self._best(limits, results)
+        if winner is None or not self._plan.train:
+            return []
+        (candidate,) = [c for c in self._candidates if c.name == winner]
+        if _figures(results, winner).quality > _GOOD_ENOUGH or candidate.design.grid_steps:
+            return []
+        steps = self._steps(candidate, 0.7)
+        if steps < _SHORT_STEPS:
+            return []
+        trained = replace(candidate.design, grid_steps=steps)
+        name = f"{candidate.name}-trained{steps}"
+        return [Candidate(name, trained, "the winner, trained on its grid")]
+
+    def _of_round(self, name: str) -> list[Candidate]:
+        return [c for c in self._candidates if c.name in self._rounds.get(name, ())]
+
+    # --- what is found
+
+    def _best(self, limits: Limits, results: dict[str, Any]) -> str | None:
+        """The name of the measured candidate that keeps all limits and is best."""
+        names: list[str] = [row["name"] for row in results["variants"] if row["name"] != "base"]
+        kept: dict[str, Figures] = {
+            n: f for n in names if not limits.broken(f := _figures(results, n))
+        }
+        kept = {n: f for n, f in kept.items() if n in {c.name for c in self._candidates}}
+        if not kept:
+            return None
+        base = _figures(results, "base")
+
+        def worth(figures: Figures) -> float:
+            if self._objective == "divergence":
+                return figures.quality
+            return figures.throughput / base.throughput * base.size / figures.size
+
+        return max(kept, key=lambda n: worth(kept[n]))
+
+    def _conclude(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> dict[str, Any]:
+        rows = {row["name"]: _figures(results, row["name"]) for row in results["variants"]}
+        winner = self._best(limits, results)
+        off: dict[str, list[float]] = {}
+        for candidate in self._candidates:
+            if candidate.name in rows and not candidate.design.grid_steps:
+                predicted = costs.predicted(candidate.design)
+                for name, value in rows[candidate.name]._asdict().items():
+                    off.setdefault(name, []).append(
+                        getattr(predicted, name) / value - 1 if value else 0.0
+                    )
+        return {
+            "schema": 1,
+            "command": self._command,
+            "model": self._plan.model,
+            "budget": self._plan.budget.as_json(),
+            "limits": limits._asdict(),
+            "base": rows["base"]._asdict(),
+            "winner": winner,
+            "winner_figures": rows[winner]._asdict() if winner else None,
+            "nearest": None if winner else self._nearest(costs, limits),
+            "alternatives": self._alternatives(costs, limits, rows[winner], winner)
+            if winner
+            else [],
+            "front": self._front(costs, rows),
+            "candidates": {
+                c.name: {"why": c.why, "design": c.design.as_json()} for c in self._candidates
+            },
+            "prediction_errors": off,
+            "seconds": round(self._spent, 1),
+        }
+
+    def _nearest(self, costs: Costs, limits: Limits) -> dict[str, float | None]:
+        """For each limit what it would have to be, the others kept, as predicted; None: nothing helps."""
+        kinds = {"size": "size", "memory": "memory", "throughput": "milliseconds", "latency": "step",
+                 "quality": "divergence"}  # fmt: skip
+        found: dict[str, float | None] = {}
+        for name, limit in limits._asdict().items():
+            if limit is not None:
+                design = costs.solve(limits._replace(**{name: None}), kinds[name])
+                found[name] = None if design is None else getattr(costs.predicted(design), name)
+        return found
+
+    def _alternatives(
+        self, costs: Costs, limits: Limits, figures: Figures, winner: str
+    ) -> list[dict[str, Any]]:
+        """What the next cheaper and the next better choice would cost, as predicted."""
+        found: list[dict[str, Any]] = []
+        (design,) = [c.design for c in self._candidates if c.name == winner]
+        plain = costs.predicted(replace(design, steps=0, grid_steps=0))
+        # what predictions are off for the winner, they are off for its neighbours
+        scale = {n: getattr(figures, n) / v for n, v in plain._asdict().items()}
+        lost = _log(figures.quality) / min(-1e-9, _log(plain.quality))
+        wanted = [("smaller", costs.solve(Limits(size=0.9 * plain.size)))]
+        if limits.throughput is not None or limits.latency is not None:
+            wanted.append(("faster", costs.solve(Limits(throughput=1.1 * plain.throughput))))
+        wanted.append(("better", costs.solve(Limits(quality=plain.quality**0.7), "size")))
+        for what, other in wanted:
+            if other is None:
+                continue
+            values = costs.predicted(other)
+            scaled = {n: v * scale[n] for n, v in values._asdict().items()}
+            scaled["quality"] = values.quality**lost
+            found.append({"what": what, **scaled})
+        return found
+
+    def _front(self, costs: Costs, rows: dict[str, Figures]) -> list[dict[str, Any]]:
+        """What was measured and is beaten by nothing in everything, and what is predicted between."""
+        found: list[dict[str, Any]] = [
+            {"kind": "measured", "name": name, **figures._asdict()}
+            for name, figures in rows.items()
+            if not any(_beats(other, figures) for other in rows.values())
+        ]
+        base = rows["base"].size
+        for percent in range(20, 65, 5):
+            design = costs.solve(Limits(size=base * percent / 100), pruned=False)
+            if design is not None:
+                found.append(
+                    {
+                        "kind": "predicted",
+                        "name": f"{percent}% of the size",
+                        **costs.predicted(design)._asdict(),
+                    }
+                )
+        return found
+
+
+def _log(quality: float) -> float:
+    return float(torch.tensor(max(quality, 1e-9), dtype=torch.float64).log())
+
+
+def _resources(limits: Limits, found: Figures) -> list[str]:
+    return limits._replace(quality=None).broken(found)
+
+
+def _beats(one: Figures, other: Figures) -> bool:
+    """Whether one is as good in every figure, and better in some."""
+    pairs = [
+        (a, b) if name in AT_LEAST else (-a, -b)
+        for name, a, b in zip(Figures._fields, one, other, strict=True)
+    ]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def _figures(results: dict[str, Any], name: str) -> Figures:
+    row: dict[str, Any] = next(row for row in results["variants"] if row["name"] == name)
+    base: dict[str, Any] = next(row for row in results["variants"] if row["name"] == "base")
+    rate = base["speed"][-1]["output_tokens_per_s"]["median"]
+    return Figures(
+        size=float(row["disk_bytes"]),
+        memory=float(row["memory"]["peak_bytes"]),
+        throughput=rate * row["speedup"],
+        latency=row["speed"][-1]["itl_ms"]["median"],
+        quality=row["retained_quality"],
+    )
+
+
+def _figures_or_none(results: dict[str, Any], name: str) -> Figures | None:
+    """None for a variant that failed."""
+    names = [row["name"] for row in results["variants"]]
+    return _figures(results, name) if name in names else None
+
+
+def default_formats(
+    given: Sequence[str], geometry: Geometry, device: torch.device
+) -> dict[str, Preset]:
+    """What a layer may become, by label: as given, or few bits in two group sizes, and what the device
+    multiplies. Raises SchemeError for a format that the layers do not fit."""
+    labels = list(given)
+    if not labels:
+        columns = {columns for _, columns in geometry.linears.values()}
+        wide = next((s for s in (128, 64, 32) if all(c % s == 0 for c in columns)), 32)
+        labels = [
+            f"{name}:{size}" for name in ("int2", "int3", "int4-gptq") for size in (wide, wide // 2)
+        ]
+        labels += ["int8-w8a16", "int8-sq"]
+        machine = machine_of(device)
+        if machine.has_fp8:
+            labels.append("fp8")
+        if machine.kind == "cuda" and machine.capability >= (10, 0):
+            labels.append("nvfp4")
+    found = {label: format_named(label) for label in labels}
+    for label, preset in found.items():
+        for name, shape in geometry.linears.items():
+            preset.scheme.check_fits(f"{label}: {name}", shape)
+    return found
+
+
+def possible_widths(geometry: Geometry, formats: Mapping[str, Preset], align: int) -> list[Sizes]:
+    """The widths that pruning may leave and all formats fit, the model's own last."""
+    later = tuple(preset.scheme for preset in formats.values())
+    plan = PrunePlan(target="1B", shrink="width", later=later, align=align)
+    found = sorted(
+        possible_sizes(geometry, plan), key=lambda s: (s.hidden * s.intermediate, s.kv_heads)
+    )
+    whole = Sizes.of(geometry)
+    return [*(sizes for sizes in found if sizes != whole), whole]
+
+
+def measured_widths(geometry: Geometry, formats: Mapping[str, Preset], align: int) -> list[Sizes]:
+    """The narrowest, one halfway and the model's own."""
+    widths = possible_widths(geometry, formats, align)
+    narrow, whole = widths[0], widths[-1]
+
+    def off(sizes: Sizes) -> float:
+        """From halfway, in shares of what lies between."""
+        return sum(
+            abs(
+                (getattr(sizes, n) - getattr(narrow, n))
+                / max(1, getattr(whole, n) - getattr(narrow, n))
+                - 0.5
+            )
+            for n in ("hidden", "intermediate", "kv_heads")
+        )
+
+    return list(dict.fromkeys([narrow, min(widths, key=off), whole]))
+
+
+def _first_tries(formats: dict[str, Preset]) -> list[str]:
+    """One label each of 8 and of 4 bits."""
+    eight = [label for label, p in formats.items() if p.scheme.weights.bits == 8]
+    four = [label for label, p in formats.items() if p.scheme.weights.bits == 4]
+    return [*eight[-1:], *four[:1]] or list(formats)[:1]
+
+
+def _effort(plan: FitPlan, device: torch.device) -> Effort:
+    """Training batches that a device gets through in seconds."""
+    on_gpu = device.type == "cuda"
+    return Effort(
+        sequences=plan.sequences, length=plan.length, batch=32 if on_gpu else 8,
+        align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8, training_length=plan.length if on_gpu else min(256, plan.length),
+    )  # fmt: skip
+
+
+def _csv(front: list[dict[str, Any]]) -> str:
+    written = io.StringIO()
+    writer = csv.DictWriter(written, ["kind", "name", *Figures._fields], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(front)
+    return written.getvalue()

@@ -1,0 +1,308 @@
+"""`report.html`: everything a run measured, in one file that needs no network.
+
+Start at `write_html`. In: the results of one run or several, and their folders, whose manifests have each
+layer's error and each step's divergence. The page is report.html, a template beside this file; Chart.js
+draws (chart.umd.min.js, MIT).
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tinier.benchmark import Load
+from tinier.checkpoint import write_atomically
+from tinier.report.fitted import fit_text
+
+Results = dict[str, Any]
+
+# key, label, what it is, digits, whether it is shown at first, axis (and which), whether lower is better
+_COLUMNS: tuple[tuple[str, str, str, int, bool, str | None, str | None, bool], ...] = (
+    ("precision", "precision", "How weights and activations are stored", 0, True, None, None, False),
+    ("layers", "layers", "Decoder layers", 0, True, None, None, False),
+    ("bits", "bits/weight", "All stored tensors over all parameters", 2, True, None, None, True),
+    ("size", "size MB", "Files of the model", 1, True, "size, MB", "x", True),
+    ("share", "size %", "Of the base model's", 0, True, None, None, True),
+    ("quality", "quality %", "exp(-KL): likelihood per token of the base's text that is left", 1, True,
+     "retained quality, %", "y", False),
+    ("perplexity", "perplexity", "On held-out text", 2, True, "perplexity", "y", True),
+    ("kl", "KL", "From the base, nats per token, ± standard error", 4, True, "KL, nats per token", "y", True),
+    ("top1", "top-1 %", "Tokens of which the likeliest is the base's", 1, True, "top-1 agreement, %", "y", False),
+    ("mmlu", "MMLU %", "± binomial standard error", 1, True, "MMLU, %", "y", False),
+    ("throughput", "tok/s", "Output tokens a second at the largest concurrency", 1, True,
+     "throughput, tok/s", "x", False),
+    ("speedup", "×base", "Throughput over the base's, by turns", 2, True, "throughput, × the base's", "x", False),
+    ("latency", "latency ms", "Of a request at the smallest concurrency", 0, True, "latency, ms", "x", True),
+    ("ttft", "TTFT ms", "To the first token, at the smallest concurrency", 0, False,
+     "time to first token, ms", "x", True),
+    ("itl", "ITL ms", "Between two tokens, at the smallest concurrency", 2, False, "between tokens, ms", "x", True),
+    ("weights", "weights MB", "As loaded", 0, False, None, None, True),
+    ("peak", "peak MB", "Memory of a process that serves the load", 0, True, "memory serving, MB", "x", True),
+    ("seconds", "stage s", "What making it took", 0, False, None, None, True),
+)  # fmt: skip
+_ERRORS = {"kl": "kl_error", "mmlu": "mmlu_error"}
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    results: Results
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.folder.name
+
+
+def write_html(runs: Sequence[Run], path: Path) -> Path:
+    """Write the page of one run, or of several beside each other; returns its path."""
+    source = files("tinier.report")
+    page = source.joinpath("report.html").read_text("utf-8")
+    # nothing in the data may end the script that holds it
+    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")
+    chart = source.joinpath("chart.umd.min.js").read_text("utf-8")
+    page = page.replace("/*CHART*/", chart, 1).replace("/*DATA*/", data, 1)
+    write_atomically(path, page)
+    return path
+
+
+def page_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page shows, as plain values."""
+    bases = list(dict.fromkeys(str(run.results["recipe"]["base"]) for run in runs))
+    rows = [
+        row for index, run in enumerate(runs) for row in _rows(index, run, several=len(runs) > 1)
+    ]
+    fitted = [(run, found) for run in runs if (found := _fit_of(run)) is not None]
+    lines = []
+    for run, found in fitted:
+        label = f"{run.label}: " if len(runs) > 1 else ""
+        lines += [label + line for line in fit_text(found).splitlines()]
+    predicted = [_predicted(point, run) for run, found in fitted for point in found["front"]]
+    first = runs[0].results
+    return {
+        "title": ", ".join(bases),
+        "about": f"{len(rows)} models, measured by tinier {first['tinier']} on {_machine(first)}, "
+        f"{first['created'][:10]}. Every figure is a measurement of this run, none is copied.",
+        "columns": [_name_column(), *map(_column, _COLUMNS)],
+        "rows": rows,
+        "predicted": [point for point in predicted if point],
+        "found": lines or [text for run in runs for text in _choices(run)],
+        "notes": [note for run in runs for note in _notes(run)],
+        "spreads": _spreads(runs, rows),
+        "runs": [
+            {"index": i, "label": run.label, "command": run.results["command"],
+             "environment": _environment(run.results)}
+            for i, run in enumerate(runs)
+        ],
+    }  # fmt: skip
+
+
+def _name_column() -> dict[str, Any]:
+    return {"key": "name", "label": "variant", "title": "Its name in the recipe", "text": True,
+            "shown": True, "digits": 0, "axis": None}  # fmt: skip
+
+
+def _column(column: tuple[Any, ...]) -> dict[str, Any]:
+    key, label, title, digits, shown, axis, side, lower = column
+    return {
+        "key": key, "label": label, "title": title, "digits": digits, "shown": shown, "axis": axis,
+        "side": side, "lower": lower, "text": key == "precision", "error": _ERRORS.get(key),
+    }  # fmt: skip
+
+
+def _machine(results: Results) -> str:
+    environment = results["environment"]
+    return str(environment.get("gpu") or f"{environment['cpu']}, {environment['cpu_cores']} cores")
+
+
+def _rows(index: int, run: Run, *, several: bool) -> list[dict[str, Any]]:
+    return [_row(index, run, row, several=several) for row in run.results["variants"]]
+
+
+def _row(index: int, run: Run, row: dict[str, Any], *, several: bool) -> dict[str, Any]:
+    quality, mmlu, speed = row["quality"], row["mmlu"], row["speed"]
+    manifest = _manifest(run, row)
+    label = f"{run.label}/{row['name']}" if several else row["name"]
+    found = _fit_of(run)
+    return {
+        "run": index,
+        "name": label,
+        "label": label,
+        "precision": row["precision"],
+        "layers": row["layers"],
+        "bits": row["bits_per_weight"],
+        "size": row["disk_bytes"] / 1e6,
+        "share": 100 / row["shrinkage"],
+        "quality": 100 * row["retained_quality"],
+        "perplexity": quality["perplexity"],
+        "kl": quality["kl"],
+        "kl_error": quality["kl_stderr"],
+        "top1": _times(quality["top1_agreement"], 100),
+        "mmlu": 100 * mmlu["accuracy"] if mmlu else None,
+        "mmlu_error": 100 * mmlu["stderr"] if mmlu else None,
+        "subjects": mmlu["subjects"] if mmlu else None,
+        "throughput": speed[-1]["output_tokens_per_s"]["median"],
+        "speedup": row["speedup"],
+        "latency": speed[0]["latency_ms"]["median"],
+        "ttft": speed[0]["ttft_ms"]["median"],
+        "itl": speed[0]["itl_ms"]["median"],
+        "weights": row["memory"]["weights_bytes"] / 1e6,
+        "peak": row["memory"]["peak_bytes"] / 1e6,
+        "seconds": row["stage_seconds"],
+        "collapsed": row["collapsed"],
+        "mark": "†" if row["collapsed"] else "",
+        "why": "quality collapsed" if row["collapsed"] else "",
+        "chosen": bool(found and found["winner"] == row["name"]),
+        "recipe": _recipe_of(run.results, row["name"]),
+        "heat": _heat(manifest),
+        "training": _training(manifest),
+    }
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _manifest(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    """What the stage wrote; empty for the base, and where the checkpoint was moved away."""
+    path = run.folder / row["checkpoint"] / "tinier.json"
+    if row["stage"] is None or not path.is_file():
+        return {}
+    values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return values
+
+
+def _heat(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Signal over noise by kind of linear layer and decoder layer."""
+    found: dict[str, dict[int, dict[str, float | None]]] = {}
+    for name, measures in manifest.get("layers", {}).items():
+        parts = name.split(".", 3)
+        if len(parts) == 4 and parts[:2] == ["model", "layers"] and measures:
+            found.setdefault(parts[3], {})[int(parts[2])] = measures
+    if not found:
+        return None
+    layers = sorted({index for by_layer in found.values() for index in by_layer})
+    values = {
+        kind: [[found[module].get(i, {}).get(kind) for i in layers] for module in found]
+        for kind in ("output_snr_db", "snr_db")
+    }
+    return {"modules": list(found), "layers": layers, "values": values}
+
+
+def _training(manifest: dict[str, Any]) -> list[tuple[int, float]] | None:
+    heldout = manifest.get("measures", {}).get("heldout_kl")
+    return sorted((int(step), kl) for step, kl in heldout.items()) if heldout else None
+
+
+def _recipe_of(results: Results, name: str) -> str | None:
+    """The variants that lead to one, as a recipe's YAML."""
+    recipe, needed, todo = results["recipe"], dict[str, Any](), [name]
+    while todo:
+        variant = recipe["variants"].get(todo.pop())
+        if variant is None:
+            continue
+        own = next(n for n, v in recipe["variants"].items() if v is variant)
+        needed[own] = {key: value for key, value in variant.items() if value is not None}
+        todo.append(variant["from"])
+    if not needed:
+        return None
+    kept = {key: recipe[key] for key in ("base", "revision", "seed", "device", "text")}
+    text: str = yaml.safe_dump(kept | {"variants": dict(reversed(needed.items()))}, sort_keys=False)
+    return text
+
+
+def _spreads(runs: Sequence[Run], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bars: lowest, median and highest of each workload; percentiles of each load on a server."""
+    found = []
+    variants = [row for run in runs for row in run.results["variants"]]
+    names = [row["label"] for row in rows]
+    kinds = {"latency_ms": "latency", "ttft_ms": "time to first token", "itl_ms": "between tokens"}
+    for index, first in enumerate(variants[0]["speed"]):
+        load = first["workload"]
+        what = (
+            f"{load['concurrency']} at once, {load['input_length']} in, {load['output_length']} out"
+        )
+        if any(len(v["speed"]) <= index for v in variants):
+            continue
+        for kind, label in kinds.items():
+            series = [
+                {"label": end, "values": [v["speed"][index][kind][end] for v in variants]}
+                for end in ("lowest", "median", "highest")
+            ]
+            found.append({"label": f"{label}, {what}", "names": names, "series": series, "unit": "ms",
+                          "text": "In the engine's own process; over the repeats."})  # fmt: skip
+    served = [
+        (row["label"], v["serving"])
+        for row, v in zip(rows, variants, strict=True)
+        if v.get("serving")
+    ]
+    for index in range(min((len(loads) for _, loads in served), default=0)):
+        one = served[0][1][index]
+        for kind, label in kinds.items():
+            series = [
+                {"label": p, "values": [loads[index][kind][p] for _, loads in served]}
+                for p in ("p50", "p90", "p95", "p99")
+            ]
+            found.append({"label": f"{label} over HTTP, {Load(**one['load']).name}",
+                          "names": [name for name, _ in served], "series": series, "unit": "ms",
+                          "text": "Streamed requests over HTTP, by AIPerf; percentiles over requests."})  # fmt: skip
+    return found
+
+
+def _predicted(point: dict[str, Any], run: Run) -> dict[str, Any] | None:
+    if point["kind"] != "predicted":
+        return None
+    base = next(row for row in run.results["variants"] if row["name"] == "base")
+    rate = base["speed"][-1]["output_tokens_per_s"]["median"]
+    return {
+        "label": f"predicted: {point['name']}", "precision": "not made", "size": point["size"] / 1e6,
+        "quality": 100 * point["quality"], "throughput": point["throughput"],
+        "speedup": point["throughput"] / rate, "itl": point["latency"], "peak": point["memory"] / 1e6,
+    }  # fmt: skip
+
+
+def _fit_of(run: Run) -> dict[str, Any] | None:
+    path = run.folder / "fit.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def _choices(run: Run) -> list[str]:
+    from tinier.report.page import choices_text
+
+    return [text.replace("**", "") for text in choices_text(run.results)]
+
+
+def _notes(run: Run) -> list[str]:
+    notes = [f"{row['name']}: {text}" for row in run.results["variants"]
+             for text in (*row["notes"], *row["warnings"])]  # fmt: skip
+    failed = [f"failed: {f['variant']} ({f['what']}): {f['error']}" for f in run.results["failed"]]
+    return [*failed, *_once(notes)]
+
+
+def _once(notes: list[str]) -> list[str]:
+    """Notes that several variants share, once."""
+    by_text: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        by_text.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
+
+
+def _environment(results: Results) -> list[tuple[str, str]]:
+    quality = results["variants"][0]["quality"]
+    pairs: list[tuple[str, str]] = []
+    for name, value in results["environment"].items():
+        if isinstance(value, dict):
+            pairs.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
+        elif value is not None:
+            pairs.append((name, str(value)))
+    pairs.append(("held-out text", f"{quality['tokens']} tokens"))
+    pairs.append(("seed", str(results["seed"])))
+    pairs.append(("seconds of work", f"{results['seconds']:.0f}"))
+    return [(name.replace("_", " "), value) for name, value in pairs]
