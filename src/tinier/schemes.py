@@ -160,6 +160,9 @@ class Layout:
         ends = {EMBEDDING_MODULE: "embedding", HEAD_LINEAR: "head"}
         counted = Counter(s.label for n, s in self.schemes.items() if n not in ends)
         parts = [" + ".join(label for label, _ in counted.most_common())]
+        if len(counted) > 2:
+            bits = sorted({s.weights.bits for n, s in self.schemes.items() if n not in ends})
+            parts = [f"mixed, {len(counted)} formats of {bits[0]} to {bits[-1]} bits"]
         quantized = {n: self.schemes[m].weights.label for m, n in ends.items() if m in self.schemes}
         if len(quantized) == 2 and len(set(quantized.values())) == 1:
             parts.append(f"{quantized['head']} embedding and head")

@@ -26,6 +26,7 @@ from tinier.errors import (
 from tinier.families import geometry_of
 from tinier.kernels.native import load_library
 from tinier.recipe import Recipe, describe, load_recipe, load_results, plan_recipe, run_recipe
+from tinier.recipe import measure as measure_module
 from tinier.recipe import run as run_module
 from tinier.report import markdown_table, table_rows, write_report
 
@@ -128,7 +129,7 @@ def test_every_variant_is_served_under_load(values: dict[str, Any], tmp_path: Pa
     before = times(out)
     assert run_recipe(recipe, out, command="again")["variants"] == results["variants"]
     assert times(out) == before
-    page = write_report(results, out).read_text()
+    page = write_report(results, out).with_suffix(".md").read_text()
     assert "| base | 2 in flight |" in page
     assert "| fp8 | 2 in flight |" in page
     assert "fp8, 20 requests/s: 95 % within the target" in page
@@ -200,7 +201,7 @@ def test_a_variant_that_fails_does_not_lose_the_others(
     def broken(*_: object, **__: object) -> None:
         raise MeasuredFailure("the loss grew")
 
-    measure = run_module._Measurements._speed
+    measure = measure_module.Measurements._speed
 
     def measured(self: Any, name: str) -> Any:
         if name == "int4":
@@ -208,7 +209,7 @@ def test_a_variant_that_fails_does_not_lose_the_others(
         return measure(self, name)
 
     monkeypatch.setattr("tinier.recipe.plan.distill", broken)
-    monkeypatch.setattr(run_module._Measurements, "_speed", measured)
+    monkeypatch.setattr(measure_module.Measurements, "_speed", measured)
     out = tmp_path / "run"
     results = run_recipe(recipe_of(values, tmp_path), out, command="")
     assert [row["name"] for row in results["variants"]] == ["base", "fp8", "pruned"]
@@ -217,7 +218,10 @@ def test_a_variant_that_fails_does_not_lose_the_others(
         {"variant": "fp8-distilled", "what": "stage", "error": "it needs distilled, which failed"},
         {"variant": "int4", "what": "speed", "error": "RuntimeError: no speed"},
     ]
-    assert "distilled failed (stage): the loss grew" in write_report(results, out).read_text()
+    assert (
+        "distilled failed (stage): the loss grew"
+        in write_report(results, out).with_suffix(".md").read_text()
+    )
     monkeypatch.undo()
     again = run_recipe(recipe_of(values, tmp_path), out, command="")
     assert len(again["variants"]) == 6
@@ -230,7 +234,7 @@ def test_the_base_s_failure_is_the_run_s(
     def broken(*_: object) -> None:
         raise InputError("no numbers")
 
-    monkeypatch.setattr(run_module._Measurements, "_quality", broken)
+    monkeypatch.setattr(measure_module.Measurements, "_quality", broken)
     values["variants"] = {"fp8": values["variants"]["fp8"]}
     with pytest.raises(InputError, match="no numbers"):
         run_recipe(recipe_of(values, tmp_path), tmp_path / "run", command="")

@@ -48,12 +48,15 @@ def measured(url: str, p95: float) -> dict[str, Any]:
 
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:
     shutil.copy(DEMO, tmp_path / "results.json")
-    assert "Load on a server" not in write_report(load_results(tmp_path), tmp_path).read_text()
+    assert (
+        "Load on a server"
+        not in write_report(load_results(tmp_path), tmp_path).with_suffix(".md").read_text()
+    )
     for url, p95 in (("http://a:1", 50.5), ("http://b:1", 5.0), ("http://a:1", 150.5)):
         results = add_endpoint(tmp_path, measured(url, p95))
     assert load_results(tmp_path) == results
     assert [entry["url"] for entry in results["endpoints"]] == ["http://b:1", "http://a:1"]
-    page = write_report(results, tmp_path).read_text()
+    page = write_report(results, tmp_path).with_suffix(".md").read_text()
     assert (
         "| small at http://a:1 | 2.5 requests/s | 2.457 | 300 | TTFT ms | 1 | 2 | 3 | 150.5 | 70.25 |"
         in page

@@ -178,7 +178,8 @@ def _memory(checkpoint: Checkpoint, place: torch.device) -> Iterator[Finding]:
     free = free_memory_bytes(place)
     what = (
         f"weights {weights / 1e9:.2f} GB, KV cache {cache / 1e9:.2f} GB for {config.max_batch_size} "
-        f"requests of {length} tokens ({a_token / 1e3:.0f} KB a token); {free / 1e9:.1f} GB are free on {place}"
+        f"requests of {length} tokens ({a_token / 1e3:.0f} KB a token); {free / 1e9:.1f} GB are free on "
+        f"{place}"
     )
     if weights + cache <= 0.9 * free:
         yield Finding("ok", "memory", what)
@@ -217,15 +218,15 @@ def _speed(checkpoint: Checkpoint, place: torch.device) -> Iterator[Finding]:
     })  # fmt: skip
     if slow:
         yield Finding(
-            "bad", "speed", f"{', '.join(slow)} is expanded to 16 bit on {place}: no faster than the original",
-            "tinier doctor without an argument lists what this device multiplies; quantize to one of those.",
+            "bad", "speed", f"{', '.join(slow)} is expanded to 16 bit on {place}: no faster than the base",
+            "tinier doctor without an argument lists what this device multiplies: use one of those.",
         )  # fmt: skip
     else:
         yield Finding("ok", "speed", f"{layout.label}: multiplied as stored on {place}")
     weight_only = all(scheme.activations is None for scheme in layout.schemes.values())
     if weight_only and place.type == "cuda":
-        yield Finding("note", "speed", "weight-only formats pay while decoding reads weights: at some tens of "
-                      "requests at once products take the time, and 8-bit activations pay more")  # fmt: skip
+        yield Finding("note", "speed", "weight-only formats pay while decoding reads weights: with tens "
+                      "of requests at once products take the time, and 8-bit inputs pay more")  # fmt: skip
 
 
 def _text(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -242,7 +243,7 @@ def _text(checkpoint: Checkpoint) -> Iterator[Finding]:
                       "config.json", "Take both files from the original model.")  # fmt: skip
     if not tokenizer.has_template:
         yield Finding("note", "chat template", "there is none: /v1/chat/completions is refused",
-                      "Use /v1/completions, or copy chat_template.jinja of the instruct model.")  # fmt: skip
+                      "Use /v1/completions, or copy the instruct model's chat_template.jinja.")  # fmt: skip
         return
     text = tokenizer.chat([{"role": "user", "content": "a"}], opens_reply=True)
     start = tokenizer.bos_token

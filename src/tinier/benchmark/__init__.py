@@ -14,8 +14,15 @@ from tinier.benchmark.load import (
     load,
     served_models,
 )
-from tinier.benchmark.memory import ServingMemory, measure_memory
-from tinier.benchmark.speed import SpeedResult, Statistic, Workload, bench, compare_speed
+from tinier.benchmark.memory import ServingMemory, gpu_memory, measure_memory
+from tinier.benchmark.speed import (
+    SpeedResult,
+    Statistic,
+    Workload,
+    bench,
+    compare_speed,
+    engine_for,
+)
 
 __all__ = [
     "TARGETS",
@@ -29,8 +36,10 @@ __all__ = [
     "base_url",
     "bench",
     "compare_speed",
+    "engine_for",
     "environment",
     "find_aiperf",
+    "gpu_memory",
     "load",
     "measure_memory",
     "served_models",

@@ -7,6 +7,7 @@ loaded other models before says nothing about serving this one.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def measure_memory(
             f" (negative: a signal):\n{done.stderr}"
         )
     return ServingMemory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def gpu_memory(load: Callable[[], Engine], workload: Workload) -> ServingMemory:
+    """Serve one workload with an engine that `load` loads, on a GPU, where torch counts what it takes
+    beside what is there already."""
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    engine = load()
+    params = SamplingParams(max_tokens=workload.output_length)
+    engine.generate(random_prompts(engine, workload, seed=0), params)
+    return ServingMemory(
+        weights_bytes=engine.decoder.weight_bytes,
+        kv_bytes=engine.runner.kv_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated() - start,
+        start_bytes=0,
+    )
 
 
 def _serve_once(

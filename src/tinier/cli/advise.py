@@ -69,8 +69,8 @@ def advise(
         device = device_named(hardware)
         found = advised(open_model(model, revision), model, use, device, workload, floor)  # type: ignore[arg-type]
         origin = (
-            f"Estimates for {device.name}: {device.memory_gb:.0f} GB, {device.bandwidth_gb_s:.0f} GB/s; quality "
-            "as measured on SmolLM2-135M, of which larger models keep more."
+            f"Estimates for {device.name}: {device.memory_gb:.0f} GB, {device.bandwidth_gb_s:.0f} GB/s; "
+            "quality as measured on SmolLM2-135M, of which larger models keep more."
         )
         lacks = device.lacks
     data = {"use": use, "origin": origin, "lacks": lacks, "advice": [asdict(a) for a in found]}

@@ -89,8 +89,8 @@ def fit(
     measured on this device, the choice is solved, and the candidates are made and measured as variants of a
     run.
 
-    Leaves a run folder: checkpoints in variants/, results.json, report.md, and fit.json and front.csv with
-    the winner, the front and the alternatives. A search that was stopped goes on; another budget with the
+    Leaves a run folder: checkpoints in variants/, results.json, report.html, and fit.json and front.csv
+    with the winner, the front and the alternatives. A search that was stopped goes on; another budget with the
     same --out only solves again and makes the new candidates.
 
     \b

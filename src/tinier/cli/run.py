@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Make, measure and compare every variant of a recipe.
 
-    Leaves the checkpoints, results.json, the table (report.md) and the Pareto curves. A run that was
+    Leaves the checkpoints, results.json and the report (report.html, report.md). A run that was
     stopped goes on where it was; what is done and unchanged is not done again.
 
     \b

@@ -27,6 +27,8 @@ from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, Part, parts_of, t
 from tinier.quantization.plan import SIXTEEN_BIT, embedding_preset, stored_bytes
 from tinier.schemes import Preset
 
+# bytes that a quantized linear layer takes in headers and config.json
+_HEADER = 700
 # of sizes whose formats are solved for, at most
 _SIZES = 24
 
@@ -95,9 +97,13 @@ class Costs:
 
     # --- figures
 
+    def lost(self, design: Design) -> float:
+        """Divergence from the base, nats per token."""
+        return self._of(design.sizes)["divergence"].of(design.formats)
+
     def predicted(self, design: Design) -> Figures:
         kinds = self._of(design.sizes)
-        lost = kinds["divergence"].of(design.formats)
+        lost = self.lost(design)
         return Figures(
             size=kinds["size"].of(design.formats),
             memory=kinds["memory"].of(design.formats),
@@ -274,6 +280,9 @@ class Costs:
         small = geometry.parameters - geometry.layers * linear - edges
         others = float(small * dtype.itemsize)
         cut = 0.0 if self.cuts is None else self.healed * self.cuts(sizes)
+        # names, offsets and formats of the tensors: what headers and config.json grow by
+        headers = float(_HEADER * sum(len(part.readers) for part in parts))
+        others += headers
         fixed = {
             "divergence": cut, "size": side + others, "memory": self._overhead() + others,
             "milliseconds": 0.0, "step": 0.0,

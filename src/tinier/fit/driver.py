@@ -52,8 +52,8 @@ from tinier.tokenizer import load_tokenizer
 _SHORT_STEPS = 10
 _MOST_STEPS = 200
 _SPREAD = 4
-# a design whose prediction is this much worse than the best is not tried
-_WORTH_TRYING = 0.97
+# a pruned design whose predicted divergence is so many times the best other one's is not tried
+_WORTH_TRYING = 1.1
 _GOOD_ENOUGH = 0.995
 """Quality that training would hardly better"""
 _OFF = 0.03
@@ -337,17 +337,17 @@ class _Search:
 
     def _first(self, costs: Costs, known: Sensitivity, limits: Limits) -> list[Candidate]:
         found = []
-        best = costs.solve(self._solvable(limits), self._objective, pruned=False)
-        if best is not None:
-            best = self._searched(costs, known, best, limits)
+        solved = costs.solve(self._solvable(limits), self._objective, pruned=False)
+        if solved is not None:
+            best = self._searched(costs, known, solved, limits)
             found.append(self._named(best, "least divergence within the budget", costs))
         if not self._plan.prune:
             return found
         pruned = costs.solve(self._solvable(limits), self._objective, pruned=True)
         if pruned is None:
             return found
-        least = _WORTH_TRYING * costs.predicted(best).quality if best is not None else 0.0
-        if costs.predicted(pruned).quality < least:
+        # compared before whole models were tried, which only some formats of all layers are
+        if solved is not None and costs.lost(pruned) > _WORTH_TRYING * costs.lost(solved):
             say("fit: no pruned model is predicted to come near the best that is only quantized")
             return found
         steps = _SHORT_STEPS if self._plan.train else 0
@@ -376,12 +376,11 @@ class _Search:
                 continue
             predicted = costs.predicted(candidate.design)
             moved, off = limits, False
-            for name in ("memory", "throughput", "latency"):
-                limit, ratio = (
-                    getattr(limits, name),
-                    getattr(predicted, name) / getattr(measured, name),
-                )
-                if limit is not None and abs(ratio - 1) > _OFF:
+            for name in ("size", "memory", "throughput", "latency"):
+                limit = getattr(limits, name)
+                ratio = getattr(predicted, name) / getattr(measured, name)
+                is_off = abs(ratio - 1) > _OFF or name in limits.broken(measured)
+                if limit is not None and is_off:
                     moved, off = moved._replace(**{name: limit * ratio}), True
             if not off:
                 continue
@@ -682,14 +681,11 @@ def measured_widths(geometry: Geometry, formats: Mapping[str, Preset], align: in
 
     def off(sizes: Sizes) -> float:
         """From halfway, in shares of what lies between."""
-        return sum(
-            abs(
-                (getattr(sizes, n) - getattr(narrow, n))
-                / max(1, getattr(whole, n) - getattr(narrow, n))
-                - 0.5
-            )
-            for n in ("hidden", "intermediate", "kv_heads")
-        )
+        total = 0.0
+        for name in ("hidden", "intermediate", "kv_heads"):
+            low, high, own = (float(getattr(s, name)) for s in (narrow, whole, sizes))
+            total += abs((own - low) / (high - low) - 0.5) if high > low else 0.0
+        return total
 
     return list(dict.fromkeys([narrow, min(widths, key=off), whole]))
 
@@ -706,7 +702,8 @@ def _effort(plan: FitPlan, device: torch.device) -> Effort:
     on_gpu = device.type == "cuda"
     return Effort(
         sequences=plan.sequences, length=plan.length, batch=32 if on_gpu else 8,
-        align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8, training_length=plan.length if on_gpu else min(256, plan.length),
+        align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8, 
+        training_length=plan.length if on_gpu else min(256, plan.length),
     )  # fmt: skip
 
 

@@ -92,14 +92,20 @@ def _divergence(rounded: Rounded, windows: Tensor) -> dict[str, dict[str, float]
     errors = rounded.errors()
     points = {part: {label: kls[label] for label in coarse} for part, kls in found.items()}
     costs = predicted_costs(errors, points)
-    for part, kls in found.items():
-        costs[part] |= {label: max(0.0, kls[label]) for label in others}
-    choices = [{EMBEDDING_PART: kind} for kind in EMBEDDING_FORMATS]
+    choices: list[dict[str, str]] = [{EMBEDDING_PART: kind} for kind in EMBEDDING_FORMATS]
     choices += [{KV_PART: kind} for kind in KV_FORMATS]
+    choices += [dict.fromkeys(found, label) for label in others]
     exact, *states = final_states(rounded, [{}, *choices], windows)
-    for choice, kl in zip(choices, divergences(rounded, exact, states, choices), strict=True):
+    wholes = divergences(rounded, exact, states, choices)
+    for choice, kl in zip(choices[: -len(others) or None], wholes, strict=False):
         ((part, kind),) = choice.items()
-        costs.setdefault(part, {})[kind] = max(0.0, kl)
+        costs.setdefault(part, {})[kind] = kl
+    for label, kl in zip(others, wholes[len(choices) - len(others) :], strict=True):
+        # so little that parts alone are hardly seen: the whole is shared out along what was seen of them
+        least = sum(kls[label] for kls in found.values()) / len(found) / 4 + 1e-9
+        seen = {part: max(kls[label], least) for part, kls in found.items()}
+        for part, share in seen.items():
+            costs[part][label] = kl * share / sum(seen.values())
     return costs
 
 

@@ -96,8 +96,9 @@ class SpeedTable:
         self, geometry: Geometry, sizes: Sequence[Sizes], measured: dict[str, Times],
         layers: dict[str, int], labels: frozenset[str],
     ) -> None:  # fmt: skip
-        """sizes: widths that were measured, the model's own last. measured: by the names of `SmallModels.all`. layers: of
-        the small models of each size. labels: formats that take other times than 16 bit."""
+        """sizes: widths that were measured, the model's own last. measured: by the names of
+        `SmallModels.all`. layers: of the small models of each size. labels: formats that take other times
+        than 16 bit."""
         self._geometry = geometry
         self._sizes = sizes
         self._measured = measured
@@ -106,8 +107,8 @@ class SpeedTable:
 
     @classmethod
     def measure(
-        cls, source: Checkpoint, formats: Mapping[str, Preset], sizes: Sequence[Sizes], load: Workload, path: Path,
-        device: torch.device, int4_inputs: Int4Inputs,
+        cls, source: Checkpoint, formats: Mapping[str, Preset], sizes: Sequence[Sizes], load: Workload,
+        path: Path, device: torch.device, int4_inputs: Int4Inputs,
     ) -> "SpeedTable":  # fmt: skip
         """Measure what `path`, a JSON file, does not hold yet.
 

@@ -78,6 +78,7 @@ _WHOLE_TOKENS = 4096
 _STREAMS_BYTES = 4 << 30
 """Hidden states of models that are measured side by side, on the host"""
 _KV_ABSMAX = "kv_absmax"
+_FLOOR = "floor"
 _BROKEN = 1e3
 """Nats that stand for numbers that are none"""
 _ROUNDS, _AT_ONCE = 4, 4
@@ -286,7 +287,11 @@ def measure_parts(
     rounded: Rounded, labels: Sequence[str], windows: Tensor
 ) -> dict[str, dict[str, float]]:
     """KL divergence at the output, in nats per token, that each part causes when it alone has each of the
-    formats `labels`: by part and format."""
+    formats `labels`: by part and format.
+
+    In 16 bit any change, however small, lets every later layer round otherwise. What that alone causes is
+    measured too, and taken off: it would be counted once for every part.
+    """
     windows = windows[: max(1, _PART_TOKENS // windows.shape[1])]
     state = windows.numel() * rounded.geometry.hidden * rounded.source.dtype.itemsize
     at_once = max(1, _STREAMS_BYTES // (state * len(labels)))
@@ -303,6 +308,7 @@ def _measured(
     walk, geometry = rounded.walk, rounded.geometry
     exact = walk.embed(windows)
     streams: dict[tuple[str, str], Tensor] = {}
+    noise = torch.Generator().manual_seed(0)
     with bar("sensitivity", geometry.layers) as advance:
         for index in range(geometry.layers):
             layer = walk.load(index)
@@ -317,11 +323,21 @@ def _measured(
                         changed, exact, torch.empty_like(exact), finite=False
                     )
             walk.run(layer, exact, exact)
+            if any(part.layer == index for part in parts):
+                # half a unit in the last place, up or down: about every second number rounds otherwise
+                off = torch.finfo(exact.dtype).eps * (
+                    torch.rand(exact.shape, generator=noise) - 0.5
+                )
+                streams[layer_name(index), _FLOOR] = (exact.float() * (1 + off)).to(exact.dtype)
             advance(1)
     found = divergences(rounded, exact, list(streams.values()), [{}] * len(streams))
+    measured = dict(zip(streams, found, strict=True))
     by_part: dict[str, dict[str, float]] = {}
-    for (name, label), kl in zip(streams, found, strict=True):
-        by_part.setdefault(name, {})[label] = kl
+    for part in parts:
+        floor = measured[layer_name(part.layer), _FLOOR]
+        by_part[part.name] = {
+            label: max(0.0, measured[part.name, label] - floor) for label in labels
+        }
     return by_part
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from tinier.benchmark import Load
 from tinier.checkpoint import write_atomically
+from tinier.report.choices import choices_text
 from tinier.report.fitted import fit_text
 
 Results = dict[str, Any]
@@ -29,18 +30,24 @@ _COLUMNS: tuple[tuple[str, str, str, int, bool, str | None, str | None, bool], .
     ("quality", "quality %", "exp(-KL): likelihood per token of the base's text that is left", 1, True,
      "retained quality, %", "y", False),
     ("perplexity", "perplexity", "On held-out text", 2, True, "perplexity", "y", True),
-    ("kl", "KL", "From the base, nats per token, ± standard error", 4, True, "KL, nats per token", "y", True),
-    ("top1", "top-1 %", "Tokens of which the likeliest is the base's", 1, True, "top-1 agreement, %", "y", False),
+    ("kl", "KL", "From the base, nats per token, ± standard error", 4, True, "KL, nats per token", "y",
+     True),
+    ("top1", "top-1 %", "Tokens of which the likeliest is the base's", 1, True, "top-1 agreement, %",
+     "y", False),
     ("mmlu", "MMLU %", "± binomial standard error", 1, True, "MMLU, %", "y", False),
     ("throughput", "tok/s", "Output tokens a second at the largest concurrency", 1, True,
      "throughput, tok/s", "x", False),
-    ("speedup", "×base", "Throughput over the base's, by turns", 2, True, "throughput, × the base's", "x", False),
-    ("latency", "latency ms", "Of a request at the smallest concurrency", 0, True, "latency, ms", "x", True),
+    ("speedup", "×base", "Throughput over the base's, by turns", 2, True, "throughput, × the base's", "x",
+     False),
+    ("latency", "latency ms", "Of a request at the smallest concurrency", 0, True, "latency, ms", "x",
+     True),
     ("ttft", "TTFT ms", "To the first token, at the smallest concurrency", 0, False,
      "time to first token, ms", "x", True),
-    ("itl", "ITL ms", "Between two tokens, at the smallest concurrency", 2, False, "between tokens, ms", "x", True),
+    ("itl", "ITL ms", "Between two tokens, at the smallest concurrency", 2, False, "between tokens, ms",
+     "x", True),
     ("weights", "weights MB", "As loaded", 0, False, None, None, True),
-    ("peak", "peak MB", "Memory of a process that serves the load", 0, True, "memory serving, MB", "x", True),
+    ("peak", "peak MB", "Memory of a process that serves the load", 0, True, "memory serving, MB", "x",
+     True),
     ("seconds", "stage s", "What making it took", 0, False, None, None, True),
 )  # fmt: skip
 _ERRORS = {"kl": "kl_error", "mmlu": "mmlu_error"}
@@ -248,7 +255,7 @@ def _spreads(runs: Sequence[Run], rows: list[dict[str, Any]]) -> list[dict[str, 
             ]
             found.append({"label": f"{label} over HTTP, {Load(**one['load']).name}",
                           "names": [name for name, _ in served], "series": series, "unit": "ms",
-                          "text": "Streamed requests over HTTP, by AIPerf; percentiles over requests."})  # fmt: skip
+                          "text": "Streamed requests, by AIPerf; percentiles over requests."})  # fmt: skip
     return found
 
 
@@ -273,8 +280,6 @@ def _fit_of(run: Run) -> dict[str, Any] | None:
 
 
 def _choices(run: Run) -> list[str]:
-    from tinier.report.page import choices_text
-
     return [text.replace("**", "") for text in choices_text(run.results)]
 
 

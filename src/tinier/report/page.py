@@ -5,16 +5,26 @@ from typing import Any
 
 from tinier.benchmark import TARGETS
 from tinier.checkpoint import write_atomically
+from tinier.report.choices import choices_text
+from tinier.report.html import Run, write_html
 from tinier.report.plots import draw_pareto
-from tinier.report.table import load_rows, markdown, markdown_table, speed_rows, target_notes
+from tinier.report.table import (
+    csv_table,
+    load_rows,
+    markdown,
+    markdown_table,
+    speed_rows,
+    target_notes,
+)
 
 
 def write_report(results: dict[str, Any], folder: Path) -> Path:
-    """Write report.md and the pictures into the run folder; returns the path of report.md."""
+    """Write report.html, report.md, table.csv and the pictures into the run folder; returns the path of
+    report.html."""
     draw_pareto(results, folder)
-    path = folder / "report.md"
-    write_atomically(path, _page(results))
-    return path
+    write_atomically(folder / "report.md", _page(results))
+    write_atomically(folder / "table.csv", csv_table(results))
+    return write_html([Run(results, folder)], folder / "report.html")
 
 
 def footnotes(results: dict[str, Any]) -> list[str]:
@@ -29,26 +39,6 @@ def footnotes(results: dict[str, Any]) -> list[str]:
     for failure in results.get("failed", []):
         notes.append(f"{failure['variant']} failed ({failure['what']}): {failure['error']}")
     return notes
-
-
-def choices_text(results: dict[str, Any]) -> list[str]:
-    """The three choices as sentences."""
-    choices = results["choices"]
-    if choices is None:
-        return [
-            "No variant is better than the base model here: those that have not collapsed are slower or "
-            "larger."
-        ]
-    rows = {row["name"]: row for row in results["variants"]}
-    labels = {"best_quality": "Best quality", "balance": "Balance",
-              "greatest_efficiency": "Greatest efficiency"}  # fmt: skip
-    return [
-        f"{label}: **{choices[key]}** keeps {100 * rows[choices[key]]['retained_quality']:.1f} % "
-        f"quality at {100 / rows[choices[key]]['shrinkage']:.0f} % of the size and "
-        f"{rows[choices[key]]['speedup']:.2f} × the throughput."
-        for key, label in labels.items()
-        if choices[key] is not None
-    ]
 
 
 def _page(results: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The final table: one row a variant, every number measured."""
 
+import csv
+import io
 from typing import Any
 
 from tinier.benchmark import Load
@@ -16,7 +18,9 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
             "top-1 %", *(["MMLU %"] if has_mmlu else []),
             f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
-    return head, [_row(row, has_mmlu) for row in results["variants"]]
+    rows = [_row(row, has_mmlu) for row in results["variants"]]
+    failed = dict.fromkeys(f["variant"] for f in results["failed"])
+    return head, rows + [[name, "failed", *["–"] * (len(head) - 2)] for name in failed]
 
 
 def speed_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -95,6 +99,15 @@ def markdown(head: list[str], rows: list[list[str]], *, text_columns: int) -> st
 def markdown_table(results: Results) -> str:
     """The final table as markdown."""
     return markdown(*table_rows(results), text_columns=2)
+
+
+def csv_table(results: Results) -> str:
+    """The final table as CSV."""
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows(
+        [table_rows(results)[0], *table_rows(results)[1]]
+    )
+    return written.getvalue()
 
 
 def _number(value: float | None, digits: int) -> str:

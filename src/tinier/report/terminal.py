@@ -13,7 +13,8 @@ from tinier.checkpoint import Checkpoint, Manifest, StagePlan
 from tinier.device import model_flops, pick_device
 from tinier.evaluation import Comparison
 from tinier.families import geometry_of
-from tinier.report.page import choices_text, footnotes
+from tinier.report.choices import choices_text
+from tinier.report.page import footnotes
 from tinier.report.table import LOAD_HEAD, one_load, one_target_note, table_rows
 
 
