@@ -29,15 +29,13 @@ from tinier.families import geometry_of, open_model
 from tinier.fit.budget import parse_load
 from tinier.fit.driver import default_formats, measured_widths, possible_widths
 from tinier.fit.speed import (
-    EMBEDDING_FORMATS,
-    KV_FORMATS,
     Clock,
     SmallModels,
     SpeedTable,
     timed_formats,
 )
 from tinier.pruning import Sizes
-from tinier.quantization.mixed import EMBEDDING_PART, KV_PART
+from tinier.quantization.mixed import EMBEDDING_FORMATS, EMBEDDING_PART, KV_FORMATS, KV_PART
 from tinier.quantization.plan import SIXTEEN_BIT
 
 WIDTHS = 4

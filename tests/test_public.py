@@ -8,9 +8,9 @@ import tinier
 from tinier.cli.main import VERBS
 
 PUBLIC = [
-    "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "InputError", "MeasuredFailure",
-    "PrunePlan", "QuantizePlan", "SamplingParams", "TinierError", "distill", "evaluate", "evaluate_mmlu",
-    "load_recipe", "open_model", "prune", "quantize", "run_recipe", "write_report",
+    "Budget", "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "FitPlan", "InputError",
+    "MeasuredFailure", "PrunePlan", "QuantizePlan", "SamplingParams", "TinierError", "distill", "evaluate",
+    "evaluate_mmlu", "fit", "load_recipe", "open_model", "prune", "quantize", "run_recipe", "write_report",
 ]  # fmt: skip
 
 
@@ -22,8 +22,8 @@ def test_public_names_are_pinned_and_there() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "run", "quantize", "prune", "distill", "export", "import", "eval", "compare", "generate",
-        "bench", "serve", "report",
+        "run", "fit", "quantize", "prune", "distill", "export", "import", "eval", "compare", "generate",
+        "bench", "serve", "report", "advise", "doctor",
     ]  # fmt: skip
 
 

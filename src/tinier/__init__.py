@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from tinier.errors import InputError, MeasuredFailure, TinierError
     from tinier.evaluation import evaluate, evaluate_mmlu
     from tinier.families import open_model
+    from tinier.fit import Budget, FitPlan, fit
     from tinier.pruning import PrunePlan, prune
     from tinier.quantization import QuantizePlan, quantize
     from tinier.recipe import load_recipe, run_recipe
     from tinier.report import write_report
 
 _MODULES = {
+    "Budget": "tinier.fit",
     "Checkpoint": "tinier.checkpoint",
     "DistillPlan": "tinier.distillation",
     "Engine": "tinier.engine",
     "EngineConfig": "tinier.engine",
+    "FitPlan": "tinier.fit",
     "InputError": "tinier.errors",
     "MeasuredFailure": "tinier.errors",
     "PrunePlan": "tinier.pruning",
@@ -41,6 +44,7 @@ _MODULES = {
     "distill": "tinier.distillation",
     "evaluate": "tinier.evaluation",
     "evaluate_mmlu": "tinier.evaluation",
+    "fit": "tinier.fit",
     "load_recipe": "tinier.recipe",
     "open_model": "tinier.families",
     "prune": "tinier.pruning",
@@ -50,10 +54,12 @@ _MODULES = {
 }
 
 __all__ = [
+    "Budget",
     "Checkpoint",
     "DistillPlan",
     "Engine",
     "EngineConfig",
+    "FitPlan",
     "InputError",
     "MeasuredFailure",
     "PrunePlan",
@@ -63,6 +69,7 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_mmlu",
+    "fit",
     "load_recipe",
     "open_model",
     "prune",

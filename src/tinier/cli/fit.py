@@ -90,8 +90,8 @@ def fit(
     run.
 
     Leaves a run folder: checkpoints in variants/, results.json, report.html, and fit.json and front.csv
-    with the winner, the front and the alternatives. A search that was stopped goes on; another budget with the
-    same --out only solves again and makes the new candidates.
+    with the winner, the front and the alternatives. A search that was stopped goes on; another budget with
+    the same --out only solves again and makes the new candidates.
 
     \b
     Examples:

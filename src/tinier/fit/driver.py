@@ -52,6 +52,7 @@ from tinier.tokenizer import load_tokenizer
 _SHORT_STEPS = 10
 _MOST_STEPS = 200
 _SPREAD = 4
+_STEP_FLOPS = 20.0
 # a pruned design whose predicted divergence is so many times the best other one's is not tried
 _WORTH_TRYING = 1.1
 _GOOD_ENOUGH = 0.995
@@ -279,7 +280,7 @@ class _Search:
     def _costs(self, results: dict[str, Any]) -> tuple[Costs, Sensitivity]:
         plan, source = self._plan, self._source
         said = [source.hash, tensor_sha256(self._windows), list(self._formats), plan.prune,
-                code_digest("tinier.fit.sensitivity")]  # fmt: skip
+                code_digest("tinier.quantization.mixed", "tinier.pruning.choice")]  # fmt: skip
         key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
         known = measure(
             source, self._formats, self._windows, self._out / "fit" / f"measures-{key}", self._device,
@@ -296,7 +297,7 @@ class _Search:
         load = plan.budget.load
         machine = environment(self._device)
         said = [source.config, asdict(load), list(self._formats), machine.get("gpu"), machine["cpu"],
-                machine["torch_threads"], code_digest("tinier.fit.speed")]  # fmt: skip
+                machine["torch_threads"], code_digest("tinier.benchmark.speed")]  # fmt: skip
         key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
         say("fit: measures how long parts take")
         table = SpeedTable.measure(
@@ -445,10 +446,11 @@ class _Search:
     def _steps(self, candidate: Candidate, share: float) -> int:
         """Training steps that a share of the time that is left is enough for."""
         tokens = self._effort.batch * self._effort.training_length
-        a_step = 8.0 * self._geometry.parameters * tokens / model_flops(self._device)
+        # forward and backward, the teacher's forward, and on the grid the rounding of every weight
+        a_step = _STEP_FLOPS * self._geometry.parameters * tokens / model_flops(self._device)
         for manifest in self._manifests(candidate):
-            if manifest["stage"] == "distill" and manifest["parameters"]["steps"]:
-                a_step = manifest["seconds"] / manifest["parameters"]["steps"]
+            if manifest["stage"] == "distill":
+                a_step = max(a_step, manifest["seconds"] / manifest["measures"]["plan"]["steps"])
         return int(min(_MOST_STEPS, share * self._left() / a_step))
 
     def _manifests(self, candidate: Candidate) -> list[dict[str, Any]]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint, check_disk, write_atomically
 from tinier.families import geometry_of
-from tinier.fit.speed import EMBEDDING_FORMATS, KV_FORMATS
 from tinier.progress import say
 from tinier.pruning import Cut, PrunePlan, Sizes
 from tinier.pruning.choice import CutCosts, measure_cuts
 from tinier.pruning.importance import cut_to, measure_importance
 from tinier.quantization.mixed import (
+    EMBEDDING_FORMATS,
     EMBEDDING_PART,
+    KV_FORMATS,
     KV_PART,
     Rounded,
     divergences,

@@ -9,10 +9,11 @@ them, time is linear in the part's parameters.
 import json
 import logging
 import math
+import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from tinier.benchmark import Workload
 from tinier.benchmark.speed import engine_for, random_prompts
-from tinier.checkpoint import Checkpoint, copy_side_files, pack_linear, write_atomically
+from tinier.checkpoint import Checkpoint, check_disk, copy_side_files, pack_linear, write_atomically
 from tinier.checkpoint.folder import TensorInfo, read_header
 from tinier.device import release_memory
 from tinier.engine import Engine, Request, SamplingParams
@@ -43,7 +44,14 @@ from tinier.progress import bar
 from tinier.pruning import Sizes
 from tinier.pruning.importance import cut_to
 from tinier.pruning.plan import resized
-from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, Choice, table_group
+from tinier.quantization.mixed import (
+    EMBEDDING_FORMATS,
+    EMBEDDING_PART,
+    KV_FORMATS,
+    KV_PART,
+    Choice,
+    table_group,
+)
 from tinier.quantization.plan import SIXTEEN_BIT, embedding_preset, kv_grid, output_config
 from tinier.quantization.scales import absmax_scales, round_nearest, round_table
 from tinier.schemes import Int4Inputs, Layout, Preset, Scheme
@@ -52,7 +60,7 @@ _STEPS, _WARM_UP = 24, 4
 _REPEATS = 3
 # bytes of a small model's layers in 16 bit, if the model has as many: more than a CPU's caches hold, and
 # on a GPU what takes longer to read than Python to launch
-_BYTES = {"cpu": 1e9, "cuda": 4e9}
+_BYTES = {"cpu": 1e9, "cuda": 3e9}
 # tokens of a small model's vocabulary: its head should cost nothing
 _VOCABULARY = 1024
 
@@ -121,25 +129,29 @@ class SpeedTable:
             enough = math.ceil(_BYTES[device.type] / (2 * resized(geometry, own).layer_parameters))
             layers[_label(own)] = min(geometry.layers, max(2, enough))
         measured = _read(path)
-        with tempfile.TemporaryDirectory() as folder:
-            small = {
-                own: SmallModels(source, own, formats, Path(folder) / _label(own), device)
-                for own in dict.fromkeys(sizes)
-            }
-            models: dict[str, Checkpoint] = {}
-            for own, one in small.items():
-                # a part alone is less than what a CPU's other work takes from one measurement to the next
-                by_part = own == sizes[-1] and device.type != "cpu"
-                models |= one.all(layers[_label(own)], by_part=by_part)
-            todo = {name: view for name, view in models.items() if name not in measured}
-            if todo:
-                deepest = layers[_label(sizes[-1])]
-                clock = Clock(small[sizes[-1]].view([{}] * deepest, {}), load, device, int4_inputs)
+        folder = path.with_suffix(".models")
+        shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+        small = {
+            own: SmallModels(source, own, formats, folder / _label(own), device)
+            for own in dict.fromkeys(sizes)
+        }
+        todo: dict[str, tuple[SmallModels, _Spec]] = {}
+        for own, one in small.items():
+            # a part alone is less than what a CPU's other work takes from one measurement to the next
+            by_part = own == sizes[-1] and device.type != "cpu"
+            specs = one.all(layers[_label(own)], by_part=by_part)
+            todo |= {name: (one, spec) for name, spec in specs.items() if name not in measured}
+        if todo:
+            check_disk(path, sum(one.num_bytes for one in small.values()))
+            deepest = layers[_label(sizes[-1])]
+            clock = Clock(small[sizes[-1]].view([{}] * deepest, {}), load, device, int4_inputs)
             with bar("speed of parts", len(todo)) as advance:
-                for name, view in todo.items():
-                    measured[name] = clock.time(view)
+                for name, (one, spec) in todo.items():
+                    measured[name] = clock.time(one.view(*spec))
                     write_atomically(path, json.dumps(measured))
                     advance(1)
+            del clock
+            shutil.rmtree(folder, ignore_errors=True)
         return cls(geometry, sizes, measured, layers, frozenset(formats))
 
     def layer(self, sizes: Sizes) -> Times:
@@ -243,6 +255,10 @@ def timed_formats(
     }
 
 
+_Spec = tuple[Sequence[Choice], Choice]
+"""What `SmallModels.view` takes"""
+
+
 class SmallModels:
     """Checkpoints of noise of one width, which all read the same files: a layer in every format."""
 
@@ -253,30 +269,37 @@ class SmallModels:
         self._source, self._sizes, self._formats, self._folder = source, sizes, formats, folder
         self._device = device
         self._whole = resized(geometry_of(source), sizes)
-        folder.mkdir()
-        copy_side_files(source, folder)
-        self._tensors = self._write()
 
-    def all(self, layers: int, *, by_part: bool) -> dict[str, Checkpoint]:
-        """What is measured, by name. by_part: each part alone, too."""
+    @property
+    def num_bytes(self) -> int:
+        """About what the files take."""
+        edges = 3 * self._whole.vocab * self._whole.hidden
+        layers = (1 + len(self._formats)) * self._whole.layer_parameters
+        return (edges + layers) * self._source.dtype.itemsize
+
+    def all(self, layers: int, *, by_part: bool) -> dict[str, _Spec]:
+        """What is measured, by name, as `view` takes it. by_part: each part alone, too."""
         own, names = _label(self._sizes), [read.name for read in self._whole.inputs]
         plain: list[Choice] = [{}] * layers
-        found = {
-            f"{own}/plain": self.view(plain, {}),
-            f"{own}/half": self.view(plain[: layers // 2], {}),
+        found: dict[str, _Spec] = {
+            f"{own}/plain": (plain, {}),
+            f"{own}/half": (plain[: layers // 2], {}),
         }
         for label in self._formats:
-            every = dict.fromkeys(names, label)
-            found[f"{own}/all={label}"] = self.view([every] * layers, {})
+            found[f"{own}/all={label}"] = [dict.fromkeys(names, label)] * layers, {}
             for name in names if by_part else ():
-                found[f"{own}/{name}={label}"] = self.view([{name: label}] * layers, {})
+                found[f"{own}/{name}={label}"] = [{name: label}] * layers, {}
         for label in KV_FORMATS:
-            found[f"{own}/{KV_PART}={label}"] = self.view(plain, {KV_PART: label})
+            found[f"{own}/{KV_PART}={label}"] = plain, {KV_PART: label}
         for label in (SIXTEEN_BIT, *EMBEDDING_FORMATS):
-            found[f"{own}/{EMBEDDING_PART}={label}"] = self.view(plain, {EMBEDDING_PART: label})
+            found[f"{own}/{EMBEDDING_PART}={label}"] = plain, {EMBEDDING_PART: label}
         return found
 
-    def _write(self) -> dict[str, dict[str, TensorInfo]]:
+    @cached_property
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        """The files' tensors, written when the first model is asked for."""
+        self._folder.mkdir(parents=True)
+        copy_side_files(self._source, self._folder)
         generator = torch.Generator(self._device).manual_seed(0)
         dtype = self._source.dtype
         geometry = self._whole
@@ -422,7 +445,3 @@ class Clock:
         while engine.has_work:
             engine.step()
         return requests
-
-
-KV_FORMATS = ("fp8", "int8")
-EMBEDDING_FORMATS = ("int8", "int4")

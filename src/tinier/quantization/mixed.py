@@ -120,6 +120,7 @@ Choice = Mapping[str, str]
 """A format by the name of a part; `EMBEDDING_PART` and `KV_PART` are such names too. What is left out, or
 called 16bit, is the original's"""
 EMBEDDING_PART, KV_PART = "embedding", "kv"
+EMBEDDING_FORMATS, KV_FORMATS = ("int8", "int4"), ("fp8", "int8")
 
 
 class Rounded:
