@@ -26,9 +26,9 @@ from tinier.benchmark import environment
 from tinier.checkpoint import Checkpoint
 from tinier.device import pick_device
 from tinier.families import geometry_of, open_model
-from tinier.fit.budget import parse_load
-from tinier.fit.driver import default_formats, measured_widths, possible_widths
-from tinier.fit.speed import (
+from tinier.fitting.budget import parse_load
+from tinier.fitting.driver import default_formats, measured_widths, possible_widths
+from tinier.fitting.speed import (
     Clock,
     SmallModels,
     SpeedTable,

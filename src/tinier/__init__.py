@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from tinier.errors import InputError, MeasuredFailure, TinierError
     from tinier.evaluation import evaluate, evaluate_mmlu
     from tinier.families import open_model
-    from tinier.fit import Budget, FitPlan, fit
+    from tinier.fitting import Budget, FitPlan, fit
     from tinier.pruning import PrunePlan, prune
     from tinier.quantization import QuantizePlan, quantize
     from tinier.recipe import load_recipe, run_recipe
     from tinier.report import write_report
 
 _MODULES = {
-    "Budget": "tinier.fit",
+    "Budget": "tinier.fitting",
     "Checkpoint": "tinier.checkpoint",
     "DistillPlan": "tinier.distillation",
     "Engine": "tinier.engine",
     "EngineConfig": "tinier.engine",
-    "FitPlan": "tinier.fit",
+    "FitPlan": "tinier.fitting",
     "InputError": "tinier.errors",
     "MeasuredFailure": "tinier.errors",
     "PrunePlan": "tinier.pruning",
@@ -44,7 +44,7 @@ _MODULES = {
     "distill": "tinier.distillation",
     "evaluate": "tinier.evaluation",
     "evaluate_mmlu": "tinier.evaluation",
-    "fit": "tinier.fit",
+    "fit": "tinier.fitting",
     "load_recipe": "tinier.recipe",
     "open_model": "tinier.families",
     "prune": "tinier.pruning",

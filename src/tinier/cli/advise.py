@@ -54,7 +54,7 @@ def advise(
     from tinier.advice import advise as advised
     from tinier.advice import advise_from_run, device_named
     from tinier.families import open_model
-    from tinier.fit.budget import parse_load, parse_quality
+    from tinier.fitting.budget import parse_load, parse_quality
     from tinier.recipe import load_results
     from tinier.report.terminal import advice_text
 

@@ -101,9 +101,9 @@ def fit(
       tinier fit MODEL --max-size 1.2GB --formats int4-gptq:128,fp8 --no-prune --out runs/fit
     """
     from tinier.errors import MeasuredFailure
-    from tinier.fit import Budget, FitPlan, describe
-    from tinier.fit import fit as search
-    from tinier.fit.budget import (
+    from tinier.fitting import Budget, FitPlan, describe
+    from tinier.fitting import fit as search
+    from tinier.fitting.budget import (
         parse_bytes,
         parse_latency,
         parse_load,

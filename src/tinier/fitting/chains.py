@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tinier.families import Geometry
-from tinier.fit.costs import Design
+from tinier.fitting.costs import Design
 from tinier.pruning import Sizes
 from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of, table_group
 from tinier.quantization.plan import NULL, SIXTEEN_BIT

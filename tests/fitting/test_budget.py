@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tinier.errors import InputError
-from tinier.fit import Amount, Budget, Figures
-from tinier.fit.budget import (
+from tinier.fitting import Amount, Budget, Figures
+from tinier.fitting.budget import (
     parse_bytes,
     parse_latency,
     parse_load,

@@ -5,7 +5,7 @@ formats and sizes is solved (costs.py), and candidates are made and measured as 
 (chains.py).
 """
 
-from tinier.fit.budget import Amount, Budget, Figures, Limits
-from tinier.fit.driver import FitPlan, describe, fit
+from tinier.fitting.budget import Amount, Budget, Figures, Limits
+from tinier.fitting.driver import FitPlan, describe, fit
 
 __all__ = ["Amount", "Budget", "Figures", "FitPlan", "Limits", "describe", "fit"]

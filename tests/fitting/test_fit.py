@@ -16,12 +16,12 @@ from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.cli.main import main
 from tinier.errors import InputError
 from tinier.families import checkpoint_layout, geometry_of
-from tinier.fit import Amount, Budget, Figures, FitPlan, Limits, describe, fit
-from tinier.fit import driver as driver_module
-from tinier.fit import speed as speed_module
-from tinier.fit.chains import Effort, variants_of
-from tinier.fit.costs import Costs, Design
-from tinier.fit.speed import SpeedTable, Times, between
+from tinier.fitting import Amount, Budget, Figures, FitPlan, Limits, describe, fit
+from tinier.fitting import driver as driver_module
+from tinier.fitting import speed as speed_module
+from tinier.fitting.chains import Effort, variants_of
+from tinier.fitting.costs import Costs, Design
+from tinier.fitting.speed import SpeedTable, Times, between
 from tinier.kernels.machine import Machine
 from tinier.pruning import Sizes
 from tinier.pruning.choice import CutCosts
@@ -245,7 +245,7 @@ def test_a_budget_in_the_best_model_out(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("tinier.fit.sensitivity._divergence", never)
+    monkeypatch.setattr("tinier.fitting.sensitivity._divergence", never)
     monkeypatch.setattr("tinier.quantization.mixed.Rounded._round", never)
     monkeypatch.setattr(speed_module.SmallModels, "view", never)
     again = fit(plan, out, command="test")

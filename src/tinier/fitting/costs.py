@@ -15,8 +15,8 @@ from tinier.benchmark import Workload
 from tinier.checkpoint import Checkpoint
 from tinier.errors import InputError, SchemeError
 from tinier.families import Geometry, geometry_of
-from tinier.fit.budget import Figures, Limits
-from tinier.fit.speed import NOTHING, SpeedTable, Times
+from tinier.fitting.budget import Figures, Limits
+from tinier.fitting.speed import NOTHING, SpeedTable, Times
 from tinier.kernels.linear import linear_path
 from tinier.kernels.machine import Machine
 from tinier.pruning import Sizes

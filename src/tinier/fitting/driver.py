@@ -31,11 +31,11 @@ from tinier.checkpoint import code_digest, hold, write_atomically
 from tinier.device import model_flops, pick_device
 from tinier.errors import InputError
 from tinier.families import Geometry, check_length, geometry_of, open_model
-from tinier.fit.budget import AT_LEAST, Budget, Figures, Limits
-from tinier.fit.chains import Effort, name_of, variants_of
-from tinier.fit.costs import Costs, Design
-from tinier.fit.sensitivity import Sensitivity, measure
-from tinier.fit.speed import SpeedTable
+from tinier.fitting.budget import AT_LEAST, Budget, Figures, Limits
+from tinier.fitting.chains import Effort, name_of, variants_of
+from tinier.fitting.costs import Costs, Design
+from tinier.fitting.sensitivity import Sensitivity, measure
+from tinier.fitting.speed import SpeedTable
 from tinier.kernels.machine import machine_of
 from tinier.progress import say
 from tinier.pruning import PrunePlan, Sizes
@@ -137,7 +137,7 @@ class _Search:
             length=plan.length,
             count=plan.sequences,
         )
-        said = [asdict(plan) | {"model": self._source.hash}, code_digest("tinier.fit.driver")]
+        said = [asdict(plan) | {"model": self._source.hash}, code_digest("tinier.fitting.driver")]
         key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
         self._decided_path = out / "fit" / f"rounds-{key}.json"
         self._candidates: list[Candidate] = []
