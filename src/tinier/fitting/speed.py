@@ -138,8 +138,11 @@ class SpeedTable:
         todo: dict[str, tuple[SmallModels, _Spec]] = {}
         for own, one in small.items():
             # a part alone is less than what a CPU's other work takes from one measurement to the next
-            by_part = own == sizes[-1] and device.type != "cpu"
-            specs = one.all(layers[_label(own)], by_part=by_part)
+            is_whole = own == sizes[-1]
+            specs = one.all(
+                layers[_label(own)], by_part=is_whole and device.type != "cpu", cache=is_whole,
+                embedding=own in (sizes[0], sizes[-1]),
+            )  # fmt: skip
             todo |= {name: (one, spec) for name, spec in specs.items() if name not in measured}
         if todo:
             check_disk(path, sum(one.num_bytes for one in small.values()))
@@ -161,9 +164,9 @@ class SpeedTable:
     def edge(self, sizes: Sizes, label: str) -> Times:
         """What is not in a layer: embedding, final norm, head, and what a step costs at all."""
 
-        def measured(own: str) -> Times:
-            layers = self._per_layer(own).times(self._layers[own])
-            return self._measured[f"{own}/{EMBEDDING_PART}={label}"] + layers.times(-1)
+        def measured(own: str) -> Times | None:
+            found = self._measured.get(f"{own}/{EMBEDDING_PART}={label}")
+            return found and found + self._per_layer(own).times(-self._layers[own])
 
         return self._between(sizes, lambda g: g.vocab * g.hidden, measured)
 
@@ -171,11 +174,12 @@ class SpeedTable:
         """What one part (Input.name, or the KV cache) of a layer gains or loses against 16 bit."""
         if label == SIXTEEN_BIT or (name != KV_PART and label not in self._labels):
             return NOTHING
+        if name == KV_PART:
+            whole = self._difference(_label(self._sizes[-1]), f"{name}={label}")
+            return whole.times(sizes.kv_heads / self._geometry.kv_heads)
         readers = {read.name: read.readers for read in self._geometry.inputs}
 
         def parameters(g: Geometry) -> float:
-            if name == KV_PART:
-                return float(g.kv_heads)
             return float(sum(g.linears[r][0] * g.linears[r][1] for r in readers[name]))
 
         def share(g: Geometry) -> float:
@@ -187,8 +191,6 @@ class SpeedTable:
                 whole = resized(self._geometry, next(s for s in self._sizes if _label(s) == own))
                 return self._difference(own, f"all={label}").times(share(whole))
             alone = self._difference(own, f"{name}={label}")
-            if name == KV_PART:
-                return alone
             # what all parts together gain is one measurement more
             parts = [self._difference(own, f"{other}={label}") for other in readers]
             rest = self._difference(own, f"all={label}")
@@ -222,11 +224,12 @@ class SpeedTable:
         self,
         sizes: Sizes,
         parameters: Callable[[Geometry], float],
-        measured: Callable[[str], Times],
+        measured: Callable[[str], Times | None],
     ) -> Times:
         points = {
-            float(parameters(resized(self._geometry, own))): measured(_label(own))
+            float(parameters(resized(self._geometry, own))): times
             for own in self._sizes
+            if (times := measured(_label(own))) is not None
         }
         return between(points, float(parameters(resized(self._geometry, sizes))))
 
@@ -277,8 +280,9 @@ class SmallModels:
         layers = (1 + len(self._formats)) * self._whole.layer_parameters
         return (edges + layers) * self._source.dtype.itemsize
 
-    def all(self, layers: int, *, by_part: bool) -> dict[str, _Spec]:
-        """What is measured, by name, as `view` takes it. by_part: each part alone, too."""
+    def all(self, layers: int, *, by_part: bool, cache: bool, embedding: bool) -> dict[str, _Spec]:
+        """What is measured, by name, as `view` takes it. by_part: each part alone, too. cache, embedding:
+        the formats of these."""
         own, names = _label(self._sizes), [read.name for read in self._whole.inputs]
         plain: list[Choice] = [{}] * layers
         found: dict[str, _Spec] = {
@@ -289,9 +293,9 @@ class SmallModels:
             found[f"{own}/all={label}"] = [dict.fromkeys(names, label)] * layers, {}
             for name in names if by_part else ():
                 found[f"{own}/{name}={label}"] = [{name: label}] * layers, {}
-        for label in KV_FORMATS:
+        for label in KV_FORMATS if cache else ():
             found[f"{own}/{KV_PART}={label}"] = plain, {KV_PART: label}
-        for label in (SIXTEEN_BIT, *EMBEDDING_FORMATS):
+        for label in (SIXTEEN_BIT, *EMBEDDING_FORMATS) if embedding else ():
             found[f"{own}/{EMBEDDING_PART}={label}"] = plain, {EMBEDDING_PART: label}
         return found
 
