@@ -128,6 +128,11 @@ class Costs:
             dict.fromkeys([*names, EMBEDDING_PART, KV_PART], SIXTEEN_BIT),
         )
 
+    def measured_base(self, figures: Figures) -> None:
+        """The base's figures, as they are measured by now."""
+        self.base = figures
+        self._kinds.clear()
+
     def recovered(self, share: float) -> None:
         """Healing leaves this share of a cut's divergence."""
         self.healed = share

@@ -154,14 +154,19 @@ class _Search:
             say(f"fit: {line}")
         results = self._round("uniform", self._uniform)
         costs, known = self._costs(results)
-        limits = self._plan.budget.limits(_figures(results, "base"))
-        results = self._round("first", lambda: self._first(costs, known, limits))
-        results = self._round("corrected", lambda: self._corrected(costs, known, limits, results))
+
+        def limits() -> Limits:
+            # the base is measured again beside each variant: what is relative to it moves along
+            costs.measured_base(_figures(results, "base"))
+            return self._plan.budget.limits(_figures(results, "base"))
+
+        results = self._round("first", lambda: self._first(costs, known, limits()))
+        results = self._round("corrected", lambda: self._corrected(costs, known, limits(), results))
         self._learn_recovery(costs, results)
-        results = self._round("healed", lambda: self._healed(costs, limits, results))
-        results = self._round("spread", lambda: self._spread(costs, limits, results))
-        results = self._round("trained", lambda: self._trained(limits, results))
-        found = self._conclude(costs, limits, results)
+        results = self._round("healed", lambda: self._healed(costs, limits(), results))
+        results = self._round("spread", lambda: self._spread(costs, limits(), results))
+        results = self._round("trained", lambda: self._trained(limits(), results))
+        found = self._conclude(costs, limits(), results)
         write_atomically(self._out / "fit.json", json.dumps(found, indent=1) + "\n")
         write_atomically(self._out / "front.csv", _csv(found["front"]))
         return found
