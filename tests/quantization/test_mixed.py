@@ -195,3 +195,24 @@ def test_formats_by_themselves(tiny: Tiny) -> None:
     names = ["model.layers.0.mlp.down_proj"]
     presets = dict.fromkeys(names, formats["int4-gptq:32"])
     assert average_bits(geometry, presets, torch.bfloat16) == 4.5
+
+
+def test_what_rounding_to_16_bit_does_anyway_is_no_parts_own(
+    tiny: Tiny, tmp_path: Path, windows: torch.Tensor
+) -> None:
+    """In bf16 every change diverges by the floor; without it, parts are what they are in float32."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        source = tiny(dtype=dtype, name=str(dtype))
+        parts = rounded(source, tmp_path / f"parts-{dtype}")
+        parts.make(windows)
+        measured = measure_parts(parts, ["int8-w8a16", "int4-gptq:16"], windows)
+        found[dtype] = {
+            label: sum(kls[label] for kls in measured.values()) for label in ("int8-w8a16", "int4-gptq:16")
+        }  # fmt: skip
+        plain = whole_divergences(parts, [{parts.parts[0].name: "int8-w8a16"}], windows)[0]
+        found[dtype]["alone"] = plain
+    exact, half = found[torch.float32], found[torch.bfloat16]
+    assert half["alone"] > 3 * exact["alone"]  # the floor is there
+    assert half["int8-w8a16"] < 0.5 * half["alone"] * 16
+    assert half["int4-gptq:16"] == pytest.approx(exact["int4-gptq:16"], rel=0.3)

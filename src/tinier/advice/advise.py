@@ -25,6 +25,8 @@ USES: tuple[Use, ...] = get_args(Use)
 _AIMS: dict[Use, Literal["throughput", "size", "latency"]] = {
     "cloud": "throughput", "batch": "throughput", "edge": "size", "mobile": "size", "real-time": "latency",
 }  # fmt: skip
+# uses whose embedding is stored in 8 bits, too
+_SMALL: tuple[Use, ...] = ("edge", "mobile")
 # shares of device bandwidth and arithmetic that decoding and prompts reach in this engine
 # (benchmarks/results: 3B shape on an H100; SmolLM2 on two cores)
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.65, 0.5
@@ -111,7 +113,7 @@ def advise(
     """
     if use not in USES:
         raise InputError(f"use {use!r} is not known. Use {', '.join(USES)}.")
-    plain = _estimate(source, _CHAINS[-1], device, load)
+    plain = _estimate(source, _CHAINS[-1], device, load, use)
     found = [_advice(source, model, chain, use, device, load, floor, plain) for chain in _CHAINS]
     return sorted(found, key=lambda a: (len(a.against), _rank(a, use)))
 
@@ -129,7 +131,8 @@ def advise_from_run(results: dict[str, Any], use: Use, floor: float | None) -> l
             Advice(
                 chain=f"{row['name']} ({row['precision']}, {row['layers']} layers)",
                 reason="measured in this run", weight_bytes=row["weight_bytes"],
-                memory_bytes=row["memory"]["peak_bytes"], latency_ms=speed["itl_ms"]["median"],
+                memory_bytes=row["memory"]["weights_bytes"] + row["memory"]["kv_bytes"],
+                latency_ms=speed["itl_ms"]["median"],
                 throughput=speed["output_tokens_per_s"]["median"], speedup=row["speedup"],
                 quality=row["retained_quality"], against=tuple(against),
                 commands=(f"tinier serve {row['checkpoint']}",),
@@ -159,7 +162,7 @@ def _advice(
     source: Checkpoint, model: str, chain: _Chain, use: Use, device: Hardware, load: Workload,
     floor: float | None, plain: "_Estimate",
 ) -> Advice:  # fmt: skip
-    found = _estimate(source, chain, device, load)
+    found = _estimate(source, chain, device, load, use)
     against = _too_low(chain.quality, floor)
     lack = chain.needs(device)
     if lack is not None:
@@ -188,7 +191,9 @@ class _Estimate(NamedTuple):
     group_size: int | None
 
 
-def _estimate(source: Checkpoint, chain: _Chain, device: Hardware, load: Workload) -> _Estimate:
+def _estimate(
+    source: Checkpoint, chain: _Chain, device: Hardware, load: Workload, use: Use
+) -> _Estimate:
     geometry, dtype = geometry_of(source), source.dtype
     layers = max(1, round(geometry.layers * chain.kept_layers))
     linear = geometry.layers * sum(rows * columns for rows, columns in geometry.linears.values())
@@ -202,7 +207,9 @@ def _estimate(source: Checkpoint, chain: _Chain, device: Hardware, load: Workloa
         if chain.needs(device) is None
         else linear * layers / geometry.layers * dtype.itemsize
     )
-    weights, loaded = (float(n + edges * dtype.itemsize) for n in (stored, read))
+    # as `_commands` stores the embedding
+    item = 1 if chain.preset is not None and use in _SMALL else dtype.itemsize
+    weights, loaded = (float(n + edges * item) for n in (stored, read))
     tokens = load.input_length + load.output_length
     cache = (
         load.concurrency
@@ -267,7 +274,7 @@ def _commands(model: str, chain: _Chain, use: Use, group_size: int | None) -> tu
     served = source
     if chain.preset is not None:
         group = f" --group-size {group_size}" if group_size else ""
-        small = " --embedding int8" if use in ("edge", "mobile") else ""
+        small = " --embedding int8" if use in _SMALL else ""
         found.append(
             f"tinier quantize {source} --preset {chain.preset}{group}{small} --out compressed"
         )

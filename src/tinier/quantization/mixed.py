@@ -309,7 +309,6 @@ def _measured(
     walk, geometry = rounded.walk, rounded.geometry
     exact = walk.embed(windows)
     streams: dict[tuple[str, str], Tensor] = {}
-    noise = torch.Generator().manual_seed(0)
     with bar("sensitivity", geometry.layers) as advance:
         for index in range(geometry.layers):
             layer = walk.load(index)
@@ -326,9 +325,8 @@ def _measured(
             walk.run(layer, exact, exact)
             if any(part.layer == index for part in parts):
                 # half a unit in the last place, up or down: about every second number rounds otherwise
-                off = torch.finfo(exact.dtype).eps * (
-                    torch.rand(exact.shape, generator=noise) - 0.5
-                )
+                noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(index))
+                off = torch.finfo(exact.dtype).eps * (noise - 0.5)
                 streams[layer_name(index), _FLOOR] = (exact.float() * (1 + off)).to(exact.dtype)
             advance(1)
     found = divergences(rounded, exact, list(streams.values()), [{}] * len(streams))
