@@ -410,8 +410,8 @@ def test_speed_is_measured_again_on_other_cores(
     out = tmp_path / "run"
     run_recipe(recipe_of(values, tmp_path), out, command="")
     before = json.loads((out / "measurements" / "fp8.json").read_text())
-    real = run_module.environment
-    monkeypatch.setattr(run_module, "environment", lambda device: real(device) | {named: 99})
+    real = measure_module.environment
+    monkeypatch.setattr(measure_module, "environment", lambda device: real(device) | {named: 99})
     run_recipe(recipe_of(values, tmp_path), out, command="")
     after = json.loads((out / "measurements" / "fp8.json").read_text())
     assert before["speed"]["key"] != after["speed"]["key"]

@@ -180,8 +180,10 @@ class _Search:
         rounding = len(self._formats) * (
             3 * linear * tokens / flops + self._source.weight_bytes / 2e8
         )
-        streams = len(parts_of(self._geometry)) * 5 * 0.5
-        parts = streams * linear * 1024 / flops
+        # of each part in about five formats: half of the layers on average, and the head in float32
+        streams = 5 * len(parts_of(self._geometry))
+        head = 2 * 2.0 * self._geometry.vocab * self._geometry.hidden
+        parts = streams * (linear / 2 + head) * 1024 / flops
         lines = [
             f"at most {budget.seconds / 60:.0f} minutes, under {budget.load.input_length} tokens in, "
             f"{budget.load.output_length} out, {budget.load.concurrency} at once, on {self._device}",
