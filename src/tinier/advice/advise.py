@@ -125,7 +125,7 @@ def advise_from_run(results: dict[str, Any], use: Use, floor: float | None) -> l
     found = []
     for row in results["variants"]:
         against = _too_low(row["retained_quality"], floor)
-        against += [f"runs without a fast path here: {note}" for note in row["notes"]]
+        against += row["notes"]
         speed = row["speed"][-1]
         found.append(
             Advice(

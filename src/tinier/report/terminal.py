@@ -268,7 +268,9 @@ def findings_text(found: Sequence[Finding]) -> str:
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     lines = []
     for finding in found:
-        lines.append(f"{marks[finding.level]}  {finding.subject}: {finding.what}.")
+        lines.append(
+            f"{marks[finding.level]}  {finding.subject}: {finding.what.removesuffix('.')}."
+        )
         if finding.remedy:
             lines.append(f"      → {finding.remedy}")
     return "\n".join(lines)
