@@ -27,8 +27,7 @@ _AIMS: dict[Use, Literal["throughput", "size", "latency"]] = {
 }  # fmt: skip
 # uses whose embedding is stored in 8 bits, too
 _SMALL: tuple[Use, ...] = ("edge", "mobile")
-# shares of device bandwidth and arithmetic that decoding and prompts reach in this engine
-# (benchmarks/results: 3B shape on an H100; SmolLM2 on two cores)
+# rough shares of device bandwidth and arithmetic that decoding and prompts reach: for ranking, not measured
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.65, 0.5
 # of a GPU's memory that is left for weights and cache
 _USABLE = 0.9
@@ -42,8 +41,8 @@ class _Chain(NamedTuple):
     kept_layers: float
     """Share of the layers that stay"""
     quality: float
-    """Retained quality that was measured for it on SmolLM2 (README, benchmarks/results): larger models keep
-    more"""
+    """Retained quality on SmolLM2: measured for FP8, INT8, INT4 (README, peers' tables) and for the pruned
+    INT4 (demo); guessed for NVFP4 and for the pruned FP8 and INT8, from the healed 16-bit model's 0.69"""
     needs: Callable[[Hardware], str | None]
     """Why a device gains nothing from it; None: it does"""
 

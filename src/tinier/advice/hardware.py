@@ -1,7 +1,7 @@
 """Devices that people serve on, by name: memory, bandwidth, and what they multiply.
 
-Start at `device_named`. Figures are the makers' data sheets (dense, without sparsity); they only rank and
-estimate: what counts is measured by `tinier run` and `tinier fit` on the device itself.
+Start at `device_named`. Figures are the makers' (dense, without sparsity), of the CPU a guess; they only
+rank and estimate: what counts is measured by `tinier run` and `tinier fit` on the device itself.
 """
 
 import difflib

@@ -61,7 +61,7 @@ def _from(source: str, quantize: Quantize | None = None, distill: Distill | None
 
 
 def name_of(design: Design, whole: Sizes, bits: float) -> str:
-    """Such as `26L-healed40-4.13b-trained20`. bits: of a parameter, as stored."""
+    """Such as `26L-healed40-4.13b`. bits: of a parameter, as stored."""
     parts = []
     if design.sizes != whole:
         parts.append(sizes_name(design.sizes, whole))
@@ -69,8 +69,6 @@ def name_of(design: Design, whole: Sizes, bits: float) -> str:
             parts.append(f"healed{design.steps}")
     if not _is_plain(design):
         parts.append(f"{bits:.2f}b")
-        if design.grid_steps:
-            parts.append(f"trained{design.grid_steps}")
     return "-".join(parts)
 
 

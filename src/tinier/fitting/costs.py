@@ -113,7 +113,7 @@ class Costs:
         )
 
     def _rate(self, milliseconds: float) -> float:
-        """Tokens a second, in proportion to what the base was measured at."""
+        """Tokens a second in proportion to what the base was measured at; or the milliseconds of a rate."""
         assert self.base is not None
         whole = self._of(Sizes.of(self.geometry))["milliseconds"]
         return self.base.throughput * whole.of(self.untouched.formats) / milliseconds
@@ -174,7 +174,7 @@ class Costs:
         kinds, found = self._of(sizes), list[tuple[Options, float]]()
         wanted = {"size": limits.size, "memory": limits.memory, "step": limits.latency}
         if limits.throughput is not None:
-            wanted["milliseconds"] = self._milliseconds(limits.throughput)
+            wanted["milliseconds"] = self._rate(limits.throughput)
         if limits.quality is not None:
             wanted["divergence"] = -math.log(limits.quality)
         for name, limit in wanted.items():
@@ -185,11 +185,6 @@ class Costs:
                 return None
             found.append((kinds[name].options, left))
         return found
-
-    def _milliseconds(self, throughput: float) -> float:
-        assert self.base is not None
-        whole = self._of(Sizes.of(self.geometry))["milliseconds"]
-        return whole.of(self.untouched.formats) * self.base.throughput / throughput
 
     def _formats(self, sizes: Sizes, aim: Options, limits: Limits) -> dict[str, str] | None:
         limited = self.limited(sizes, limits)

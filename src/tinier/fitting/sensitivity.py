@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinier.calibration import DecoderWalk
-from tinier.checkpoint import Checkpoint, check_disk, write_atomically
+from tinier.checkpoint import Checkpoint, write_atomically
 from tinier.families import geometry_of
 from tinier.progress import say
 from tinier.pruning import Cut, PrunePlan, Sizes
@@ -30,7 +30,6 @@ from tinier.quantization.mixed import (
     final_states,
     measure_parts,
     one_each,
-    part_bytes,
     parts_of,
     predicted_costs,
 )
@@ -58,17 +57,13 @@ def measure(
     device: torch.device, *, align: int | None,
 ) -> Sensitivity:  # fmt: skip
     """Measure what `folder` does not hold yet. windows: [n, length] of calibration text, of which a quarter
-    at most is kept for measuring. align: measure cuts
-    to widths in multiples of this, too."""
+    at most is kept for measuring. align: measure cuts to widths in multiples of this, too."""
     kept = max(1, min(len(windows) // 4, -(-_CUT_TOKENS // windows.shape[1])))
     calibration, measured = (
         (windows[:-kept], windows[-kept:]) if len(windows) > 1 else (windows, windows)
     )
     walk = DecoderWalk(source, windows.shape[1], device)
     rounded = Rounded(source, walk, formats, parts_of(geometry_of(source)), folder / "rounded")
-    needed = sum(sum(of.values()) for of in part_bytes(rounded).values())
-    there = sum(path.stat().st_size for path in (folder / "rounded").iterdir())
-    check_disk(folder, int(needed) - there)
     say(f"fit: rounds {len(rounded.parts)} parts to {len(formats)} formats")
     rounded.make(calibration)
     path = folder / "divergence.json"

@@ -142,6 +142,9 @@ class Rounded:
         done = sum(self._errors(i).exists() for i in range(self.geometry.layers))
         if done == self.geometry.layers:
             return
+        needed = sum(sum(of.values()) for of in part_bytes(self).values())
+        there = sum(path.stat().st_size for path in self._folder.iterdir())
+        check_disk(self._folder, int(needed) - there)
         hidden = self.walk.embed(windows)
         with bar("round to each format", self.geometry.layers) as advance:
             for index in range(self.geometry.layers):
@@ -474,16 +477,15 @@ def mix(
     kept = min(len(windows) // 4, -(-_WHOLE_TOKENS // windows.shape[1]))
     calibration, measured = (windows[:-kept], windows[-kept:]) if kept else (windows, windows)
     rounded = Rounded(source, walk, formats, parts_of(geometry, left), folder)
-    sizes = part_bytes(rounded)
-    needed = sum(sum(of.values()) for of in sizes.values())
-    check_disk(folder, int(needed) - sum(path.stat().st_size for path in folder.iterdir()))
     rounded.make(calibration)
     measures = measure_parts(rounded, one_each(formats), measured)
     costs = predicted_costs(rounded.errors(), measures)
     shapes = [geometry.linears[reader] for part in rounded.parts for reader in part.readers]
     weights = sum(rows * columns for rows, columns in shapes)
     assert plan.bits is not None
-    found = search(rounded, costs, [(sizes, plan.bits * weights / 8)], measured, plan.seed)
+    found = search(
+        rounded, costs, [(part_bytes(rounded), plan.bits * weights / 8)], measured, plan.seed
+    )
     by_layer = {name: found.formats[part.name] for part in rounded.parts for name in part.members}
     return found._replace(formats=by_layer)
 
