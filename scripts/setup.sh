@@ -25,7 +25,10 @@ if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
 fi
 
 site=""
-if "$PYTHON" -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi
+# not where $PYTHON is itself that of a virtual environment, whose packages a new one does not see
+if "$PYTHON" -c 'import sys, torch; sys.exit(sys.prefix != sys.base_prefix)' 2>/dev/null; then
+    site=--system-site-packages
+fi
 "$PYTHON" -m venv $site "$VENV"
 pip="$VENV/bin/python -m pip --disable-pip-version-check"
 if [ -z "$site" ]; then $pip install -q "$TORCH"; fi
