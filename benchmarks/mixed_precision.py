@@ -2,15 +2,18 @@
 were 4-bit once, which flatters such formats: quantization_peers.off_grid).
 
     python -m benchmarks.mixed_precision --text valid.txt --work WORK --out RESULT.json [--device cuda]
-        [--model smollm2-135m]
+        [--model smollm2-135m] [--peer autoround=ENV/bin/python] [--peer modelopt=ENV/bin/python]
+        [--rows NAME ...]
 
 KL in nats from the moved model, in float32, over 32 windows of 512 tokens that neither calibration nor
 the search saw. `bits`: of a weight of the layers as stored, scales included. `searched` is the KL that the
-search measured on its own windows.
+search measured on its own windows. Peers are asked for the same bits, in interpreters of their own
+(benchmarks/peers/mixed_peers.py).
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +32,7 @@ from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_documents, token_windows
 from tinier.tokenizer import load_tokenizer
 
+PEERS = Path(__file__).parent / "peers/mixed_peers.py"
 SEQUENCES, LENGTH, EVALUATED = 64, 512, 32
 UNIFORM = {
     "int2 g64": ("int2", 64), "int2 g32": ("int2", 32), "int3 g192": ("int3", 192),
@@ -57,6 +61,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", nargs="*", help="only those whose name starts so")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
     base = off_grid(open_model(arguments.model), arguments.work / "moved")
@@ -75,10 +81,19 @@ def main() -> None:
         plans[f"mixed {bits}, with g192"] = QuantizePlan(
             preset="mixed", bits=bits, formats=WIDER, **common
         )
+        # as many steps of learned rounding as AutoRound does
+        learned = common | {"iterations": 200}
+        plans[f"mixed-best {bits}"] = QuantizePlan(preset="mixed-best", bits=bits, **learned)
+        plans[f"mixed-best {bits}, with g192"] = QuantizePlan(
+            preset="mixed-best", bits=bits, formats=WIDER, **learned
+        )
     record: dict[str, Any] = {
         "command": " ".join(sys.argv), "environment": environment(device), "rows": {},
     }  # fmt: skip
+    only = tuple(arguments.rows or [""])
     for name, plan in plans.items():
+        if not name.startswith(only):
+            continue
         folder = arguments.work / name.replace(", ", "-").replace(" ", "-")
         started = time.monotonic()
         made = quantize(base, plan, folder, documents=documents, device=str(device))
@@ -98,6 +113,36 @@ def main() -> None:
         record["rows"][name] = row
         print(name, row, flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    tokens = arguments.work / "tokens.json"
+    tokens.write_text(json.dumps(windows[:SEQUENCES].tolist()))
+    for name, python in (peer.split("=", 1) for peer in arguments.peer):
+        for bits in BITS:
+            if not f"{name} {bits}".startswith(only):
+                continue
+            found = _peer([python, PEERS, name, base.folder, tokens, str(bits)],
+                          arguments.work / f"{name}-{bits}", str(device))  # fmt: skip
+            if isinstance(found, dict):
+                decoder = load_decoder(
+                    open_model(str(arguments.work / f"{name}-{bits}")),
+                    device=device,
+                    dtype=torch.float32,
+                )
+                quality = evaluate(decoder, evaluated, reference)
+                found |= {"kl": quality.kl, "top_1": quality.top1_agreement}
+            record["rows"][f"{name} {bits}"] = found
+            print(name, bits, found, flush=True)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _peer(command: list[Any], out: Path, device: str) -> dict[str, Any] | str:
+    """What a peer printed last, or the end of what it said where it failed."""
+    done = subprocess.run(
+        [*map(str, command), str(out), device], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return done.stderr[-1500:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ each makes, in its own environment:
     python benchmarks/peers/mixed_peers.py modelopt|autoround BASE TOKENS.json BITS OUT [DEVICE]
 
 TOKENS: calibration windows of token ids. Both choose among 2, 3 and 4 bits in groups of 64 and 8 bits. BITS
-is what they are asked for: AutoQuantize counts no scales, a quarter of a bit with such groups, and the head
-among the weights with 16.
+of a weight of the layers as stored, with a 16-bit scale a group. Prints the bits reached as JSON.
 """
 
 import json
@@ -18,9 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WIDTHS, GROUP = (2, 3, 4, 8), 64
+SCALE = 16 / GROUP
+"""Bits of a weight, which neither tool is asked to count"""
 
 
-def modelopt(base: str, windows: list[list[int]], bits: float, device: str) -> Any:
+def modelopt(base: str, windows: list[list[int]], bits: float, device: str) -> tuple[Any, float]:
     import modelopt.torch.quantization as mtq
 
     def weights(width: int) -> dict[str, Any]:
@@ -42,40 +43,66 @@ def modelopt(base: str, windows: list[list[int]], bits: float, device: str) -> A
     batches = [{"input_ids": torch.tensor([w], device=device)} for w in windows]
     for batch in batches:
         batch["labels"] = batch["input_ids"]
-    model, state = mtq.auto_quantize(
-        model, constraints={"effective_bits": bits},
+    layers, head = _sizes(model)
+    model, _ = mtq.auto_quantize(
+        # the head counts among its weights, with 16 bits
+        model, constraints={"effective_bits": ((bits - SCALE) * layers + 16 * head) / (layers + head)},
         quantization_formats=[weights(width) for width in WIDTHS], data_loader=batches,
         forward_step=lambda it, batch: it(**batch), loss_func=lambda output, batch: output.loss,
         num_calib_steps=8, num_score_steps=len(batches), disabled_layers=["*lm_head*"],
     )  # fmt: skip
-    print(str(state)[:2000], file=sys.stderr)
+    stored = 0.0
     with torch.no_grad():
-        for module in model.modules():
-            quantizer = getattr(module, "weight_quantizer", None)
-            if quantizer is not None and quantizer.is_enabled:
-                module.weight.data = quantizer(module.weight.float()).to(module.weight.dtype)
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                quantizer = module.weight_quantizer
+                rounds = quantizer.is_enabled
+                width = quantizer.num_bits + SCALE if rounds else 16
+                stored += width * module.weight.numel()
+                if rounds:
+                    module.weight.data = quantizer(module.weight.float()).to(module.weight.dtype)
     clean = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     own = {n: p for n, p in model.state_dict().items() if n in clean.state_dict()}
     clean.load_state_dict({n: t.cpu() for n, t in own.items()}, strict=False)
-    return clean
+    return clean, stored / layers
 
 
-def autoround(base: str, windows: list[list[int]], bits: float, device: str) -> Any:
+def autoround(base: str, windows: list[list[int]], bits: float, device: str) -> tuple[Any, float]:
     from auto_round import AutoRound, AutoScheme
+    from auto_round.schemes import QuantizationScheme
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    scheme = AutoScheme(
-        avg_bits=bits, options=(*(f"W{width}A16G{GROUP}" for width in WIDTHS[:3]), "W8A16"),
-    )  # fmt: skip
     texts = Path(f"{base}-calibration.json")
-    texts.write_text(json.dumps([{"text": tokenizer.decode(window)} for window in windows]))
-    made = AutoRound(
-        model, tokenizer, scheme=scheme, iters=50, nsamples=len(windows), seqlen=len(windows[0]),
+    # decoded windows may have fewer tokens than they had, and short ones are left out
+    joined = [
+        tokenizer.decode(one + other)
+        for one, other in zip(windows, windows[1:] + windows[:1], strict=True)
+    ]
+    texts.write_text(json.dumps([{"text": text} for text in joined]))
+    options = [QuantizationScheme(bits=width, group_size=GROUP, sym=True) for width in WIDTHS]
+    scheme = AutoScheme(
+        avg_bits=bits - SCALE, options=options, ignore_scale_zp_bits=True, dataset=str(texts),
+        nsamples=len(windows), seqlen=len(windows[0]),
+    )  # fmt: skip
+    rounder = AutoRound(
+        model, tokenizer, scheme=scheme, iters=200, nsamples=len(windows), seqlen=len(windows[0]),
         dataset=str(texts), device_map=device,
     )  # fmt: skip
-    quantized, _ = made.quantize()
-    return quantized
+    made, _ = rounder.quantize()
+    layers, _ = _sizes(made)
+    stored = 0.0
+    for name, module in made.named_modules():
+        if name.endswith("_proj"):
+            width = int(rounder.layer_config[name]["bits"])
+            stored += (width if width >= 16 else width + SCALE) * module.weight.numel()
+    return made, stored / layers
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Weights of the layers, and of the head."""
+    layers = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_proj.weight"))
+    return layers, model.get_output_embeddings().weight.numel()
 
 
 def main() -> None:
@@ -83,9 +110,10 @@ def main() -> None:
     device = sys.argv[6] if len(sys.argv) > 6 else "cpu"
     started = time.monotonic()
     windows = json.loads(Path(tokens).read_text())
-    model = {"modelopt": modelopt, "autoround": autoround}[tool](base, windows, float(bits), device)
-    model.save_pretrained(out)
-    print(json.dumps({"seconds": time.monotonic() - started}))
+    make = {"modelopt": modelopt, "autoround": autoround}[tool]
+    model, reached = make(base, windows, float(bits), device)
+    model.to(torch.bfloat16).save_pretrained(out)
+    print(json.dumps({"bits": reached, "seconds": time.monotonic() - started}))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,21 @@ def test_formats_that_are_asked_for_are_the_only_ones(tiny: Tiny, tmp_path: Path
     assert {s.label for s in layout.schemes.values()} == {"INT4 W4A16 g32", "FP8 W8A8"}
 
 
+def test_learned_rounding_comes_closer_in_the_same_formats(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(num_hidden_layers=2)
+    found, kls = [], []
+    windows = token_windows(load_tokenizer(source), DOCUMENTS, length=64, count=8)
+    exact = load_decoder(source, device=torch.device("cpu"), dtype=torch.float32)
+    for preset in ("mixed", "mixed-best"):
+        made = quantize_tiny(source, preset, tmp_path / preset, bits=3.5, group_size=None)
+        assert made.manifest is not None
+        found.append(made.manifest.measures["mixed"])
+        decoder = load_decoder(made, device=torch.device("cpu"), dtype=torch.float32)
+        kls.append(evaluate(decoder, windows, reference_states(exact, windows)).kl)
+    assert found[0] == found[1]
+    assert kls[1] < 0.9 * kls[0]
+
+
 def test_formats_by_themselves(tiny: Tiny) -> None:
     geometry = geometry_of(tiny())
     formats = mixed_formats(geometry, QuantizePlan(preset="mixed", bits=4.0))

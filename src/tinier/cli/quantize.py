@@ -76,7 +76,9 @@ def quantize(
     length: options.Length = 512,
     iterations: Annotated[
         int,
-        typer.Option("--iterations", help="Steps of learned rounding for each layer (int4-best)."),
+        typer.Option(
+            "--iterations", help="Steps of learned rounding for each layer (the -best presets)."
+        ),
     ] = 100,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -111,7 +113,8 @@ def quantize(
       nvfp4        FP4 weights and activations in blocks of 16; nvfp4-w4a16: weights only
       mxfp4        FP4 weights and activations in blocks of 32; mxfp4-w4a16: weights only
       int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ
-      mixed        the format of each layer that loses least within --bits, of --formats
+      mixed        the format of each layer that loses least within --bits, of --formats; mixed-best:
+                   then learns the rounding of 2 to 4 bits, slower
       null         no quantization: every weight as it is
 
     \b
@@ -131,14 +134,23 @@ def quantize(
     from tinier.checkpoint import check_output
     from tinier.errors import InputError
     from tinier.families import open_model
-    from tinier.quantization import NULL, QuantizePlan, needs_text, plan_quantize, quantize_all
+    from tinier.quantization import (
+        MIXED,
+        MIXED_BEST,
+        NULL,
+        QuantizePlan,
+        needs_text,
+        plan_quantize,
+        quantize_all,
+    )
     from tinier.report.terminal import made_text, stage_text
     from tinier.text import load_calibration
 
     output.start(quiet=quiet, log_level=log_level)
     if len(set(preset)) < len(preset):
         raise InputError(f"--preset {' '.join(preset)} names one twice.")
-    if formats and "mixed" not in preset:
+    mixed = [name for name in preset if name in (MIXED, MIXED_BEST)]
+    if formats and not mixed:
         raise InputError("--formats is what --preset mixed chooses from. Leave it out.")
     folders = {name: Path(out) / name if len(preset) > 1 else Path(out) for name in preset}
     for folder in folders.values():
@@ -152,8 +164,8 @@ def quantize(
             head=head,  # type: ignore[arg-type]
             embedding=embedding,  # type: ignore[arg-type]
             kv=kv,  # type: ignore[arg-type]
-            bits=bits if name == "mixed" else None,
-            formats=tuple(formats.split(",")) if formats and name == "mixed" else (),
+            bits=bits if name in mixed else None,
+            formats=tuple(formats.split(",")) if formats and name in mixed else (),
             self_text=calibration == "self",
             sequences=sequences,
             length=length,

@@ -8,7 +8,7 @@ from tinier.errors import InputError, SchemeError
 from tinier.export.driver import plan_export
 from tinier.export.targets import TARGETS
 from tinier.families import geometry_of, linear_names, module_names
-from tinier.quantization import MIXED, QuantizePlan
+from tinier.quantization import QuantizePlan
 from tinier.quantization.plan import chosen_presets, kv_grid
 from tinier.schemes import PRESETS, Layout
 
@@ -33,7 +33,7 @@ def suited(source: Checkpoint, plan: QuantizePlan, to: str) -> QuantizePlan:
     """
     if to not in TARGETS:
         raise InputError(f"--for {to} is not known. Targets: {', '.join(TARGETS)}.")
-    if plan.preset is None or plan.preset == MIXED:
+    if plan.preset is None or plan.mixes:
         raise SchemeError(f"--for goes with one preset, and not with {plan.preset}.")
     size, preset = TARGETS[to].group_size, PRESETS.get(plan.preset)
     takes_size = (

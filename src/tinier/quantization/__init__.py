@@ -7,10 +7,18 @@ fits a grid to a weight. fake.py is what quantization-aware training needs of a 
 
 from tinier.quantization.driver import quantize, quantize_all, read_targets
 from tinier.quantization.fake import FakeWeight, fake_cache, fake_inputs, trainable_weight
-from tinier.quantization.plan import MIXED, NULL, QuantizePlan, needs_text, plan_quantize
+from tinier.quantization.plan import (
+    MIXED,
+    MIXED_BEST,
+    NULL,
+    QuantizePlan,
+    needs_text,
+    plan_quantize,
+)
 
 __all__ = [
     "MIXED",
+    "MIXED_BEST",
     "NULL",
     "FakeWeight",
     "QuantizePlan",

@@ -33,7 +33,7 @@ from tinier.text import Document, shortfall, tensor_sha256, token_windows
 from tinier.tokenizer import load_tokenizer
 
 NULL = "null"
-MIXED = "mixed"
+MIXED, MIXED_BEST = "mixed", "mixed-best"
 SIXTEEN_BIT = "16bit"
 """What a layer that is not quantized is called among formats"""
 # 2 to 4 bits, of which `mixed` chooses unless it is told otherwise; and 8
@@ -47,7 +47,8 @@ class QuantizePlan:
     """What to do. The same plan on the same checkpoint and text gives the same bytes."""
 
     preset: str | None
-    """A name of tinier.schemes.PRESETS, `mixed`, or None (`null`): every weight stays in 16 bit."""
+    """A name of tinier.schemes.PRESETS; `mixed`; `mixed-best`, which learns the rounding of what `mixed`
+    chose; or None (`null`): every weight stays in 16 bit."""
     group_size: int | None = None
     """Input columns per scale, for presets that have groups."""
     symmetric: bool | None = None
@@ -86,16 +87,21 @@ class QuantizePlan:
         for name in ("sequences", "length", "iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
-        if (self.preset == MIXED) != (self.bits is not None):
+        if self.mixes != (self.bits is not None):
             raise SchemeError(
                 "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
             )
-        if self.formats and self.preset != MIXED:
+        if self.formats and not self.mixes:
             raise SchemeError("formats are what the preset 'mixed' chooses from. Leave them out.")
-        if self.layer_formats and self.preset in (None, MIXED):
+        if self.layer_formats and (self.preset is None or self.mixes):
             raise SchemeError(
                 "layer_formats are exceptions from a preset, and mixed chooses them itself."
             )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the format of each layer is searched."""
+        return self.preset in (MIXED, MIXED_BEST)
 
 
 def plan_quantize(
@@ -297,17 +303,26 @@ def chosen_presets(
         if len(ignored) == len(names):
             raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
         left = [name for name in names if name not in ignored]
-        if plan.preset == MIXED:
+        if plan.mixes:
             if plan.symmetric is False:
                 raise SchemeError("mixed chooses among formats without zero points.")
             uniform = dict.fromkeys(left, _nearest_format(geometry, plan, left, dtype))
             presets = uniform if mixed is None else dict(mixed)
+            if plan.preset == MIXED_BEST:
+                presets = {name: _learned(preset) for name, preset in presets.items()}
         else:
             preset = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
             exceptions = _exceptions(geometry, plan, left)
             left = [name for name in left if plan.layer_formats.get(name) != SIXTEEN_BIT]
             presets = dict.fromkeys(left, preset) | exceptions
     return presets | _ends(geometry, plan)
+
+
+def _learned(preset: Preset) -> Preset:
+    """With learned rounding, where weights alone are rounded to few bits."""
+    if preset.scheme.activations is not None or preset.scheme.weights.bits > 4:
+        return preset
+    return replace(preset, algorithm=replace(preset.algorithm, rounding="learned"))
 
 
 def _exceptions(geometry: Geometry, plan: QuantizePlan, names: list[str]) -> dict[str, Preset]:
@@ -359,7 +374,7 @@ def layer_presets(presets: dict[str, Preset], prefix: str) -> LayerPresets:
 
 def needs_text(plan: QuantizePlan) -> bool:
     """Whether the plan needs calibration text. Raises SchemeError for an unknown preset."""
-    if plan.kv or plan.preset == MIXED:
+    if plan.kv or plan.mixes:
         return True
     formats = [preset_named(plan.preset)] if plan.preset is not None else []
     others = set(plan.layer_formats.values()) - {SIXTEEN_BIT}

@@ -22,7 +22,7 @@ class Quantize(_Strict):
     """Fields of tinier.quantization.QuantizePlan, where they are explained."""
 
     preset: str | None
-    """A name of tinier.schemes.PRESETS, `mixed`, or null."""
+    """A name of tinier.schemes.PRESETS, `mixed`, `mixed-best`, or null."""
     group_size: int | None = None
     symmetric: bool | None = None
     ignore: tuple[str, ...] = ()
