@@ -187,7 +187,9 @@ def test_learned_rounding_comes_closer_in_the_same_formats(tiny: Tiny, tmp_path:
     windows = token_windows(load_tokenizer(source), DOCUMENTS, length=64, count=8)
     exact = load_decoder(source, device=torch.device("cpu"), dtype=torch.float32)
     for preset in ("mixed", "mixed-best"):
-        made = quantize_tiny(source, preset, tmp_path / preset, bits=3.5, group_size=None)
+        made = quantize_tiny(
+            source, preset, tmp_path / preset, bits=3.5, group_size=None, iterations=60
+        )
         assert made.manifest is not None
         found.append(made.manifest.measures["mixed"])
         decoder = load_decoder(made, device=torch.device("cpu"), dtype=torch.float32)
