@@ -7,9 +7,8 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from tinier.recipe import load_results
+from tinier.recipe import RunResults, load_results
 from tinier.report import markdown_table
 from tinier.report.page import choices_text, footnotes
 
@@ -19,7 +18,7 @@ START, END = "<!-- demo: start -->", "<!-- demo: end -->"
 
 def demo_section(run: Path) -> str:
     results = load_results(run)
-    environment = results["environment"]
+    environment = results.environment
     versions = environment["versions"]
     lines = [
         START,
@@ -31,10 +30,10 @@ def demo_section(run: Path) -> str:
         "",
         "![Quality against size](docs/images/pareto-size.svg)",
         "",
-        f"Measured by `make demo` in {results['seconds'] / 60:.1f} minutes on "
+        f"Measured by `make demo` in {results.seconds / 60:.1f} minutes on "
         f"{environment.get('gpu') or environment['cpu']} with {environment['cpu_cores']} cores: "
         f"Python {versions['python']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; seed {results['seed']}. The whole report: "
+        f"{versions['transformers']}; seed {results.seed}. The whole report: "
         f"[{result_name(results)}.md](benchmarks/results/{result_name(results)}.md). The built-in text is "
         "the language reference that comes with Python, so another Python gives other figures.",
         END,
@@ -42,12 +41,12 @@ def demo_section(run: Path) -> str:
     return "\n".join(lines)
 
 
-def result_name(results: dict[str, Any]) -> str:
+def result_name(results: RunResults) -> str:
     """Theme, hardware, date: `demo_amd-epyc-2-cores_2026-11-23`."""
-    environment = results["environment"]
+    environment = results.environment
     hardware = f"{environment.get('gpu') or environment['cpu']} {environment['cpu_cores']} cores"
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return f"demo_{slug}_{results['created'][:10]}"
+    return f"demo_{slug}_{results.created[:10]}"
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from tinier.benchmark import Workload
 from tinier.checkpoint import Checkpoint
 from tinier.cli.main import VERBS, main
 from tinier.errors import InputError
+from tinier.recipe import Failure, RunResults
 from tinier.report.terminal import advice_text, findings_text
 
 Tiny = Callable[..., Checkpoint]
@@ -38,9 +39,8 @@ def source(tiny: Tiny) -> Checkpoint:
 
 
 @pytest.fixture
-def results() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(DEMO.read_text("utf-8"))
-    return found
+def results() -> RunResults:
+    return RunResults.from_json(json.loads(DEMO.read_text("utf-8")))
 
 
 def test_devices_by_name() -> None:
@@ -81,13 +81,14 @@ def test_floors_memory_and_loads_speak_against_chains(source: Checkpoint) -> Non
         advise(source, "m", "gaming", small, LOAD, None)  # type: ignore[arg-type]
 
 
-def test_advice_from_a_run_is_what_it_measured(results: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in results["variants"]}
-    cloud = advise_from_run(results, "cloud", 0.95)
+def test_advice_from_a_run_is_what_it_measured(results: RunResults) -> None:
+    rows = {row.name: row for row in results.variants}
+    cloud = advise_from_run(results, Path("runs/demo"), "cloud", 0.95)
     assert cloud[0].chain.startswith("int8")
-    assert cloud[0].speedup == rows["int8"]["speedup"]
+    assert cloud[0].speedup == rows["int8"].speedup
+    assert cloud[0].commands == ("tinier serve runs/demo/variants/int8",)
     assert "below the floor" in cloud[-1].against[0]
-    assert advise_from_run(results, "edge", 0.9)[0].chain.startswith("int4 ")
+    assert advise_from_run(results, Path("runs/demo"), "edge", 0.9)[0].chain.startswith("int4 ")
 
 
 def test_advice_on_the_command_line(
@@ -154,22 +155,22 @@ def test_a_tokenizer_that_is_not_the_models(source: Checkpoint) -> None:
     assert "tokenizer" in subjects(examine_checkpoint(other, "cpu"), "bad")
 
 
-def test_which_step_of_a_chain_lost_the_quality(results: dict[str, Any]) -> None:
+def test_which_step_of_a_chain_lost_the_quality(results: RunResults) -> None:
     found = {finding.subject: finding for finding in examine_run(results)}
     assert "prune in pruned lost" in found["int4-distilled"].what
     assert "Remove less" in found["int4-distilled"].remedy
     assert "quantize in int4 lost" in found["int4"].what
     assert "int8" not in found
-    failed = results | {"failed": [{"variant": "w", "what": "stage", "error": "no room"}]}
-    assert examine_run(failed)[0].level == "bad"
+    failed = Failure(variant="w", what="stage", error="no room")
+    assert examine_run(replace(results, failed=(failed,)))[0].level == "bad"
 
 
 def test_the_doctor_ends_with_1_where_something_must_be_done(
-    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    results: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    results["failed"] = [{"variant": "w", "what": "stage", "error": "no room"}]
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    failed = replace(results, failed=(Failure(variant="w", what="stage", error="no room"),))
+    (tmp_path / "results.json").write_text(json.dumps(failed.to_json()))
     monkeypatch.setattr("sys.argv", ["tinier", "doctor", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         main()

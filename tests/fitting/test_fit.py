@@ -27,7 +27,7 @@ from tinier.pruning import Sizes
 from tinier.pruning.choice import CutCosts
 from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of
 from tinier.quantization.plan import format_named
-from tinier.recipe import load_results, plan_recipe
+from tinier.recipe import RunResults, load_results, plan_recipe
 from tinier.recipe.schema import Measure, QualityMeasure, Recipe
 
 Tiny = Callable[..., Checkpoint]
@@ -231,15 +231,15 @@ def test_a_budget_in_the_best_model_out(
     plan = plan_for(source, text_file, max_size=Amount(0.5, relative=True))
     assert "formats" in describe(plan, out)
     found = fit(plan, out, command="test")
-    assert found["winner"] is not None
-    winner = open_checkpoint(out / "variants" / found["winner"])
+    assert found.winner is not None
+    winner = open_checkpoint(out / "variants" / found.winner)
     assert winner.disk_bytes <= 0.5 * source.disk_bytes
-    rows = {row["name"]: row for row in load_results(out)["variants"]}
-    kept = [r for r in rows.values() if r["disk_bytes"] <= 0.5 * source.disk_bytes]
-    assert rows[found["winner"]]["retained_quality"] == max(r["retained_quality"] for r in kept)
+    rows = {row.name: row for row in load_results(out).variants}
+    kept = [r for r in rows.values() if r.disk_bytes <= 0.5 * source.disk_bytes]
+    assert rows[found.winner].retained_quality == max(r.retained_quality for r in kept)
     front = list(csv.DictReader((out / "front.csv").read_text().splitlines()))
     assert {row["kind"] for row in front} == {"measured", "predicted"}
-    assert abs(found["prediction_errors"]["size"][0]) < 0.05
+    assert abs(found.prediction_errors["size"][0]) < 0.05
 
     # the same again makes and measures nothing; another budget makes what is new, and measures no part
     def never(*_: Any, **__: Any) -> None:
@@ -249,10 +249,10 @@ def test_a_budget_in_the_best_model_out(
     monkeypatch.setattr("tinier.quantization.mixed.Rounded._round", never)
     monkeypatch.setattr(speed_module.SmallModels, "view", never)
     again = fit(plan, out, command="test")
-    assert (again["winner"], again["candidates"]) == (found["winner"], found["candidates"])
+    assert (again.winner, again.candidates) == (found.winner, found.candidates)
     other = fit(plan_for(source, text_file, min_quality=0.5), out, command="test")
-    assert other["winner"] is not None
-    assert set(found["candidates"]) <= set(other["candidates"])
+    assert other.winner is not None
+    assert set(found.candidates) <= set(other.candidates)
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_search_that_was_stopped_goes_on(
     out, plan = tmp_path / "run", plan_for(source, text_file, max_size=Amount(0.5, relative=True))
     real, rounds = driver_module.run_recipe, []
 
-    def stopped(recipe: Recipe, *args: Any, **more: Any) -> dict[str, Any]:
+    def stopped(recipe: Recipe, *args: Any, **more: Any) -> RunResults:
         rounds.append(list(recipe.variants))
         if len(rounds) == 2:
             raise KeyboardInterrupt
@@ -273,7 +273,7 @@ def test_a_search_that_was_stopped_goes_on(
         fit(plan, out, command="test")
     found = fit(plan, out, command="test")
     assert rounds[1] == rounds[3]  # what was decided before the stop
-    assert found["winner"] is not None
+    assert found.winner is not None
 
 
 @pytest.mark.slow

@@ -34,10 +34,10 @@ def test_the_recipe_of_gemma_runs_and_its_variants_stand_in_order(tmp_path: Path
     path = tmp_path / "gemma3.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     results = run_recipe(load_recipe(path), tmp_path / "run", command="a test")
-    assert not results["failed"]
-    rows = {row["name"]: row for row in results["variants"]}
-    kl = {name: row["quality"]["kl"] for name, row in rows.items()}
+    assert not results.failed
+    rows = {row.name: row for row in results.variants}
+    kl = {name: row.quality.kl for name, row in rows.items()}
     assert kl["fp8"] < 0.05
     assert kl["fp8"] < kl["int4-gptq"] < kl["pruned"]
-    sizes = [rows[name]["disk_bytes"] for name in ("int4-gptq", "fp8", "base")]
+    sizes = [rows[name].disk_bytes for name in ("int4-gptq", "fp8", "base")]
     assert sizes == sorted(sizes)

@@ -25,7 +25,15 @@ from tinier.errors import (
 )
 from tinier.families import geometry_of
 from tinier.kernels.native import load_library
-from tinier.recipe import Recipe, describe, load_recipe, load_results, plan_recipe, run_recipe
+from tinier.recipe import (
+    Failure,
+    Recipe,
+    describe,
+    load_recipe,
+    load_results,
+    plan_recipe,
+    run_recipe,
+)
 from tinier.recipe import measure as measure_module
 from tinier.recipe import run as run_module
 from tinier.report import markdown_table, table_rows, write_report
@@ -79,23 +87,23 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     recipe = recipe_of(values, tmp_path)
     out = tmp_path / "run"
     results = run_recipe(recipe, out, command="tinier run recipe.yaml")
-    rows = {row["name"]: row for row in results["variants"]}
+    rows = {row.name: row for row in results.variants}
     assert list(rows) == ["base", "fp8", "int4", "pruned", "distilled", "fp8-distilled"]
-    assert rows["base"]["quality"]["kl"] == 0.0
-    assert rows["base"]["speedup"] == rows["base"]["shrinkage"] == 1.0
-    assert rows["base"]["retained_quality"] == 1.0
-    assert 0 < rows["fp8"]["quality"]["kl"] < rows["int4"]["quality"]["kl"]
-    assert [rows[n]["layers"] for n in rows] == [5, 5, 5, 3, 3, 3]
-    assert rows["fp8"]["bits_per_weight"] < 16 == pytest.approx(rows["base"]["bits_per_weight"])
-    slow = ["no fast path on this device: FP8 W8A8 expanded to bfloat16"]
-    assert rows["fp8"]["notes"] == (slow if isinstance(load_library(), str) else [])
+    assert rows["base"].quality.kl == 0.0
+    assert rows["base"].speedup == rows["base"].shrinkage == 1.0
+    assert rows["base"].retained_quality == 1.0
+    assert 0 < rows["fp8"].quality.kl < rows["int4"].quality.kl
+    assert [rows[n].layers for n in rows] == [5, 5, 5, 3, 3, 3]
+    assert rows["fp8"].bits_per_weight < 16 == pytest.approx(rows["base"].bits_per_weight)
+    slow = ("no fast path on this device: FP8 W8A8 expanded to bfloat16",)
+    assert rows["fp8"].notes == (slow if isinstance(load_library(), str) else ())
     for row in rows.values():
-        assert row["mmlu"]["questions"] == 6
-        assert len(row["speed"]) == 2
-        assert row["memory"]["peak_bytes"] > 0
-    assert results["environment"]["versions"]["torch"] == torch.__version__
-    assert results["seed"] == 0
-    assert json.loads((out / "results.json").read_text()) == results
+        assert row.mmlu.questions == 6
+        assert len(row.speed) == 2
+        assert row.memory.peak_bytes > 0
+    assert results.environment["versions"]["torch"] == torch.__version__
+    assert results.seed == 0
+    assert json.loads((out / "results.json").read_text()) == results.to_json()
     assert load_results(out) == results
 
     write_report(results, out)
@@ -122,12 +130,12 @@ def test_every_variant_is_served_under_load(values: dict[str, Any], tmp_path: Pa
     recipe = recipe_of(values, tmp_path)
     out = tmp_path / "run"
     results = run_recipe(recipe, out, command="tinier run recipe.yaml")
-    for row in results["variants"]:
-        for served in row["serving"]:
-            assert (served["requests"], served["errors"]) == (8, 0)
-            assert served["latency_ms"]["p95"] >= served["ttft_ms"]["p95"] > 0
+    for row in results.variants:
+        for served in row.serving:
+            assert (served.requests, served.errors) == (8, 0)
+            assert served.latency_ms["p95"] >= served.ttft_ms["p95"] > 0
     before = times(out)
-    assert run_recipe(recipe, out, command="again")["variants"] == results["variants"]
+    assert run_recipe(recipe, out, command="again").variants == results.variants
     assert times(out) == before
     page = write_report(results, out).with_suffix(".md").read_text()
     assert "| base | 2 in flight |" in page
@@ -212,20 +220,20 @@ def test_a_variant_that_fails_does_not_lose_the_others(
     monkeypatch.setattr(measure_module.Measurements, "_speed", measured)
     out = tmp_path / "run"
     results = run_recipe(recipe_of(values, tmp_path), out, command="")
-    assert [row["name"] for row in results["variants"]] == ["base", "fp8", "pruned"]
-    assert results["failed"] == [
-        {"variant": "distilled", "what": "stage", "error": "the loss grew"},
-        {"variant": "fp8-distilled", "what": "stage", "error": "it needs distilled, which failed"},
-        {"variant": "int4", "what": "speed", "error": "RuntimeError: no speed"},
-    ]
+    assert [row.name for row in results.variants] == ["base", "fp8", "pruned"]
+    assert results.failed == (
+        Failure(variant="distilled", what="stage", error="the loss grew"),
+        Failure(variant="fp8-distilled", what="stage", error="it needs distilled, which failed"),
+        Failure(variant="int4", what="speed", error="RuntimeError: no speed"),
+    )
     assert (
         "distilled failed (stage): the loss grew"
         in write_report(results, out).with_suffix(".md").read_text()
     )
     monkeypatch.undo()
     again = run_recipe(recipe_of(values, tmp_path), out, command="")
-    assert len(again["variants"]) == 6
-    assert again["failed"] == []
+    assert len(again.variants) == 6
+    assert not again.failed
 
 
 def test_the_base_s_failure_is_the_run_s(
@@ -268,7 +276,7 @@ def test_an_old_variant_stays_until_the_new_one_is_there(
     monkeypatch.setattr(run_module, "_replace", real)
     monkeypatch.setattr("tinier.recipe.plan.quantize", broken)  # it is found, not made
     results = run_recipe(recipe_of(values, tmp_path), out, command="")
-    assert results["variants"][1]["precision"] == "INT8 W8A8"
+    assert results.variants[1].precision == "INT8 W8A8"
     assert {p.name for p in (out / "variants").iterdir()} == {"fp8"}
 
 
@@ -280,7 +288,7 @@ def test_a_damaged_variant_is_made_again(values: dict[str, Any], tmp_path: Path)
     weights = next((out / "variants" / "fp8").glob("model-00001-of-*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
     second = run_recipe(recipe_of(values, tmp_path), out, command="")
-    assert first["variants"][1]["content_hash"] == second["variants"][1]["content_hash"]
+    assert first.variants[1].content_hash == second.variants[1].content_hash
 
 
 @pytest.mark.slow
@@ -305,9 +313,9 @@ def test_killed_at_any_moment_it_goes_on(values: dict[str, Any], tmp_path: Path)
     assert kills >= 2
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     resumed = load_results(tmp_path / "run")
-    for ours, theirs in zip(resumed["variants"], whole["variants"], strict=True):
-        assert ours["content_hash"] == theirs["content_hash"]
-        assert ours["quality"] == theirs["quality"]
+    for ours, theirs in zip(resumed.variants, whole.variants, strict=True):
+        assert ours.content_hash == theirs.content_hash
+        assert ours.quality == theirs.quality
     leftovers = [p for p in (tmp_path / "run" / "variants").iterdir() if p.name.startswith(".")]
     assert leftovers == []
 
@@ -383,8 +391,8 @@ def test_sizes_for_a_target_are_such_that_later_stages_can_store_them(
     }
     recipe = recipe_of(values, tmp_path)
     results = run_recipe(recipe, tmp_path / "run", command="")
-    assert results["failed"] == []
-    assert [row["name"] for row in results["variants"]] == ["base", "small", "again", "int4"]
+    assert not results.failed
+    assert [row.name for row in results.variants] == ["base", "small", "again", "int4"]
     made = geometry_of(open_checkpoint(tmp_path / "run" / "variants" / "small"))
     assert all(columns % 128 == 0 for _, columns in made.linears.values())
     values["variants"]["int4"]["quantize"]["group_size"] = 256

@@ -1,14 +1,15 @@
 """report.html: what it holds, and how it works in a real browser, on the demo's committed results."""
 
-import copy
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tinier.recipe import Failure, RunResults
 from tinier.report import Run, write_html
 
 DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-26.json"
@@ -40,7 +41,7 @@ def run(tmp_path: Path) -> Run:
             "subjects": {"anatomy": 0.2, "law": 0.3}, "categories": {"other": 0.25},
         }  # fmt: skip
     results["variants"][3]["warnings"].append("</script><b>no markup</b>")
-    return Run(results, folder)
+    return Run(RunResults.from_json(results), folder)
 
 
 def test_the_page_is_one_small_file_with_no_markup_from_the_data(run: Run, tmp_path: Path) -> None:
@@ -53,8 +54,8 @@ def test_the_page_is_one_small_file_with_no_markup_from_the_data(run: Run, tmp_p
 
 
 def test_failed_variants_and_runs_side_by_side(run: Run, tmp_path: Path) -> None:
-    other = copy.deepcopy(run.results)
-    other["failed"] = [{"variant": "int2", "what": "stage", "error": "no room"}]
+    failure = Failure(variant="int2", what="stage", error="no room")
+    other = replace(run.results, failed=(failure,))
     page = write_html([run, Run(other, tmp_path / "other")], tmp_path / "both.html").read_text()
     assert "failed: int2 (stage): no room" in page
     for label in ("demo/int4", "other/int4"):

@@ -1,13 +1,13 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tinier.benchmark import Load, LoadResult
 from tinier.checkpoint import hold
 from tinier.errors import InputError, OutputError
-from tinier.recipe import add_endpoint, load_results
+from tinier.recipe import EndpointResult, RunResults, add_endpoint, load_results
 from tinier.report import write_report
 
 DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-26.json"
@@ -25,25 +25,42 @@ def test_damaged_results(tmp_path: Path, text: str) -> None:
         load_results(tmp_path)
 
 
+def test_results_are_the_same_values_and_back() -> None:
+    values = json.loads(DEMO.read_text("utf-8"))
+    results = RunResults.from_json(values)
+    written = results.to_json()
+    assert RunResults.from_json(written) == results
+    # what was added since the file was written has its default
+    rows = zip(written["variants"], values["variants"], strict=True)
+    written["variants"] = [{key: new[key] for key in old} for new, old in rows]
+    assert written == values
+    assert results.base.from_ is None
+    assert results.variant("int4-distilled") == results.variants[-1]
+    assert results.variant("none") is None
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    values = json.loads(DEMO.read_text("utf-8"))
+    del values["variants"][2]["quality"]["kl"]
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"not a tinier result: variants\.2\.quality\.kl"):
+        load_results(tmp_path)
+
+
 def test_results_of_another_schema(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"schema": 99}))
     with pytest.raises(InputError, match="has schema 99"):
         load_results(tmp_path)
 
 
-def measured(url: str, p95: float) -> dict[str, Any]:
+def measured(url: str, p95: float) -> EndpointResult:
     spread = {"mean": 1.0, "p50": 2.0, "p90": 3.0, "p95": p95, "p99": 70.25}
-    return {
-        "url": url, "model": "small", "endpoint": "openai",
-        "load": [
-            {
-                "load": {"concurrency": None, "request_rate": 2.5}, "requests": 8, "errors": 1,
-                "requests_per_s": 2.4567, "output_tokens_per_s": 300.0,
-                "ttft_ms": spread, "itl_ms": spread, "latency_ms": spread,
-                "targets_met": {"real-time": p95 < 100, "conversation": True, "batch": True},
-            }
-        ],
-    }  # fmt: skip
+    result = LoadResult(
+        load=Load(request_rate=2.5), requests=8, errors=1, requests_per_s=2.4567,
+        output_tokens_per_s=300.0, ttft_ms=spread, itl_ms=spread, latency_ms=spread,
+        targets_met={"real-time": p95 < 100, "conversation": True, "batch": True},
+    )  # fmt: skip
+    return EndpointResult(url=url, model="small", endpoint="openai", load=(result,))
 
 
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:
@@ -55,7 +72,7 @@ def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> Non
     for url, p95 in (("http://a:1", 50.5), ("http://b:1", 5.0), ("http://a:1", 150.5)):
         results = add_endpoint(tmp_path, measured(url, p95))
     assert load_results(tmp_path) == results
-    assert [entry["url"] for entry in results["endpoints"]] == ["http://b:1", "http://a:1"]
+    assert [entry.url for entry in results.endpoints] == ["http://b:1", "http://a:1"]
     page = write_report(results, tmp_path).with_suffix(".md").read_text()
     assert (
         "| small at http://a:1 | 2.5 requests/s | 2.457 | 300 | TTFT ms | 1 | 2 | 3 | 150.5 | 70.25 |"

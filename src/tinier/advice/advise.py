@@ -8,7 +8,8 @@ suits, and the commands. `advise_from_run` ranks what a run measured instead.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 from tinier.advice.hardware import Hardware
 from tinier.benchmark import Workload
@@ -17,6 +18,7 @@ from tinier.errors import InputError, SchemeError
 from tinier.families import geometry_of
 from tinier.quantization import QuantizePlan
 from tinier.quantization.plan import average_bits, chosen_presets
+from tinier.recipe import RunResults
 
 Use = Literal["cloud", "edge", "real-time", "batch", "mobile"]
 USES: tuple[Use, ...] = get_args(Use)
@@ -117,24 +119,25 @@ def advise(
     return sorted(found, key=lambda a: (len(a.against), _rank(a, use)))
 
 
-def advise_from_run(results: dict[str, Any], use: Use, floor: float | None) -> list[Advice]:
-    """The run's own variants for a use, the best first, with what was measured."""
+def advise_from_run(
+    results: RunResults, folder: Path, use: Use, floor: float | None
+) -> list[Advice]:
+    """The own variants of the run in `folder` for a use, the best first, with what was measured."""
     if use not in USES:
         raise InputError(f"use {use!r} is not known. Use {', '.join(USES)}.")
     found = []
-    for row in results["variants"]:
-        against = _too_low(row["retained_quality"], floor)
-        against += row["notes"]
-        speed = row["speed"][-1]
+    for row in results.variants:
+        speed = row.speed[-1]
         found.append(
             Advice(
-                chain=f"{row['name']} ({row['precision']}, {row['layers']} layers)",
-                reason="measured in this run", weight_bytes=row["weight_bytes"],
-                memory_bytes=row["memory"]["weights_bytes"] + row["memory"]["kv_bytes"],
-                latency_ms=speed["itl_ms"]["median"],
-                throughput=speed["output_tokens_per_s"]["median"], speedup=row["speedup"],
-                quality=row["retained_quality"], against=tuple(against),
-                commands=(f"tinier serve {row['checkpoint']}",),
+                chain=f"{row.name} ({row.precision}, {row.layers} layers)",
+                reason="measured in this run", weight_bytes=row.weight_bytes,
+                memory_bytes=row.memory.weights_bytes + row.memory.kv_bytes,
+                latency_ms=speed.itl_ms.median,
+                throughput=speed.output_tokens_per_s.median, speedup=row.speedup,
+                quality=row.retained_quality,
+                against=(*_too_low(row.retained_quality, floor), *row.notes),
+                commands=(f"tinier serve {folder / row.checkpoint}",),
             )
         )  # fmt: skip
     return sorted(found, key=lambda a: (len(a.against), _rank(a, use)))

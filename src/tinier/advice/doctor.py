@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -25,6 +25,7 @@ from tinier.families.configuration import hf_config
 from tinier.kernels.linear import linear_path
 from tinier.kernels.machine import HAS_TRITON, machine_of
 from tinier.kernels.native import load_library
+from tinier.recipe import RunResults, VariantResult
 from tinier.schemes import PRESETS
 from tinier.tokenizer import load_tokenizer
 
@@ -58,16 +59,15 @@ def examine_checkpoint(checkpoint: Checkpoint, device: str = "auto") -> list[Fin
     ]  # fmt: skip
 
 
-def examine_run(results: dict[str, Any]) -> list[Finding]:
+def examine_run(results: RunResults) -> list[Finding]:
     """Variants that failed, which step of a chain lost the quality, formats that did not pay."""
     found = [
-        Finding("bad", f["variant"], f"{f['what']} failed: {f['error']}",
+        Finding("bad", f.variant, f"{f.what} failed: {f.error}",
                 "Mend that, and type the same `tinier run` again: the others are kept.")
-        for f in results["failed"]
+        for f in results.failed
     ]  # fmt: skip
-    rows = {row["name"]: row for row in results["variants"]}
-    for row in results["variants"][1:]:
-        found += [*_lost(row, rows), *_slow(row)]
+    for row in results.variants[1:]:
+        found += [*_lost(row, results), *_slow(row)]
     return found or [
         Finding("ok", "run", "every variant was made and measured, and none lost much")
     ]
@@ -286,43 +286,42 @@ def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
 # --- a run
 
 
-def _lost(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+def _lost(row: VariantResult, results: RunResults) -> Iterator[Finding]:
     """Where quality is low: which step of the chain lost it."""
-    if row["retained_quality"] >= _LOW_QUALITY:
+    if row.retained_quality >= _LOW_QUALITY:
         return
-    steps, name = [], row["name"]
-    while name in rows and name != "base":
-        before = rows[name]["from"] or "base"
-        if before not in rows:
-            break
-        lost = rows[before]["retained_quality"] - rows[name]["retained_quality"]
-        steps.append((lost, rows[name]["stage"], name))
-        name = before
+    steps, after = [], row
+    while after.from_ is not None and (before := results.variant(after.from_)) is not None:
+        lost = before.retained_quality - after.retained_quality
+        steps.append((lost, after.stage or "", after.name))
+        after = before
+    if not steps:  # what it was made from failed
+        return
     lost, stage, where = max(steps)
-    level: Level = "bad" if row["collapsed"] else "note"
+    level: Level = "bad" if row.collapsed else "note"
     remedy = {
         "prune": "Remove less (--layers 12%), choose layers by --method loss, and heal: tinier distill.",
         "quantize": "More bits or smaller groups, --preset mixed or int4-best, more calibration text like "
         "what the model is for, or train on the grid (distill: quantize).",
         "distill": "Fewer steps or a lower learning rate: training made it worse.",
-    }.get(str(stage), "")
+    }.get(stage, "")
     yield Finding(
-        level, row["name"], f"keeps {100 * row['retained_quality']:.1f} % quality; {stage} in {where} lost "
+        level, row.name, f"keeps {100 * row.retained_quality:.1f} % quality; {stage} in {where} lost "
         f"{100 * lost:.1f} points of it", remedy,
     )  # fmt: skip
 
 
-def _slow(row: dict[str, Any]) -> Iterator[Finding]:
-    for note in row["notes"]:
+def _slow(row: VariantResult) -> Iterator[Finding]:
+    for note in row.notes:
         yield Finding(
             "bad",
-            row["name"],
+            row.name,
             note,
             "Quantize to a format that this device multiplies: tinier doctor.",
         )
-    if row["stage"] == "quantize" and row["speedup"] < 1 and not row["notes"]:
-        many = row["speed"][-1]["workload"]["concurrency"]
+    if row.stage == "quantize" and row.speedup < 1 and not row.notes:
+        many = row.speed[-1].workload.concurrency
         yield Finding(
-            "note", row["name"], f"is {row['speedup']:.2f} × the base's speed with {many} at once",
+            "note", row.name, f"is {row.speedup:.2f} × the base's speed with {many} at once",
             "A weight-only format pays at small batches; at this one use INT8 or FP8 with rounded inputs.",
         )  # fmt: skip

@@ -62,7 +62,7 @@ def advise(
     floor = parse_quality(min_quality) if min_quality else None
     workload = parse_load(load)
     if run is not None:
-        found = advise_from_run(load_results(run), use, floor)  # type: ignore[arg-type]
+        found = advise_from_run(load_results(run), run, use, floor)  # type: ignore[arg-type]
         origin = f"Measured in {run}."
         lacks: list[str] = []
     else:

@@ -133,19 +133,19 @@ def _bench_server(
 
     from tinier.benchmark import load
     from tinier.progress import say
-    from tinier.recipe import add_endpoint, load_results
+    from tinier.recipe import EndpointResult, add_endpoint, load_results
     from tinier.report import write_report
     from tinier.report.terminal import load_text
 
     if run is not None:
         load_results(run)  # before the work: is it a run?
-    data = {
-        "url": endpoint.url, "model": endpoint.model, "endpoint": endpoint.kind,
-        "load": [asdict(result) for result in load(endpoint, loads)],
-    }  # fmt: skip
-    output.result(load_text(data), data, as_json=as_json)
+    measured = EndpointResult(
+        url=endpoint.url, model=endpoint.model, endpoint=endpoint.kind,
+        load=tuple(load(endpoint, loads)),
+    )  # fmt: skip
+    output.result(load_text(measured), asdict(measured), as_json=as_json)
     if run is not None:  # after it is printed: the run may be in use now
-        say(f"report: {write_report(add_endpoint(run, data), run)}")
+        say(f"report: {write_report(add_endpoint(run, measured), run)}")
 
 
 def _bench_model(

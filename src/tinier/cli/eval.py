@@ -27,6 +27,37 @@ def eval_(
     sample: Annotated[
         int | None, typer.Option("--sample", help="So many MMLU questions, drawn by --seed.")
     ] = None,
+    mmlu_format: Annotated[
+        str,
+        typer.Option(
+            "--mmlu-format",
+            help="letters: which of A to D comes next; continuation: the likeliest choice by its own text, "
+            "which tells small models apart.",
+        ),
+    ] = "letters",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Tasks of lm-evaluation-harness, with commas: arc_easy,hellaswag,gsm8k. Needs "
+            "pip install 'tinier[eval]'.",
+        ),
+    ] = None,
+    task_shots: Annotated[
+        int | None,
+        typer.Option(
+            "--task-shots", help="Solved examples of a task.", show_default="as the task says"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only so many questions of each task.")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option("--include", help="A folder with task files of your own.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask tasks with the model's chat template.")
+    ] = False,
     engine: Annotated[
         bool, typer.Option("--engine", help="Send requests to the serving engine instead.")
     ] = False,
@@ -40,13 +71,17 @@ def eval_(
     log_level: options.LogLevel = "warning",
     debug: options.Debug = False,
 ) -> None:
-    """Measure quality: perplexity, divergence, MMLU.
+    """Measure quality: perplexity, divergence, MMLU, tasks of lm-evaluation-harness.
+
+    With --against, answers are compared in pairs, too: which changed, and whether by more than chance.
 
     \b
     Examples:
       tinier eval smollm2-135m
       tinier eval smollm2-int4 --against smollm2-135m --text wiki.txt
       tinier eval smollm2-135m --mmlu mmlu --shots 5 --sample 500
+      tinier eval smollm2-135m --mmlu mmlu --mmlu-format continuation --shots 0
+      tinier eval smollm2-int4 --against smollm2-135m --tasks arc_easy,hellaswag --limit 500
       tinier eval smollm2-int4 --engine --mmlu mmlu
     """
     from dataclasses import asdict
@@ -56,11 +91,14 @@ def eval_(
     from tinier.errors import InputError
     from tinier.evaluation import (
         MmluPlan,
+        TasksPlan,
+        compare_answers,
         evaluate,
         evaluate_mmlu,
         load_mmlu,
         measure_served,
         reference_states,
+        task_changes,
     )
     from tinier.families import check_length, open_model
     from tinier.progress import warn
@@ -77,6 +115,17 @@ def eval_(
         raise InputError(
             f"--tensor-parallel {tensor_parallel} is the engine's. Add --engine, or leave it out."
         )
+    asked = None
+    if tasks is None and (include or chat or limit is not None or task_shots is not None):
+        raise InputError("--task-shots, --limit, --include and --chat are for --tasks. Add it.")
+    if tasks is not None:
+        from tinier.evaluation.harness import check_tasks, run_tasks
+
+        asked = TasksPlan(
+            names=tuple(name.strip() for name in tasks.split(",")), shots=task_shots, limit=limit,
+            include=include, chat=chat, seed=seed,
+        )  # fmt: skip
+        check_tasks(asked)
     place = pick_device(device)
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
@@ -89,10 +138,16 @@ def eval_(
     questions = None
     if mmlu:
         plan = MmluPlan(
-            folder=mmlu, shots=shots, subjects=tuple(subject or ()), sample=sample, seed=seed
-        )
+            folder=mmlu, shots=shots, subjects=tuple(subject or ()), sample=sample, seed=seed,
+            format=mmlu_format,  # type: ignore[arg-type]
+        )  # fmt: skip
         questions = load_mmlu(plan)
-    reference = reference_states(load_decoder(original, device=place), held) if original else None
+    base = load_decoder(original, device=place) if original else None
+    reference = reference_states(base, held) if base else None
+    original_answers = (
+        evaluate_mmlu(base, tokenizer, questions, shots) if base and questions else None
+    )
+    del base
     if engine:
         quality, answers = measure_served(
             checkpoint, tokenizer, held, questions, shots, device, tensor_parallel, int4_inputs
@@ -101,6 +156,18 @@ def eval_(
         decoder = load_decoder(checkpoint, device=place, int4_inputs=int4_inputs)
         quality = evaluate(decoder, held, reference)
         answers = evaluate_mmlu(decoder, tokenizer, questions, shots) if questions else None
+    found, changes = [], {}
+    if answers and original_answers:
+        changes["mmlu"] = compare_answers(original_answers.answers, answers.answers)
+    if asked is not None:
+        folders = [checkpoint.folder, *([original.folder] if original else [])]
+        own, *others = (
+            run_tasks(str(folder), asked, device=device, int4_inputs=int4_inputs)
+            for folder in folders
+        )
+        found = [asdict(task) for task in own]
+        for theirs in others:
+            changes |= task_changes(theirs, own)
     data = {
         "model": model,
         "against": against,
@@ -111,5 +178,7 @@ def eval_(
         "engine": engine,
         "quality": asdict(quality),
         "mmlu": asdict(answers) if answers else None,
+        "tasks": found,
+        "changes": {name: asdict(change) for name, change in changes.items()},
     }
     output.result(quality_text(data), data, as_json=json)

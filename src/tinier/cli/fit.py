@@ -146,6 +146,8 @@ def fit(
     found = search(plan, out, command=shlex.join(["tinier", *sys.argv[1:]]))
     results = load_results(out)
     page = write_report(results, out)
-    output.result(f"{results_text(results)}\n\n{fit_text(found)}\n{page}", found, as_json=json)
-    if found["winner"] is None:
+    output.result(
+        f"{results_text(results)}\n\n{fit_text(found)}\n{page}", found.to_json(), as_json=json
+    )
+    if found.winner is None:
         raise MeasuredFailure("no model that was made keeps the budget. The nearest are above.")

@@ -47,5 +47,6 @@ def report(
     else:
         page = write_html(found, out or Path("comparison.html"))
     text = "\n\n".join(results_text(one.results) for one in found)
-    data = found[0].results if len(found) == 1 else {"runs": [one.results for one in found]}
+    values = [one.results.to_json() for one in found]
+    data = values[0] if len(values) == 1 else {"runs": values}
     output.result(f"{text}\n{page}", data, as_json=json)

@@ -56,7 +56,7 @@ def run(
         return
     results = run_recipe(loaded, folder, command=shlex.join(["tinier", *sys.argv[1:]]))
     page = write_report(results, folder)
-    output.result(f"{results_text(results)}\n{page}", results, as_json=json)
-    if results["failed"]:
-        names = ", ".join(dict.fromkeys(failure["variant"] for failure in results["failed"]))
+    output.result(f"{results_text(results)}\n{page}", results.to_json(), as_json=json)
+    if results.failed:
+        names = ", ".join(dict.fromkeys(failure.variant for failure in results.failed))
         raise MeasuredFailure(f"some variants could not be made or measured: {names}. See above.")

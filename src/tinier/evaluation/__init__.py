@@ -2,21 +2,30 @@
 
 Start at `evaluate` (quality.py), `compare` (compare.py) and `evaluate_mmlu` (mmlu.py). All run on the
 engine's decoder, the one that serves the model; served.py sends requests to the whole engine instead.
+tasks.py names tasks of lm-evaluation-harness; harness.py, which needs it, measures them. paired.py compares
+two models' answers.
 """
 
 from tinier.evaluation.compare import Comparison, LayerDifference, compare
 from tinier.evaluation.mmlu import MmluPlan, MmluResult, evaluate_mmlu, load_mmlu
+from tinier.evaluation.paired import PairedChange, compare_answers
 from tinier.evaluation.quality import Quality, Reference, evaluate, reference_states
 from tinier.evaluation.served import evaluate_mmlu_served, evaluate_served, measure_served
+from tinier.evaluation.tasks import Metric, TaskResult, TasksPlan, task_changes
 
 __all__ = [
     "Comparison",
     "LayerDifference",
+    "Metric",
     "MmluPlan",
     "MmluResult",
+    "PairedChange",
     "Quality",
     "Reference",
+    "TaskResult",
+    "TasksPlan",
     "compare",
+    "compare_answers",
     "evaluate",
     "evaluate_mmlu",
     "evaluate_mmlu_served",
@@ -24,4 +33,5 @@ __all__ = [
     "load_mmlu",
     "measure_served",
     "reference_states",
+    "task_changes",
 ]

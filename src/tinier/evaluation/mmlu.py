@@ -1,9 +1,14 @@
-"""MMLU (arXiv 2009.03300) by log-likelihood of " A" … " D", from a folder in the original layout.
+"""MMLU (arXiv 2009.03300) by log-likelihood, from a folder in the original layout.
 
-Start at `load_mmlu`, which checks every row before any model is loaded, then `evaluate_mmlu`. The
-prompt is the original's: a headline with the subject, the first `shots` questions of
-`dev/SUBJECT_dev.csv` with their answers, then the question. The answer is the letter the model finds
-most likely next. Each subject counts by its questions (micro average), as the original reports.
+Start at `load_mmlu`, which checks every row before any model is loaded, then `evaluate_mmlu`. Each
+subject counts by its questions (micro average), as the original reports. Two forms:
+
+- letters, the original's: a headline with the subject, the first `shots` questions of
+  `dev/SUBJECT_dev.csv` with their answers, then the question and its choices. The answer is the letter
+  that the model finds most likely next.
+- continuation, as SmolLM2's makers ask (lighteval's `mmlu_cloze`): the choices are not shown; the answer
+  is the one whose text, divided by its number of characters, is most likely behind the question. Small
+  models are at chance by letters, and not by this.
 """
 
 import csv
@@ -13,17 +18,19 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tinier.engine import Decoder
 from tinier.errors import TextError
+from tinier.evaluation.likelihood import score_continuations
 from tinier.progress import bar
 from tinier.text import read_text
 from tinier.tokenizer import Tokenizer
 
+MmluFormat = Literal["letters", "continuation"]
 LETTERS = "ABCD"
 _BATCH_TOKENS = 4096
 _LONGEST_FIELD = 2**27
@@ -57,6 +64,7 @@ class MmluPlan:
     """Subjects to ask; empty: all in the folder."""
     sample: int | None = None
     """Ask so many questions, drawn with `seed` from all of them; None: all."""
+    format: MmluFormat = "letters"
     seed: int = 0
 
 
@@ -75,6 +83,7 @@ class Mmlu:
 
     questions: list[Question]
     examples: dict[str, list[Question]]
+    format: MmluFormat = "letters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +97,17 @@ class MmluResult:
     """Accuracy by subject."""
     categories: dict[str, float]
     """Accuracy by category: STEM, humanities, social sciences, other."""
+    format: MmluFormat = "letters"
+    answers: str = ""
+    """For each question, in order, 1 (right) or 0; empty in results of older versions"""
 
 
 def load_mmlu(plan: MmluPlan) -> Mmlu:
     """Read and check the questions. Raises TextError naming file and line of a malformed row."""
     if not 0 <= plan.shots <= 5:
         raise TextError(f"shots={plan.shots}. Use 0 to 5; the dev files have five questions each.")
+    if plan.format not in get_args(MmluFormat):
+        raise TextError(f"format={plan.format!r}. Use {' or '.join(get_args(MmluFormat))}.")
     tests = {p.name.removesuffix("_test.csv"): p for p in plan.folder.glob("test/*_test.csv")}
     if not tests:
         raise TextError(
@@ -119,11 +133,13 @@ def load_mmlu(plan: MmluPlan) -> Mmlu:
         examples[subject] = _read(path, subject)[: plan.shots]
         if len(examples[subject]) < plan.shots:
             raise TextError(f"{path} has fewer than {plan.shots} questions. Use fewer shots.")
-    return Mmlu(questions, examples)
+    return Mmlu(questions, examples, plan.format)
 
 
 def evaluate_mmlu(decoder: Decoder, tokenizer: Tokenizer, mmlu: Mmlu, shots: int) -> MmluResult:
     """Ask every question. Batches are padded on the right, behind the token that is read."""
+    if mmlu.format == "continuation":
+        return score(mmlu, _continued(decoder, tokenizer, mmlu), shots)
     letters = torch.tensor(letter_tokens(tokenizer))
     prompts = question_prompts(tokenizer, mmlu)
     check_prompts(prompts, mmlu, decoder.geometry.max_positions)
@@ -135,19 +151,47 @@ def evaluate_mmlu(decoder: Decoder, tokenizer: Tokenizer, mmlu: Mmlu, shots: int
             for i, answer in zip(batch, answers, strict=True):
                 right[i] = answer == mmlu.questions[i].answer
             advance(len(batch))
-    return score(mmlu.questions, right, shots)
+    return score(mmlu, right, shots)
+
+
+def _continued(decoder: Decoder, tokenizer: Tokenizer, mmlu: Mmlu) -> list[bool]:
+    """Whether each question's most likely choice, by its log-probability a character, is the right one."""
+    prompts = question_prompts(tokenizer, mmlu)
+    pairs = []
+    for question, prompt, text in zip(mmlu.questions, prompts, _texts(mmlu), strict=True):
+        for choice in question.choices:
+            whole = tokenizer.encode(f"{text} {choice}")
+            # a choice that is empty, or joins the prompt's last token, is scored from there on
+            start = min(len(prompt), len(whole) - 1)
+            pairs.append((whole[:start], whole[start:]))
+    check_prompts([context + rest for context, rest in pairs], mmlu, decoder.geometry.max_positions)
+    scores = score_continuations(decoder, pairs, "MMLU")
+    right = []
+    for index, question in enumerate(mmlu.questions):
+        own = scores[4 * index : 4 * index + 4]
+        each = [
+            score.logprob / max(1, len(choice))
+            for score, choice in zip(own, question.choices, strict=True)
+        ]
+        right.append(each.index(max(each)) == question.answer)
+    return right
 
 
 def question_prompts(tokenizer: Tokenizer, mmlu: Mmlu) -> list[list[int]]:
     """Token ids of each question behind its subject's solved examples."""
-    return [tokenizer.encode(_prompt(q, mmlu.examples.get(q.subject, []))) for q in mmlu.questions]
+    return [tokenizer.encode(text) for text in _texts(mmlu)]
+
+
+def _texts(mmlu: Mmlu) -> list[str]:
+    prompt = _prompt if mmlu.format == "letters" else _open_prompt
+    return [prompt(q, mmlu.examples.get(q.subject, [])) for q in mmlu.questions]
 
 
 def check_prompts(prompts: list[list[int]], mmlu: Mmlu, room: int) -> None:
-    """Raise TextError for questions [of `question_prompts`] that are longer than `room` tokens."""
+    """Raise TextError for questions that are longer than `room` tokens. prompts: as many of each."""
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) > room:
-        question = mmlu.questions[longest]
+        question = mmlu.questions[longest * len(mmlu.questions) // len(prompts)]
         raise TextError(
             f"a question of {question.subject} with its examples has {len(prompts[longest])} tokens "
             f"({question.text[:60]!r}…), and this model has room for {room}. Use fewer shots, or leave the "
@@ -186,6 +230,14 @@ def _prompt(question: Question, examples: list[Question]) -> str:
     head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
     solved = "".join(f"{_ask(q)} {LETTERS[q.answer]}\n\n" for q in examples)
     return head + solved + _ask(question)
+
+
+def _open_prompt(question: Question, examples: list[Question]) -> str:
+    """Without the choices."""
+    topic = question.subject.replace("_", " ")
+    solved = "".join(f"Question: {q.text}\nAnswer: {q.choices[q.answer]}\n\n" for q in examples)
+    head = f"The following are questions about {topic}.\n"
+    return f"{head}{solved}Question: {question.text}\nAnswer:"
 
 
 def _ask(question: Question) -> str:
@@ -232,11 +284,11 @@ def _answers(decoder: Decoder, prompts: list[list[int]], letters: Tensor) -> lis
     return answers
 
 
-def score(questions: list[Question], right: list[bool], shots: int) -> MmluResult:
+def score(mmlu: Mmlu, right: list[bool], shots: int) -> MmluResult:
     """The result of questions that were answered rightly or not."""
     by_subject: dict[str, list[bool]] = {}
     by_category: dict[str, list[bool]] = {}
-    for question, good in zip(questions, right, strict=True):
+    for question, good in zip(mmlu.questions, right, strict=True):
         by_subject.setdefault(question.subject, []).append(good)
         category = CATEGORIES.get(question.subject, _OTHER)
         by_category.setdefault(category, []).append(good)
@@ -248,4 +300,6 @@ def score(questions: list[Question], right: list[bool], shots: int) -> MmluResul
         shots=shots,
         subjects={name: sum(rows) / len(rows) for name, rows in sorted(by_subject.items())},
         categories={name: sum(rows) / len(rows) for name, rows in sorted(by_category.items())},
+        format=mmlu.format,
+        answers="".join(str(int(good)) for good in right),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
+from tinier.errors import InputError
 from tinier.evaluation.mmlu import (
     Mmlu,
     MmluResult,
@@ -71,6 +72,8 @@ def evaluate_mmlu_served(
 ) -> MmluResult:
     """Ask every question: one token, the four letters raised above all others. Raises TextError for
     questions that are longer than the engine takes."""
+    if mmlu.format != "letters":
+        raise InputError("requests answer MMLU by letters. Leave --mmlu-format out, or --engine.")
     letters = letter_tokens(tokenizer)
     params = SamplingParams(max_tokens=1, logit_bias=dict.fromkeys(letters, _ONLY_THESE))
     prompts = question_prompts(tokenizer, mmlu)
@@ -81,7 +84,7 @@ def evaluate_mmlu_served(
         request.output[0] == letters[question.answer]
         for request, question in zip(requests, mmlu.questions, strict=True)
     ]
-    return score(mmlu.questions, right, shots)
+    return score(mmlu, right, shots)
 
 
 def _serve(engine: Engine, requests: list[Request], label: str) -> None:

@@ -7,5 +7,16 @@ formats and sizes is solved (costs.py), and candidates are made and measured as 
 
 from tinier.fitting.budget import Amount, Budget, Figures, Limits
 from tinier.fitting.driver import FitPlan, describe, fit
+from tinier.fitting.results import FitResults, load_fit
 
-__all__ = ["Amount", "Budget", "Figures", "FitPlan", "Limits", "describe", "fit"]
+__all__ = [
+    "Amount",
+    "Budget",
+    "Figures",
+    "FitPlan",
+    "FitResults",
+    "Limits",
+    "describe",
+    "fit",
+    "load_fit",
+]

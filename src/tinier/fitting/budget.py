@@ -26,7 +26,8 @@ class Amount(NamedTuple):
         return self.value * base if self.relative else self.value
 
 
-class Figures(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Figures:
     """What a budget is about, of one model."""
 
     size: float
@@ -41,7 +42,8 @@ class Figures(NamedTuple):
     """exp(-KL), the likelihood per token of the base's own text that is left"""
 
 
-class Limits(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Limits:
     """What the figures may be: at most, for throughput and quality at least; None: anything."""
 
     size: float | None = None
@@ -53,7 +55,7 @@ class Limits(NamedTuple):
     def broken(self, found: Figures) -> list[str]:
         """The names of the limits that a model does not keep."""
         names = []
-        for name, limit in self._asdict().items():
+        for name, limit in asdict(self).items():
             value = getattr(found, name)
             if limit is None:
                 continue
@@ -88,7 +90,9 @@ class Budget:
 
     @property
     def limits_anything(self) -> bool:
-        return any(value is not None for value in self.limits(Figures(1, 1, 1, 1, 1)))
+        return any(
+            value is not None for value in asdict(self.limits(Figures(1, 1, 1, 1, 1))).values()
+        )
 
     def limits(self, base: Figures) -> Limits:
         """Absolute. base: the base model's figures."""

@@ -14,16 +14,14 @@ and another budget for the same model costs no more than solving and the new one
 6. Other points of the front, and the winner trained on its grid, as far as the time goes.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -31,10 +29,12 @@ from tinier.benchmark import environment
 from tinier.checkpoint import code_digest, hold, write_atomically
 from tinier.device import model_flops, pick_device
 from tinier.errors import InputError
-from tinier.families import Geometry, check_length, geometry_of, open_model
+from tinier.families import check_length, geometry_of, open_model
 from tinier.fitting.budget import AT_LEAST, Budget, Figures, Limits
 from tinier.fitting.chains import Effort, name_of, variants_of
+from tinier.fitting.choices import default_formats, first_tries, measured_widths
 from tinier.fitting.costs import Costs, Design
+from tinier.fitting.results import RESULT, SCHEMA, Alternative, FitResults, Point, Tried
 from tinier.fitting.sensitivity import Sensitivity, measure
 from tinier.fitting.speed import SpeedTable
 from tinier.kernels.machine import machine_of
@@ -42,11 +42,10 @@ from tinier.progress import say
 from tinier.pruning import PrunePlan, Sizes
 from tinier.pruning.plan import possible_sizes
 from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of, search
-from tinier.quantization.plan import SIXTEEN_BIT, format_named
-from tinier.recipe import Recipe, check_run_folder, run_recipe
+from tinier.quantization.plan import SIXTEEN_BIT
+from tinier.recipe import Recipe, RunResults, check_run_folder, run_recipe
 from tinier.recipe.plan import plan_recipe
-from tinier.recipe.schema import Measure, QualityMeasure, SpeedMeasure, Text, Variant
-from tinier.schemes import Preset
+from tinier.recipe.schema import BASE, Measure, QualityMeasure, SpeedMeasure, Text, Variant
 from tinier.text import tensor_sha256, token_windows
 from tinier.tokenizer import load_tokenizer
 
@@ -92,7 +91,7 @@ class Candidate(NamedTuple):
     why: str
 
 
-def fit(plan: FitPlan, out: Path, *, command: str) -> dict[str, Any]:
+def fit(plan: FitPlan, out: Path, *, command: str) -> FitResults:
     """Search, make and measure; returns what is in out/fit.json: the winner, the front, the alternatives.
 
     Raises the InputError of whatever is wrong before any work, OutputError for a folder in use.
@@ -148,7 +147,7 @@ class _Search:
 
     # --- the whole
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> FitResults:
         self._recall()
         self._started = time.monotonic() - self._spent
         for line in self.expected()["lines"]:
@@ -158,8 +157,8 @@ class _Search:
 
         def limits() -> Limits:
             # the base is measured again beside each variant: what is relative to it moves along
-            costs.measured_base(_figures(results, "base"))
-            return self._plan.budget.limits(_figures(results, "base"))
+            costs.measured_base(_figures(results, BASE))
+            return self._plan.budget.limits(_figures(results, BASE))
 
         results = self._round("first", lambda: self._first(costs, known, limits()))
         results = self._round("corrected", lambda: self._corrected(costs, known, limits(), results))
@@ -168,8 +167,8 @@ class _Search:
         results = self._round("spread", lambda: self._spread(costs, limits(), results))
         results = self._round("trained", lambda: self._trained(limits(), results))
         found = self._conclude(costs, limits(), results)
-        write_atomically(self._out / "fit.json", json.dumps(found, indent=1) + "\n")
-        write_atomically(self._out / "front.csv", _csv(found["front"]))
+        write_atomically(self._out / RESULT, json.dumps(found.to_json(), indent=1) + "\n")
+        write_atomically(self._out / "front.csv", found.front_csv())
         return found
 
     def expected(self) -> dict[str, Any]:
@@ -200,7 +199,7 @@ class _Search:
 
     # --- rounds
 
-    def _round(self, name: str, decide: Callable[[], Sequence[Candidate]]) -> dict[str, Any]:
+    def _round(self, name: str, decide: Callable[[], Sequence[Candidate]]) -> RunResults:
         """Decide on candidates, once; make and measure them. Returns the results of the whole run."""
         if name not in self._rounds:
             new = [c for c in decide() if c.name not in {known.name for known in self._candidates}]
@@ -285,7 +284,7 @@ class _Search:
 
     # --- what is measured
 
-    def _costs(self, results: dict[str, Any]) -> tuple[Costs, Sensitivity]:
+    def _costs(self, results: RunResults) -> tuple[Costs, Sensitivity]:
         plan, source = self._plan, self._source
         said = [source.hash, tensor_sha256(self._windows), list(self._formats), plan.prune,
                 code_digest("tinier.quantization.mixed", "tinier.pruning.choice")]  # fmt: skip
@@ -312,12 +311,12 @@ class _Search:
             source, self._formats, widths, load,
             self._out / "fit" / f"speed-{key}.json", self._device, "int8",
         )  # fmt: skip
-        base = next(row for row in results["variants"] if row["name"] == "base")
+        memory = results.base.memory
         costs = Costs(
             source=source, formats=self._formats, divergence=known.divergence, cuts=known.cuts,
             dropped=known.dropped, table=table, machine=machine_of(self._device), load=load,
-            possible=possible, base=_figures(results, "base"),
-            base_weights=base["memory"]["weights_bytes"] + base["memory"]["kv_bytes"],
+            possible=possible, base=_figures(results, BASE),
+            base_weights=memory.weights_bytes + memory.kv_bytes,
         )  # fmt: skip
         return costs, known
 
@@ -328,7 +327,7 @@ class _Search:
         names = [part.name for part in parts_of(self._geometry)]
         ends = {EMBEDDING_PART: "int8", KV_PART: SIXTEEN_BIT}
         found = []
-        for label in _first_tries(self._formats):
+        for label in first_tries(self._formats):
             design = Design(Sizes.of(self._geometry), (), dict.fromkeys(names, label) | ends)
             found.append(Candidate(label.replace(":", "-g"), design, "one format for all"))
         return found
@@ -342,7 +341,7 @@ class _Search:
 
     def _solvable(self, limits: Limits) -> Limits:
         """The limits that the solver keeps: quality is what it betters where anything else is limited."""
-        return limits._replace(quality=None) if self._objective == "divergence" else limits
+        return replace(limits, quality=None) if self._objective == "divergence" else limits
 
     def _first(self, costs: Costs, known: Sensitivity, limits: Limits) -> list[Candidate]:
         found = []
@@ -375,7 +374,7 @@ class _Search:
         return replace(best, formats=found.formats)
 
     def _corrected(
-        self, costs: Costs, known: Sensitivity, limits: Limits, results: dict[str, Any]
+        self, costs: Costs, known: Sensitivity, limits: Limits, results: RunResults
     ) -> list[Candidate]:
         """Solved again, with the limits moved by what the predictions were off."""
         found = []
@@ -390,7 +389,7 @@ class _Search:
                 ratio = getattr(predicted, name) / getattr(measured, name)
                 is_off = abs(ratio - 1) > _OFF or name in limits.broken(measured)
                 if limit is not None and is_off:
-                    moved, off = moved._replace(**{name: limit * ratio}), True
+                    moved, off = replace(moved, **{name: limit * ratio}), True
             if not off:
                 continue
             is_pruned = candidate.design.sizes != Sizes.of(self._geometry)
@@ -406,7 +405,7 @@ class _Search:
             )
         return found
 
-    def _learn_recovery(self, costs: Costs, results: dict[str, Any]) -> None:
+    def _learn_recovery(self, costs: Costs, results: RunResults) -> None:
         """What healing left of a cut's divergence, from the candidates that were healed."""
         for candidate in self._candidates:
             design = candidate.design
@@ -419,7 +418,7 @@ class _Search:
             rounding = costs.lost(design) - costs.healed * costs.cuts(design.sizes)
             costs.recovered(max(0.05, (lost - rounding) / costs.cuts(design.sizes)))
 
-    def _healed(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+    def _healed(self, costs: Costs, limits: Limits, results: RunResults) -> list[Candidate]:
         """The best pruned candidate, healed for longer, where it may win."""
         if not (self._plan.prune and self._plan.train):
             return []
@@ -464,12 +463,12 @@ class _Search:
         paths = [self._out / "variants" / name / "tinier.json" for name in names]
         return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
 
-    def _spread(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+    def _spread(self, costs: Costs, limits: Limits, results: RunResults) -> list[Candidate]:
         """Other points of the front: cheaper ones and better ones, as many as there is time for."""
         share = 0.5 if self._plan.train else 0.9
         count = min(_SPREAD, int(share * self._left() / max(1.0, self._per_variant)))
         winner = self._best(limits, results)
-        size = _figures(results, winner).size if winner else _figures(results, "base").size * 0.4
+        size = _figures(results, winner or BASE).size * (1.0 if winner else 0.4)
         wanted = [
             (Limits(size=0.85 * size), "divergence", "smaller than the winner"),
             (Limits(size=1.25 * size), "divergence", "larger than the winner"),
@@ -485,7 +484,7 @@ class _Search:
                     found.append(candidate)
         return found
 
-    def _trained(self, limits: Limits, results: dict[str, Any]) -> list[Candidate]:
+    def _trained(self, limits: Limits, results: RunResults) -> list[Candidate]:
         """The winner trained on its grid, where there is time and something to better."""
         winner = self._best(limits, results)
         if winner is None or not self._plan.train:
@@ -505,16 +504,13 @@ class _Search:
 
     # --- what is found
 
-    def _best(self, limits: Limits, results: dict[str, Any]) -> str | None:
+    def _best(self, limits: Limits, results: RunResults) -> str | None:
         """The name of the measured candidate that keeps all limits and is best."""
-        names: list[str] = [row["name"] for row in results["variants"] if row["name"] != "base"]
-        kept: dict[str, Figures] = {
-            n: f for n in names if not limits.broken(f := _figures(results, n))
-        }
-        kept = {n: f for n, f in kept.items() if n in {c.name for c in self._candidates}}
+        made = {c.name: _figures_or_none(results, c.name) for c in self._candidates}
+        kept = {n: f for n, f in made.items() if f is not None and not limits.broken(f)}
         if not kept:
             return None
-        base = _figures(results, "base")
+        base = _figures(results, BASE)
 
         def worth(figures: Figures) -> float:
             if self._objective == "divergence":
@@ -523,60 +519,60 @@ class _Search:
 
         return max(kept, key=lambda n: worth(kept[n]))
 
-    def _conclude(self, costs: Costs, limits: Limits, results: dict[str, Any]) -> dict[str, Any]:
-        rows = {row["name"]: _figures(results, row["name"]) for row in results["variants"]}
+    def _conclude(self, costs: Costs, limits: Limits, results: RunResults) -> FitResults:
+        rows = {row.name: _figures(results, row.name) for row in results.variants}
         winner = self._best(limits, results)
         off: dict[str, list[float]] = {}
         for candidate in self._candidates:
             if candidate.name in rows and not candidate.design.grid_steps:
                 predicted = costs.predicted(candidate.design)
-                for name, value in rows[candidate.name]._asdict().items():
+                for name, value in asdict(rows[candidate.name]).items():
                     off.setdefault(name, []).append(
                         getattr(predicted, name) / value - 1 if value else 0.0
                     )
-        return {
-            "schema": 1,
-            "command": self._command,
-            "model": self._plan.model,
-            "budget": self._plan.budget.as_json(),
-            "limits": limits._asdict(),
-            "base": rows["base"]._asdict(),
-            "winner": winner,
-            "winner_figures": rows[winner]._asdict() if winner else None,
-            "nearest": None if winner else self._nearest(costs, limits),
-            "alternatives": self._alternatives(costs, limits, rows[winner], winner)
-            if winner
-            else [],
-            "front": self._front(costs, rows),
-            "candidates": {
-                c.name: {"why": c.why, "design": c.design.as_json()} for c in self._candidates
+        return FitResults(
+            schema=SCHEMA,
+            command=self._command,
+            model=self._plan.model,
+            budget=self._plan.budget.as_json(),
+            limits=limits,
+            base=rows[BASE],
+            winner=winner,
+            winner_figures=rows[winner] if winner else None,
+            nearest=None if winner else self._nearest(costs, limits),
+            alternatives=self._alternatives(costs, limits, rows[winner], winner) if winner else (),
+            front=self._front(costs, rows),
+            candidates={
+                c.name: Tried(why=c.why, design=c.design.as_json()) for c in self._candidates
             },
-            "prediction_errors": off,
-            "seconds": round(self._spent, 1),
-        }
+            prediction_errors={name: tuple(values) for name, values in off.items()},
+            seconds=round(self._spent, 1),
+        )
 
     def _nearest(self, costs: Costs, limits: Limits) -> dict[str, float | None]:
         """For each limit what it would have to be, the others kept, as predicted; None: nothing helps."""
         kinds = {"size": "size", "memory": "memory", "throughput": "milliseconds", "latency": "step",
                  "quality": "divergence"}  # fmt: skip
         found: dict[str, float | None] = {}
-        for name, limit in limits._asdict().items():
+        for name, limit in asdict(limits).items():
             if limit is not None:
-                design = costs.solve(limits._replace(**{name: None}), kinds[name])
+                design = costs.solve(replace(limits, **{name: None}), kinds[name])
                 found[name] = None if design is None else getattr(costs.predicted(design), name)
         return found
 
     def _alternatives(
         self, costs: Costs, limits: Limits, figures: Figures, winner: str
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[Alternative, ...]:
         """What the next cheaper and the next better choice would cost, as predicted."""
-        found: list[dict[str, Any]] = []
+        found = []
         (design,) = [c.design for c in self._candidates if c.name == winner]
         plain = costs.predicted(replace(design, steps=0, grid_steps=0))
         # what predictions are off for the winner, they are off for its neighbours
-        scale = {n: getattr(figures, n) / v for n, v in plain._asdict().items()}
+        scale = {n: getattr(figures, n) / v for n, v in asdict(plain).items()}
         lost = _log(figures.quality) / min(-1e-9, _log(plain.quality))
-        wanted = [("smaller", costs.solve(Limits(size=0.9 * plain.size)))]
+        wanted: list[tuple[Literal["smaller", "faster", "better"], Design | None]] = [
+            ("smaller", costs.solve(Limits(size=0.9 * plain.size)))
+        ]
         if limits.throughput is not None or limits.latency is not None:
             wanted.append(("faster", costs.solve(Limits(throughput=1.1 * plain.throughput))))
         wanted.append(("better", costs.solve(Limits(quality=plain.quality**0.7), "size")))
@@ -584,30 +580,25 @@ class _Search:
             if other is None:
                 continue
             values = costs.predicted(other)
-            scaled = {n: v * scale[n] for n, v in values._asdict().items()}
+            scaled = {n: v * scale[n] for n, v in asdict(values).items()}
             scaled["quality"] = values.quality**lost
-            found.append({"what": what, **scaled})
-        return found
+            found.append(Alternative(what=what, **scaled))
+        return tuple(found)
 
-    def _front(self, costs: Costs, rows: dict[str, Figures]) -> list[dict[str, Any]]:
+    def _front(self, costs: Costs, rows: dict[str, Figures]) -> tuple[Point, ...]:
         """What was measured and is beaten by nothing in everything, and what is predicted between."""
-        found: list[dict[str, Any]] = [
-            {"kind": "measured", "name": name, **figures._asdict()}
+        found = [
+            Point(kind="measured", name=name, **asdict(figures))
             for name, figures in rows.items()
             if not any(_beats(other, figures) for other in rows.values())
         ]
-        base = rows["base"].size
+        base = rows[BASE].size
         for percent in range(20, 65, 5):
             design = costs.solve(Limits(size=base * percent / 100), pruned=False)
             if design is not None:
-                found.append(
-                    {
-                        "kind": "predicted",
-                        "name": f"{percent}% of the size",
-                        **costs.predicted(design)._asdict(),
-                    }
-                )
-        return found
+                predicted = asdict(costs.predicted(design))
+                found.append(Point(kind="predicted", name=f"{percent}% of the size", **predicted))
+        return tuple(found)
 
 
 def _log(quality: float) -> float:
@@ -615,94 +606,37 @@ def _log(quality: float) -> float:
 
 
 def _resources(limits: Limits, found: Figures) -> list[str]:
-    return limits._replace(quality=None).broken(found)
+    return replace(limits, quality=None).broken(found)
 
 
 def _beats(one: Figures, other: Figures) -> bool:
     """Whether one is as good in every figure, and better in some."""
+    theirs = asdict(other)
     pairs = [
-        (a, b) if name in AT_LEAST else (-a, -b)
-        for name, a, b in zip(Figures._fields, one, other, strict=True)
+        (a, theirs[name]) if name in AT_LEAST else (-a, -theirs[name])
+        for name, a in asdict(one).items()
     ]
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
-def _figures(results: dict[str, Any], name: str) -> Figures:
-    row: dict[str, Any] = next(row for row in results["variants"] if row["name"] == name)
-    base: dict[str, Any] = next(row for row in results["variants"] if row["name"] == "base")
-    rate = base["speed"][-1]["output_tokens_per_s"]["median"]
-    return Figures(
-        size=float(row["disk_bytes"]),
-        memory=float(row["memory"]["peak_bytes"]),
-        throughput=rate * row["speedup"],
-        latency=row["speed"][-1]["itl_ms"]["median"],
-        quality=row["retained_quality"],
-    )
-
-
-def _figures_or_none(results: dict[str, Any], name: str) -> Figures | None:
-    """None for a variant that failed."""
-    names = [row["name"] for row in results["variants"]]
-    return _figures(results, name) if name in names else None
-
-
-def default_formats(
-    given: Sequence[str], geometry: Geometry, device: torch.device
-) -> dict[str, Preset]:
-    """What a layer may become, by label: as given, or few bits in two group sizes, and what the device
-    multiplies. Raises SchemeError for a format that the layers do not fit."""
-    labels = list(given)
-    if not labels:
-        columns = {columns for _, columns in geometry.linears.values()}
-        wide = next((s for s in (128, 64, 32) if all(c % s == 0 for c in columns)), 32)
-        labels = [
-            f"{name}:{size}" for name in ("int2", "int3", "int4-gptq") for size in (wide, wide // 2)
-        ]
-        labels += ["int8-w8a16", "int8-sq"]
-        machine = machine_of(device)
-        if machine.has_fp8:
-            labels.append("fp8")
-        if machine.kind == "cuda" and machine.capability >= (10, 0):
-            labels.append("nvfp4")
-    found = {label: format_named(label) for label in labels}
-    for label, preset in found.items():
-        for name, shape in geometry.linears.items():
-            preset.scheme.check_fits(f"{label}: {name}", shape)
+def _figures(results: RunResults, name: str) -> Figures:
+    found = _figures_or_none(results, name)
+    assert found is not None
     return found
 
 
-def possible_widths(geometry: Geometry, formats: Mapping[str, Preset], align: int) -> list[Sizes]:
-    """The widths that pruning may leave and all formats fit, the model's own last."""
-    later = tuple(preset.scheme for preset in formats.values())
-    plan = PrunePlan(target="1B", shrink="width", later=later, align=align)
-    found = sorted(
-        possible_sizes(geometry, plan), key=lambda s: (s.hidden * s.intermediate, s.kv_heads)
+def _figures_or_none(results: RunResults, name: str) -> Figures | None:
+    """None for a variant that failed."""
+    row = results.variant(name)
+    if row is None:
+        return None
+    return Figures(
+        size=float(row.disk_bytes),
+        memory=float(row.memory.peak_bytes),
+        throughput=results.base.speed[-1].output_tokens_per_s.median * row.speedup,
+        latency=row.speed[-1].itl_ms.median,
+        quality=row.retained_quality,
     )
-    whole = Sizes.of(geometry)
-    return [*(sizes for sizes in found if sizes != whole), whole]
-
-
-def measured_widths(geometry: Geometry, formats: Mapping[str, Preset], align: int) -> list[Sizes]:
-    """The narrowest, one halfway and the model's own."""
-    widths = possible_widths(geometry, formats, align)
-    narrow, whole = widths[0], widths[-1]
-
-    def off(sizes: Sizes) -> float:
-        """From halfway, in shares of what lies between."""
-        total = 0.0
-        for name in ("hidden", "intermediate", "kv_heads"):
-            low, high, own = (float(getattr(s, name)) for s in (narrow, whole, sizes))
-            total += abs((own - low) / (high - low) - 0.5) if high > low else 0.0
-        return total
-
-    return list(dict.fromkeys([narrow, min(widths, key=off), whole]))
-
-
-def _first_tries(formats: dict[str, Preset]) -> list[str]:
-    """One label each of 8 and of 4 bits."""
-    eight = [label for label, p in formats.items() if p.scheme.weights.bits == 8]
-    four = [label for label, p in formats.items() if p.scheme.weights.bits == 4]
-    return [*eight[-1:], *four[:1]] or list(formats)[:1]
 
 
 def _effort(plan: FitPlan, device: torch.device) -> Effort:
@@ -713,11 +647,3 @@ def _effort(plan: FitPlan, device: torch.device) -> Effort:
         align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8,
         training_length=plan.length if on_gpu else min(256, plan.length),
     )  # fmt: skip
-
-
-def _csv(front: list[dict[str, Any]]) -> str:
-    written = io.StringIO()
-    writer = csv.DictWriter(written, ["kind", "name", *Figures._fields], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(front)
-    return written.getvalue()

@@ -4,13 +4,24 @@ Start at `load_recipe` (schema.py), then `run_recipe` (run.py).
 """
 
 from tinier.recipe.plan import PlannedRun, describe, plan_recipe
-from tinier.recipe.results import add_endpoint, load_results
+from tinier.recipe.results import (
+    EndpointResult,
+    Failure,
+    RunResults,
+    VariantResult,
+    add_endpoint,
+    load_results,
+)
 from tinier.recipe.run import check_run_folder, run_recipe
 from tinier.recipe.schema import Recipe, load_recipe
 
 __all__ = [
+    "EndpointResult",
+    "Failure",
     "PlannedRun",
     "Recipe",
+    "RunResults",
+    "VariantResult",
     "add_endpoint",
     "check_run_folder",
     "describe",

@@ -9,12 +9,16 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from tinier.benchmark import (
     Endpoint,
+    LoadResult,
+    ServingMemory,
+    SpeedResult,
     Workload,
     compare_speed,
     engine_for,
@@ -27,9 +31,18 @@ from tinier.checkpoint import Checkpoint, code_digest, write_atomically
 from tinier.device import pick_device, release_memory
 from tinier.engine import Decoder, Engine, EngineConfig, load_decoder
 from tinier.errors import TinierError
-from tinier.evaluation import Reference, evaluate, evaluate_mmlu, reference_states
+from tinier.evaluation import (
+    MmluResult,
+    Quality,
+    Reference,
+    TaskResult,
+    evaluate,
+    evaluate_mmlu,
+    reference_states,
+)
 from tinier.progress import say, warn
 from tinier.recipe.plan import PlannedRun
+from tinier.recipe.results import Failure, Measured, Turns
 from tinier.recipe.schema import BASE
 from tinier.serving import MAX_BATCH_SIZE, Service
 from tinier.text import tensor_sha256
@@ -44,16 +57,14 @@ _MEASURED_BY = {
     "quality": ("tinier.evaluation.quality",), "mmlu": ("tinier.evaluation.mmlu",),
     "memory": ("tinier.benchmark.memory",), "speed": ("tinier.benchmark.speed",),
     "serving": ("tinier.serving.server", "tinier.benchmark.load"),
+    "tasks": ("tinier.evaluation.harness",),
 }  # fmt: skip
-
-
-class Failure(NamedTuple):
-    """What went wrong with one variant."""
-
-    variant: str
-    what: str
-    """The stage, or the section that was measured"""
-    error: str
+_SECTIONS: dict[str, TypeAdapter[Any]] = {
+    "quality": TypeAdapter(Quality), "mmlu": TypeAdapter(MmluResult),
+    "memory": TypeAdapter(ServingMemory), "speed": TypeAdapter(Turns),
+    "serving": TypeAdapter(tuple[LoadResult, ...]),
+    "tasks": TypeAdapter(tuple[TaskResult, ...]),
+}  # fmt: skip
 
 
 def told(error: Exception) -> str:
@@ -85,15 +96,14 @@ class Measurements:
         self.seconds = 0.0
         """What all sections took, those found on disk included."""
 
-    def all(self, failed: list[Failure]) -> dict[str, dict[str, Any]]:
-        """Sections by variant: `memory`, `quality`, `mmlu` and `serving` where asked, `speed`. Variants
-        that cannot be measured are noted in `failed` instead."""
+    def all(self, failed: list[Failure]) -> dict[str, Measured]:
+        """By variant. Those that cannot be measured are noted in `failed` instead."""
         measured = self._each(list(self._models), self._engine_sections, failed)
         self._close(*self._engines)
         if not self._run.loads:
-            return measured
+            return {name: Measured(**sections) for name, sections in measured.items()}
         served = self._each(list(measured), self._server_sections, failed)
-        return {name: measured[name] | sections for name, sections in served.items()}
+        return {name: Measured(**measured[name], **sections) for name, sections in served.items()}
 
     def _each(
         self, names: list[str], sections: Callable[[str], dict[str, Measure]], failed: list[Failure]
@@ -105,7 +115,7 @@ class Measurements:
             except _SectionError as error:
                 if name == BASE:  # without it nothing can be compared
                     raise error.cause from None
-                failed.append(Failure(name, error.section, told(error.cause)))
+                failed.append(Failure(variant=name, what=error.section, error=told(error.cause)))
                 warn(f"{name}: {error.section}: {failed[-1].error}")
             finally:
                 if name != BASE:
@@ -120,6 +130,8 @@ class Measurements:
         }
         if self._run.mmlu:
             sections["mmlu"] = lambda: self._mmlu(name)
+        if self._run.tasks:
+            sections["tasks"] = lambda: self._tasks(name)
         if name != BASE:
             sections["speed"] = lambda: self._speed(name)
         return sections
@@ -141,10 +153,14 @@ class Measurements:
             except Exception as error:
                 raise _SectionError(section, error) from error
             seconds = time.monotonic() - started
-            stored[section] = {"key": key, "seconds": round(seconds, 1), "value": value}
+            values = _SECTIONS[section].dump_python(value, mode="json")
+            stored[section] = {"key": key, "seconds": round(seconds, 1), "value": values}
             write_atomically(path, json.dumps(stored, indent=1) + "\n")
         self.seconds += sum(stored[section]["seconds"] for section in sections)
-        return {section: stored[section]["value"] for section in sections}
+        return {
+            section: _SECTIONS[section].validate_python(stored[section]["value"])
+            for section in sections
+        }
 
     def _key(self, name: str, section: str) -> str:
         """Hash of everything that a section's figures depend on."""
@@ -166,6 +182,8 @@ class Measurements:
             inputs += [tensor_sha256(self._run.windows)]
         elif section == "mmlu":
             inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
+        elif section == "tasks":
+            inputs += [asked["tasks"]]
         else:
             asked_here = asked["serving"] if section == "serving" else asked["speed"]
             inputs += [asked_here, asked["tensor_parallel"], *hardware]
@@ -197,44 +215,54 @@ class Measurements:
         # an engine's has a share of each layer
         return load_decoder(self._models[name], device=self._device, int4_inputs=asked.int4_inputs)
 
-    def _quality(self, name: str) -> dict[str, Any]:
+    def _quality(self, name: str) -> Quality:
         if self._reference is None:
             self._reference = reference_states(self._decoder(BASE), self._run.windows)
-        return asdict(evaluate(self._decoder(name), self._run.windows, self._reference))
+        return evaluate(self._decoder(name), self._run.windows, self._reference)
 
-    def _mmlu(self, name: str) -> dict[str, Any]:
+    def _mmlu(self, name: str) -> MmluResult:
         mmlu, asked = self._run.mmlu, self._run.recipe.measure.mmlu
         assert mmlu is not None
         assert asked is not None
         tokenizer = load_tokenizer(self._models[name])
-        return asdict(evaluate_mmlu(self._decoder(name), tokenizer, mmlu, asked.shots))
+        return evaluate_mmlu(self._decoder(name), tokenizer, mmlu, asked.shots)
 
-    def _memory(self, name: str) -> dict[str, Any]:
+    def _tasks(self, name: str) -> tuple[TaskResult, ...]:
+        from tinier.evaluation.harness import run_tasks  # imports lm-eval, which takes seconds
+
+        assert self._run.tasks is not None
+        self._close(name)  # texts need an engine with more room
+        asked = self._run.recipe.measure
+        return run_tasks(
+            str(self._models[name].folder), self._run.tasks, device=self._run.recipe.device,
+            int4_inputs=asked.int4_inputs,
+        )  # fmt: skip
+
+    def _memory(self, name: str) -> ServingMemory:
         asked = self._run.recipe.measure
         if self._device.type == "cuda" and asked.tensor_parallel == 1:
             self._close(name)
-            return asdict(gpu_memory(lambda: self._engine(name), self._largest))
-        memory = measure_memory(
+            return gpu_memory(lambda: self._engine(name), self._largest)
+        return measure_memory(
             self._models[name], self._largest, self._run.recipe.device, asked.tensor_parallel,
             asked.int4_inputs,
         )  # fmt: skip
-        return asdict(memory)
 
-    def _speed(self, name: str) -> dict[str, Any]:
+    def _speed(self, name: str) -> Turns:
         """Variant and base by turns, for every workload."""
-        results: dict[str, Any] = {"variant": [], "base": [], "paths": {}}
+        variant: list[SpeedResult] = []
+        base: list[SpeedResult] = []
         engines = {who: self._engine(who) for who in (BASE, name)}
         for workload in self._run.workloads:
             measured = compare_speed(
                 engines, workload, base=BASE, repeats=self._run.recipe.measure.speed.repeats,
                 seed=self._run.recipe.seed,
             )  # fmt: skip
-            results["paths"] = measured[name].paths
-            results["variant"].append(asdict(measured[name]))
-            results["base"].append(asdict(measured[BASE]))
-        return results
+            variant.append(measured[name])
+            base.append(measured[BASE])
+        return Turns(variant=tuple(variant), base=tuple(base), paths=variant[-1].paths)
 
-    def _serving(self, name: str) -> list[dict[str, Any]]:
+    def _serving(self, name: str) -> tuple[LoadResult, ...]:
         """Each load on a server of this model alone, with the limits that `tinier serve` has."""
         folder = self._models[name].folder
         engine = EngineConfig(
@@ -244,7 +272,7 @@ class Measurements:
         )  # fmt: skip
         with Service([f"{name}={folder}"], engine) as service:
             endpoint = Endpoint(url=service.url, model=name, tokenizer=folder)
-            return [asdict(result) for result in load(endpoint, list(self._run.loads))]
+            return tuple(load(endpoint, list(self._run.loads)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tinier.engine import EngineConfig
 from tinier.engine.crew import crew_devices
 from tinier.engine.parallel import Share
 from tinier.errors import InputError
-from tinier.evaluation import MmluPlan, load_mmlu
+from tinier.evaluation import MmluPlan, TasksPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
 from tinier.families import Geometry, check_length, geometry_of, open_model
 from tinier.progress import warn
@@ -52,6 +52,7 @@ class PlannedRun:
     windows: torch.Tensor
     """Held-out windows [n, length] on which quality is measured."""
     mmlu: Mmlu | None
+    tasks: TasksPlan | None
     workloads: tuple[Workload, ...]
     loads: tuple[Load, ...]
     """On a server of each model; none if not asked."""
@@ -81,6 +82,7 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     for warning in shortfall(windows, quality.windows):
         warn(f"measure.quality: {warning}")
     mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
+    tasks = _tasks(recipe)
     workloads = tuple(
         Workload(
             concurrency=concurrency,
@@ -95,7 +97,7 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         planned[name] = stage_of(recipe, name, models, parts).plan()
         models[name] = replace(base, config=planned[name].output_config)
     check_shared(models, recipe.measure.tensor_parallel, recipe.device)
-    return PlannedRun(recipe, base, parts, windows, mmlu, workloads, loads, planned)
+    return PlannedRun(recipe, base, parts, windows, mmlu, tasks, workloads, loads, planned)
 
 
 def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: str) -> None:
@@ -181,6 +183,18 @@ def mmlu_plan(recipe: Recipe) -> MmluPlan:
     asked = recipe.measure.mmlu
     assert asked is not None
     return MmluPlan(**asked.model_dump(), seed=recipe.seed)
+
+
+def _tasks(recipe: Recipe) -> TasksPlan | None:
+    """Tasks of lm-eval. Raises InputError for one that it does not know, or without it."""
+    asked = recipe.measure.tasks
+    if asked is None:
+        return None
+    from tinier.evaluation.harness import check_tasks  # imports lm-eval, which takes seconds
+
+    plan = TasksPlan(**asked.model_dump(), seed=recipe.seed)
+    check_tasks(plan)
+    return plan
 
 
 def _loads(recipe: Recipe) -> tuple[Load, ...]:

@@ -8,7 +8,6 @@ whose key is that of its inputs, are not made again; anything else is.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tinier.benchmark import environment
 from tinier.checkpoint import (
@@ -23,9 +22,9 @@ from tinier.checkpoint import (
 from tinier.device import pick_device, release_memory
 from tinier.errors import OutputError
 from tinier.progress import say, warn
-from tinier.recipe.measure import Failure, Measurements, told
+from tinier.recipe.measure import Measurements, told
 from tinier.recipe.plan import PlannedRun, plan_recipe, stage_of
-from tinier.recipe.results import assemble, read_endpoints
+from tinier.recipe.results import Failure, RunResults, assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
 
 _MARKER = "recipe.json"
@@ -33,7 +32,7 @@ _MARKER = "recipe.json"
 _FRESH, _OLD = "+new", "+old"
 
 
-def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, out: Path, *, command: str) -> RunResults:
     """Make and measure every variant; returns the results, which are also in out/results.json.
 
     command: what the user typed, for the record. A run that was killed goes on where it was. A variant that
@@ -55,13 +54,13 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str) -> dict[str, Any]:
             run,
             {name: model for name, model in models.items() if name in measurements},
             measurements,
-            failed=[failure._asdict() for failure in failed],
+            failed=failed,
             environment=environment(pick_device(recipe.device)),
             command=command,
             measuring_seconds=measuring.seconds,
             endpoints=read_endpoints(out),
         )
-        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_atomically(out / "results.json", json.dumps(results.to_json(), indent=1) + "\n")
     return results
 
 
@@ -71,12 +70,13 @@ def _make_variants(run: PlannedRun, out: Path, failed: list[Failure]) -> dict[st
     for name in run.recipe.order():
         missing = [needed for needed in run.recipe.needs(name) if needed not in models]
         if missing:
-            failed.append(Failure(name, "stage", f"it needs {missing[0]}, which failed"))
+            error = f"it needs {missing[0]}, which failed"
+            failed.append(Failure(variant=name, what="stage", error=error))
             continue
         try:
             models[name] = _make_variant(run, out / "variants", name, models)
         except Exception as error:  # whatever it is, the others need not be lost
-            failed.append(Failure(name, "stage", told(error)))
+            failed.append(Failure(variant=name, what="stage", error=told(error)))
             warn(f"{name}: {failed[-1].error}")
         release_memory()
     return models

@@ -119,6 +119,18 @@ class MmluMeasure(_Strict):
     shots: int = 5
     subjects: tuple[str, ...] = ()
     sample: int | None = None
+    format: Literal["letters", "continuation"] = "letters"
+
+
+class TasksMeasure(_Strict):
+    """Tasks of lm-evaluation-harness; fields of tinier.evaluation.TasksPlan, where they are explained."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    shots: int | None = None
+    limit: int | None = None
+    include: str | None = None
+    chat: bool = False
+    max_length: int = 4096
 
 
 class SpeedMeasure(_Strict):
@@ -147,6 +159,7 @@ class ServingMeasure(_Strict):
 class Measure(_Strict):
     quality: QualityMeasure = QualityMeasure()
     mmlu: MmluMeasure | None = None
+    tasks: TasksMeasure | None = None
     speed: SpeedMeasure = SpeedMeasure()
     serving: ServingMeasure | None = None
     tensor_parallel: Annotated[int, Field(ge=1)] = 1

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tinier.benchmark import Load
 from tinier.checkpoint import write_atomically
+from tinier.fitting import load_fit
+from tinier.fitting.results import Point
+from tinier.recipe import RunResults, VariantResult
 from tinier.report.choices import choices_text
 from tinier.report.fitted import fit_text
-
-Results = dict[str, Any]
 
 # key, label, what it is, digits, whether it is shown at first, axis (and which), whether lower is better
 _COLUMNS: tuple[tuple[str, str, str, int, bool, str | None, str | None, bool], ...] = (
@@ -56,7 +56,7 @@ _ERRORS = {"kl": "kl_error", "mmlu": "mmlu_error"}
 class Run(NamedTuple):
     """A finished run."""
 
-    results: Results
+    results: RunResults
     folder: Path
 
     @property
@@ -78,21 +78,21 @@ def write_html(runs: Sequence[Run], path: Path) -> Path:
 
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     """What the page shows, as plain values."""
-    bases = list(dict.fromkeys(str(run.results["recipe"]["base"]) for run in runs))
+    bases = list(dict.fromkeys(str(run.results.recipe["base"]) for run in runs))
     rows = [
         row for index, run in enumerate(runs) for row in _rows(index, run, several=len(runs) > 1)
     ]
-    fitted = [(run, found) for run in runs if (found := _fit_of(run)) is not None]
+    fitted = [(run, found) for run in runs if (found := load_fit(run.folder)) is not None]
     lines = []
     for run, found in fitted:
         label = f"{run.label}: " if len(runs) > 1 else ""
         lines += [label + line for line in fit_text(found).splitlines()]
-    predicted = [_predicted(point, run) for run, found in fitted for point in found["front"]]
+    predicted = [_predicted(point, run) for run, found in fitted for point in found.front]
     first = runs[0].results
     return {
         "title": ", ".join(bases),
-        "about": f"{len(rows)} models, measured by tinier {first['tinier']} on {_machine(first)}, "
-        f"{first['created'][:10]}. Every figure is a measurement of this run, none is copied.",
+        "about": f"{len(rows)} models, measured by tinier {first.tinier} on {_machine(first)}, "
+        f"{first.created[:10]}. Every figure is a measurement of this run, none is copied.",
         "columns": [_name_column(), *map(_column, _COLUMNS)],
         "rows": rows,
         "predicted": [point for point in predicted if point],
@@ -100,7 +100,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
         "notes": [note for run in runs for note in _notes(run)],
         "spreads": _spreads(runs, rows),
         "runs": [
-            {"index": i, "label": run.label, "command": run.results["command"],
+            {"index": i, "label": run.label, "command": run.results.command,
              "environment": _environment(run.results)}
             for i, run in enumerate(runs)
         ],
@@ -120,50 +120,50 @@ def _column(column: tuple[Any, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _machine(results: Results) -> str:
-    environment = results["environment"]
+def _machine(results: RunResults) -> str:
+    environment = results.environment
     return str(environment.get("gpu") or f"{environment['cpu']}, {environment['cpu_cores']} cores")
 
 
 def _rows(index: int, run: Run, *, several: bool) -> list[dict[str, Any]]:
-    return [_row(index, run, row, several=several) for row in run.results["variants"]]
+    return [_row(index, run, row, several=several) for row in run.results.variants]
 
 
-def _row(index: int, run: Run, row: dict[str, Any], *, several: bool) -> dict[str, Any]:
-    quality, mmlu, speed = row["quality"], row["mmlu"], row["speed"]
+def _row(index: int, run: Run, row: VariantResult, *, several: bool) -> dict[str, Any]:
+    quality, mmlu, alone, busy = row.quality, row.mmlu, row.speed[0], row.speed[-1]
     manifest = _manifest(run, row)
-    label = f"{run.label}/{row['name']}" if several else row["name"]
-    found = _fit_of(run)
+    label = f"{run.label}/{row.name}" if several else row.name
+    found = load_fit(run.folder)
     return {
         "run": index,
         "name": label,
         "label": label,
-        "precision": row["precision"],
-        "layers": row["layers"],
-        "bits": row["bits_per_weight"],
-        "size": row["disk_bytes"] / 1e6,
-        "share": 100 / row["shrinkage"],
-        "quality": 100 * row["retained_quality"],
-        "perplexity": quality["perplexity"],
-        "kl": quality["kl"],
-        "kl_error": quality["kl_stderr"],
-        "top1": _times(quality["top1_agreement"], 100),
-        "mmlu": 100 * mmlu["accuracy"] if mmlu else None,
-        "mmlu_error": 100 * mmlu["stderr"] if mmlu else None,
-        "subjects": mmlu["subjects"] if mmlu else None,
-        "throughput": speed[-1]["output_tokens_per_s"]["median"],
-        "speedup": row["speedup"],
-        "latency": speed[0]["latency_ms"]["median"],
-        "ttft": speed[0]["ttft_ms"]["median"],
-        "itl": speed[0]["itl_ms"]["median"],
-        "weights": row["memory"]["weights_bytes"] / 1e6,
-        "peak": row["memory"]["peak_bytes"] / 1e6,
-        "seconds": row["stage_seconds"],
-        "collapsed": row["collapsed"],
-        "mark": "†" if row["collapsed"] else "",
-        "why": "quality collapsed" if row["collapsed"] else "",
-        "chosen": bool(found and found["winner"] == row["name"]),
-        "recipe": _recipe_of(run.results, row["name"]),
+        "precision": row.precision,
+        "layers": row.layers,
+        "bits": row.bits_per_weight,
+        "size": row.disk_bytes / 1e6,
+        "share": 100 / row.shrinkage,
+        "quality": 100 * row.retained_quality,
+        "perplexity": quality.perplexity,
+        "kl": quality.kl,
+        "kl_error": quality.kl_stderr,
+        "top1": _times(quality.top1_agreement, 100),
+        "mmlu": 100 * mmlu.accuracy if mmlu else None,
+        "mmlu_error": 100 * mmlu.stderr if mmlu else None,
+        "subjects": mmlu.subjects if mmlu else None,
+        "throughput": busy.output_tokens_per_s.median,
+        "speedup": row.speedup,
+        "latency": alone.latency_ms.median,
+        "ttft": alone.ttft_ms.median,
+        "itl": alone.itl_ms.median,
+        "weights": row.memory.weights_bytes / 1e6,
+        "peak": row.memory.peak_bytes / 1e6,
+        "seconds": row.stage_seconds,
+        "collapsed": row.collapsed,
+        "mark": "†" if row.collapsed else "",
+        "why": "quality collapsed" if row.collapsed else "",
+        "chosen": bool(found and found.winner == row.name),
+        "recipe": _recipe_of(run.results, row.name),
         "heat": _heat(manifest),
         "training": _training(manifest),
     }
@@ -173,10 +173,10 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _manifest(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+def _manifest(run: Run, row: VariantResult) -> dict[str, Any]:
     """What the stage wrote; empty for the base, and where the checkpoint was moved away."""
-    path = run.folder / row["checkpoint"] / "tinier.json"
-    if row["stage"] is None or not path.is_file():
+    path = run.folder / row.checkpoint / "tinier.json"
+    if row.stage is None or not path.is_file():
         return {}
     values: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return values
@@ -204,9 +204,9 @@ def _training(manifest: dict[str, Any]) -> list[tuple[int, float]] | None:
     return sorted((int(step), kl) for step, kl in heldout.items()) if heldout else None
 
 
-def _recipe_of(results: Results, name: str) -> str | None:
+def _recipe_of(results: RunResults, name: str) -> str | None:
     """The variants that lead to one, as a recipe's YAML."""
-    recipe, needed, todo = results["recipe"], dict[str, Any](), [name]
+    recipe, needed, todo = results.recipe, dict[str, Any](), [name]
     while todo:
         variant = recipe["variants"].get(todo.pop())
         if variant is None:
@@ -223,60 +223,52 @@ def _recipe_of(results: Results, name: str) -> str | None:
 
 def _spreads(runs: Sequence[Run], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bars: lowest, median and highest of each workload; percentiles of each load on a server."""
-    found = []
-    variants = [row for run in runs for row in run.results["variants"]]
+    variants = [row for run in runs for row in run.results.variants]
     names = [row["label"] for row in rows]
-    kinds = {"latency_ms": "latency", "ttft_ms": "time to first token", "itl_ms": "between tokens"}
-    for index, first in enumerate(variants[0]["speed"]):
-        load = first["workload"]
-        what = (
-            f"{load['concurrency']} at once, {load['input_length']} in, {load['output_length']} out"
-        )
-        if any(len(v["speed"]) <= index for v in variants):
-            continue
-        for kind, label in kinds.items():
+    found = []
+    for index in range(min(len(variant.speed) for variant in variants)):
+        speeds = [variant.speed[index] for variant in variants]
+        load = speeds[0].workload
+        what = f"{load.concurrency} at once, {load.input_length} in, {load.output_length} out"
+        for label, figures in (
+            ("latency", [speed.latency_ms for speed in speeds]),
+            ("time to first token", [speed.ttft_ms for speed in speeds]),
+            ("between tokens", [speed.itl_ms for speed in speeds]),
+        ):
             series = [
-                {"label": end, "values": [v["speed"][index][kind][end] for v in variants]}
-                for end in ("lowest", "median", "highest")
+                {"label": "lowest", "values": [figure.lowest for figure in figures]},
+                {"label": "median", "values": [figure.median for figure in figures]},
+                {"label": "highest", "values": [figure.highest for figure in figures]},
             ]
             found.append({"label": f"{label}, {what}", "names": names, "series": series, "unit": "ms",
                           "text": "In the engine's own process; over the repeats."})  # fmt: skip
-    served = [
-        (row["label"], v["serving"])
-        for row, v in zip(rows, variants, strict=True)
-        if v.get("serving")
-    ]
+    served = [(n, v.serving) for n, v in zip(names, variants, strict=True) if v.serving]
     for index in range(min((len(loads) for _, loads in served), default=0)):
-        one = served[0][1][index]
-        for kind, label in kinds.items():
+        results = [loads[index] for _, loads in served]
+        for label, percentiles in (
+            ("latency", [result.latency_ms for result in results]),
+            ("time to first token", [result.ttft_ms for result in results]),
+            ("between tokens", [result.itl_ms for result in results]),
+        ):
             series = [
-                {"label": p, "values": [loads[index][kind][p] for _, loads in served]}
+                {"label": p, "values": [of[p] for of in percentiles]}
                 for p in ("p50", "p90", "p95", "p99")
             ]
-            found.append({"label": f"{label} over HTTP, {Load(**one['load']).name}",
+            found.append({"label": f"{label} over HTTP, {results[0].load.name}",
                           "names": [name for name, _ in served], "series": series, "unit": "ms",
                           "text": "Streamed requests, by AIPerf; percentiles over requests."})  # fmt: skip
     return found
 
 
-def _predicted(point: dict[str, Any], run: Run) -> dict[str, Any] | None:
-    if point["kind"] != "predicted":
+def _predicted(point: Point, run: Run) -> dict[str, Any] | None:
+    if point.kind != "predicted":
         return None
-    base = next(row for row in run.results["variants"] if row["name"] == "base")
-    rate = base["speed"][-1]["output_tokens_per_s"]["median"]
+    rate = run.results.base.speed[-1].output_tokens_per_s.median
     return {
-        "label": f"predicted: {point['name']}", "precision": "not made", "size": point["size"] / 1e6,
-        "quality": 100 * point["quality"], "throughput": point["throughput"],
-        "speedup": point["throughput"] / rate, "itl": point["latency"], "peak": point["memory"] / 1e6,
+        "label": f"predicted: {point.name}", "precision": "not made", "size": point.size / 1e6,
+        "quality": 100 * point.quality, "throughput": point.throughput,
+        "speedup": point.throughput / rate, "itl": point.latency, "peak": point.memory / 1e6,
     }  # fmt: skip
-
-
-def _fit_of(run: Run) -> dict[str, Any] | None:
-    path = run.folder / "fit.json"
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
 
 
 def _choices(run: Run) -> list[str]:
@@ -284,9 +276,12 @@ def _choices(run: Run) -> list[str]:
 
 
 def _notes(run: Run) -> list[str]:
-    notes = [f"{row['name']}: {text}" for row in run.results["variants"]
-             for text in (*row["notes"], *row["warnings"])]  # fmt: skip
-    failed = [f"failed: {f['variant']} ({f['what']}): {f['error']}" for f in run.results["failed"]]
+    notes = [
+        f"{row.name}: {text}"
+        for row in run.results.variants
+        for text in (*row.notes, *row.warnings)
+    ]
+    failed = [f"failed: {f.variant} ({f.what}): {f.error}" for f in run.results.failed]
     return [*failed, *_once(notes)]
 
 
@@ -299,15 +294,14 @@ def _once(notes: list[str]) -> list[str]:
     return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
 
 
-def _environment(results: Results) -> list[tuple[str, str]]:
-    quality = results["variants"][0]["quality"]
+def _environment(results: RunResults) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
-    for name, value in results["environment"].items():
+    for name, value in results.environment.items():
         if isinstance(value, dict):
             pairs.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
         elif value is not None:
             pairs.append((name, str(value)))
-    pairs.append(("held-out text", f"{quality['tokens']} tokens"))
-    pairs.append(("seed", str(results["seed"])))
-    pairs.append(("seconds of work", f"{results['seconds']:.0f}"))
+    pairs.append(("held-out text", f"{results.base.quality.tokens} tokens"))
+    pairs.append(("seed", str(results.seed)))
+    pairs.append(("seconds of work", f"{results.seconds:.0f}"))
     return [(name.replace("_", " "), value) for name, value in pairs]

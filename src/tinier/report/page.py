@@ -1,14 +1,16 @@
 """`report.md`: the table, the pictures, the choices, and what it was measured on."""
 
 from pathlib import Path
-from typing import Any
 
 from tinier.benchmark import TARGETS
 from tinier.checkpoint import write_atomically
+from tinier.evaluation.paired import NOISE
+from tinier.recipe import RunResults
 from tinier.report.choices import choices_text
 from tinier.report.html import Run, write_html
 from tinier.report.plots import draw_pareto
 from tinier.report.table import (
+    change_rows,
     csv_table,
     load_rows,
     markdown,
@@ -18,7 +20,7 @@ from tinier.report.table import (
 )
 
 
-def write_report(results: dict[str, Any], folder: Path) -> Path:
+def write_report(results: RunResults, folder: Path) -> Path:
     """Write report.html, report.md, table.csv and the pictures into the run folder; returns the path of
     report.html."""
     draw_pareto(results, folder)
@@ -27,27 +29,31 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
     return write_html([Run(results, folder)], folder / "report.html")
 
 
-def footnotes(results: dict[str, Any]) -> list[str]:
+def footnotes(results: RunResults) -> list[str]:
     """What the marks in the table mean, for the marks that are there."""
-    rows = results["variants"]
     notes = []
-    if any(row["collapsed"] for row in rows):
+    if any(row.collapsed for row in results.variants):
         notes.append("† quality collapsed: less than half of the likelihood per token is left.")
-    for row in rows:
-        notes += [f"\\* {row['name']}: {note}" for note in row["notes"]]
-        notes += [f"{row['name']}: {warning}" for warning in row["warnings"]]
-    for failure in results.get("failed", []):
-        notes.append(f"{failure['variant']} failed ({failure['what']}): {failure['error']}")
+    if any(change.is_noise for row in results.variants for change in row.changes.values()):
+        notes.append(
+            "~ the difference to the base may be chance: McNemar's test over the same questions, "
+            f"p > {NOISE}."
+        )
+    for row in results.variants:
+        notes += [f"\\* {row.name}: {note}" for note in row.notes]
+        notes += [f"{row.name}: {warning}" for warning in row.warnings]
+    for failure in results.failed:
+        notes.append(f"{failure.variant} failed ({failure.what}): {failure.error}")
     return notes
 
 
-def _page(results: dict[str, Any]) -> str:
-    environment = results["environment"]
-    quality = results["recipe"]["measure"]["quality"]
-    speed = results["variants"][0]["speed"][-1]["workload"]
+def _page(results: RunResults) -> str:
+    environment = results.environment
+    quality = results.recipe["measure"]["quality"]
+    speed = results.base.speed[-1]
     versions = environment["versions"]
     lines = [
-        f"# {results['recipe']['base']}",
+        f"# {results.recipe['base']}",
         "",
         markdown_table(results),
         "",
@@ -58,6 +64,7 @@ def _page(results: dict[str, Any]) -> str:
         "",
         *[f"- {choice}" for choice in choices_text(results)],
         "",
+        *_answers(results),
         "## Speed",
         "",
         markdown(*speed_rows(results), text_columns=1),
@@ -67,22 +74,38 @@ def _page(results: dict[str, Any]) -> str:
         "",
         f"- {environment.get('gpu') or environment['cpu']}, {environment['cpu_cores']} cores; "
         f"Python {versions['python']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, tinier {results['tinier']} "
+        f"transformers {versions['transformers']}, tinier {results.tinier} "
         f"(commit {environment['commit'] or 'unknown'}).",
         f"- Perplexity, KL (nats per token, against the base) and top-1 agreement: "
-        f"{results['variants'][0]['quality']['tokens']} tokens of held-out text in windows of "
+        f"{results.base.quality.tokens} tokens of held-out text in windows of "
         f"{quality['length']}. Retained quality is exp(-KL).",
-        f"- Speed: {speed['input_length']} tokens in, {speed['output_length']} out, medians of "
-        f"{results['variants'][0]['speed'][-1]['repeats']} repeats; each ratio against the base model "
+        f"- Speed: {speed.workload.input_length} tokens in, {speed.workload.output_length} out, medians "
+        f"of {speed.repeats} repeats; each ratio against the base model "
         "in the same run, by turns.",
         "- Memory: weights as loaded, and the peak of a fresh process that serves the same load.",
-        f"- Command: `{results['command']}`; seed {results['seed']}; {results['seconds']:.0f} s of work.",
+        f"- Command: `{results.command}`; seed {results.seed}; {results.seconds:.0f} s of work.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _served(results: dict[str, Any]) -> list[str]:
+def _answers(results: RunResults) -> list[str]:
+    """Questions whose answers changed, where some were asked."""
+    head, rows = change_rows(results)
+    if not rows:
+        return []
+    return [
+        "## Answers against the base's, in pairs",
+        "",
+        markdown(head, rows, text_columns=2),
+        "",
+        "lost: right in the base alone; gained: right in the variant alone. The standard error is of the "
+        "difference; p is McNemar's exact test.",
+        "",
+    ]
+
+
+def _served(results: RunResults) -> list[str]:
     """The loads on servers, where some were measured."""
     head, rows = load_rows(results)
     if not rows:

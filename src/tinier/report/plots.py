@@ -1,37 +1,45 @@
 """The Pareto curves: retained quality against throughput, and against size. SVG and PNG."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot
 
+from tinier.recipe import RunResults, VariantResult
+
 # ids inside an SVG come from this salt: equal results give equal pictures
 matplotlib.rcParams["svg.hashsalt"] = "tinier"
 
-_AXES = {
-    "throughput": ("speedup", "throughput, times the base model's"),
-    "size": ("shrinkage", "size, the base model's divided by the variant's"),
-}
 
-
-def draw_pareto(results: dict[str, Any], folder: Path) -> list[Path]:
+def draw_pareto(results: RunResults, folder: Path) -> list[Path]:
     """Write pareto-throughput and pareto-size as .svg and .png; returns the paths."""
-    written = []
-    for kind, (gain, label) in _AXES.items():
+    rows, written = results.variants, []
+    for kind, front, gains, label in (
+        (
+            "throughput", results.pareto.throughput, [row.speedup for row in rows],
+            "throughput, times the base model's",
+        ),
+        (
+            "size", results.pareto.size, [row.shrinkage for row in rows],
+            "size, the base model's divided by the variant's",
+        ),
+    ):  # fmt: skip
         figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-        rows = results["variants"]
-        front = set(results["pareto"][kind])
-        for row in rows:
-            x, y = row[gain], 100 * row["retained_quality"]
-            color = "#b03a2e" if row["collapsed"] else "#1f6f8b"
-            axes.scatter(x, y, s=48, color=color, alpha=1.0 if row["name"] in front else 0.45)
-        for names, x, y in _labels(rows, gain):
+        line = []
+        for x, row in zip(gains, rows, strict=True):
+            y = 100 * row.retained_quality
+            color = "#b03a2e" if row.collapsed else "#1f6f8b"
+            axes.scatter(x, y, s=48, color=color, alpha=1.0 if row.name in front else 0.45)
+            if row.name in front:
+                line.append((x, y))
+        for names, x, y in _labels(rows, gains):
             axes.annotate(names, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9)
-        line = sorted((r[gain], 100 * r["retained_quality"]) for r in rows if r["name"] in front)
-        axes.plot(*zip(*line, strict=True), color="#1f6f8b", linewidth=1, linestyle="--", zorder=0)
+        axes.plot(
+            *zip(*sorted(line), strict=True), color="#1f6f8b", linewidth=1, linestyle="--", zorder=0
+        )
         axes.set_xlabel(f"{label} (right is better)")
         axes.set_ylabel("retained quality, 100·exp(-KL) (up is better)")
         axes.set_ylim(0, 108)
@@ -47,19 +55,21 @@ def draw_pareto(results: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _labels(rows: list[dict[str, Any]], gain: str) -> list[tuple[str, float, float]]:
+def _labels(
+    rows: Sequence[VariantResult], gains: Sequence[float]
+) -> list[tuple[str, float, float]]:
     """Text and place of each label; variants that lie on one spot share one."""
-    spread = max(row[gain] for row in rows) - min(row[gain] for row in rows) or 1.0
-    spots: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        spot = round(row[gain] / spread * 40), round(row["retained_quality"] * 40)
-        spots.setdefault(spot, []).append(row)
+    spread = max(gains) - min(gains) or 1.0
+    spots: dict[tuple[int, int], list[tuple[VariantResult, float]]] = {}
+    for row, gain in zip(rows, gains, strict=True):
+        spot = round(gain / spread * 40), round(row.retained_quality * 40)
+        spots.setdefault(spot, []).append((row, gain))
     return [
-        (", ".join(row["name"] for row in here), here[0][gain], 100 * here[0]["retained_quality"])
+        (", ".join(row.name for row, _ in here), here[0][1], 100 * here[0][0].retained_quality)
         for here in spots.values()
     ]
 
 
-def _title(results: dict[str, Any]) -> str:
-    environment = results["environment"]
-    return f"{results['recipe']['base']} on {environment.get('gpu') or environment['cpu']}"
+def _title(results: RunResults) -> str:
+    environment = results.environment
+    return f"{results.recipe['base']} on {environment.get('gpu') or environment['cpu']}"

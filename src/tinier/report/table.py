@@ -2,52 +2,86 @@
 
 import csv
 import io
-from typing import Any
+from collections.abc import Sequence
 
-from tinier.benchmark import Load
+from tinier.benchmark import LoadResult
+from tinier.recipe import RunResults, VariantResult
 
-Results = dict[str, Any]
 LOAD_HEAD = ["load", "requests/s", "tok/s", "quantity", "mean", "p50", "p90", "p95", "p99"]
 
 
-def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def table_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of text, base first."""
-    speed = results["variants"][0]["speed"]
-    alone, busy = (speed[i]["workload"]["concurrency"] for i in (0, -1))
-    has_mmlu = any(row["mmlu"] for row in results["variants"])
+    speed = results.base.speed
+    alone, busy = (speed[i].workload.concurrency for i in (0, -1))
+    answered = answered_names(results)
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
-            "top-1 %", *(["MMLU %"] if has_mmlu else []),
+            "top-1 %", *(f"{label} %" for label in answered.values()),
             f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
-    rows = [_row(row, has_mmlu) for row in results["variants"]]
-    failed = dict.fromkeys(f["variant"] for f in results["failed"])
+    rows = [_row(row, list(answered)) for row in results.variants]
+    failed = dict.fromkeys(failure.variant for failure in results.failed)
     return head, rows + [[name, "failed", *["–"] * (len(head) - 2)] for name in failed]
 
 
-def speed_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def answered_names(results: RunResults) -> dict[str, str]:
+    """What questions were answered, as a column is called, by name among `VariantResult.changes`."""
+    mmlu = next((row.mmlu for row in results.variants if row.mmlu), None)
+    found = {}
+    if mmlu is not None:
+        found["mmlu"] = "MMLU" if mmlu.format == "letters" else f"MMLU {mmlu.format}"
+    return found | {f"{task.name}/{task.main}": task.name for task in results.base.tasks}
+
+
+def answered(row: VariantResult, name: str) -> tuple[float, float | None] | None:
+    """A figure in percent and its standard error. name: of `answered_names`."""
+    if name == "mmlu":
+        return (100 * row.mmlu.accuracy, 100 * row.mmlu.stderr) if row.mmlu else None
+    for task in row.tasks:
+        metric = task.metrics.get(name.removeprefix(f"{task.name}/"))
+        if metric is not None and name.startswith(f"{task.name}/"):
+            return 100 * metric.value, None if metric.stderr is None else 100 * metric.stderr
+    return None
+
+
+def speed_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of the speed of every variant under every workload."""
     head = ["variant", "in flight", "latency ms", "TTFT ms", "ITL ms", "tok/s", "spread",
             "requests/s", "×base"]  # fmt: skip
     rows = []
-    for variant in results["variants"]:
-        for speed in variant["speed"]:
-            rate, ratio = speed["output_tokens_per_s"], speed["ratio_to_base"]
+    for variant in results.variants:
+        for speed in variant.speed:
+            rate, ratio = speed.output_tokens_per_s, speed.ratio_to_base
             rows.append(
                 [
-                    variant["name"],
-                    str(speed["workload"]["concurrency"]),
-                    f"{speed['latency_ms']['median']:.0f}",
-                    f"{speed['ttft_ms']['median']:.0f}",
-                    f"{speed['itl_ms']['median']:.1f}",
-                    f"{rate['median']:.1f}",
-                    f"{rate['lowest']:.1f}–{rate['highest']:.1f}",
-                    f"{speed['requests_per_s']['median']:.2f}",
-                    f"{ratio['median']:.2f}" if ratio else "1.00",
+                    variant.name,
+                    str(speed.workload.concurrency),
+                    f"{speed.latency_ms.median:.0f}",
+                    f"{speed.ttft_ms.median:.0f}",
+                    f"{speed.itl_ms.median:.1f}",
+                    f"{rate.median:.1f}",
+                    f"{rate.lowest:.1f}–{rate.highest:.1f}",
+                    f"{speed.requests_per_s.median:.2f}",
+                    f"{ratio.median:.2f}" if ratio else "1.00",
                 ]
             )
     return head, rows
 
 
-def load_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def change_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of the answers of each variant against the base's."""
+    head = ["variant", "questions", "lost", "gained", "difference %", "p"]
+    rows = [
+        [
+            row.name, answered_names(results).get(name, name), str(change.lost), str(change.gained),
+            f"{100 * change.difference:+.2f} ± {100 * change.stderr:.2f}", f"{change.p_value:.2g}",
+        ]
+        for row in results.variants
+        for name, change in row.changes.items()
+    ]  # fmt: skip
+    return head, rows
+
+
+def load_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of the loads on servers: tinier's of each variant, then any others."""
     head = ["server", *LOAD_HEAD]
     rows = []
@@ -58,7 +92,7 @@ def load_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def target_notes(results: Results) -> list[str]:
+def target_notes(results: RunResults) -> list[str]:
     """For each load on a server, which targets it met."""
     return [
         f"{name}, {one_target_note(result)}"
@@ -67,27 +101,28 @@ def target_notes(results: Results) -> list[str]:
     ]
 
 
-def one_load(result: dict[str, Any]) -> list[list[str]]:
-    """Rows under LOAD_HEAD of one load (tinier.benchmark.LoadResult)."""
-    rates = [f"{result['requests_per_s']:.4g}", f"{result['output_tokens_per_s']:.4g}"]
-    starts = [[Load(**result["load"]).name, *rates], ["", "", ""], ["", "", ""]]
-    figures = {"ttft_ms": "TTFT ms", "itl_ms": "ITL ms", "latency_ms": "latency ms"}
+def one_load(result: LoadResult) -> list[list[str]]:
+    """Rows under LOAD_HEAD of one load."""
+    rates = [f"{result.requests_per_s:.4g}", f"{result.output_tokens_per_s:.4g}"]
+    starts = [[result.load.name, *rates], ["", "", ""], ["", "", ""]]
+    figures = {"TTFT ms": result.ttft_ms, "ITL ms": result.itl_ms, "latency ms": result.latency_ms}
     return [
-        [*start, label, *(f"{value:.4g}" for value in result[figure].values())]
-        for start, (figure, label) in zip(starts, figures.items(), strict=True)
+        [*start, label, *(f"{value:.4g}" for value in percentiles.values())]
+        for start, (label, percentiles) in zip(starts, figures.items(), strict=True)
     ]
 
 
-def one_target_note(result: dict[str, Any]) -> str:
-    met = [f"{use} {'met' if ok else 'missed'}" for use, ok in result["targets_met"].items()]
-    failed = f"; {result['errors']} requests failed" if result["errors"] else ""
-    return f"{Load(**result['load']).name}: 95 % within the target of {', '.join(met)}{failed}"
+def one_target_note(result: LoadResult) -> str:
+    met = [f"{use} {'met' if ok else 'missed'}" for use, ok in result.targets_met.items()]
+    failed = f"; {result.errors} requests failed" if result.errors else ""
+    return f"{result.load.name}: 95 % within the target of {', '.join(met)}{failed}"
 
 
-def _servers(results: Results) -> list[tuple[str, list[dict[str, Any]]]]:
-    own = [(row["name"], row["serving"]) for row in results["variants"] if row.get("serving")]
-    others = [(f"{e['model']} at {e['url']}", e["load"]) for e in results.get("endpoints", [])]
-    return own + others
+def _servers(results: RunResults) -> list[tuple[str, Sequence[LoadResult]]]:
+    return [
+        *((row.name, row.serving) for row in results.variants if row.serving),
+        *((f"{other.model} at {other.url}", other.load) for other in results.endpoints),
+    ]
 
 
 def markdown(head: list[str], rows: list[list[str]], *, text_columns: int) -> str:
@@ -96,12 +131,12 @@ def markdown(head: list[str], rows: list[list[str]], *, text_columns: int) -> st
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
-def markdown_table(results: Results) -> str:
+def markdown_table(results: RunResults) -> str:
     """The final table as markdown."""
     return markdown(*table_rows(results), text_columns=2)
 
 
-def csv_table(results: Results) -> str:
+def csv_table(results: RunResults) -> str:
     """The final table as CSV."""
     written = io.StringIO()
     csv.writer(written, lineterminator="\n").writerows(
@@ -114,28 +149,34 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _row(row: dict[str, Any], has_mmlu: bool) -> list[str]:
-    quality, mmlu, busy, alone = row["quality"], row["mmlu"], row["speed"][-1], row["speed"][0]
-    mark = " †" if row["collapsed"] else ""
-    slow = " *" if row["notes"] else ""
+def _row(row: VariantResult, names: Sequence[str]) -> list[str]:
+    quality, alone, busy = row.quality, row.speed[0], row.speed[-1]
+    mark = " †" if row.collapsed else ""
+    slow = " *" if row.notes else ""
+    agreement = quality.top1_agreement
     cells = [
-        row["name"] + mark,
-        row["precision"],
-        str(row["layers"]),
-        f"{row['bits_per_weight']:.2f}",
-        f"{row['disk_bytes'] / 1e6:.1f}",
-        f"{100 / row['shrinkage']:.0f}",
-        _number(quality["perplexity"], 2),
-        _number(quality["kl"], 4),
-        f"{100 * quality['top1_agreement']:.1f}",
+        row.name + mark,
+        row.precision,
+        str(row.layers),
+        f"{row.bits_per_weight:.2f}",
+        f"{row.disk_bytes / 1e6:.1f}",
+        f"{100 / row.shrinkage:.0f}",
+        _number(quality.perplexity, 2),
+        _number(quality.kl, 4),
+        _number(None if agreement is None else 100 * agreement, 1),
     ]
-    if has_mmlu:
-        cells.append(f"{100 * mmlu['accuracy']:.1f} ± {100 * mmlu['stderr']:.1f}" if mmlu else "–")
+    for name in names:
+        found, change = answered(row, name), row.changes.get(name)
+        if found is None:
+            cells.append("–")
+            continue
+        error = "" if found[1] is None else f" ± {found[1]:.1f}"
+        cells.append(f"{found[0]:.1f}{error}{' ~' if change and change.is_noise else ''}")
     return [
         *cells,
-        f"{busy['output_tokens_per_s']['median']:.1f}{slow}",
-        f"{row['speedup']:.2f}",
-        f"{alone['latency_ms']['median']:.0f}",
-        f"{row['memory']['weights_bytes'] / 1e6:.0f}",
-        f"{row['memory']['peak_bytes'] / 1e6:.0f}",
+        f"{busy.output_tokens_per_s.median:.1f}{slow}",
+        f"{row.speedup:.2f}",
+        f"{alone.latency_ms.median:.0f}",
+        f"{row.memory.weights_bytes / 1e6:.0f}",
+        f"{row.memory.peak_bytes / 1e6:.0f}",
     ]

@@ -12,13 +12,15 @@ from tinier.advice import Advice, Finding
 from tinier.checkpoint import Checkpoint, Manifest, StagePlan
 from tinier.device import model_flops, pick_device
 from tinier.evaluation import Comparison
+from tinier.evaluation.paired import NOISE
 from tinier.families import geometry_of
+from tinier.recipe import EndpointResult, RunResults
 from tinier.report.choices import choices_text
 from tinier.report.page import footnotes
 from tinier.report.table import LOAD_HEAD, one_load, one_target_note, table_rows
 
 
-def results_text(results: dict[str, Any]) -> str:
+def results_text(results: RunResults) -> str:
     """The final table, its notes and the three choices."""
     head, rows = table_rows(results)
     lines = [_table(head, rows, text_columns=2)]
@@ -155,11 +157,24 @@ def quality_text(data: dict[str, Any]) -> str:
         )
     if mmlu:
         lines.append(
-            f"MMLU {mmlu['shots']}-shot: {100 * mmlu['accuracy']:.2f} ± {100 * mmlu['stderr']:.2f} % "
-            f"of {mmlu['questions']} questions"
+            f"MMLU by {mmlu['format']}, {mmlu['shots']}-shot: {100 * mmlu['accuracy']:.2f} ± "
+            f"{100 * mmlu['stderr']:.2f} % of {mmlu['questions']} questions"
         )
         scores = mmlu["categories"] | mmlu["subjects"]
         lines += [f"  {name}: {100 * accuracy:.1f} %" for name, accuracy in scores.items()]
+    for task in data["tasks"]:
+        for name, metric in task["metrics"].items():
+            error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
+            lines.append(
+                f"{task['name']}: {name} {metric['value']:.4f}{error}, {task['documents']} questions"
+            )
+    for name, change in data["changes"].items():
+        noise = ": may be chance" if change["p_value"] > NOISE else ""
+        lines.append(
+            f"{name} against {data['against']}: {change['lost']} lost, {change['gained']} gained, "
+            f"{100 * change['difference']:+.2f} ± {100 * change['stderr']:.2f} points, p = "
+            f"{change['p_value']:.2g}{noise}"
+        )
     return "\n".join(lines)
 
 
@@ -218,10 +233,10 @@ def bench_text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_text(data: dict[str, Any]) -> str:
+def load_text(measured: EndpointResult) -> str:
     """Of `tinier bench URL`: a row for each quantity over its percentiles."""
-    rows = [row for result in data["load"] for row in one_load(result)]
-    notes = [one_target_note(result) for result in data["load"]]
+    rows = [row for result in measured.load for row in one_load(result)]
+    notes = [one_target_note(result) for result in measured.load]
     return "\n".join([_table(LOAD_HEAD, rows, text_columns=1), *notes])
 
 
