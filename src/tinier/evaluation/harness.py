@@ -57,7 +57,9 @@ class TinierLM(TemplateLM):  # type: ignore[misc]
         max_length: int = 4096, max_gen_toks: int = 256, int4_inputs: Int4Inputs = "int8",
     ) -> None:  # fmt: skip
         super().__init__()
-        at_once = batch_size if isinstance(batch_size, int) else max_batch_size or 32
+        at_once = max_batch_size or 32
+        if batch_size is not None and str(batch_size).isdigit():  # else it is auto
+            at_once = int(batch_size)
         source = open_model(pretrained, revision)
         self._name = pretrained
         self.tokenizer_wrapper: Tokenizer = load_tokenizer(source)

@@ -30,20 +30,30 @@ def score_continuations(
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
         rows.setdefault((*context, *continuation[:-1]), []).append(index)
-    found: list[Score | None] = [None] * len(pairs)
+    found = [Score(0.0, False)] * len(pairs)
     order = sorted(rows, key=len, reverse=True)
     with bar(label, len(pairs)) as advance:
         for batch in _batches(order):
             longest = len(batch[0])
             windows = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch])
             # causal: what follows a row's last token cannot change what stands before it
-            for states, row in zip(decoder.hidden_states(windows), batch, strict=True):
-                targets = [pairs[i][1] for i in rows[row]]
-                scores = _scores(decoder, states[: len(row)], targets)
-                for i, score in zip(rows[row], scores, strict=True):
-                    found[i] = score
-                advance(len(targets))
-    return [score for score in found if score is not None]
+            hidden = decoder.hidden_states(windows)
+            asked = [(place, i) for place, row in enumerate(batch) for i in rows[row]]
+            wanted = [
+                _Wanted(place * longest + len(batch[place]) - len(pairs[i][1]), pairs[i][1])
+                for place, i in asked
+            ]
+            scores = _scores(decoder, hidden.flatten(0, 1), wanted)
+            for (_, i), score in zip(asked, scores, strict=True):
+                found[i] = score
+            advance(len(asked))
+    return found
+
+
+class _Wanted(NamedTuple):
+    first: int
+    """The position whose prediction the first token is"""
+    tokens: list[int]
 
 
 def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
@@ -59,18 +69,26 @@ def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]
 
 
 @torch.inference_mode()
-def _scores(decoder: Decoder, states: Tensor, targets: Sequence[list[int]]) -> list[Score]:
-    """states: [T, hidden]. targets: continuations of one length, equal but for the last token, which stands
-    one behind the last state."""
-    count = len(targets[0])
-    wanted = torch.tensor(targets, device=states.device)  # [targets, count]
-    sums = torch.zeros(len(targets), dtype=torch.float64, device=states.device)
-    greedy = torch.ones(len(targets), dtype=torch.bool, device=states.device)
-    own = states[len(states) - count :]
-    for start in range(0, count, _CHUNK_TOKENS):
-        logits = decoder.logits_float32(own[start : start + _CHUNK_TOKENS])
-        tokens = wanted[:, start : start + _CHUNK_TOKENS]
-        logprobs = torch.log_softmax(logits, dim=-1).expand(len(targets), -1, -1)
-        sums += logprobs.gather(2, tokens.unsqueeze(2)).squeeze(2).double().sum(1)
-        greedy &= (logits.argmax(-1) == tokens).all(1)
-    return [Score(float(total), bool(same)) for total, same in zip(sums, greedy, strict=True)]
+def _scores(decoder: Decoder, states: Tensor, wanted: Sequence[_Wanted]) -> list[Score]:
+    """states: [positions, hidden]. The score of each continuation."""
+    device = states.device
+    owner = torch.tensor([n for n, one in enumerate(wanted) for _ in one.tokens], device=device)
+    place = torch.tensor([one.first + j for one in wanted for j in range(len(one.tokens))])
+    token = torch.tensor([token for one in wanted for token in one.tokens], device=device)
+    # continuations of one row have positions in common: each is multiplied out once
+    places, which = place.to(device).unique(return_inverse=True)
+    logprobs = torch.empty(len(token), dtype=torch.float64, device=device)
+    likeliest = torch.empty(len(token), dtype=torch.bool, device=device)
+    for start in range(0, len(places), _CHUNK_TOKENS):
+        logits = decoder.logits_float32(states[places[start : start + _CHUNK_TOKENS]])
+        here = ((which >= start) & (which < start + len(logits))).nonzero().squeeze(1)
+        row, own = which[here] - start, token[here]
+        logprobs[here] = torch.log_softmax(logits, dim=-1)[row, own].double()
+        likeliest[here] = logits.argmax(dim=-1)[row] == own
+    sums = torch.zeros(len(wanted), dtype=torch.float64, device=device)
+    sums.index_add_(0, owner, logprobs)
+    missed = torch.zeros(len(wanted), device=device).index_add_(0, owner, (~likeliest).float())
+    return [
+        Score(total, not misses)
+        for total, misses in zip(sums.tolist(), missed.tolist(), strict=True)
+    ]
