@@ -54,6 +54,43 @@ def test_answers_are_those_of_transformers(
     assert found.stderr == pytest.approx((found.accuracy * (1 - found.accuracy) / 14) ** 0.5)
 
 
+@pytest.mark.parametrize("shots", [0, 2])
+def test_continuations_are_scored_by_their_own_text(
+    tiny: Tiny, mmlu_folder: Path, shots: int
+) -> None:
+    checkpoint = tiny(max_position_embeddings=2048)
+    loaded = load_mmlu(MmluPlan(folder=mmlu_folder, shots=shots, format="continuation"))
+    tokenizer = Tokenizer(byte_tokenizer())
+    found = evaluate_mmlu(load_decoder(checkpoint, device=CPU), tokenizer, loaded, shots)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    answers = ""
+    for question in loaded.questions:
+        solved = "".join(
+            f"Question: {q.text}\nAnswer: {q.choices[q.answer]}\n\n"
+            for q in loaded.examples.get(question.subject, [])
+        )
+        prompt = (
+            f"The following are questions about {question.subject}.\n{solved}Question: "
+            f"{question.text}\nAnswer:"
+        )
+        before, scores = tokenizer.encode(prompt), []
+        for choice in question.choices:
+            ids = tokenizer.encode(f"{prompt} {choice}")
+            with torch.no_grad():
+                logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+            after = range(len(before), len(ids))
+            scores.append(sum(float(logprobs[i - 1, ids[i]]) for i in after) / len(choice))
+        answers += str(int(scores.index(max(scores)) == question.answer))
+    assert found.answers == answers
+    assert found.format == "continuation"
+    assert found.accuracy == pytest.approx(answers.count("1") / 14)
+
+
+def test_unknown_formats_are_refused(mmlu_folder: Path) -> None:
+    with pytest.raises(TextError, match="letters or continuation"):
+        load_mmlu(MmluPlan(folder=mmlu_folder, format="cloze"))  # type: ignore[arg-type]
+
+
 def test_letters_follow_a_space(smollm2: Checkpoint) -> None:
     tokenizer = load_tokenizer(smollm2)
     assert [tokenizer.decode([token]) for token in mmlu.letter_tokens(tokenizer)] == [

@@ -6,8 +6,9 @@ from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
-from tinier.engine import load_decoder
-from tinier.evaluation import evaluate, reference_states
+from tinier.engine import Engine, EngineConfig, load_decoder
+from tinier.evaluation import Reference, evaluate, reference_states, written_text
+from tinier.evaluation.quality import OWN_PROMPT
 
 Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
@@ -68,3 +69,39 @@ def test_figures_do_not_depend_on_how_windows_are_batched(
     monkeypatch.setattr(quality, "_CHUNK_TOKENS", 7)
     alone = evaluate(decoder, windows())
     assert alone.perplexity == pytest.approx(together.perplexity, rel=1e-6)
+
+
+def test_only_what_is_not_given_counts(tiny: Tiny) -> None:
+    original, other = tiny(), tiny(seed=1, name="other")
+    decoder, tokens = load_decoder(other, device=CPU), windows(3, 60)
+    reference = reference_states(load_decoder(original, device=CPU), tokens)
+    whole, tail = (evaluate(decoder, tokens, reference, given=given) for given in (1, 40))
+    head = evaluate(decoder, tokens[:, :40], Reference(reference.hidden[:, :40], *reference[1:]))
+    assert (head.tokens, tail.tokens, whole.tokens) == (3 * 39, 3 * 20, 3 * 59)
+    for name in ("kl", "top1_agreement"):
+        parts = getattr(head, name) * head.tokens + getattr(tail, name) * tail.tokens
+        assert getattr(whole, name) * whole.tokens == pytest.approx(parts, rel=1e-5)
+
+
+def test_standard_errors_are_over_windows(tiny: Tiny) -> None:
+    original, other = tiny(), tiny(seed=1, name="other")
+    decoder, tokens = load_decoder(other, device=CPU), windows(4, 60)
+    exact = load_decoder(original, device=CPU)
+    whole = evaluate(decoder, tokens, reference_states(exact, tokens))
+    each = [evaluate(decoder, w, reference_states(exact, w)) for w in tokens.split(1)]
+    for name, error in (("kl", whole.kl_stderr), ("top1_agreement", whole.top1_stderr)):
+        means = torch.tensor([getattr(one, name) for one in each], dtype=torch.float64)
+        assert error == pytest.approx(float(means.std() / 2), rel=1e-6)
+    assert each[0].top1_stderr is None
+
+
+def test_written_text_is_the_likeliest_after_each_prompt(tiny: Tiny) -> None:
+    checkpoint, tokens = tiny(), windows(3, 60)
+    engine = Engine(checkpoint, EngineConfig(max_seq_len=OWN_PROMPT + 20, device="cpu"))
+    written = written_text(engine, tokens, 20)
+    assert written.shape == (3, OWN_PROMPT + 20)
+    assert torch.equal(written[:, :OWN_PROMPT], tokens[:, :OWN_PROMPT])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    with torch.no_grad():
+        likeliest = model(written).logits.argmax(-1)
+    assert torch.equal(likeliest[:, OWN_PROMPT - 1 : -1], written[:, OWN_PROMPT:])

@@ -84,6 +84,7 @@ def recipe_of(values: dict[str, Any], tmp_path: Path) -> Recipe:
 
 def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     values["measure"]["mmlu"] = {"folder": str(tmp_path / "mmlu"), "shots": 1, "sample": 6}
+    values["measure"]["quality"] |= {"long": 128, "own_text": 16}
     recipe = recipe_of(values, tmp_path)
     out = tmp_path / "run"
     results = run_recipe(recipe, out, command="tinier run recipe.yaml")
@@ -99,8 +100,14 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     assert rows["fp8"].notes == (slow if isinstance(load_library(), str) else ())
     for row in rows.values():
         assert row.mmlu.questions == 6
+        assert row.long.tokens == 2 * 127
+        assert (row.own_text is None) == (row.name == "base")
         assert len(row.speed) == 2
         assert row.memory.peak_bytes > 0
+        if row.name != "base":
+            assert row.own_text.tokens == 2 * 16
+            assert row.own_text.kl > 0
+            assert row.changes["mmlu"].lost + row.changes["mmlu"].gained <= 6
     assert results.environment["versions"]["torch"] == torch.__version__
     assert results.seed == 0
     assert json.loads((out / "results.json").read_text()) == results.to_json()
@@ -115,7 +122,7 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     head, lines = table_rows(results)
     assert len(lines) == 6
     assert all(len(line) == len(head) for line in lines)
-    assert "MMLU %" in head
+    assert {"MMLU %", "KL at 128 tokens", "KL, own text"} <= set(head)
 
 
 @pytest.mark.slow

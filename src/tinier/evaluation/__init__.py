@@ -9,7 +9,7 @@ two models' answers.
 from tinier.evaluation.compare import Comparison, LayerDifference, compare
 from tinier.evaluation.mmlu import MmluPlan, MmluResult, evaluate_mmlu, load_mmlu
 from tinier.evaluation.paired import PairedChange, compare_answers
-from tinier.evaluation.quality import Quality, Reference, evaluate, reference_states
+from tinier.evaluation.quality import Quality, Reference, evaluate, reference_states, written_text
 from tinier.evaluation.served import evaluate_mmlu_served, evaluate_served, measure_served
 from tinier.evaluation.tasks import Metric, TaskResult, TasksPlan, task_changes
 
@@ -34,4 +34,5 @@ __all__ = [
     "measure_served",
     "reference_states",
     "task_changes",
+    "written_text",
 ]

@@ -39,7 +39,9 @@ from tinier.evaluation import (
     evaluate,
     evaluate_mmlu,
     reference_states,
+    written_text,
 )
+from tinier.evaluation.quality import OWN_PROMPT
 from tinier.progress import say, warn
 from tinier.recipe.plan import PlannedRun
 from tinier.recipe.results import Failure, Measured, Turns
@@ -57,13 +59,15 @@ _MEASURED_BY = {
     "quality": ("tinier.evaluation.quality",), "mmlu": ("tinier.evaluation.mmlu",),
     "memory": ("tinier.benchmark.memory",), "speed": ("tinier.benchmark.speed",),
     "serving": ("tinier.serving.server", "tinier.benchmark.load"),
-    "tasks": ("tinier.evaluation.harness",),
+    "tasks": ("tinier.evaluation.harness",), "long": ("tinier.evaluation.quality",),
+    "own_text": ("tinier.evaluation.quality", "tinier.engine"),
 }  # fmt: skip
 _SECTIONS: dict[str, TypeAdapter[Any]] = {
     "quality": TypeAdapter(Quality), "mmlu": TypeAdapter(MmluResult),
     "memory": TypeAdapter(ServingMemory), "speed": TypeAdapter(Turns),
     "serving": TypeAdapter(tuple[LoadResult, ...]),
-    "tasks": TypeAdapter(tuple[TaskResult, ...]),
+    "tasks": TypeAdapter(tuple[TaskResult, ...]), "long": TypeAdapter(Quality),
+    "own_text": TypeAdapter(Quality),
 }  # fmt: skip
 
 
@@ -92,6 +96,7 @@ class Measurements:
         self._device = pick_device(run.recipe.device)
         self._machine = environment(self._device)
         self._reference: Reference | None = None
+        self._long_reference: Reference | None = None
         self._engines: dict[str, Engine] = {}
         self.seconds = 0.0
         """What all sections took, those found on disk included."""
@@ -128,6 +133,10 @@ class Measurements:
             "memory": lambda: self._memory(name),
             "quality": lambda: self._quality(name),
         }
+        if self._run.long_windows is not None:
+            sections["long"] = lambda: self._long(name)
+        if self._run.recipe.measure.quality.own_text and name != BASE:
+            sections["own_text"] = lambda: self._own_text(name)
         if self._run.mmlu:
             sections["mmlu"] = lambda: self._mmlu(name)
         if self._run.tasks:
@@ -178,8 +187,12 @@ class Measurements:
             machine["torch_threads"],
             machine.get("gpu"),
         ]
-        if section == "quality":
+        if section in ("quality", "own_text"):
             inputs += [tensor_sha256(self._run.windows)]
+            inputs += [asked["quality"]["own_text"]] if section == "own_text" else []
+        elif section == "long":
+            assert self._run.long_windows is not None
+            inputs += [tensor_sha256(self._run.long_windows)]
         elif section == "mmlu":
             inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
         elif section == "tasks":
@@ -219,6 +232,28 @@ class Measurements:
         if self._reference is None:
             self._reference = reference_states(self._decoder(BASE), self._run.windows)
         return evaluate(self._decoder(name), self._run.windows, self._reference)
+
+    def _long(self, name: str) -> Quality:
+        windows = self._run.long_windows
+        assert windows is not None
+        if self._long_reference is None:
+            self._long_reference = reference_states(self._decoder(BASE), windows)
+        return evaluate(self._decoder(name), windows, self._long_reference)
+
+    def _own_text(self, name: str) -> Quality:
+        """The base's divergence along what this model writes, which is not what it was fed."""
+        asked = self._run.recipe.measure
+        length = asked.quality.own_text
+        assert length is not None
+        self._close(name)  # it needs an engine with more room
+        config = EngineConfig(
+            max_seq_len=OWN_PROMPT + length, device=self._run.recipe.device,
+            int4_inputs=asked.int4_inputs,
+        )  # fmt: skip
+        engine = Engine(self._models[name], config)
+        windows = written_text(engine, self._run.windows, length)
+        reference = reference_states(self._decoder(BASE), windows)
+        return evaluate(engine.decoder, windows, reference, given=OWN_PROMPT)
 
     def _mmlu(self, name: str) -> MmluResult:
         mmlu, asked = self._run.mmlu, self._run.recipe.measure.mmlu

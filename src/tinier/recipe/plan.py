@@ -23,6 +23,7 @@ from tinier.engine.parallel import Share
 from tinier.errors import InputError
 from tinier.evaluation import MmluPlan, TasksPlan, load_mmlu
 from tinier.evaluation.mmlu import Mmlu
+from tinier.evaluation.quality import OWN_PROMPT
 from tinier.families import Geometry, check_length, geometry_of, open_model
 from tinier.progress import warn
 from tinier.pruning import PrunePlan, parse_layers, plan_prune, prune
@@ -51,6 +52,8 @@ class PlannedRun:
     parts: TextParts
     windows: torch.Tensor
     """Held-out windows [n, length] on which quality is measured."""
+    long_windows: torch.Tensor | None
+    """Longer ones, where asked for."""
     mmlu: Mmlu | None
     tasks: TasksPlan | None
     workloads: tuple[Workload, ...]
@@ -73,7 +76,10 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     quality, speed = recipe.measure.quality, recipe.measure.speed
     loads = _loads(recipe)
     served = [load.input_length + load.output_length for load in loads]
-    for length in (quality.length, speed.input_length + speed.output_length, *served):
+    lengths = [quality.length, speed.input_length + speed.output_length, *served]
+    lengths += [quality.long] if quality.long else []
+    lengths += [OWN_PROMPT + quality.own_text] if quality.own_text else []
+    for length in lengths:
         check_length(base, length)
     parts = _load_text(recipe.text)
     windows = token_windows(
@@ -81,6 +87,11 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
     )
     for warning in shortfall(windows, quality.windows):
         warn(f"measure.quality: {warning}")
+    long_windows = None
+    if quality.long:
+        long_windows = token_windows(
+            load_tokenizer(base), parts.heldout, length=quality.long, count=quality.windows
+        )
     mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
     tasks = _tasks(recipe)
     workloads = tuple(
@@ -97,7 +108,9 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         planned[name] = stage_of(recipe, name, models, parts).plan()
         models[name] = replace(base, config=planned[name].output_config)
     check_shared(models, recipe.measure.tensor_parallel, recipe.device)
-    return PlannedRun(recipe, base, parts, windows, mmlu, tasks, workloads, loads, planned)
+    return PlannedRun(
+        recipe, base, parts, windows, long_windows, mmlu, tasks, workloads, loads, planned
+    )
 
 
 def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: str) -> None:

@@ -62,6 +62,8 @@ class Measured:
 
     memory: ServingMemory
     quality: Quality
+    long: Quality | None = None
+    own_text: Quality | None = None
     mmlu: MmluResult | None = None
     tasks: tuple[TaskResult, ...] = ()
     speed: Turns | None = None
@@ -102,6 +104,10 @@ class VariantResult:
     stage_seconds: float | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    long: Quality | None = None
+    """On longer windows"""
+    own_text: Quality | None = None
+    """Along what this model writes greedily, from the base's predictions there"""
     tasks: tuple[TaskResult, ...] = ()
     changes: dict[str, PairedChange] = field(default_factory=dict)
     """Of answers against the base's, in pairs: by `mmlu`, and `TASK/METRIC`"""
@@ -318,6 +324,8 @@ def _row(
             *(manifest.warnings if manifest else []),
             *(["its logits are not numbers"] if kl is None else []),
         ),
+        long=measured.long,
+        own_text=measured.own_text,
         tasks=measured.tasks,
         changes={} if is_base else _changes(measurements[BASE], measured),
     )

@@ -112,6 +112,10 @@ class Text(_Strict):
 class QualityMeasure(_Strict):
     windows: Annotated[int, Field(ge=1)] = 16
     length: Annotated[int, Field(ge=8)] = 512
+    own_text: Annotated[int, Field(ge=1)] | None = None
+    """Divergence, too, along so many tokens that each model writes greedily after the start of a window."""
+    long: Annotated[int, Field(ge=8)] | None = None
+    """Divergence on windows of so many tokens, too."""
 
 
 class MmluMeasure(_Strict):

@@ -19,6 +19,7 @@ from tinier.fitting.results import Point
 from tinier.recipe import RunResults, VariantResult
 from tinier.report.choices import choices_text
 from tinier.report.fitted import fit_text
+from tinier.report.table import answered, answered_names
 
 # key, label, what it is, digits, whether it is shown at first, axis (and which), whether lower is better
 _COLUMNS: tuple[tuple[str, str, str, int, bool, str | None, str | None, bool], ...] = (
@@ -34,6 +35,9 @@ _COLUMNS: tuple[tuple[str, str, str, int, bool, str | None, str | None, bool], .
      True),
     ("top1", "top-1 %", "Tokens of which the likeliest is the base's", 1, True, "top-1 agreement, %",
      "y", False),
+    ("long", "KL, long", "On longer windows", 4, False, "KL on longer windows", "y", True),
+    ("own", "KL, own text", "Along what the model writes greedily", 4, False, "KL along its own text", "y",
+     True),
     ("mmlu", "MMLU %", "± binomial standard error", 1, True, "MMLU, %", "y", False),
     ("throughput", "tok/s", "Output tokens a second at the largest concurrency", 1, True,
      "throughput, tok/s", "x", False),
@@ -93,7 +97,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
         "title": ", ".join(bases),
         "about": f"{len(rows)} models, measured by tinier {first.tinier} on {_machine(first)}, "
         f"{first.created[:10]}. Every figure is a measurement of this run, none is copied.",
-        "columns": [_name_column(), *map(_column, _COLUMNS)],
+        "columns": [_name_column(), *map(_column, _COLUMNS), *_task_columns(runs)],
         "rows": rows,
         "predicted": [point for point in predicted if point],
         "found": lines or [text for run in runs for text in _choices(run)],
@@ -118,6 +122,28 @@ def _column(column: tuple[Any, ...]) -> dict[str, Any]:
         "key": key, "label": label, "title": title, "digits": digits, "shown": shown, "axis": axis,
         "side": side, "lower": lower, "text": key == "precision", "error": _ERRORS.get(key),
     }  # fmt: skip
+
+
+def _task_columns(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    labels = {key: label for run in runs for key, label in answered_names(run.results).items()}
+    return [
+        {
+            "key": key, "label": f"{label} %", "title": f"Task {key}, ± standard error", "digits": 1,
+            "shown": True, "axis": f"{label}, %", "side": "y", "lower": False, "text": False,
+            "error": f"{key}/error",
+        }
+        for key, label in labels.items()
+        if key != "mmlu"
+    ]  # fmt: skip
+
+
+def _task_values(row: VariantResult) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for task in row.tasks:
+        key = f"{task.name}/{task.main}"
+        value, error = answered(row, key) or (None, None)
+        found |= {key: value, f"{key}/error": error}
+    return found
 
 
 def _machine(results: RunResults) -> str:
@@ -148,6 +174,8 @@ def _row(index: int, run: Run, row: VariantResult, *, several: bool) -> dict[str
         "kl": quality.kl,
         "kl_error": quality.kl_stderr,
         "top1": _times(quality.top1_agreement, 100),
+        "long": row.long.kl if row.long else None,
+        "own": row.own_text.kl if row.own_text else None,
         "mmlu": 100 * mmlu.accuracy if mmlu else None,
         "mmlu_error": 100 * mmlu.stderr if mmlu else None,
         "subjects": mmlu.subjects if mmlu else None,
@@ -166,7 +194,7 @@ def _row(index: int, run: Run, row: VariantResult, *, several: bool) -> dict[str
         "recipe": _recipe_of(run.results, row.name),
         "heat": _heat(manifest),
         "training": _training(manifest),
-    }
+    } | _task_values(row)
 
 
 def _times(value: float | None, factor: float) -> float | None:

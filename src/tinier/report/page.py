@@ -15,6 +15,7 @@ from tinier.report.table import (
     load_rows,
     markdown,
     markdown_table,
+    quality_rows,
     speed_rows,
     target_notes,
 )
@@ -63,6 +64,13 @@ def _page(results: RunResults) -> str:
         "![quality against size](pareto-size.svg)",
         "",
         *[f"- {choice}" for choice in choices_text(results)],
+        "",
+        "## Quality",
+        "",
+        markdown(*quality_rows(results), text_columns=2),
+        "",
+        "Standard errors are over windows. Its own text: what the variant writes greedily; the base's "
+        "divergence there.",
         "",
         *_answers(results),
         "## Speed",

@@ -14,13 +14,23 @@ def table_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of text, base first."""
     speed = results.base.speed
     alone, busy = (speed[i].workload.concurrency for i in (0, -1))
-    answered = answered_names(results)
+    asked, extra = answered_names(results), extra_divergences(results)
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
-            "top-1 %", *(f"{label} %" for label in answered.values()),
+            "top-1 %", *extra, *(f"{label} %" for label in asked.values()),
             f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
-    rows = [_row(row, list(answered)) for row in results.variants]
+    rows = [_row(row, extra, list(asked)) for row in results.variants]
     failed = dict.fromkeys(failure.variant for failure in results.failed)
     return head, rows + [[name, "failed", *["–"] * (len(head) - 2)] for name in failed]
+
+
+def extra_divergences(results: RunResults) -> list[str]:
+    """Columns of divergence that were asked for beside the usual one."""
+    found = []
+    if any(row.long for row in results.variants):
+        found.append(f"KL at {results.recipe['measure']['quality']['long']} tokens")
+    if any(row.own_text for row in results.variants):
+        found.append("KL, own text")
+    return found
 
 
 def answered_names(results: RunResults) -> dict[str, str]:
@@ -64,6 +74,28 @@ def speed_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
                     f"{ratio.median:.2f}" if ratio else "1.00",
                 ]
             )
+    return head, rows
+
+
+def quality_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of quality with standard errors over windows."""
+    head = ["variant", "text", "tokens", "perplexity", "KL", "top-1 %"]
+    rows = []
+    for row in results.variants:
+        for text, quality in (
+            ("held-out", row.quality), ("longer windows", row.long), ("its own", row.own_text)
+        ):  # fmt: skip
+            if quality is None:
+                continue
+            perplexity, error = quality.perplexity, quality.nll_stderr
+            # of exp(x): exp(x) times the error of x
+            spread = None if perplexity is None or error is None else perplexity * error
+            cells = [
+                _spread(perplexity, spread, 2),
+                _spread(quality.kl, quality.kl_stderr, 4),
+                _spread(_percent(quality.top1_agreement), _percent(quality.top1_stderr), 1),
+            ]
+            rows.append([row.name, text, str(quality.tokens), *cells])
     return head, rows
 
 
@@ -145,15 +177,22 @@ def csv_table(results: RunResults) -> str:
     return written.getvalue()
 
 
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _spread(value: float | None, error: float | None, digits: int) -> str:
+    return _number(value, digits) + ("" if error is None else f" ± {error:.{digits}f}")
+
+
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _row(row: VariantResult, names: Sequence[str]) -> list[str]:
+def _row(row: VariantResult, extra: Sequence[str], names: Sequence[str]) -> list[str]:
     quality, alone, busy = row.quality, row.speed[0], row.speed[-1]
     mark = " †" if row.collapsed else ""
     slow = " *" if row.notes else ""
-    agreement = quality.top1_agreement
     cells = [
         row.name + mark,
         row.precision,
@@ -163,8 +202,11 @@ def _row(row: VariantResult, names: Sequence[str]) -> list[str]:
         f"{100 / row.shrinkage:.0f}",
         _number(quality.perplexity, 2),
         _number(quality.kl, 4),
-        _number(None if agreement is None else 100 * agreement, 1),
+        _number(_percent(quality.top1_agreement), 1),
     ]
+    for name in extra:
+        quality_there = row.long if name.startswith("KL at") else row.own_text
+        cells.append(_number(quality_there.kl if quality_there else None, 4))
     for name in names:
         found, change = answered(row, name), row.changes.get(name)
         if found is None:
