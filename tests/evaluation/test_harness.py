@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tinier.checkpoint import Checkpoint
 from tinier.cli.main import main
 from tinier.errors import InputError
 from tinier.evaluation import TasksPlan
+from tinier.recipe import Recipe, run_recipe
+from tinier.report import table_rows, write_report
 
 lm_eval = pytest.importorskip("lm_eval")
 harness = pytest.importorskip("tinier.evaluation.harness")
@@ -129,6 +132,41 @@ def test_lm_eval_knows_the_model_through_our_module(smollm2: Checkpoint, tasks: 
     )  # fmt: skip
     assert "capitals" in done.stdout
     assert "acc_norm" in done.stdout
+
+
+@pytest.mark.slow
+def test_tasks_in_a_recipe_are_columns_compared_in_pairs(
+    tiny: Callable[..., Checkpoint], tasks: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"{city} is a city. " * 60 for _, city in CAPITALS)
+    )
+    recipe = Recipe.model_validate(
+        {
+            "base": str(tiny(max_position_embeddings=512).folder), "device": "cpu",
+            "text": str(tmp_path / "text.txt"),
+            "variants": {"fp8": {"quantize": {"preset": "fp8"}}},
+            "measure": {
+                "quality": {"windows": 2, "length": 64},
+                "speed": {"concurrency": [1], "input_length": 8, "output_length": 4, "repeats": 1},
+                "tasks": {"names": ["capitals", "prose"], "include": str(tasks), "max_length": 400},
+            },
+        }
+    )  # fmt: skip
+    results = run_recipe(recipe, tmp_path / "run", command="test")
+    assert not results.failed
+    for row in results.variants:
+        assert [task.name for task in row.tasks] == ["capitals", "prose"]
+        assert row.tasks[0].documents == len(CAPITALS)
+    assert set(results.variants[1].changes) == {"capitals/acc", "capitals/acc_norm"}
+    head, _ = table_rows(results)
+    assert "capitals %" in head
+    write_report(results, tmp_path / "run")
+    page = (tmp_path / "run/report.md").read_text()
+    assert "Answers against the base's, in pairs" in page
+    # nothing is measured again
+    again = run_recipe(recipe, tmp_path / "run", command="test")
+    assert again.variants == results.variants
 
 
 def test_unknown_tasks_and_folders_are_named(tasks: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Walk a decoder layer by layer over calibration text, with one layer's weights in memory.
 
-Start at `DecoderWalk` (walk.py), `observe` (statistics.py) and `mean_divergences` (divergence.py).
+Start at `DecoderWalk` (walk.py), `observe` (statistics.py), `token_weights` (fisher.py) and
+`mean_divergences` (divergence.py).
 """
 
 from tinier.calibration.divergence import mean_divergences
+from tinier.calibration.fisher import LayerWeights, token_weights
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import (
     DecoderWalk,
@@ -19,11 +21,13 @@ __all__ = [
     "InputStatistics",
     "KeysAndValues",
     "LayerStep",
+    "LayerWeights",
     "check_attention_window",
     "load_whole",
     "mean_divergences",
     "observe",
     "second_moments",
+    "token_weights",
     "turns",
     "walk",
 ]

@@ -3,13 +3,14 @@
 Start at `observe`. One forward pass over the calibration windows; sums, not activations, are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinier.calibration.fisher import LayerWeights
 from tinier.calibration.walk import DecoderWalk
 from tinier.errors import InputError
 from tinier.families import Geometry
@@ -106,12 +107,13 @@ def observe(
     *,
     moments: bool,
     cache: KeysAndValues | None = None,
+    weights: LayerWeights | None = None,
 ) -> tuple[dict[str, InputStatistics], Tensor]:
     """Statistics of the layer's inputs by name (Geometry.inputs), and the layer's outputs for the first
     batch.
 
     hidden: this rank's windows [n, length, hidden]. total_windows: of all ranks. Sums go over all
-    ranks.
+    ranks. weights: of each token in mean squares and moments, by input (fisher.py); else all count alike.
     """
     sums: dict[str, _Sums] = {}
     per_window = max(1, _SAMPLE_TOKENS // total_windows)
@@ -120,14 +122,19 @@ def observe(
     for read in geometry.inputs:
         columns = geometry.linears[read.readers[0]][1]
         sums[read.name] = _empty(columns, walk.device, moments)
+        weighted = weights.get(read.name) if weights else None
+        counted = iter(weighted.split(walk.batch_windows)) if weighted is not None else None
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], own: _Sums = sums[read.name]) -> None:
+        def hook(
+            _: nn.Module, inputs: tuple[Tensor, ...], own: _Sums = sums[read.name],
+            counted: Iterator[Tensor] | None = counted,
+        ) -> None:  # fmt: skip
             x = inputs[0]
             if x.ndim == 3:
                 sample = x[:, ::stride][:, :per_window].flatten(0, 1)
             else:  # an expert's: those of its tokens that come first
                 sample = x[: max(0, _SAMPLE_TOKENS - sum(map(len, own.samples)))]
-            _add(own, x.flatten(0, -2), sample)
+            _add(own, x.flatten(0, -2), sample, None if counted is None else next(counted))
 
         handles.append(layer.get_submodule(read.readers[0]).register_forward_pre_hook(hook))
     first = None
@@ -159,10 +166,12 @@ def _empty(channels: int, device: torch.device, moments: bool) -> _Sums:
     return _Sums(zeros(channels), zeros(channels), zeros(channels), products)
 
 
-def _add(sums: _Sums, x: Tensor, sample: Tensor) -> None:
-    """x: [tokens, in]."""
+def _add(sums: _Sums, x: Tensor, sample: Tensor, weights: Tensor | None) -> None:
+    """x: [tokens, in]. weights: [windows, length] of these tokens."""
     size = x.abs().float()
-    sums.square += size.square().sum(dim=0)
+    if weights is not None:
+        x = x.float() * weights.to(x.device).flatten().sqrt().unsqueeze(1)
+    sums.square += x.float().square().sum(dim=0)
     sums.abs += size.sum(dim=0)
     sums.absmax = torch.maximum(sums.absmax, size.amax(dim=0).double())
     if sums.moments is not None:

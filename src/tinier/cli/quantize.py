@@ -74,6 +74,14 @@ def quantize(
     ] = "builtin",
     sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 128,
     length: options.Length = 512,
+    weighting: Annotated[
+        str,
+        typer.Option(
+            "--weighting",
+            help="What a token counts for where errors are minimized: none (all alike), or fisher: by how "
+            "much the model's predictions depend on it, which takes a pass forward and back.",
+        ),
+    ] = "none",
     iterations: Annotated[
         int,
         typer.Option(
@@ -169,6 +177,7 @@ def quantize(
             self_text=calibration == "self",
             sequences=sequences,
             length=length,
+            weighting=weighting,  # type: ignore[arg-type]
             iterations=iterations,
             seed=seed,
         )

@@ -23,7 +23,9 @@ from tinier.calibration import (
     DecoderWalk,
     InputStatistics,
     KeysAndValues,
+    LayerWeights,
     observe,
+    token_weights,
 )
 from tinier.checkpoint import (
     Checkpoint,
@@ -189,6 +191,7 @@ class _Job:
         self._embedding: Quantized | None = None
         self._hidden: Tensor | None = None
         self._exact: Tensor | None = None
+        self._weights: list[LayerWeights] | None = None
         self._written: Future[None] | None = None
 
     def start(self, stack: ExitStack) -> None:
@@ -218,6 +221,8 @@ class _Job:
         if plan.bits is not None:
             self._mix()
         windows = self._sharing.share(self._windows, self._walk.batch_windows)
+        if plan.weighting == "fisher":
+            self._weights = self._fisher(windows)
         self._hidden = self._walk.embed(windows, self._embedding)
         if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
             # the windows on their way through the original model, whose outputs are learned from
@@ -233,6 +238,24 @@ class _Job:
             write_atomically(path, json.dumps(windows.tolist()))
         self._ranks.wait()
         return torch.tensor(json.loads(path.read_text(encoding="ascii")))
+
+    def _fisher(self, windows: Tensor) -> list[LayerWeights]:
+        """What each token of this rank's windows counts for, by layer; computed once."""
+        path = self._folder / f".fisher-{self._ranks.rank}"
+        if path.exists():
+            stored = load_file(path)
+            names = stored.keys()
+            return [
+                {n.partition("/")[2]: stored[n] for n in names if n.partition("/")[0] == str(index)}
+                for index in range(self._geometry.layers)
+            ]
+        found = token_weights(self._source, self._walk, windows, self._plan.seed)
+        with new_file(path) as partial:
+            save_file(
+                {f"{index}/{name}": t for index, of in enumerate(found) for name, t in of.items()},
+                partial,
+            )
+        return found
 
     def _mix(self) -> None:
         """Choose a format for every layer."""
@@ -278,6 +301,7 @@ class _Job:
             statistics, first = observe(
                 self._walk, module, self._geometry, self._hidden, len(self._windows), self._sharing,
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
+                weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
         inputs = outputs = None
         if self._hidden is not None and self._exact is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinier.calibration import check_attention_window
+from tinier.calibration.fisher import STATES_BYTES
 from tinier.calibration.walk import BATCH_TOKENS
 from tinier.checkpoint import Checkpoint, StagePlan, code_digest, quantization_config, stored_shapes
 from tinier.errors import InputError, SchemeError
@@ -75,6 +76,9 @@ class QuantizePlan:
     """Calibration windows."""
     length: int = 512
     """Tokens of each."""
+    weighting: Literal["none", "fisher"] = "none"
+    """What a token counts for where errors of outputs are minimized: all alike, or by how much the model's
+    predictions depend on it there (calibration/fisher.py), which takes a pass forward and back."""
     iterations: int = 100
     """Steps of learned rounding for each layer."""
     seed: int = 0
@@ -84,6 +88,8 @@ class QuantizePlan:
             raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
         if self.embedding not in _EMBEDDINGS:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
+        if self.weighting not in ("none", "fisher"):
+            raise SchemeError(f"weighting={self.weighting!r}. Use none or fisher.")
         for name in ("sequences", "length", "iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
@@ -123,6 +129,10 @@ def prepare(
     _check_source(source)
     geometry = geometry_of(source)
     presets = chosen_presets(geometry, plan, dtype=source.dtype)
+    if plan.weighting == "fisher" and not any(p.algorithm.needs_data for p in presets.values()):
+        raise SchemeError(
+            f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not."
+        )
     names = linear_names(geometry)
     schemes = {name: preset.scheme for name, preset in presets.items()}
     for name, scheme in schemes.items():
@@ -147,7 +157,7 @@ def prepare(
         inputs={"source": source},
         output_config=output_config(source, layout),
         output_bytes=_quantized_bytes(source, schemes),
-        memory_bytes=_memory_bytes(geometry, presets, tokens, source.dtype.itemsize),
+        memory_bytes=_memory_bytes(geometry, presets, plan, tokens, source.dtype.itemsize),
         flops=_flops(geometry, presets, plan, tokens),
         code=code_digest("tinier.quantization.driver"),
         warnings=tuple(_warnings(source, plan, presets, windows)),
@@ -480,7 +490,9 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> 
     return total
 
 
-def _memory_bytes(geometry: Geometry, presets: dict[str, Preset], tokens: int, item: int) -> int:
+def _memory_bytes(
+    geometry: Geometry, presets: dict[str, Preset], plan: QuantizePlan, tokens: int, item: int
+) -> int:
     """Peak memory on the computing device, hidden states on the host included (CPU runs share it)."""
     per_weight = 14  # 16-bit weights, float32 copies of them, candidates and errors
     if any(p.algorithm.rounding == "learned" for p in presets.values()):
@@ -494,6 +506,8 @@ def _memory_bytes(geometry: Geometry, presets: dict[str, Preset], tokens: int, i
     streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
     hidden = streams * tokens * geometry.hidden * item
+    if plan.weighting == "fisher":
+        hidden += min(STATES_BYTES, geometry.layers * tokens * geometry.hidden * item)
     return max(edge, per_weight * geometry.layer_parameters + moments + batch) + hidden
 
 
@@ -511,6 +525,8 @@ def _flops(
                 geometry.top_k / geometry.experts if geometry.expert_of(name) is not None else 1
             )
             flops += 2.0 * tokens * reached * width**2 + 4.0 * width**3
+    if plan.weighting == "fisher":
+        flops += 6.0 * linear * tokens
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
     if any(a.rounding != "nearest" for a in algorithms):

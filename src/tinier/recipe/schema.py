@@ -35,6 +35,7 @@ class Quantize(_Strict):
     self_text: bool = False
     sequences: int = 128
     length: int = 512
+    weighting: Literal["none", "fisher"] = "none"
     iterations: int = 100
 
 

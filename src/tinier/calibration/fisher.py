@@ -1,0 +1,132 @@
+"""How much the model's predictions depend on each token, at the outputs of its linear layers.
+
+Start at `token_weights`. A change of a weight row w that adds d = Δw·x to an output costs, to second order,
+E[g² d²] of divergence: g is the gradient, at that output, of the log-likelihood of a token that the model
+draws itself (the Fisher information). GPTQ and AWQ minimize E[d²], as if every token mattered alike. With
+one weight s for all outputs of a token, the mean of g² over them, they keep their form: the second moments
+of the inputs become E[s x xᵀ]. That is GuidedQuant (Kim et al. 2025, arXiv:2505.07004) with one group of
+outputs.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinier.calibration.walk import DecoderWalk
+from tinier.checkpoint import Checkpoint
+from tinier.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Geometry,
+    Input,
+    geometry_of,
+    norm_weight,
+)
+from tinier.kernels import output_logits
+from tinier.progress import bar
+
+STATES_BYTES = 4 << 30
+"""Inputs of all layers that are kept at once, on the host"""
+_CHUNK = 128
+"""Tokens whose logits are held at once"""
+_MOST = 20.0
+"""A weight at most, in means: a few tokens would be all that counts"""
+
+LayerWeights = dict[str, Tensor]
+"""[n, length] float32 of mean about 1, by name of the input (Geometry.inputs)"""
+
+
+def token_weights(
+    checkpoint: Checkpoint, walk: DecoderWalk, windows: Tensor, seed: int
+) -> list[LayerWeights]:
+    """Of each layer's inputs but those of experts, which see tokens of their own. windows: [n, length].
+
+    One pass forward and one back, a layer in memory at a time.
+    """
+    geometry = geometry_of(checkpoint)
+    found = [
+        {read.name: torch.zeros(windows.shape) for read in _inputs(geometry)}
+        for _ in range(geometry.layers)
+    ]
+    window = windows.shape[1] * geometry.hidden * checkpoint.dtype.itemsize * geometry.layers
+    at_once = max(1, STATES_BYTES // window)
+    with bar("Fisher information", 2 * geometry.layers * len(windows)) as advance:
+        for first in range(0, len(windows), at_once):
+            rows = slice(first, first + at_once)
+            states = [walk.embed(windows[rows])]
+            for index in range(geometry.layers):
+                states.append(
+                    walk.run(walk.load(index), states[index], torch.empty_like(states[index]))
+                )
+                advance(len(states[0]))
+            gradient = _head_gradient(checkpoint, states.pop(), walk.device, seed + first)
+            for index in reversed(range(geometry.layers)):
+                own = {name: weights[rows] for name, weights in found[index].items()}
+                _back(walk, walk.load(index), geometry, states.pop(), gradient, own)
+                advance(len(gradient))
+    return [{name: _bounded(weights) for name, weights in of.items()} for of in found]
+
+
+def _inputs(geometry: Geometry) -> list[Input]:
+    return [read for read in geometry.inputs if geometry.expert_of(read.readers[0]) is None]
+
+
+def _bounded(weights: Tensor) -> Tensor:
+    mean = weights.mean()
+    if not mean > 0:
+        return torch.ones_like(weights)
+    bounded = (weights / mean).clamp_(max=_MOST)
+    return bounded / bounded.mean()
+
+
+def _head_gradient(
+    checkpoint: Checkpoint, hidden: Tensor, device: torch.device, seed: int
+) -> Tensor:
+    """Gradient of the log-likelihood of tokens that the model draws, at the last layer's outputs
+    [n, length, hidden]."""
+    geometry = geometry_of(checkpoint)
+    with checkpoint.reader(device) as read:
+        norm = norm_weight(read(FINAL_NORM), geometry)
+        head = read(EMBEDDING if geometry.tied_head else HEAD).float()
+    generator = torch.Generator(device).manual_seed(seed)
+    flat, found = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
+    for start in range(0, len(flat), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        states = flat[rows].to(device).float().requires_grad_(True)
+        with torch.enable_grad():
+            logits = output_logits(
+                states, norm, head, geometry.norm_eps, geometry.multipliers.logits
+            )
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            loss = F.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
+        found[rows] = torch.autograd.grad(loss, states)[0].to(found.dtype).to(found.device)
+    return found.view_as(hidden)
+
+
+def _back(
+    walk: DecoderWalk, layer: nn.Module, geometry: Geometry, inputs: Tensor, gradient: Tensor,
+    into: LayerWeights,
+) -> None:  # fmt: skip
+    """Through one layer: `gradient` [n, length, hidden] at its outputs becomes that at its inputs, and the
+    squares at the outputs of its linear layers are added to `into`."""
+    rows = slice(0, 0)
+
+    def seen(name: str, at_output: Tensor) -> None:
+        into[name][rows] += at_output.float().square().sum(-1).cpu()
+
+    def watch(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(partial(seen, name))
+
+    for read in _inputs(geometry):
+        for reader in read.readers:
+            layer.get_submodule(reader).register_forward_hook(partial(watch, read.name))
+    for start in range(0, len(inputs), walk.batch_windows):
+        rows = slice(start, start + walk.batch_windows)
+        batch = inputs[rows].to(walk.device).requires_grad_(True)
+        with torch.enable_grad():
+            output = walk.forward(layer, batch)
+        at_output = gradient[rows].to(walk.device)
+        gradient[rows] = torch.autograd.grad(output, batch, at_output)[0].to(gradient.device)
