@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.conftest import DOCUMENTS, FAMILIES, quantize_tiny
 from transformers import AutoModelForCausalLM
 
-from tinier.calibration import DecoderWalk, fisher, observe, token_weights
+from tinier.calibration import DecoderWalk, LayerWeights, fisher, observe, token_weights
 from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.errors import SchemeError
 from tinier.families import geometry_of, layer_name
@@ -58,20 +58,28 @@ def test_weights_are_squares_of_a_whole_models_gradients(
                 model.get_submodule(f"{layer_name(index)}.{reader}").register_full_backward_hook(
                     back
                 )  # type: ignore[arg-type]
+    outputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_full_backward_hook(
+            lambda _, __, grads, index=index: outputs.update({index: grads[0].square()})
+        )
     embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
     logits = model(inputs_embeds=embedded).logits.flatten(0, 1)
     F.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
     for index in range(geometry.layers):
-        assert found[index].keys() == {read.name for read in kinds}
-        for name, weights in found[index].items():
+        assert found[index].inputs.keys() == {read.name for read in kinds}
+        for name, weights in found[index].inputs.items():
             own = expected[index, name]
+            torch.testing.assert_close(weights, own / own.mean(), rtol=2e-3, atol=2e-4)
+        for weights, dims in ((found[index].tokens, (2,)), (found[index].channels, (0, 1))):
+            own = outputs[index].sum(dims)
             torch.testing.assert_close(weights, own / own.mean(), rtol=2e-3, atol=2e-4)
 
 
 def test_no_token_is_all_that_counts(tiny: Tiny) -> None:
     checkpoint, tokens = tiny(), windows()
     for of in token_weights(checkpoint, DecoderWalk(checkpoint, tokens.shape[1], CPU), tokens, 0):
-        for weights in of.values():
+        for weights in (*of.inputs.values(), of.tokens, of.channels):
             assert weights.mean() == pytest.approx(1.0, abs=1e-5)
             assert weights.max() <= fisher._MOST * 2
 
@@ -90,7 +98,14 @@ def test_weighted_moments(tiny: Tiny) -> None:
     x = torch.cat(seen).flatten(0, 1).float()
     weights = torch.rand(7, 40) * 3
     found, _ = observe(
-        walk, layer, geometry, hidden, 7, ALONE, moments=True, weights={name: weights}
+        walk,
+        layer,
+        geometry,
+        hidden,
+        7,
+        ALONE,
+        moments=True,
+        weights=LayerWeights({name: weights}, weights, weights),
     )
     weighted = x * weights.flatten().unsqueeze(1)
     torch.testing.assert_close(found[name].moments, weighted.t() @ x / len(x), rtol=1e-4, atol=1e-6)
@@ -113,6 +128,11 @@ def test_quantized_with_weights_and_again_from_what_was_kept(
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    best = [
+        quantize_tiny(source, "int4-best", tmp_path / f"best-{weighting}", weighting=weighting)
+        for weighting in ("none", "fisher")
+    ]
+    assert best[0].hash != best[1].hash
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("tinier.quantization.driver.quantize_layer", broken)
         quantize_tiny(source, "int4-gptq", tmp_path / "again", weighting="fisher")

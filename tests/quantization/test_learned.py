@@ -6,7 +6,7 @@ import torch
 
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
-from tinier.quantization.learned import _error
+from tinier.quantization.learned import Importance, _error
 
 Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
@@ -17,7 +17,8 @@ def error(
 ) -> float:
     walk = DecoderWalk(source, inputs.shape[1], CPU)
     layer = walk.load(0)
-    return _error(walk, layer, {}, inputs, outputs, gain, torch.arange(len(inputs))).item()
+    importance = Importance(gain.square(), None)
+    return _error(walk, layer, {}, inputs, outputs, importance, torch.arange(len(inputs))).item()
 
 
 def test_a_channel_that_the_norm_leaves_out_is_not_learned_from(tiny: Tiny) -> None:
@@ -48,3 +49,16 @@ def test_a_large_token_counts_as_much_as_a_small_one(tiny: Tiny) -> None:
         errors.append(error(source, wrong, inputs, torch.ones(64)))
     assert errors[0] / errors[1] < 1.001
     assert errors[1] / errors[0] < 1.001
+
+
+def test_tokens_count_what_the_fisher_information_says(tiny: Tiny) -> None:
+    source = tiny(dtype=torch.float32)
+    inputs = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    walk = DecoderWalk(source, 8, CPU)
+    layer = walk.load(0)
+    outputs = walk.run(layer, inputs, torch.empty_like(inputs)) + 0.1
+    channels, tokens = torch.rand(64), torch.rand(2, 8)
+    chosen = torch.tensor([1])
+    found = _error(walk, layer, {}, inputs, outputs, Importance(channels, tokens), chosen).item()
+    expected = 0.1**2 * float(channels.sum()) * float(tokens[1].mean())
+    assert abs(found / expected - 1) < 1e-3

@@ -9,6 +9,7 @@ outputs.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +36,44 @@ _CHUNK = 128
 _MOST = 20.0
 """A weight at most, in means: a few tokens would be all that counts"""
 
-LayerWeights = dict[str, Tensor]
-"""[n, length] float32 of mean about 1, by name of the input (Geometry.inputs)"""
+
+class LayerWeights(NamedTuple):
+    """Of one layer; float32, of mean about 1."""
+
+    inputs: dict[str, Tensor]
+    """[n, length] by name of the input (Geometry.inputs), for the outputs of its linear layers; not of
+    experts' inputs, which are tokens of their own"""
+    tokens: Tensor
+    """[n, length], for the layer's own outputs"""
+    channels: Tensor
+    """[hidden], the mean of g² over tokens there"""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        named = {f"inputs/{name}": weights for name, weights in self.inputs.items()}
+        return named | {"tokens": self.tokens, "channels": self.channels}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "LayerWeights":
+        inputs = {
+            n.removeprefix("inputs/"): t for n, t in tensors.items() if n.startswith("inputs/")
+        }
+        return cls(inputs, tensors["tokens"], tensors["channels"])
 
 
 def token_weights(
     checkpoint: Checkpoint, walk: DecoderWalk, windows: Tensor, seed: int
 ) -> list[LayerWeights]:
-    """Of each layer's inputs but those of experts, which see tokens of their own. windows: [n, length].
+    """Of each layer. windows: [n, length]. seed: of the tokens that the model draws.
 
     One pass forward and one back, a layer in memory at a time.
     """
     geometry = geometry_of(checkpoint)
     found = [
-        {read.name: torch.zeros(windows.shape) for read in _inputs(geometry)}
+        LayerWeights(
+            {read.name: torch.zeros(windows.shape) for read in _inputs(geometry)},
+            torch.zeros(windows.shape),
+            torch.zeros(geometry.hidden),
+        )
         for _ in range(geometry.layers)
     ]
     window = windows.shape[1] * geometry.hidden * checkpoint.dtype.itemsize * geometry.layers
@@ -64,10 +89,18 @@ def token_weights(
                 advance(len(states[0]))
             gradient = _head_gradient(checkpoint, states.pop(), walk.device, seed + first)
             for index in reversed(range(geometry.layers)):
-                own = {name: weights[rows] for name, weights in found[index].items()}
+                inputs, tokens, channels = found[index]
+                own = LayerWeights({n: w[rows] for n, w in inputs.items()}, tokens[rows], channels)
                 _back(walk, walk.load(index), geometry, states.pop(), gradient, own)
                 advance(len(gradient))
-    return [{name: _bounded(weights) for name, weights in of.items()} for of in found]
+    return [
+        LayerWeights(
+            {name: _bounded(weights) for name, weights in inputs.items()},
+            _bounded(tokens),
+            _bounded(channels),
+        )
+        for inputs, tokens, channels in found
+    ]
 
 
 def _inputs(geometry: Geometry) -> list[Input]:
@@ -111,11 +144,11 @@ def _back(
     into: LayerWeights,
 ) -> None:  # fmt: skip
     """Through one layer: `gradient` [n, length, hidden] at its outputs becomes that at its inputs, and the
-    squares at the outputs of its linear layers are added to `into`."""
+    squares there, and at the outputs of its linear layers, are added to `into`."""
     rows = slice(0, 0)
 
     def seen(name: str, at_output: Tensor) -> None:
-        into[name][rows] += at_output.float().square().sum(-1).cpu()
+        into.inputs[name][rows] += at_output.float().square().sum(-1).cpu()
 
     def watch(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(partial(seen, name))
@@ -129,4 +162,7 @@ def _back(
         with torch.enable_grad():
             output = walk.forward(layer, batch)
         at_output = gradient[rows].to(walk.device)
+        squares = at_output.float().square()
+        into.tokens[rows] += squares.sum(-1).cpu()
+        into.channels.add_(squares.sum((0, 1)).cpu())
         gradient[rows] = torch.autograd.grad(output, batch, at_output)[0].to(gradient.device)

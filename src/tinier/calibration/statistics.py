@@ -122,7 +122,7 @@ def observe(
     for read in geometry.inputs:
         columns = geometry.linears[read.readers[0]][1]
         sums[read.name] = _empty(columns, walk.device, moments)
-        weighted = weights.get(read.name) if weights else None
+        weighted = weights.inputs.get(read.name) if weights else None
         counted = iter(weighted.split(walk.batch_windows)) if weighted is not None else None
 
         def hook(

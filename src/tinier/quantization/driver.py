@@ -63,7 +63,7 @@ from tinier.kernels import static_scale
 from tinier.numerics import Quantized, snr_db
 from tinier.progress import bar, say, warn
 from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
-from tinier.quantization.learned import learn_rounding
+from tinier.quantization.learned import Importance, learn_rounding
 from tinier.quantization.mixed import Found, mix
 from tinier.quantization.plan import (
     QuantizePlan,
@@ -244,15 +244,20 @@ class _Job:
         path = self._folder / f".fisher-{self._ranks.rank}"
         if path.exists():
             stored = load_file(path)
-            names = stored.keys()
             return [
-                {n.partition("/")[2]: stored[n] for n in names if n.partition("/")[0] == str(index)}
+                LayerWeights.of_tensors(
+                    {n.partition("/")[2]: t for n, t in stored.items() if n.startswith(f"{index}/")}
+                )
                 for index in range(self._geometry.layers)
             ]
         found = token_weights(self._source, self._walk, windows, self._plan.seed)
         with new_file(path) as partial:
             save_file(
-                {f"{index}/{name}": t for index, of in enumerate(found) for name, t in of.items()},
+                {
+                    f"{index}/{name}": tensor
+                    for index, of in enumerate(found)
+                    for name, tensor in of.to_tensors().items()
+                },
                 partial,
             )
         return found
@@ -348,7 +353,7 @@ class _Job:
     ) -> None:  # fmt: skip
         before = dict(result.linears)
         error_before, error_after = learn_rounding(
-            self._walk, module, result, names, inputs, outputs, self._next_norm(index),
+            self._walk, module, result, names, inputs, outputs, self._importance(index),
             iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
         )  # fmt: skip
         if not error_after < error_before:
@@ -356,6 +361,14 @@ class _Job:
             result.warnings.append(
                 "learned rounding did not lower the error; GPTQ's codes are kept"
             )
+
+    def _importance(self, index: int) -> Importance:
+        """What errors of a layer's outputs count."""
+        if self._weights is None:
+            return Importance(self._next_norm(index).square(), None)
+        own = self._weights[index]
+        tokens = self._ranks.gather(own.tokens)
+        return Importance(own.channels.to(self._device), tokens.to(self._device))
 
     def _next_norm(self, index: int) -> Tensor:
         """The weight [hidden] of the norm that reads what a layer puts out; ones where none does."""

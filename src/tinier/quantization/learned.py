@@ -3,7 +3,8 @@
 Start at `learn_rounding`. In: a layer quantized already (by GPTQ), inputs as the quantized model makes
 them, and the outputs of the original layer in the original model. Every code may move from the weight
 it stands for by learned offset V, every scale by a learned factor; gradients pass the rounding as if
-it were not there. Minimizes the mean square error of the layer's output as the norm that follows hands it
+it were not there. Minimizes the mean square error of the layer's output, weighted by the Fisher information
+at each channel and token where that is known (calibration/fisher.py); else as the norm behind it hands it
 on: each token divided by its root mean square, each channel times that norm's weight. A few tokens (the
 first one above all) and a few channels (in Gemma 3 above all) are hundreds of times larger than the rest,
 and would be all that is learned (docs/log.md).
@@ -14,6 +15,7 @@ of the nearest, gave less divergence after the same number of steps (docs/log.md
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,16 @@ _OFFSET_LR = 0.01
 _SCALE_LR = 0.001
 # a code that is far from its weight (GPTQ moved it there) starts this close to the rounding boundary
 _EDGE = 0.49
+
+
+class Importance(NamedTuple):
+    """What errors of a layer's outputs count."""
+
+    channels: Tensor
+    """[hidden], for the square of each; of the weight of the norm that follows, or from the Fisher
+    information"""
+    tokens: Tensor | None
+    """[windows, length], from the Fisher information; None: one over each token's mean square"""
 
 
 @dataclass(slots=True)
@@ -68,7 +80,7 @@ def learn_rounding(
     names: list[str],
     inputs: Tensor,
     outputs: Tensor,
-    gain: Tensor,
+    importance: Importance,
     *,
     iterations: int,
     seed: int,
@@ -76,8 +88,7 @@ def learn_rounding(
     """Improve `quantized` in place; returns the error of its first batch, before and after.
 
     layer: the module with its original weights. names: the linear layers to learn; the others' codes stay.
-    inputs, outputs: [windows, length, hidden], on the host. gain: [hidden], the weight of the norm that
-    follows. Integer weights with 16-bit activations only.
+    inputs, outputs: [windows, length, hidden], on the host. Integer weights with 16-bit activations only.
     """
     soft = {name: _soften(quantized, name) for name in names}
     fixed = {
@@ -106,7 +117,7 @@ def learn_rounding(
             # the layer's gradients are summed over the windows first, and pass the rounding once
             weights = {name: w.detach().requires_grad_() for name, w in made.items()}
             for windows in chosen.split(walk.batch_windows):
-                error = _error(walk, layer, fixed | weights, inputs, outputs, gain, windows)
+                error = _error(walk, layer, fixed | weights, inputs, outputs, importance, windows)
                 part = error * (len(windows) / len(chosen))
                 part.backward()
                 if step == 0:
@@ -117,7 +128,8 @@ def learn_rounding(
     learned = {name: own.harden() for name, own in soft.items()}
     weights = {name: dequantize(weight, inputs.dtype) for name, weight in learned.items()}
     after = sum(
-        _error(walk, layer, fixed | weights, inputs, outputs, gain, windows).item() * len(windows)
+        _error(walk, layer, fixed | weights, inputs, outputs, importance, windows).item()
+        * len(windows)
         for windows in batches[0].split(walk.batch_windows)
     ) / len(batches[0])
     for name, weight in learned.items():
@@ -149,11 +161,11 @@ def _error(
     weights: dict[str, Tensor],
     inputs: Tensor,
     outputs: Tensor,
-    gain: Tensor,
+    importance: Importance,
     windows: Tensor,
 ) -> Tensor:
-    """Mean over tokens of ‖gain · (output - wanted)‖² / ‖wanted‖², for the chosen windows. weights: by
-    linear layer."""
+    """Mean over tokens of Σ channels · (output - wanted)², times what each token counts, for the chosen
+    windows. weights: by linear layer."""
     parameters = {f"{name}.weight": weight for name, weight in weights.items()}
     # window by window: a slice of pinned memory is pinned, a gathered copy is not
     sent, wanted = (
@@ -163,5 +175,7 @@ def _error(
     arguments = {"position_embeddings": walk.positions(layer)}
     output: Tensor = torch.func.functional_call(layer, parameters, (sent,), arguments)
     wanted = wanted.float()
-    errors = ((output.float() - wanted) * gain).square().sum(dim=-1)
-    return (errors / wanted.square().sum(dim=-1).clamp(min=1e-12)).mean()
+    errors = (output.float() - wanted).square() @ importance.channels
+    if importance.tokens is None:
+        return (errors / wanted.square().sum(dim=-1).clamp(min=1e-12)).mean()
+    return (errors * importance.tokens[windows.to(importance.tokens.device)]).mean()
