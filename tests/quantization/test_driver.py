@@ -168,18 +168,22 @@ def test_another_plan_does_not_go_on_from_what_was_left(tiny: Tiny, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "weighting"),
+    [(("int4-awq", "int4-gptq", "int4-best"), "none"), (("int4-gptq", "int4-best"), "fisher")],
+)
+def test_two_processes_give_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, names: tuple[str, ...], weighting: str
+) -> None:
     source = tiny()
     text = tmp_path / "text.txt"
     text.write_text(" ".join(DOCUMENTS * 4))
     command = [
         "-m", "tinier", "quantize", str(source.folder), "--group-size", "32",
         "--calibration", str(text), "--sequences", "128", "--length", "64", "--iterations", "3",
-        "--device", "cpu", "--quiet",
+        "--device", "cpu", "--quiet", "--weighting", weighting,
     ]  # fmt: skip
-    presets = [
-        word for preset in ("int4-awq", "int4-gptq", "int4-best") for word in ("--preset", preset)
-    ]
+    presets = [word for preset in names for word in ("--preset", preset)]
     for count, out in ((1, "one"), (2, "two")):
         launcher = [sys.executable, *command]
         if count > 1:
@@ -190,7 +194,7 @@ def test_two_processes_give_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    for preset in ("int4-awq", "int4-gptq", "int4-best"):
+    for preset in names:
         one, two = (tensors_of(open_checkpoint(tmp_path / n / preset)) for n in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)

@@ -28,6 +28,7 @@ from tinier.families import (
 )
 from tinier.kernels import output_logits
 from tinier.progress import bar
+from tinier.ranks import ALONE, Ranks
 
 STATES_BYTES = 4 << 30
 """Inputs of all layers that are kept at once, on the host"""
@@ -46,7 +47,7 @@ class LayerWeights(NamedTuple):
     tokens: Tensor
     """[n, length], for the layer's own outputs"""
     channels: Tensor
-    """[hidden], the mean of g² over tokens there"""
+    """[hidden], the mean of g² over tokens there; [n, hidden] while it is summed"""
 
     def to_tensors(self) -> dict[str, Tensor]:
         named = {f"inputs/{name}": weights for name, weights in self.inputs.items()}
@@ -61,9 +62,10 @@ class LayerWeights(NamedTuple):
 
 
 def token_weights(
-    checkpoint: Checkpoint, walk: DecoderWalk, windows: Tensor, seed: int
+    checkpoint: Checkpoint, walk: DecoderWalk, windows: Tensor, seed: int, ranks: Ranks = ALONE
 ) -> list[LayerWeights]:
-    """Of each layer. windows: [n, length]. seed: of the tokens that the model draws.
+    """Of each layer. windows: this rank's [n, length]; the result is the same however many ranks there are.
+    seed: of the tokens that the model draws.
 
     One pass forward and one back, a layer in memory at a time.
     """
@@ -72,12 +74,14 @@ def token_weights(
         LayerWeights(
             {read.name: torch.zeros(windows.shape) for read in _inputs(geometry)},
             torch.zeros(windows.shape),
-            torch.zeros(geometry.hidden),
+            torch.zeros(len(windows), geometry.hidden),
         )
         for _ in range(geometry.layers)
     ]
     window = windows.shape[1] * geometry.hidden * checkpoint.dtype.itemsize * geometry.layers
-    at_once = max(1, STATES_BYTES // window)
+    # whole batches, as the ranks share them out
+    at_once = max(1, STATES_BYTES // window // walk.batch_windows) * walk.batch_windows
+    before = int(ranks.gather(torch.tensor([len(windows)]))[: ranks.rank].sum())
     with bar("Fisher information", 2 * geometry.layers * len(windows)) as advance:
         for first in range(0, len(windows), at_once):
             rows = slice(first, first + at_once)
@@ -87,17 +91,24 @@ def token_weights(
                     walk.run(walk.load(index), states[index], torch.empty_like(states[index]))
                 )
                 advance(len(states[0]))
-            gradient = _head_gradient(checkpoint, states.pop(), walk.device, seed + first)
+            gradient = _head_gradient(checkpoint, states.pop(), walk.device, seed + before + first)
             for index in reversed(range(geometry.layers)):
                 inputs, tokens, channels = found[index]
-                own = LayerWeights({n: w[rows] for n, w in inputs.items()}, tokens[rows], channels)
+                own = LayerWeights(
+                    {n: w[rows] for n, w in inputs.items()}, tokens[rows], channels[rows]
+                )
                 _back(walk, walk.load(index), geometry, states.pop(), gradient, own)
                 advance(len(gradient))
+    mine = slice(before, before + len(windows))
+
+    def bounded(weights: Tensor) -> Tensor:
+        return _bounded(ranks.gather(weights))[mine]
+
     return [
         LayerWeights(
-            {name: _bounded(weights) for name, weights in inputs.items()},
-            _bounded(tokens),
-            _bounded(channels),
+            {name: bounded(weights) for name, weights in inputs.items()},
+            bounded(tokens),
+            _bounded(ranks.gather(channels).sum(0)),
         )
         for inputs, tokens, channels in found
     ]
@@ -124,19 +135,22 @@ def _head_gradient(
     with checkpoint.reader(device) as read:
         norm = norm_weight(read(FINAL_NORM), geometry)
         head = read(EMBEDDING if geometry.tied_head else HEAD).float()
-    generator = torch.Generator(device).manual_seed(seed)
-    flat, found = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
-    for start in range(0, len(flat), _CHUNK):
+    found = torch.empty_like(hidden)
+    length = hidden.shape[1]
+    for index, start in ((i, j) for i in range(len(hidden)) for j in range(0, length, _CHUNK)):
+        if start == 0:  # each window has numbers of its own
+            generator = torch.Generator(device).manual_seed(seed + index)
         rows = slice(start, start + _CHUNK)
-        states = flat[rows].to(device).float().requires_grad_(True)
+        states = hidden[index, rows].to(device).float().requires_grad_(True)
         with torch.enable_grad():
             logits = output_logits(
                 states, norm, head, geometry.norm_eps, geometry.multipliers.logits
             )
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             loss = F.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
-        found[rows] = torch.autograd.grad(loss, states)[0].to(found.dtype).to(found.device)
-    return found.view_as(hidden)
+        gradient = torch.autograd.grad(loss, states)[0]
+        found[index, rows] = gradient.to(found.dtype).to(found.device)
+    return found
 
 
 def _back(
@@ -164,5 +178,5 @@ def _back(
         at_output = gradient[rows].to(walk.device)
         squares = at_output.float().square()
         into.tokens[rows] += squares.sum(-1).cpu()
-        into.channels.add_(squares.sum((0, 1)).cpu())
+        into.channels[rows] += squares.sum(1).cpu()
         gradient[rows] = torch.autograd.grad(output, batch, at_output)[0].to(gradient.device)

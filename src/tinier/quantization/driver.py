@@ -250,7 +250,7 @@ class _Job:
                 )
                 for index in range(self._geometry.layers)
             ]
-        found = token_weights(self._source, self._walk, windows, self._plan.seed)
+        found = token_weights(self._source, self._walk, windows, self._plan.seed, self._sharing)
         with new_file(path) as partial:
             save_file(
                 {
@@ -308,17 +308,18 @@ class _Job:
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
                 weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
-        inputs = outputs = None
+        inputs = outputs = importance = None
         if self._hidden is not None and self._exact is not None:
             inputs, outputs = self._ranks.gather(self._hidden), self._ranks.gather(self._exact)
+            importance = self._importance(index)
         result = quantize_layer(
             module, presets, statistics, self._geometry, self._source.dtype, self._ranks
         )
         if result is None:
             return {}
         learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
-        if inputs is not None and outputs is not None and learned:
-            self._learn(index, module, result, learned, inputs, outputs)
+        if inputs is not None and outputs is not None and importance is not None and learned:
+            self._learn(index, module, result, learned, inputs, outputs, importance)
         tensors = result.tensors(prefix)
         grid = kv_grid(self._plan.kv)
         if cache is not None and grid is not None:
@@ -349,11 +350,11 @@ class _Job:
 
     def _learn(
         self, index: int, module: nn.Module, result: QuantizedLayer, names: list[str],
-        inputs: Tensor, outputs: Tensor,
+        inputs: Tensor, outputs: Tensor, importance: Importance,
     ) -> None:  # fmt: skip
         before = dict(result.linears)
         error_before, error_after = learn_rounding(
-            self._walk, module, result, names, inputs, outputs, self._importance(index),
+            self._walk, module, result, names, inputs, outputs, importance,
             iterations=self._plan.iterations, seed=self._plan.seed * 10_000 + index,
         )  # fmt: skip
         if not error_after < error_before:
@@ -363,7 +364,7 @@ class _Job:
             )
 
     def _importance(self, index: int) -> Importance:
-        """What errors of a layer's outputs count."""
+        """What errors of a layer's outputs count, for all ranks' windows."""
         if self._weights is None:
             return Importance(self._next_norm(index).square(), None)
         own = self._weights[index]
