@@ -1,0 +1,83 @@
+"""Fisher weighting of tokens (`--weighting fisher`) against all tokens alike, on SmolLM2 off its 4-bit
+grid (quantization_peers.off_grid), on text of the calibration's kind and of another kind:
+
+    python -m benchmarks.weighting --text valid.txt --other books/ --work WORK --out RESULT.json
+        [--model smollm2-135m] [--presets int4-gptq int3 int4-best] [--iterations 100] [--device cuda]
+
+KL in nats from the moved model, in float32. Calibration: 64 windows of 512 tokens of `text`; held out: its
+next 24, and 16 of `other`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.quantization_peers import off_grid
+
+from tinier.benchmark import environment
+from tinier.device import pick_device
+from tinier.engine.decoder import load_decoder
+from tinier.evaluation import evaluate, reference_states
+from tinier.families import open_model
+from tinier.quantization import QuantizePlan, quantize
+from tinier.text import load_documents, token_windows
+from tinier.tokenizer import load_tokenizer
+
+SEQUENCES, LENGTH, HELD, OTHER = 64, 512, 24, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--other", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--presets", nargs="+", default=["int4-gptq", "int3", "int4-best"])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    base = off_grid(open_model(arguments.model), arguments.work / "moved")
+    tokenizer, documents = load_tokenizer(base), load_documents(arguments.text)
+    own = token_windows(tokenizer, documents, length=LENGTH)
+    other = token_windows(tokenizer, load_documents(arguments.other), length=LENGTH)
+    held = {"text": own[SEQUENCES : SEQUENCES + HELD], "other": other[:OTHER]}
+    exact = load_decoder(base, device=device, dtype=torch.float32)
+    references = {name: reference_states(exact, windows) for name, windows in held.items()}
+    record: dict[str, Any] = {
+        "command": " ".join(sys.argv), "environment": environment(device), "rows": {},
+    }  # fmt: skip
+    for preset in arguments.presets:
+        for weighting in ("none", "fisher"):
+            folder = arguments.work / "made"
+            shutil.rmtree(folder, ignore_errors=True)
+            plan = QuantizePlan(
+                preset=preset, group_size=64 if preset.startswith("int") else None,
+                sequences=SEQUENCES, length=LENGTH, iterations=arguments.iterations,
+                weighting=weighting,  # type: ignore[arg-type]
+            )  # fmt: skip
+            started = time.monotonic()
+            made = quantize(base, plan, folder, documents=documents, device=arguments.device)
+            row: dict[str, Any] = {"seconds": time.monotonic() - started}
+            decoder = load_decoder(made, device=device, dtype=torch.float32)
+            for name, windows in held.items():
+                found = evaluate(decoder, windows, references[name])
+                row[name] = {
+                    "kl": found.kl,
+                    "stderr": found.kl_stderr,
+                    "top_1": found.top1_agreement,
+                }
+            record["rows"][f"{preset}, {weighting}"] = row
+            print(preset, weighting, row, flush=True)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
