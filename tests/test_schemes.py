@@ -80,3 +80,8 @@ def test_layout_names_its_most_frequent_scheme_first() -> None:
         kv_cache=Grid(kind="float", bits=8, granularity="tensor"),
     )
     assert layout.label == "INT4 W4A16 g128 + FP8 W8A8, FP8 head, FP8 KV"
+
+
+def test_a_quantized_cache_alone_has_a_name_too() -> None:
+    cache = Grid(kind="int", bits=8, granularity="tensor")
+    assert Layout(schemes={}, kv_cache=cache).label == "16 bit, INT8 KV"

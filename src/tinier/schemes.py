@@ -159,7 +159,7 @@ class Layout:
         """Such as `INT4 W4A16 g64`; several schemes with `+`, the most frequent one first."""
         ends = {EMBEDDING_MODULE: "embedding", HEAD_LINEAR: "head"}
         counted = Counter(s.label for n, s in self.schemes.items() if n not in ends)
-        parts = [" + ".join(label for label, _ in counted.most_common())]
+        parts = [" + ".join(label for label, _ in counted.most_common()) or "16 bit"]
         if len(counted) > 2:
             bits = sorted({s.weights.bits for n, s in self.schemes.items() if n not in ends})
             parts = [f"mixed, {len(counted)} formats of {bits[0]} to {bits[-1]} bits"]
