@@ -169,9 +169,10 @@ def _empty(channels: int, device: torch.device, moments: bool) -> _Sums:
 def _add(sums: _Sums, x: Tensor, sample: Tensor, weights: Tensor | None) -> None:
     """x: [tokens, in]. weights: [windows, length] of these tokens."""
     size = x.abs().float()
+    weighted = size
     if weights is not None:
-        x = x.float() * weights.to(x.device).flatten().sqrt().unsqueeze(1)
-    sums.square += x.float().square().sum(dim=0)
+        x = weighted = x.float() * weights.to(x.device).flatten().sqrt().unsqueeze(1)
+    sums.square += weighted.square().sum(dim=0)
     sums.abs += size.sum(dim=0)
     sums.absmax = torch.maximum(sums.absmax, size.amax(dim=0).double())
     if sums.moments is not None:

@@ -128,8 +128,8 @@ def _task_columns(runs: Sequence[Run]) -> list[dict[str, Any]]:
     labels = {key: label for run in runs for key, label in answered_names(run.results).items()}
     return [
         {
-            "key": key, "label": f"{label} %", "title": f"Task {key}, ± standard error", "digits": 1,
-            "shown": True, "axis": f"{label}, %", "side": "y", "lower": False, "text": False,
+            "key": key, "label": label, "title": f"Task {key}, ± standard error", "digits": 1,
+            "shown": True, "axis": label, "side": "y", "lower": False, "text": False,
             "error": f"{key}/error",
         }
         for key, label in labels.items()
@@ -152,14 +152,18 @@ def _machine(results: RunResults) -> str:
 
 
 def _rows(index: int, run: Run, *, several: bool) -> list[dict[str, Any]]:
-    return [_row(index, run, row, several=several) for row in run.results.variants]
+    found = load_fit(run.folder)
+    winner = found.winner if found else None
+    return [
+        _row(index, run, row, several=several) | {"chosen": row.name == winner}
+        for row in run.results.variants
+    ]
 
 
 def _row(index: int, run: Run, row: VariantResult, *, several: bool) -> dict[str, Any]:
     quality, mmlu, alone, busy = row.quality, row.mmlu, row.speed[0], row.speed[-1]
     manifest = _manifest(run, row)
     label = f"{run.label}/{row.name}" if several else row.name
-    found = load_fit(run.folder)
     return {
         "run": index,
         "name": label,
@@ -190,7 +194,6 @@ def _row(index: int, run: Run, row: VariantResult, *, several: bool) -> dict[str
         "collapsed": row.collapsed,
         "mark": "†" if row.collapsed else "",
         "why": "quality collapsed" if row.collapsed else "",
-        "chosen": bool(found and found.winner == row.name),
         "recipe": _recipe_of(run.results, row.name),
         "heat": _heat(manifest),
         "training": _training(manifest),

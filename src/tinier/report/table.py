@@ -16,7 +16,7 @@ def table_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     alone, busy = (speed[i].workload.concurrency for i in (0, -1))
     asked, extra = answered_names(results), extra_divergences(results)
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
-            "top-1 %", *extra, *(f"{label} %" for label in asked.values()),
+            "top-1 %", *extra, *asked.values(),
             f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
     rows = [_row(row, extra, list(asked)) for row in results.variants]
     failed = dict.fromkeys(failure.variant for failure in results.failed)
@@ -38,18 +38,23 @@ def answered_names(results: RunResults) -> dict[str, str]:
     mmlu = next((row.mmlu for row in results.variants if row.mmlu), None)
     found = {}
     if mmlu is not None:
-        found["mmlu"] = "MMLU" if mmlu.format == "letters" else f"MMLU {mmlu.format}"
-    return found | {f"{task.name}/{task.main}": task.name for task in results.base.tasks}
+        found["mmlu"] = "MMLU %" if mmlu.format == "letters" else f"MMLU {mmlu.format} %"
+    for task in results.base.tasks:
+        # a perplexity is no share
+        share = task.metrics[task.main].answers is not None
+        found[f"{task.name}/{task.main}"] = f"{task.name} {'%' if share else task.main}"
+    return found
 
 
 def answered(row: VariantResult, name: str) -> tuple[float, float | None] | None:
-    """A figure in percent and its standard error. name: of `answered_names`."""
+    """A figure, shares in percent, and its standard error. name: of `answered_names`."""
     if name == "mmlu":
         return (100 * row.mmlu.accuracy, 100 * row.mmlu.stderr) if row.mmlu else None
     for task in row.tasks:
         metric = task.metrics.get(name.removeprefix(f"{task.name}/"))
         if metric is not None and name.startswith(f"{task.name}/"):
-            return 100 * metric.value, None if metric.stderr is None else 100 * metric.stderr
+            times = 1 if metric.answers is None else 100
+            return times * metric.value, None if metric.stderr is None else times * metric.stderr
     return None
 
 
@@ -102,9 +107,10 @@ def quality_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
 def change_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of the answers of each variant against the base's."""
     head = ["variant", "questions", "lost", "gained", "difference %", "p"]
+    labels = {name: label.removesuffix(" %") for name, label in answered_names(results).items()}
     rows = [
         [
-            row.name, answered_names(results).get(name, name), str(change.lost), str(change.gained),
+            row.name, labels.get(name, name), str(change.lost), str(change.gained),
             f"{100 * change.difference:+.2f} ± {100 * change.stderr:.2f}", f"{change.p_value:.2g}",
         ]
         for row in results.variants
