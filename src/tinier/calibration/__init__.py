@@ -4,7 +4,7 @@ Start at `DecoderWalk` (walk.py), `observe` (statistics.py), `token_weights` (fi
 `mean_divergences` (divergence.py).
 """
 
-from tinier.calibration.divergence import mean_divergences
+from tinier.calibration.divergence import mean_divergences, norm_and_head
 from tinier.calibration.fisher import LayerWeights, token_weights
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import (
@@ -25,6 +25,7 @@ __all__ = [
     "check_attention_window",
     "load_whole",
     "mean_divergences",
+    "norm_and_head",
     "observe",
     "second_moments",
     "token_weights",

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.checkpoint import Checkpoint
+from tinier.families import EMBEDDING, FINAL_NORM, HEAD, geometry_of, norm_weight
 from tinier.progress import bar
 
 # tokens whose logits are held at once
@@ -14,6 +16,15 @@ _CHUNK = 128
 Stream = tuple[Tensor, Callable[[Tensor], Tensor]]
 """The last layer's outputs [n, length, hidden], and what makes float32 logits [T, vocab] of [T, hidden] of
 them"""
+
+
+def norm_and_head(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `output_logits` makes logits with: the final norm's weight [hidden] and, in float32, the head
+    [vocab, hidden]."""
+    geometry = geometry_of(checkpoint)
+    with checkpoint.reader(device) as read:
+        norm = norm_weight(read(FINAL_NORM), geometry)
+        return norm, read(EMBEDDING if geometry.tied_head else HEAD).float()
 
 
 @torch.no_grad()

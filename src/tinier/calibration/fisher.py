@@ -15,17 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinier.calibration.divergence import norm_and_head
 from tinier.calibration.walk import DecoderWalk
 from tinier.checkpoint import Checkpoint
-from tinier.families import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    Geometry,
-    Input,
-    geometry_of,
-    norm_weight,
-)
+from tinier.families import Geometry, Input, geometry_of
 from tinier.kernels import output_logits
 from tinier.progress import bar
 from tinier.ranks import ALONE, Ranks
@@ -132,9 +125,7 @@ def _head_gradient(
     """Gradient of the log-likelihood of tokens that the model draws, at the last layer's outputs
     [n, length, hidden]."""
     geometry = geometry_of(checkpoint)
-    with checkpoint.reader(device) as read:
-        norm = norm_weight(read(FINAL_NORM), geometry)
-        head = read(EMBEDDING if geometry.tied_head else HEAD).float()
+    norm, head = norm_and_head(checkpoint, device)
     found = torch.empty_like(hidden)
     length = hidden.shape[1]
     for index, start in ((i, j) for i in range(len(hidden)) for j in range(0, length, _CHUNK)):

@@ -33,6 +33,7 @@ from tinier.calibration import (
     InputStatistics,
     KeysAndValues,
     mean_divergences,
+    norm_and_head,
     observe,
 )
 from tinier.checkpoint import (
@@ -45,13 +46,10 @@ from tinier.checkpoint import (
 )
 from tinier.families import (
     EMBEDDING,
-    FINAL_NORM,
-    HEAD,
     Geometry,
     geometry_of,
     layer_name,
     linear_names,
-    norm_weight,
 )
 from tinier.kernels import output_logits, static_scale
 from tinier.numerics import Quantized, dequantize
@@ -366,9 +364,7 @@ def divergences(
     """KL(exact ‖ other) of each, in nats per token. exact, streams: last layers' outputs. choices: of each
     stream; a quantized embedding is the head, too, where they are tied."""
     geometry, walk = rounded.geometry, rounded.walk
-    with rounded.source.reader(walk.device) as read:
-        norm = norm_weight(read(FINAL_NORM), geometry)
-        head = read(EMBEDDING if geometry.tied_head else HEAD).float()
+    norm, head = norm_and_head(rounded.source, walk.device)
 
     def logits(hidden: Tensor, head: Tensor) -> Tensor:
         return output_logits(hidden, norm, head, geometry.norm_eps, geometry.multipliers.logits)
