@@ -6,19 +6,21 @@ READY := $(VENV)/.ready
 # a file's tests share a process; threads that wait must not keep the other process from a core
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check help-docs readme
+.PHONY: demo test check lint help-docs readme
 
 demo: $(READY)  ## the main job on the built-in model
 	$(BIN)/tinier run recipes/demo.yaml
 
-test: $(READY)  ## every test
+test: lint  ## lint, types and every test
 	$(PYTEST)
 
-check: $(READY)  ## lint, types and the fast tests; what pre-commit and reviewers run
+check: lint  ## lint, types and the fast tests
+	$(PYTEST) -m "not slow and not network"
+
+lint: $(READY)  ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow and not network"
 
 help-docs: $(READY)  ## write docs/cli.md from the program's help
 	$(BIN)/python -m scripts.write_cli_docs

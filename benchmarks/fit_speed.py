@@ -27,7 +27,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import pick_device
 from tinier.families import geometry_of, open_model
 from tinier.fitting.budget import parse_load
-from tinier.fitting.driver import default_formats, measured_widths, possible_widths
+from tinier.fitting.choices import default_formats, measured_widths, possible_widths
 from tinier.fitting.speed import (
     Clock,
     SmallModels,

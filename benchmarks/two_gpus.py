@@ -179,9 +179,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--quantize"]:
         result = quantizing(open_model(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1:2] == ["--distill"]:
-        models = (open_model(folder) for folder in sys.argv[2:4])
+        student, teacher = (open_model(folder) for folder in sys.argv[2:4])
         result = distilling(
-            *models, Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6:] == ["--compile"]
+            student, teacher, Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6:] == ["--compile"]
         )
     else:
         measure_all()

@@ -113,8 +113,8 @@ def test_half_precision_is_stored_as_it_is(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_kept_configuration_says_what_transformers_says(
-    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str  # type: ignore[no-untyped-def]
-) -> None:  # fmt: skip
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
     checkpoint = tiny(family)
     own, ours = vars(hf_config(checkpoint)), vars(resolved_config(checkpoint))
     for name, value in ours.items():

@@ -1,5 +1,6 @@
 """Every family on a GPU against the CPU: whole windows, and token by token through graphs and cache."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ def logits(
     ],
 )
 def test_a_family_on_a_gpu_computes_what_it_does_on_a_cpu(
-    tiny, tmp_path: Path, family: str, preset: str | None  # type: ignore[no-untyped-def]
-) -> None:  # fmt: skip
+    tiny: Callable[..., Checkpoint], tmp_path: Path, family: str, preset: str | None
+) -> None:
     source = tiny(family, dtype=torch.bfloat16, **WIDE)
     made = source
     if preset is not None:

@@ -134,16 +134,16 @@ def test_rotate_and_store(
     norms = (random(size, dtype=kept, seed=2), random(size, dtype=kept, seed=3)) if normed else None
     steps = (torch.tensor([0.02], device=DEVICE), torch.tensor([0.03], device=DEVICE))
     scales = steps if cache else None
-    caches = [
+    keys, values = (
         torch.zeros(32, kv_heads, size, dtype=cache or dtype, device=DEVICE) for _ in range(2)
-    ]
+    )
     q = fused.rotate_and_store(
-        qkv, rotation, positions, slots, norms, 1e-5, heads, dtype, *caches, scales
+        qkv, rotation, positions, slots, norms, 1e-5, heads, dtype, keys, values, scales
     )  # fmt: skip
     turns = tuple(t[positions.long()].unsqueeze(1) for t in rotation)
     plain_q, plain_k, plain_v = reference.split_heads(qkv, turns, norms, 1e-5, heads, kv_heads)  # type: ignore[arg-type]
     assert apart(q, plain_q) < limit(dtype)
-    for made, plain, step in zip(caches, (plain_k, plain_v), steps, strict=True):
+    for made, plain, step in zip((keys, values), (plain_k, plain_v), steps, strict=True):
         stored = (
             made.view(torch.uint8)[slots.long()].view(made.dtype) if cache else made[slots.long()]
         )

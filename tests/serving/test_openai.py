@@ -4,6 +4,7 @@ import concurrent.futures
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -67,7 +68,7 @@ def test_chat_goes_through_the_template(client: openai.OpenAI) -> None:
         model="one",
         messages=messages,
         max_completion_tokens=12,
-        temperature=0,  # type: ignore[arg-type]
+        temperature=0,
     )
     text = "<system>Be brief.<user>Hello<assistant>"
     plain = client.completions.create(model="one", prompt=text, max_tokens=12, temperature=0)
@@ -78,9 +79,9 @@ def test_chat_goes_through_the_template(client: openai.OpenAI) -> None:
         messages=messages,
         max_tokens=12,
         temperature=0,
-        stream=True,  # type: ignore[arg-type]
+        stream=True,
     )
-    chunks = list(stream)
+    chunks: list[Any] = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == plain.choices[0].text
 

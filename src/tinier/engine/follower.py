@@ -11,7 +11,7 @@ import time
 from multiprocessing.connection import Connection
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore
 
 from tinier.device import pick_device
 from tinier.engine.crew import Build, Call, Drop, Go, Place
