@@ -20,6 +20,7 @@ from tinier.errors import InputError
 from tinier.evaluation import TasksPlan
 from tinier.recipe import Recipe, run_recipe
 from tinier.report import table_rows, write_report
+from tinier.report.html import Run, page_data
 
 lm_eval = pytest.importorskip("lm_eval")
 harness = pytest.importorskip("tinier.evaluation.harness")
@@ -161,6 +162,9 @@ def test_tasks_in_a_recipe_are_columns_compared_in_pairs(
     assert set(results.variants[1].changes) == {"capitals/acc", "capitals/acc_norm"}
     head, _ = table_rows(results)
     assert {"capitals %", "prose word_perplexity"} <= set(head)
+    columns = {c["key"]: c for c in page_data([Run(results, tmp_path / "run")])["columns"]}
+    assert columns["prose/word_perplexity"]["lower"]
+    assert not columns["capitals/acc_norm"]["lower"]
     write_report(results, tmp_path / "run")
     page = (tmp_path / "run/report.md").read_text()
     assert "Answers against the base's, in pairs" in page

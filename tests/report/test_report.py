@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tinier.checkpoint import hold
 from tinier.errors import InputError, OutputError
 from tinier.recipe import EndpointResult, RunResults, add_endpoint, load_results
 from tinier.report import write_report
+from tinier.report.page import footnotes
 
 DEMO = Path(__file__).parents[2] / "benchmarks/results/demo_amd-epyc-2-cores_2026-11-26.json"
 
@@ -68,6 +70,14 @@ def measured(url: str, p95: float) -> EndpointResult:
         targets_met={"real-time": p95 < 100, "conversation": True, "batch": True},
     )  # fmt: skip
     return EndpointResult(url=url, model="small", endpoint="openai", load=(result,))
+
+
+def test_a_warning_of_several_variants_is_said_once() -> None:
+    results = RunResults.from_json(json.loads(DEMO.read_text("utf-8")))
+    warned = tuple(replace(row, warnings=("too little text",)) for row in results.variants[2:4])
+    assert footnotes(replace(results, variants=(results.base, *warned))) == [
+        f"{results.variants[2].name}, {results.variants[3].name}: too little text"
+    ]
 
 
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from tinier.benchmark import (
     Endpoint,
@@ -95,8 +96,7 @@ class Measurements:
         self._folder.mkdir(exist_ok=True)
         self._device = pick_device(run.recipe.device)
         self._machine = environment(self._device)
-        self._reference: Reference | None = None
-        self._long_reference: Reference | None = None
+        self._references: dict[str, Reference] = {}
         self._engines: dict[str, Engine] = {}
         self.seconds = 0.0
         """What all sections took, those found on disk included."""
@@ -131,10 +131,11 @@ class Measurements:
         sections: dict[str, Measure] = {
             # first: on a GPU loading is a part of it
             "memory": lambda: self._memory(name),
-            "quality": lambda: self._quality(name),
+            "quality": lambda: self._quality(name, "quality", self._run.windows),
         }
-        if self._run.long_windows is not None:
-            sections["long"] = lambda: self._long(name)
+        long = self._run.long_windows
+        if long is not None:
+            sections["long"] = lambda: self._quality(name, "long", long)
         if self._run.recipe.measure.quality.own_text and name != BASE:
             sections["own_text"] = lambda: self._own_text(name)
         if self._run.mmlu:
@@ -228,17 +229,10 @@ class Measurements:
         # an engine's has a share of each layer
         return load_decoder(self._models[name], device=self._device, int4_inputs=asked.int4_inputs)
 
-    def _quality(self, name: str) -> Quality:
-        if self._reference is None:
-            self._reference = reference_states(self._decoder(BASE), self._run.windows)
-        return evaluate(self._decoder(name), self._run.windows, self._reference)
-
-    def _long(self, name: str) -> Quality:
-        windows = self._run.long_windows
-        assert windows is not None
-        if self._long_reference is None:
-            self._long_reference = reference_states(self._decoder(BASE), windows)
-        return evaluate(self._decoder(name), windows, self._long_reference)
+    def _quality(self, name: str, section: str, windows: Tensor) -> Quality:
+        if section not in self._references:
+            self._references[section] = reference_states(self._decoder(BASE), windows)
+        return evaluate(self._decoder(name), windows, self._references[section])
 
     def _own_text(self, name: str) -> Quality:
         """The base's divergence along what this model writes, which is not what it was fed."""

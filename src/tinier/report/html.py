@@ -126,10 +126,16 @@ def _column(column: tuple[Any, ...]) -> dict[str, Any]:
 
 def _task_columns(runs: Sequence[Run]) -> list[dict[str, Any]]:
     labels = {key: label for run in runs for key, label in answered_names(run.results).items()}
+    lower = {
+        f"{task.name}/{task.main}"
+        for run in runs
+        for task in run.results.base.tasks
+        if not task.metrics[task.main].higher_is_better
+    }
     return [
         {
             "key": key, "label": label, "title": f"Task {key}, ± standard error", "digits": 1,
-            "shown": True, "axis": label, "side": "y", "lower": False, "text": False,
+            "shown": True, "axis": label, "side": "y", "lower": key in lower, "text": False,
             "error": f"{key}/error",
         }
         for key, label in labels.items()

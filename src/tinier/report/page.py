@@ -42,7 +42,11 @@ def footnotes(results: RunResults) -> list[str]:
         )
     for row in results.variants:
         notes += [f"\\* {row.name}: {note}" for note in row.notes]
-        notes += [f"{row.name}: {warning}" for warning in row.warnings]
+    warned: dict[str, list[str]] = {}
+    for row in results.variants:
+        for warning in row.warnings:
+            warned.setdefault(warning, []).append(row.name)
+    notes += [f"{', '.join(names)}: {warning}" for warning, names in warned.items()]
     for failure in results.failed:
         notes.append(f"{failure.variant} failed ({failure.what}): {failure.error}")
     return notes
