@@ -40,10 +40,10 @@ PEERS = {"Q4_0": 2, "Q4_K_M": 15, "IQ4_XS": 30}
 """Numbers of llama.cpp's file types"""
 OURS = {
     "int4-gptq g32, INT8 embedding": QuantizePlan(
-        preset="int4-gptq", group_size=32, embedding="int8", sequences=SEQUENCES, length=LENGTH
+        preset="int4-gptq", group_size=32, embedding="int8", windows=SEQUENCES, length=LENGTH
     ),
     "int4-best g32, INT8 embedding": QuantizePlan(
-        preset="int4-best", group_size=32, embedding="int8", sequences=SEQUENCES, length=LENGTH,
+        preset="int4-best", group_size=32, embedding="int8", windows=SEQUENCES, length=LENGTH,
         iterations=25,
     ),
 }  # fmt: skip

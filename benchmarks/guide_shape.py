@@ -84,8 +84,8 @@ def main() -> None:
     for variant in recipe["variants"].values():
         if "distill" in variant:
             variant["distill"] |= {"steps": arguments.steps, "warmup_steps": 1}
-        if "prune" in variant and "layers" in variant["prune"]:
-            variant["prune"]["sequences"] = 8
+        if "prune" in variant and "keep_layers" in variant["prune"]:
+            variant["prune"]["windows"] = 8
     recipe["measure"]["quality"]["windows"] = 8
     del recipe["measure"]["mmlu"]
     recipe["measure"]["speed"] |= {

@@ -33,8 +33,8 @@ PLANS = {
     "int8": QuantizePlan(preset="int8", embedding="int8"),
     "int4 g64": QuantizePlan(preset="int4", group_size=64),
     "int4 g64, INT8 embedding": QuantizePlan(preset="int4", group_size=64, embedding="int8"),
-    "mxfp4-w4a16": QuantizePlan(preset="mxfp4-w4a16", sequences=8),
-    "nvfp4-w4a16": QuantizePlan(preset="nvfp4-w4a16", sequences=8),
+    "mxfp4-w4a16": QuantizePlan(preset="mxfp4-w4a16", windows=8),
+    "nvfp4-w4a16": QuantizePlan(preset="nvfp4-w4a16", windows=8),
 }
 WORKER = Path(__file__).parent / "peers" / "llamacpp_next.py"
 LIKELIEST = 2000

@@ -71,7 +71,7 @@ def main() -> None:
     evaluated = windows[SEQUENCES : SEQUENCES + EVALUATED]
     exact = load_decoder(base, device=device, dtype=torch.float32)
     reference = reference_states(exact, evaluated)
-    common: dict[str, Any] = {"sequences": SEQUENCES, "length": LENGTH}
+    common: dict[str, Any] = {"windows": SEQUENCES, "length": LENGTH}
     plans = {
         name: QuantizePlan(preset=preset, group_size=size, **common)
         for name, (preset, size) in UNIFORM.items()

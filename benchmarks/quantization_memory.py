@@ -5,7 +5,7 @@ and with what Python and torch take before any work; on a GPU it is torch's peak
 
     python -m benchmarks.quantization_memory --work DIR --out RESULT.json [--device cpu|cuda]
         [--presets int4-gptq int4-best]
-    python -m benchmarks.quantization_memory --shape qwen3-30b-a3b --depths 1 2 4 --sequences 128
+    python -m benchmarks.quantization_memory --shape qwen3-30b-a3b --depths 1 2 4 --windows 128
         --length 2048 --presets fp8 int4-gptq --device cuda --work DIR --out RESULT.json
 
 The second draws a shape of benchmarks/architectures.py, and times it too.
@@ -33,10 +33,10 @@ from pathlib import Path
 from tinier.device import peak_memory_bytes, pick_device
 from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
-folder, out, preset, device, sequences, length = sys.argv[1:]
+folder, out, preset, device, windows, length = sys.argv[1:]
 place = pick_device(device)
 before = peak_memory_bytes(place)
-plan = QuantizePlan(preset=preset, sequences=int(sequences), length=int(length),
+plan = QuantizePlan(preset=preset, windows=int(windows), length=int(length),
                     iterations=2)
 text = [" ".join(str(i * 7 % 1000) for i in range(300000))]
 begun = time.monotonic()
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["int4-gptq", "int4-best"])
     parser.add_argument("--shape", help="of benchmarks/architectures.py, in place of a small Llama")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     model = (
@@ -104,7 +104,7 @@ def main() -> None:
         if arguments.shape
         else "random Llama, hidden 1024, intermediate 2816"
     )
-    windows = f"{arguments.sequences} windows of {arguments.length} tokens"
+    windows = f"{arguments.windows} windows of {arguments.length} tokens"
     result: dict[str, object] = {
         "model": f"{model}, bf16; {windows}",
         "environment": environment(torch.device(arguments.device)),
@@ -120,7 +120,7 @@ def main() -> None:
         for depth in arguments.depths:
             out = arguments.work / f"{preset}-{depth}-{arguments.device}"
             command = [sys.executable, "-c", _RUN, str(arguments.work / f"depth-{depth}"), str(out)]
-            command += [preset, arguments.device, str(arguments.sequences), str(arguments.length)]
+            command += [preset, arguments.device, str(arguments.windows), str(arguments.length)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peaks[depth] = json.loads(done.stdout.splitlines()[-1])
             print(preset, depth, peaks[depth], flush=True)

@@ -171,7 +171,7 @@ def _ours(row: Row, base: Path, tokens: Path, text: str, work: Path) -> dict[str
     out = work / row.method
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "tinier", "quantize", base, "--preset", row.method,
-               "--calibration", text, "--sequences", SEQUENCES, "--length", LENGTH, "--out", out,
+               "--text", text, "--windows", SEQUENCES, "--length", LENGTH, "--out", out,
                "--json", "--quiet", *row.options]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()

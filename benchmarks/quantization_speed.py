@@ -4,7 +4,7 @@ Llama-3.2-3B's weights are gated; its shape is not. Quality of random weights me
 reported. Calibration text is the built-in sample in byte tokens.
 
     python -m benchmarks.quantization_speed --work DIR --out RESULT.json [--layers 28]
-        [--presets fp8 int4-gptq int4-awq int4-best] [--sequences 128] [--length 2048]
+        [--presets fp8 int4-gptq int4-awq int4-best] [--windows 128] [--length 2048]
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
@@ -42,7 +42,7 @@ def main() -> None:
     result: dict[str, object] = {
         "model": "Llama-3.2-3B's shape, random weights",
         "layers": arguments.layers,
-        "sequences": arguments.sequences,
+        "windows": arguments.windows,
         "length": arguments.length,
         "environment": environment(torch.device("cuda")),
         "presets": {},
@@ -52,7 +52,7 @@ def main() -> None:
         plan = QuantizePlan(
             preset=preset,
             group_size=128 if grouped else None,
-            sequences=arguments.sequences,
+            windows=arguments.windows,
             length=arguments.length,
         )
         seconds, peaks = [], []

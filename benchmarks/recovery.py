@@ -39,13 +39,13 @@ LENGTH, MEASURED = 512, 32
 HEAL = DistillPlan(steps=100, batch=64, micro_batch=64, lr=1e-3, min_lr=1e-4, checkpointing="none")
 # 25 % of the layers; as few parameters by width; and some of each
 PRUNED: dict[str, PrunePlan] = {
-    "last": PrunePlan(layers="25%", method="last"),
-    "influence": PrunePlan(layers="25%", method="influence"),
-    "angular": PrunePlan(layers="25%", method="angular"),
-    "loss": PrunePlan(layers="25%", method="loss"),
-    "greedy": PrunePlan(layers="25%", method="greedy"),
+    "last": PrunePlan(keep_layers="75%", method="last"),
+    "influence": PrunePlan(keep_layers="75%", method="influence"),
+    "angular": PrunePlan(keep_layers="75%", method="angular"),
+    "loss": PrunePlan(keep_layers="75%", method="loss"),
+    "greedy": PrunePlan(keep_layers="75%", method="greedy"),
     "width": PrunePlan(target="109.8M", shrink="width"),
-    "both": PrunePlan(layers=3, method="angular", intermediate=1216),
+    "both": PrunePlan(keep_layers=27, method="angular", keep_intermediate=1216),
 }
 # the same, with what is left refitted
 REFITTED = [f"{name}+refit" for name in PRUNED]
@@ -159,7 +159,7 @@ class Bench:
 
     def quantized(self, preset: str, lr: float, data: str) -> None:
         plan = QuantizePlan(
-            preset=preset, group_size=GRIDS[preset], sequences=32, length=LENGTH, iterations=100
+            preset=preset, group_size=GRIDS[preset], windows=32, length=LENGTH, iterations=100
         )
         before = f"{preset} g64" if GRIDS[preset] else preset
         if before not in self._result["rows"]:

@@ -149,7 +149,7 @@ def child(gpus: int, *arguments: object) -> dict[str, Any]:
 def quantizing(model: Checkpoint, work: Path) -> dict[str, Any]:
     out = work / "gptq"
     shutil.rmtree(out, ignore_errors=True)
-    plan = QuantizePlan(preset="int4-gptq", sequences=128, length=2048)
+    plan = QuantizePlan(preset="int4-gptq", windows=128, length=2048)
     begun = time.monotonic()
     made = quantize(model, plan, out, documents=load_documents("builtin"), device="cuda")
     return {"seconds": time.monotonic() - begun, "hash": made.hash}

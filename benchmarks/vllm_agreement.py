@@ -22,14 +22,14 @@ WINDOWS, LENGTH = 4, 128
 NO_DATA = ("fp8", "fp8-e5m2", "int8", "nvfp4-w4a16", "mxfp4-w4a16")
 CALIBRATED = ("fp8-gptq", "fp8-static", "int8-sq", "int8-w8a16", "nvfp4", "mxfp4")
 GROUPED = ("int4", "int4-awq", "int4-gptq", "int4-best", "w4a8", "w4a8-int8", "int3", "int2")
-FEW = ("--sequences", "8")
+FEW = ("--windows", "8")
 """Whether it loads and agrees does not depend on how good the codes are."""
 GROUPS = ("--group-size", "64")
 
 
 def commands() -> dict[str, tuple[str, ...]]:
     """Name of a row: the command that makes its checkpoint, without the program, model and --out."""
-    made: dict[str, tuple[str, ...]] = {"pruned": ("prune", "--layers", "25%", *FEW)}
+    made: dict[str, tuple[str, ...]] = {"pruned": ("prune", "--keep-layers", "75%", *FEW)}
     made |= {name: ("quantize", "--preset", name) for name in NO_DATA}
     made |= {name: ("quantize", "--preset", name, *FEW) for name in CALIBRATED}
     made |= {name: ("quantize", "--preset", name, *GROUPS, *FEW) for name in GROUPED}

@@ -60,7 +60,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             plan = QuantizePlan(
                 preset=preset, group_size=64 if preset.startswith("int") else None,
-                sequences=SEQUENCES, length=LENGTH, iterations=arguments.iterations,
+                windows=SEQUENCES, length=LENGTH, iterations=arguments.iterations,
                 weighting=weighting,  # type: ignore[arg-type]
             )  # fmt: skip
             started = time.monotonic()

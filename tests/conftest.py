@@ -174,7 +174,7 @@ def quantize_tiny(source: Checkpoint, preset: str | None, out: Path, **plan: obj
     )
     if not fixed and not preset.startswith(("nvfp4", "mxfp4")):  # type: ignore[union-attr]
         plan = {"group_size": 32} | plan
-    small: dict[str, object] = {"sequences": 8, "length": 64, "iterations": 5}
+    small: dict[str, object] = {"windows": 8, "length": 64, "iterations": 5}
     asked = QuantizePlan(preset=preset, **(small | plan))  # type: ignore[arg-type]
     return quantize(source, asked, out, documents=DOCUMENTS, device="cpu")
 

@@ -351,7 +351,7 @@ def test_what_transformers_cannot_load_is_said_in_the_plan(tiny: Tiny) -> None:
     source = tiny(dtype=torch.float16)
     zeros = plan_quantize(source, QuantizePlan(preset="int4", group_size=32, symmetric=False))
     assert "zero points" in zeros.warnings[0]
-    plan = QuantizePlan(preset="nvfp4", sequences=4, length=64)
+    plan = QuantizePlan(preset="nvfp4", windows=4, length=64)
     assert any("float16 model" in w for w in plan_quantize(source, plan, DOCUMENTS).warnings)
 
 
@@ -507,12 +507,12 @@ def test_a_parquet_column_of_numbers(tmp_path: Path) -> None:
 
 def test_fewer_windows_than_asked_are_said(tiny: Tiny, tmp_path: Path) -> None:
     made = quantize_tiny(
-        tiny(), "int4-gptq", tmp_path / "int4", sequences=500, length=64, group_size=32
+        tiny(), "int4-gptq", tmp_path / "int4", windows=500, length=64, group_size=32
     )
     assert any("of the 500 windows" in warning for warning in made.manifest.warnings)
     short = plan_quantize(
         tiny(name="b"),
-        QuantizePlan(preset="int4-gptq", group_size=32, length=32, sequences=3),
+        QuantizePlan(preset="int4-gptq", group_size=32, length=32, windows=3),
         [DOCUMENTS[0] * 2],
     )
     assert any("fewer than the 128 input columns" in warning for warning in short.warnings)

@@ -94,7 +94,7 @@ def _drawn_plan(rng: random.Random, sizes: dict[str, Any], unit: int) -> Quantiz
     head, kv = rng.choice([None, None, "fp8", "int8"]), rng.choice([None, None, "fp8", "int8"])
     if name is None:
         if head or kv:
-            return QuantizePlan(preset=None, head=head, kv=kv, sequences=4, length=48)
+            return QuantizePlan(preset=None, head=head, kv=kv, windows=4, length=48)
         return None
     grid = PRESETS[name].scheme.weights
     columns = [sizes["hidden_size"], sizes["intermediate_size"],
@@ -109,9 +109,9 @@ def _drawn_plan(rng: random.Random, sizes: dict[str, Any], unit: int) -> Quantiz
         if grid.kind == "int" and PRESETS[name].scheme.activations is None:
             symmetric = rng.choice([None, False])
     elif grid.group_size is not None and any(c % grid.group_size for c in columns):
-        return QuantizePlan(preset="fp8", head=head, kv=kv, sequences=4, length=48)
+        return QuantizePlan(preset="fp8", head=head, kv=kv, windows=4, length=48)
     return QuantizePlan(
-        preset=name, group_size=group, symmetric=symmetric, head=head, kv=kv, sequences=4, length=48,
+        preset=name, group_size=group, symmetric=symmetric, head=head, kv=kv, windows=4, length=48,
         iterations=2,
     )  # fmt: skip
 

@@ -120,7 +120,7 @@ def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: P
 
 def test_pruning_picks_seven_inner_layers(smollm2: Checkpoint, tmp_path: Path) -> None:
     documents = load_part("builtin", "calibration")
-    plan = PrunePlan(layers="25%", sequences=4, length=256)
+    plan = PrunePlan(keep_layers="75%", windows=4, length=256)
     made = prune(smollm2, plan, tmp_path / "pruned", documents=documents, device="cpu")
     assert made.manifest is not None
     dropped = made.manifest.measures["dropped_layers"]

@@ -63,7 +63,7 @@ def prompts(count: int, longest: int) -> list[list[int]]:
 def made(source: Checkpoint, name: str, folder: Path) -> Checkpoint:
     if not FORMATS[name]:
         return source
-    plan = QuantizePlan(**{"sequences": 8, "length": 64} | FORMATS[name])
+    plan = QuantizePlan(**{"windows": 8, "length": 64} | FORMATS[name])
     return quantize(source, plan, folder / name, documents=DOCUMENTS, device="cuda")
 
 
@@ -137,7 +137,7 @@ def test_calibration_on_two_gpus_gives_the_bytes_of_one(tiny: TinyMaker, tmp_pat
     for gpus in (1, 2):
         for words, out in ((int4, "int4"), (["--preset", "int8-sq"], "int8-sq")):
             run(
-                "-m", "tinier", "quantize", source.folder, *words, "--calibration", text, "--sequences",
+                "-m", "tinier", "quantize", source.folder, *words, "--text", text, "--windows",
                 128, "--length", 64, "--quiet", "--out", tmp_path / f"{gpus}-{out}", gpus=gpus,
             )  # fmt: skip
     for preset in ("int4/int4-gptq", "int4/int4-awq", "int8-sq"):
@@ -163,7 +163,7 @@ student, teacher, out = map(Path, sys.argv[1:4])
 grid, stop_at = sys.argv[4], int(sys.argv[5])
 quantize = None
 if grid != "none":  # two batches, one for each process
-    quantize = QuantizePlan(preset=grid, group_size=32, sequences=160, length=32)
+    quantize = QuantizePlan(preset=grid, group_size=32, windows=160, length=32)
 plan = dataclasses.replace(PLAN, steps=20, eval_every=10, save_seconds=0.0, quantize=quantize)
 step = trainer.Trainer._step
 

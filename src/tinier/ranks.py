@@ -38,7 +38,7 @@ class Ranks:
         if len(batches) < self.size:
             raise InputError(
                 f"{len(windows)} windows are {len(batches)} batches, too few for {self.size} "
-                "processes. Use more --sequences, or fewer processes."
+                "processes. Use more --windows, or fewer processes."
             )
         bounds = [round(i * len(batches) / self.size) for i in range(self.size + 1)]
         return torch.cat(batches[bounds[self.rank] : bounds[self.rank + 1]])

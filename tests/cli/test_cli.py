@@ -85,7 +85,7 @@ def test_dry_run_writes_nothing(
     for arguments in (
         ["quantize", source, "--preset", "int4", "--group-size", "32"],
         ["prune", source, "--drop-layers", "1", "--length", "64"],
-        ["prune", source, "--layers", "25%", "--length", "64"],
+        ["prune", source, "--keep-layers", "75%", "--length", "64"],
         ["distill", source, "--teacher", source, "--steps", "11", "--batch", "4", "--length", "32"],
     ):
         code, stdout, _ = in_process(
@@ -270,9 +270,9 @@ def test_a_terminal_that_knows_only_ascii(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "--layers", "1", "--align", "0"], "align=0. Use 1 or more"),
+        (["prune", "--keep-layers", "3", "--align", "0"], "align=0. Use 1 or more"),
         (["prune", "--target", "100M", "--candidates", "0"], "candidates=0. Use 1 or more"),
-        (["quantize", "--preset", "int4-gptq", "--sequences", "0"], "sequences=0"),
+        (["quantize", "--preset", "int4-gptq", "--windows", "0"], "windows=0"),
         (["quantize", "--preset", "int4-gptq", "--length", "0"], "length=0"),
     ],
 )
@@ -329,9 +329,9 @@ def test_a_float16_model_that_overflows_is_named(
     for arguments in (
         ["generate", folder, "--prompt", "abc", "--max-tokens", "4"],
         ["eval", folder, "--text", text, "--windows", "1", "--length", "64"],
-        ["quantize", folder, "--preset", "int4-gptq", "--group-size", "32", "--calibration", text,
+        ["quantize", folder, "--preset", "int4-gptq", "--group-size", "32", "--text", text,
          "--length", "64", "--out", tmp_path / "o"],
-        ["prune", folder, "--layers", "1", "--text", text, "--length", "64", "--out", tmp_path / "o"],
+        ["prune", folder, "--keep-layers", "3", "--text", text, "--length", "64", "--out", tmp_path / "o"],
     ):  # fmt: skip
         code, _, stderr = in_process(monkeypatch, capsys, *arguments, "--quiet")
         assert code == 2, arguments

@@ -25,7 +25,7 @@ HELD = [f"Line {i}: the product of {i} and 2 is {2 * i}. " * 4 for i in range(60
 def plan(preset: str, **options: Any) -> DistillPlan:
     grouped = preset.startswith(("int4", "int3", "w4a8"))
     grid = QuantizePlan(
-        preset=preset, group_size=32 if grouped else None, sequences=8, length=32, iterations=2
+        preset=preset, group_size=32 if grouped else None, windows=8, length=32, iterations=2
     )
     sizes: dict[str, Any] = {
         "steps": 12, "batch": 4, "micro_batch": 2, "length": 32, "lr": 1e-3, "min_lr": 1e-4,

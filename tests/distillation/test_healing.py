@@ -27,7 +27,7 @@ def test_layers_go_in_rounds_and_a_killed_run_goes_on(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny(num_hidden_layers=8)
-    plan = PrunePlan(layers=3, intermediate=64, sequences=2, length=32)
+    plan = PrunePlan(keep_layers=5, keep_intermediate=64, windows=2, length=32)
     heal = HealPlan(distill=DISTILL, rounds=2)
     whole = run(source, plan, heal, tmp_path / "whole")
     geometry = geometry_of(open_model(whole.folder))
@@ -55,7 +55,7 @@ def test_layers_go_in_rounds_and_a_killed_run_goes_on(
 def test_finalists_are_healed_before_one_is_chosen(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
     total = geometry_of(source).parameters
-    plan = PrunePlan(target=f"{0.7 * total / 1e6:.4f}M", align=16, sequences=2, length=32)
+    plan = PrunePlan(target=f"{0.7 * total / 1e6:.4f}M", align=16, windows=2, length=32)
     heal = HealPlan(distill=DISTILL, finalists=2, finalist_steps=4)
     made = run(source, plan, heal, tmp_path / "out")
     assert geometry_of(open_model(made.folder)).parameters <= 0.7 * total
@@ -64,14 +64,14 @@ def test_finalists_are_healed_before_one_is_chosen(tiny: Tiny, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("plan", "heal", "message"),
     [
-        (PrunePlan(layers=1), HealPlan(distill=DISTILL, rounds=2), "2 rounds for 1 layers"),
+        (PrunePlan(keep_layers=3), HealPlan(distill=DISTILL, rounds=2), "2 rounds for 1 layers"),
         (
-            PrunePlan(intermediate=64),
+            PrunePlan(keep_intermediate=64),
             HealPlan(distill=DISTILL, rounds=2),
-            "rounds spread the layers",
+            "rounds spread what --keep-layers drops",
         ),
-        (PrunePlan(layers=1), HealPlan(distill=DISTILL, finalists=2), "sizes for a target"),
-        (PrunePlan(layers=1), HealPlan(distill=DISTILL, rounds=0), "1 or more"),
+        (PrunePlan(keep_layers=3), HealPlan(distill=DISTILL, finalists=2), "sizes for a target"),
+        (PrunePlan(keep_layers=3), HealPlan(distill=DISTILL, rounds=0), "1 or more"),
     ],
 )
 def test_bad_plans(

@@ -34,7 +34,7 @@ PLAN = DistillPlan(
 )  # fmt: skip
 
 
-QAT = QuantizePlan(preset="int4-awq", group_size=32, sequences=4, length=32)
+QAT = QuantizePlan(preset="int4-awq", group_size=32, windows=4, length=32)
 
 
 def run(student: Checkpoint, teacher: Checkpoint, plan: DistillPlan, out: Path) -> Checkpoint:

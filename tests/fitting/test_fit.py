@@ -202,7 +202,7 @@ def test_a_chain_is_pruned_healed_and_quantized_layer_by_layer(
     design = Design(
         replace(whole, layers=3), (1,), formats | {EMBEDDING_PART: "int4", KV_PART: "fp8"}, steps=2
     )
-    effort = Effort(sequences=2, length=64, batch=2, micro_batch=2, training_length=64, align=64)
+    effort = Effort(windows=2, length=64, batch=2, micro_batch=2, training_length=64, align=64)
     variants = variants_of(design, "chain", geometry, effort)
     assert list(variants) == ["3L", "3L-healed2", "chain"]
     recipe = Recipe(
@@ -220,7 +220,7 @@ def test_a_chain_is_pruned_healed_and_quantized_layer_by_layer(
 def plan_for(source: Checkpoint, text_file: Path, **limits: Any) -> FitPlan:
     return FitPlan(
         model=str(source.folder), budget=Budget(load=LOAD, seconds=600, **limits), text=str(text_file),
-        device="cpu", sequences=4, length=64, formats=FORMATS, train=False,
+        device="cpu", windows=4, length=64, formats=FORMATS, train=False,
     )  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def test_a_budget_that_cannot_be_kept(
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
     arguments = ["fit", str(source.folder), "--text", str(text_file), "--device", "cpu", "--out", str(out),
-                 "--sequences", "4", "--length", "64", "--load", "8/4@2", "--time", "10m", "--quiet",
+                 "--windows", "4", "--length", "64", "--load", "8/4@2", "--time", "10m", "--quiet",
                  "--formats", ",".join(FORMATS), "--no-train", "--max-size", "1KB"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["tinier", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -78,7 +78,7 @@ def test_a_layer_that_does_nothing_is_dropped_first(
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         tensors[f"model.layers.3.{name}.weight"].zero_()
     save_file(tensors, path, {"format": "pt"})
-    plan = PrunePlan(layers=1, method=method, sequences=2, length=64)
+    plan = PrunePlan(keep_layers=5, method=method, windows=2, length=64)
     made = prune(open_model(source.folder), plan, tmp_path / "out", documents=TEXT)
     assert made.manifest is not None
     assert made.manifest.measures["dropped_layers"] == [3]
@@ -91,11 +91,11 @@ def test_first_two_and_last_layers_go_last() -> None:
     assert least_influential(scores, 4) == (0, 2, 3, 4)
 
 
-def test_shares_are_rounded_down(tiny: Tiny, tmp_path: Path) -> None:
+def test_shares_are_rounded_up(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(num_hidden_layers=7)
-    plan = PrunePlan(layers="40%", sequences=1, length=64)
+    plan = PrunePlan(keep_layers="60%", windows=1, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
-    assert geometry_of(made).layers == 5  # 2.8 layers
+    assert geometry_of(made).layers == 5  # 4.2 layers
 
 
 @pytest.mark.parametrize(
@@ -114,28 +114,28 @@ def test_bad_layer_lists(text: str) -> None:
 def test_heads_that_do_not_divide_the_hidden_size(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
     with pytest.raises(InputError, match="3 heads do not divide the hidden size 128"):
-        prune(source, PrunePlan(kv_heads=3, length=64), tmp_path / "out", documents=TEXT)
+        prune(source, PrunePlan(keep_kv_heads=3, length=64), tmp_path / "out", documents=TEXT)
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (PrunePlan(), "nothing to remove"),
-        (PrunePlan(drop_layers=(1,), layers=1), "give either"),
+        (PrunePlan(drop_layers=(1,), keep_layers=3), "give either"),
         (PrunePlan(drop_layers=(2, 4, 9)), r"\[4, 9\] do not exist: tiny has layers 0 to 3"),
-        (PrunePlan(drop_layers=(0, 1, 2, 3)), "dropping 4 of 4 layers leaves none"),
-        (PrunePlan(layers="100%"), "leaves none"),
-        (PrunePlan(layers="10%"), "drops none"),
-        (PrunePlan(layers="half"), "no count and no share"),
-        (PrunePlan(layers="1.5"), "no count and no share"),
-        (PrunePlan(intermediate=100), "no multiple of 64. Use 64 or 128"),
-        (PrunePlan(hidden=128), "keeps 128 of 64"),
-        (PrunePlan(hidden="x"), "no size and no share"),
-        (PrunePlan(kv_heads=3), "KV heads=3. Use one of 1, 2"),
-        (PrunePlan(heads=3), "heads=3. Use one of 2, 4"),
+        (PrunePlan(drop_layers=(0, 1, 2, 3)), "dropping all of 4 layers leaves none"),
+        (PrunePlan(keep_layers="0%"), "keeps 0 of 4. Keep 1 to 3"),
+        (PrunePlan(keep_layers="90%"), "keeps 4 of 4. Keep 1 to 3"),
+        (PrunePlan(keep_layers="half"), "no count and no share"),
+        (PrunePlan(keep_layers="1.5"), "no count and no share"),
+        (PrunePlan(keep_intermediate=100), "no multiple of 64. Use 64 or 128"),
+        (PrunePlan(keep_hidden=128), "keeps 128 of 64"),
+        (PrunePlan(keep_hidden="x"), "no size and no share"),
+        (PrunePlan(keep_kv_heads=3), "keep_kv_heads=3. Use one of 1, 2"),
+        (PrunePlan(keep_heads=3), "keep_heads=3. Use one of 2, 4"),
         (PrunePlan(target="5"), "target '5' is not understood"),
         (PrunePlan(target="5B"), "is not below the model's"),
-        (PrunePlan(target="1M", layers=1), "a target chooses all sizes"),
+        (PrunePlan(target="1M", keep_layers=3), "a target chooses all sizes"),
     ],
 )
 def test_bad_plans(tiny: Tiny, tmp_path: Path, plan: PrunePlan, message: str) -> None:
@@ -146,15 +146,15 @@ def test_bad_plans(tiny: Tiny, tmp_path: Path, plan: PrunePlan, message: str) ->
 
 def test_short_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="less than one window of 128"):
-        prune(tiny(), PrunePlan(layers=1, length=128), tmp_path / "out", documents=["short"])
+        prune(tiny(), PrunePlan(keep_layers=3, length=128), tmp_path / "out", documents=["short"])
 
 
 def test_windows_that_do_not_fit_the_model(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="512 tokens are more than the 256 positions of tiny"):
-        prune(tiny(), PrunePlan(layers=1), tmp_path / "out", documents=TEXT)
+        prune(tiny(), PrunePlan(keep_layers=3), tmp_path / "out", documents=TEXT)
     source = tiny("mistral", name="sliding", sliding_window=32)
     with pytest.raises(TextError, match="128 tokens exceed sliding attention of 32"):
-        prune(source, PrunePlan(layers=1, length=128), tmp_path / "out", documents=TEXT)
+        prune(source, PrunePlan(keep_layers=3, length=128), tmp_path / "out", documents=TEXT)
 
 
 def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_dangerous_plans_are_warned_about(tiny: Tiny, tmp_path: Path) -> None:
-    plan = PrunePlan(drop_layers=(0, 3), sequences=2, length=64)
+    plan = PrunePlan(drop_layers=(0, 3), windows=2, length=64)
     made = prune(tiny(), plan, tmp_path / "out", documents=TEXT)
     assert made.manifest is not None
     first, second, measured = made.manifest.warnings

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def plan_of(**given: object) -> PrunePlan:
-    return PrunePlan(sequences=8, length=64, **given)  # type: ignore[arg-type]
+    return PrunePlan(windows=8, length=64, **given)  # type: ignore[arg-type]
 
 
 def divergence(source: Checkpoint, made: Checkpoint, windows: Tensor) -> float:
@@ -42,11 +42,11 @@ def divergence(source: Checkpoint, made: Checkpoint, windows: Tensor) -> float:
     [
         {"drop_layers": (1, 2)},
         {"drop_layers": (3,)},
-        {"intermediate": 64},
-        {"heads": 2},
-        {"layers": 1, "intermediate": 64, "kv_heads": 1},
-        {"experts": 4},
-        {"experts": 4, "intermediate": 64},
+        {"keep_intermediate": 64},
+        {"keep_heads": 2},
+        {"keep_layers": 3, "keep_intermediate": 64, "keep_kv_heads": 1},
+        {"keep_experts": 4},
+        {"keep_experts": 4, "keep_intermediate": 64},
     ],
     ids=str,
 )
@@ -54,7 +54,7 @@ def test_it_brings_the_model_nearer(
     tiny: Tiny, tmp_path: Path, family: str, cut: dict[str, object]
 ) -> None:
     source = tiny(family)
-    if "experts" in cut and family not in MIXTURES:
+    if "keep_experts" in cut and family not in MIXTURES:
         with pytest.raises(InputError, match="is no mixture of experts"):
             prune(source, plan_of(**cut), tmp_path / "refit", documents=TEXT)
         return
@@ -76,7 +76,7 @@ def test_it_brings_the_model_nearer(
 def test_it_is_the_least_squares_solution(tiny: Tiny, tmp_path: Path) -> None:
     """Against torch's solver on the stacked problem, with damping as rows of its own."""
     source = tiny()
-    plan = plan_of(drop_layers=(2,), intermediate=64)
+    plan = plan_of(drop_layers=(2,), keep_intermediate=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     windows = calibration_windows(source, plan, TEXT)
     kept = measure_importance(source, windows, device=CPU).kept_neurons(64)[1]
@@ -108,7 +108,7 @@ def test_parts_that_do_nothing_change_nothing(tiny: Tiny, tmp_path: Path) -> Non
             tensors[name][64:] = 0
     save_file(tensors, path, {"format": "pt"})
     source = open_model(source.folder)
-    made = prune(source, plan_of(intermediate=64), tmp_path / "out", documents=TEXT)
+    made = prune(source, plan_of(keep_intermediate=64), tmp_path / "out", documents=TEXT)
     written = load_file(made.folder / "model.safetensors")
     for layer in range(4):
         name = f"model.layers.{layer}.mlp.down_proj.weight"

@@ -53,7 +53,7 @@ def test_without_neurons_and_heads_it_is_the_original_with_them_masked(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     source = tiny(family)
-    plan = PrunePlan(intermediate=64, kv_heads=1, refit=False, sequences=2, length=64)
+    plan = PrunePlan(keep_intermediate=64, keep_kv_heads=1, refit=False, windows=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     if family == "olmo2":  # q and k are normed over all heads: those that stay are others
         assert made.manifest is not None
@@ -81,7 +81,7 @@ def test_experts_that_carry_least_go_and_tokens_choose_among_the_others(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     source = tiny(family)
-    plan = PrunePlan(experts=4, refit=False, sequences=2, length=64)
+    plan = PrunePlan(keep_experts=4, refit=False, windows=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     geometry, before = geometry_of(made), geometry_of(source)
     assert (geometry.experts, before.experts) == (4, 6)
@@ -103,12 +103,12 @@ def test_experts_that_carry_least_go_and_tokens_choose_among_the_others(
             )
     assert torch.isfinite(log_probs).all()
     with pytest.raises(InputError, match="Keep 2 to 6"):
-        prune(source, PrunePlan(experts=1), tmp_path / "few", documents=TEXT)
+        prune(source, PrunePlan(keep_experts=1), tmp_path / "few", documents=TEXT)
 
 
 def test_the_score_of_an_expert_is_what_it_adds(tiny: Tiny) -> None:
     source = tiny("qwen3-moe", num_hidden_layers=1)
-    windows = _calibration(source, PrunePlan(experts=4, sequences=2, length=64))
+    windows = _calibration(source, PrunePlan(keep_experts=4, windows=2, length=64))
     scores = measure_importance(source, windows, device=CPU).experts[0]
     walk = DecoderWalk(source, 64, CPU)
     layer, hidden = walk.load(0), walk.embed(windows)
@@ -139,7 +139,7 @@ def test_channels_that_are_zero_change_nothing(
     writers = [read.readers[0] for read in geometry_of(source).inputs[1::2]]
     written = [f"{p}.{n}.weight" for p in layers for n in writers]
     source = silence(source, written, keep, 0)
-    plan = PrunePlan(hidden=64, sequences=2, length=64)
+    plan = PrunePlan(keep_hidden=64, windows=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     assert geometry_of(open_model(made.folder)).hidden == 64
     assert torch.allclose(logits(made), logits(source), atol=1e-4)
@@ -147,7 +147,7 @@ def test_channels_that_are_zero_change_nothing(
 
 def test_heads_are_dropped_inside_their_group(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(num_attention_heads=8, num_key_value_heads=2, head_dim=8)
-    plan = PrunePlan(heads=4, sequences=2, length=64)
+    plan = PrunePlan(keep_heads=4, windows=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     geometry = geometry_of(open_model(made.folder))
     assert (geometry.heads, geometry.kv_heads) == (4, 2)
@@ -227,7 +227,7 @@ def test_a_target_is_met_from_below(tiny: Tiny, tmp_path: Path, unit: str) -> No
     source = tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=6)
     total = geometry_of(source).parameters
     asked = 0.6 * total * (4 if unit == "MB" else 1) / 1e6  # float32: four bytes each
-    plan = PrunePlan(target=f"{asked:.4f}{unit}", align=16, candidates=4, sequences=2, length=64)
+    plan = PrunePlan(target=f"{asked:.4f}{unit}", align=16, candidates=4, windows=2, length=64)
     made = prune(source, plan, tmp_path / "out", documents=TEXT)
     after = geometry_of(open_model(made.folder)).parameters
     assert 0.95 * 0.6 * total <= after <= 0.6 * total
@@ -272,7 +272,7 @@ def test_a_target_that_cannot_be_met_says_how_far_it_goes(
     monkeypatch.setattr("tinier.pruning.choice.measure_importance", measured)
     with pytest.raises(InputError, match="The smallest has .* parameters; use"):
         prune(
-            tiny(), PrunePlan(target="0.02M", sequences=2, length=64), tmp_path / "out",
+            tiny(), PrunePlan(target="0.02M", windows=2, length=64), tmp_path / "out",
             documents=TEXT,
         )  # fmt: skip
     assert not (tmp_path / "out").exists()

@@ -77,7 +77,7 @@ def test_the_estimated_size_is_the_size(tiny: Tiny, tmp_path: Path) -> None:
         num_attention_heads=4, num_hidden_layers=2,
     )  # fmt: skip
     for preset in PRESETS:
-        plan = QuantizePlan(preset=preset, sequences=2, length=64, iterations=1)
+        plan = QuantizePlan(preset=preset, windows=2, length=64, iterations=1)
         stage = plan_quantize(source, plan, DOCUMENTS)
         made = quantize(source, plan, tmp_path / preset, documents=DOCUMENTS, device="cpu")
         assert stage.output_bytes == pytest.approx(made.disk_bytes, rel=0.03), preset
@@ -139,7 +139,7 @@ def test_kill_minus_nine_costs_one_layer(tiny: Tiny, tmp_path: Path) -> None:
     text.write_text(" ".join(DOCUMENTS))
     command = [
         sys.executable, "-m", "tinier", "quantize", str(source.folder), "--preset", "int4-best",
-        "--group-size", "32", "--calibration", str(text), "--sequences", "4", "--length", "64",
+        "--group-size", "32", "--text", str(text), "--windows", "4", "--length", "64",
         "--iterations", "20", "--device", "cpu", "--quiet",
     ]  # fmt: skip
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True)
@@ -180,7 +180,7 @@ def test_two_processes_give_the_same_bytes(
     text.write_text(" ".join(DOCUMENTS * 4))
     command = [
         "-m", "tinier", "quantize", str(source.folder), "--group-size", "32",
-        "--calibration", str(text), "--sequences", "128", "--length", "64", "--iterations", "3",
+        "--text", str(text), "--windows", "128", "--length", "64", "--iterations", "3",
         "--device", "cpu", "--quiet", "--weighting", weighting,
     ]  # fmt: skip
     presets = [word for preset in names for word in ("--preset", preset)]
@@ -214,7 +214,7 @@ def test_several_presets_in_one_walk_are_what_each_is_alone(tiny: Tiny, tmp_path
     source = tiny()
     plans = {
         tmp_path / preset: QuantizePlan(
-            preset=preset, group_size=32 if "int4" in preset else None, sequences=8, length=64,
+            preset=preset, group_size=32 if "int4" in preset else None, windows=8, length=64,
             iterations=5,
         )
         for preset in ("fp8", *SLOW_PRESETS)
@@ -293,7 +293,7 @@ def test_the_model_writes_its_own_calibration_text(tiny: Tiny, tmp_path: Path) -
     first, second = (
         quantize(
             source,
-            QuantizePlan(preset="int4-gptq", group_size=32, sequences=3, length=32, self_text=True),
+            QuantizePlan(preset="int4-gptq", group_size=32, windows=3, length=32, self_text=True),
             tmp_path / name,
             device="cpu",
         )
@@ -378,7 +378,7 @@ def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None
         ({"preset": "int4-gptq", "group_size": 32}, "needs calibration text"),
         ({"preset": "int4-gptq", "group_size": 32, "length": 512}, "more than the 256 positions"),
         ({"preset": "fp8", "self_text": True}, "needs no calibration text"),
-        ({"preset": "fp8", "sequences": 0}, "Use 1 or more"),
+        ({"preset": "fp8", "windows": 0}, "Use 1 or more"),
         ({"preset": None, "group_size": 32}, "takes no group size"),
     ],
 )

@@ -97,7 +97,7 @@ def test_quantize_keeps_what_its_codes_stand_for(tiny: Tiny, tmp_path: Path, pre
 
     source = tiny(dtype=torch.bfloat16)
     size = 32 if preset == "int4-awq" else None
-    plan = QuantizePlan(preset=preset, group_size=size, sequences=8, length=64)
+    plan = QuantizePlan(preset=preset, group_size=size, windows=8, length=64)
     made = quantize(
         source, plan, tmp_path / "kept", documents=DOCUMENTS, device="cpu", targets=tmp_path / "t"
     )

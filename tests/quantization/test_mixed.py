@@ -72,7 +72,7 @@ def test_a_whole_model_of_parts_diverges_as_the_quantized_one(
     plan = QuantizePlan(
         preset="int4-gptq", group_size=int(size or table_group(geometry_of(source))),
         layer_formats=dict.fromkeys(linear_names(geometry_of(source))[:-1], label),
-        sequences=8, length=64, **ends,
+        windows=8, length=64, **ends,
     )  # fmt: skip
     made = quantize(source, plan, tmp_path / "q", documents=DOCUMENTS, device="cpu")
     cpu = torch.device("cpu")

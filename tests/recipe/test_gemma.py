@@ -25,8 +25,8 @@ def test_the_recipe_of_gemma_runs_and_its_variants_stand_in_order(tmp_path: Path
     variants = values["variants"]
     for name in ("int8", "int8-all", "int4", "distilled"):
         del variants[name]
-    variants["int4-gptq"]["quantize"]["sequences"] = 8
-    variants["pruned"]["prune"]["sequences"] = 8
+    variants["int4-gptq"]["quantize"]["windows"] = 8
+    variants["pruned"]["prune"]["windows"] = 8
     values["measure"] = {
         "quality": {"windows": 4, "length": 256},
         "speed": {"concurrency": [1], "input_length": 16, "output_length": 4, "repeats": 1},

@@ -59,7 +59,7 @@ def values(tiny: Tiny, text_file: Path, mmlu_folder: Path) -> dict[str, Any]:
         "variants": {
             "fp8": {"quantize": {"preset": "fp8"}},
             "int4": {"quantize": {"preset": "int4", "group_size": 32}},
-            "pruned": {"prune": {"layers": "40%", "sequences": 2, "length": 64}},
+            "pruned": {"prune": {"keep_layers": "60%", "windows": 2, "length": 64}},
             "distilled": {
                 "from": "pruned",
                 "distill": {
@@ -343,7 +343,7 @@ def test_killed_at_any_moment_it_goes_on(values: dict[str, Any], tmp_path: Path)
         (("measure", "speed", "input_length"), 1021, InputError, "more than the 1024 positions"),
         (
             ("variants", "pruned", "prune"),
-            {"layers": 1, "length": 2000},
+            {"keep_layers": 3, "length": 2000},
             InputError,
             "1024 positions",
         ),
@@ -388,7 +388,7 @@ def test_sizes_for_a_target_are_such_that_later_stages_can_store_them(
     )  # fmt: skip
     size = round(0.72 * geometry_of(base).parameters / 1e6, 2)
     values["base"] = str(base.folder)
-    cut = {"target": f"{size}M", "sequences": 2, "length": 64, "align": 16, "candidates": 2,
+    cut = {"target": f"{size}M", "windows": 2, "length": 64, "align": 16, "candidates": 2,
            "refit": False}  # fmt: skip
     values["variants"] = {
         "small": {"prune": cut},

@@ -9,7 +9,7 @@ GOOD = """
 base: model
 variants:
   small: {quantize: {preset: fp8}}
-  pruned: {prune: {layers: 25%}}
+  pruned: {prune: {keep_layers: 75%}}
   healed: {from: pruned, distill: {steps: 4, warmup_steps: 1}}
 """
 
@@ -31,8 +31,8 @@ base: model
 variants:
   c: {from: b, quantize: {preset: fp8}}
   b: {from: a, distill: {teacher: d}}
-  a: {prune: {layers: 2}}
-  d: {prune: {layers: 1}}
+  a: {prune: {keep_layers: 2}}
+  d: {prune: {keep_layers: 3}}
 """
     assert load(tmp_path, text).order() == ["a", "d", "b", "c"]  # type: ignore[attr-defined]
 
@@ -42,12 +42,12 @@ variants:
     [
         ("base: model", "base: model\nseeed: 1", "seeed: unknown key. Did you mean 'seed'"),
         ("preset: fp8", "prset: fp8", r"variants\.small\.quantize\.prset: unknown key. Did you mean 'preset'"),
-        ("{layers: 25%}", "{layer: 25%}", r"variants\.pruned\.prune\.layer: unknown key. Did you mean 'layers'"),
+        ("{keep_layers: 75%}", "{layers: 25%}", r"variants\.pruned\.prune\.layers: unknown key. Did you mean 'keep_layers'"),
         ("from: pruned", "frm: pruned", r"variants\.healed\.frm: unknown key. Did you mean 'from'"),
         ("from: pruned", "from: prund", "needs 'prund', which does not exist. .* did you mean 'pruned'"),
         ("from: pruned", "from: healed", "'healed' starts from itself|in a circle"),
         ("prune: {", "from: healed, prune: {", "pruned, healed need each other in a circle"),
-        ("{prune: {layers: 25%}}", "{}", "has exactly one stage"),
+        ("{prune: {keep_layers: 75%}}", "{}", "has exactly one stage"),
         ("{steps: 4,", "{steps: x,", r"variants\.healed\.distill\.steps: Input should be a valid integer"),
         ("base: model", "bse: model", "bse: unknown key. Did you mean 'base'"),
         ("  small:", "  base:", "are not 'base', which is the base model"),

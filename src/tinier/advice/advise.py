@@ -269,8 +269,9 @@ def _reason(chain: _Chain, use: Use, plain: _Estimate, found: _Estimate) -> str:
 def _commands(model: str, chain: _Chain, use: Use, group_size: int | None) -> tuple[str, ...]:
     found, source = [], model
     if chain.kept_layers < 1:
-        share = f"{100 * (1 - chain.kept_layers):.0f}%"
-        found.append(f"tinier prune {model} --layers {share} --out pruned")
+        found.append(
+            f"tinier prune {model} --keep-layers {100 * chain.kept_layers:.0f}% --out pruned"
+        )
         found.append(f"tinier distill pruned --teacher {model} --out healed")
         source = "healed"
     served = source

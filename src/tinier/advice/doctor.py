@@ -279,7 +279,7 @@ def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield Finding(
         "note", "layers", f"{len(poor)} keep less of their signal than others of their kind: {told}",
         "Leave them in more bits: --ignore NAME, layer_formats in a recipe, or --preset mixed, which finds "
-        "them; more calibration text like what the model is for (--calibration).",
+        "them; more calibration text like what the model is for (--text).",
     )  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def _lost(row: VariantResult, results: RunResults) -> Iterator[Finding]:
     lost, stage, where = max(steps)
     level: Level = "bad" if row.collapsed else "note"
     remedy = {
-        "prune": "Remove less (--layers 12%), choose layers by --method loss, and heal: tinier distill.",
+        "prune": "Remove less (--keep-layers 88%), choose layers by --method loss, heal: tinier distill.",
         "quantize": "More bits or smaller groups, --preset mixed or int4-best, more calibration text like "
         "what the model is for, or train on the grid (distill: quantize).",
         "distill": "Fewer steps or a lower learning rate: training made it worse.",

@@ -71,7 +71,7 @@ def fit(
             "--train/--no-train", help="Whether candidates are healed and trained on their grids."
         ),
     ] = True,
-    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 64,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 64,
     length: options.Length = 512,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -133,7 +133,7 @@ def fit(
         text=text,
         device=device,
         seed=seed,
-        sequences=sequences,
+        windows=windows,
         length=length,
         formats=tuple(formats.split(",")) if formats else (),
         prune=pruning,

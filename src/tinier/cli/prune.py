@@ -15,8 +15,8 @@ def prune(
         str | None,
         typer.Option("--drop-layers", help="Layers to remove, from 0: 21-27, or 3,5,7."),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", help="How many to remove, or a share: 7, 25%.")
+    keep_layers: Annotated[
+        str | None, typer.Option("--keep-layers", help="How many stay, or a share: 23, 75%.")
     ] = None,
     method: Annotated[
         str,
@@ -26,23 +26,25 @@ def prune(
             "(measured, one by one) or last.",
         ),
     ] = "angular",
-    hidden: Annotated[
+    keep_hidden: Annotated[
         str | None,
-        typer.Option("--hidden", help="Hidden channels to keep, or a share to remove: 2560, 25%."),
+        typer.Option("--keep-hidden", help="Hidden channels that stay, or a share: 2560, 75%."),
     ] = None,
-    intermediate: Annotated[
+    keep_intermediate: Annotated[
         str | None,
-        typer.Option("--intermediate", help="MLP neurons to keep, or a share to remove."),
+        typer.Option("--keep-intermediate", help="MLP neurons that stay, or a share."),
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", help="Query heads to keep, as many in each KV group.")
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option("--kv-heads", help="KV heads to keep, with their query heads.")
-    ] = None,
-    experts: Annotated[
+    keep_heads: Annotated[
         int | None,
-        typer.Option("--experts", help="Experts of a mixture to keep in each layer."),
+        typer.Option("--keep-heads", help="Query heads that stay, as many in each KV group."),
+    ] = None,
+    keep_kv_heads: Annotated[
+        int | None,
+        typer.Option("--keep-kv-heads", help="KV heads that stay, with their query heads."),
+    ] = None,
+    keep_experts: Annotated[
+        int | None,
+        typer.Option("--keep-experts", help="Experts of a mixture that stay in each layer."),
     ] = None,
     target: Annotated[
         str | None,
@@ -68,7 +70,7 @@ def prune(
         ),
     ] = True,
     text: options.TextSource = "builtin",
-    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 64,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 64,
     length: options.Length = 512,
     heal_steps: Annotated[
         int | None,
@@ -105,12 +107,12 @@ def prune(
 
     \b
     Examples:
-      tinier prune smollm2-135m --layers 25% --out smollm2-23
+      tinier prune smollm2-135m --keep-layers 75% --out smollm2-23
       tinier prune meta-llama/Llama-3.2-3B --drop-layers 21-27 --out llama-21
-      tinier prune meta-llama/Llama-3.2-3B --intermediate 6144 --hidden 2688 --out llama-narrow
-      tinier prune Qwen/Qwen3-30B-A3B --experts 96 --out qwen3-96-experts
+      tinier prune meta-llama/Llama-3.2-3B --keep-intermediate 6144 --keep-hidden 2688 --out llama-narrow
+      tinier prune Qwen/Qwen3-30B-A3B --keep-experts 96 --out qwen3-96-experts
       tinier prune smollm2-135m --target 110M --out smollm2-110m
-      tinier prune smollm2-135m --layers 25% --rounds 2 --heal-steps 100 --heal-text books/ \\
+      tinier prune smollm2-135m --keep-layers 75% --rounds 2 --heal-steps 100 --heal-text books/ \\
           --out smollm2-healed
     """
     from tinier.checkpoint import check_output
@@ -127,19 +129,19 @@ def prune(
     source = open_model(model, revision)
     plan = PrunePlan(
         drop_layers=parse_layers(drop_layers) if drop_layers is not None else (),
-        layers=layers,
+        keep_layers=keep_layers,
         method=method,  # type: ignore[arg-type]
-        hidden=hidden,
-        intermediate=intermediate,
-        heads=heads,
-        kv_heads=kv_heads,
-        experts=experts,
+        keep_hidden=keep_hidden,
+        keep_intermediate=keep_intermediate,
+        keep_heads=keep_heads,
+        keep_kv_heads=keep_kv_heads,
+        keep_experts=keep_experts,
         target=target,
         shrink=shrink,  # type: ignore[arg-type]
         align=align,
         candidates=candidates,
         refit=refit,
-        sequences=sequences,
+        windows=windows,
         length=length,
     )
     documents = load_part(text, "calibration")

@@ -64,15 +64,15 @@ def quantize(
             show_default="2 to 4 bits in two group sizes each, and 8 bits",
         ),
     ] = None,
-    calibration: Annotated[
+    text: Annotated[
         str,
         typer.Option(
-            "--calibration",
+            "--text",
             help="Text for presets that look at activations: a .txt, .md, .jsonl or .parquet file, a "
             "folder of them, hub:NAME[:CONFIG[:SPLIT]], builtin, or self (the model writes it).",
         ),
     ] = "builtin",
-    sequences: Annotated[int, typer.Option("--sequences", help="Calibration windows.")] = 128,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 128,
     length: options.Length = 512,
     weighting: Annotated[
         str,
@@ -174,8 +174,8 @@ def quantize(
             kv=kv,  # type: ignore[arg-type]
             bits=bits if name in mixed else None,
             formats=tuple(formats.split(",")) if formats and name in mixed else (),
-            self_text=calibration == "self",
-            sequences=sequences,
+            self_text=text == "self",
+            windows=windows,
             length=length,
             weighting=weighting,  # type: ignore[arg-type]
             iterations=iterations,
@@ -188,8 +188,8 @@ def quantize(
         from tinier.export import suited
 
         plans = {folder: suited(source, plan, for_) for folder, plan in plans.items()}
-    reads_text = calibration != "self" and any(needs_text(plan) for plan in plans.values())
-    documents = load_calibration(calibration) if reads_text else []
+    reads_text = text != "self" and any(needs_text(plan) for plan in plans.values())
+    documents = load_calibration(text) if reads_text else []
     if dry_run:
         texts = [
             stage_text(plan_quantize(source, plan, documents), folder, device)

@@ -95,20 +95,18 @@ def _rounds(source: Checkpoint, plan: PrunePlan, heal: HealPlan) -> list[PrunePl
     if heal.rounds == 1:
         return [plan]
     total = geometry_of(source).layers
-    if plan.layers is None:
-        raise InputError("rounds spread the layers of --layers. Give it, or leave --rounds out.")
+    if plan.keep_layers is None:
+        raise InputError("rounds spread what --keep-layers drops. Give it, or leave --rounds out.")
     count = total - wanted_sizes(source, plan).layers
     if heal.rounds > count:
         raise InputError(f"{heal.rounds} rounds for {count} layers. Use at most {count} rounds.")
     ends = [round(count * (i + 1) / heal.rounds) for i in range(heal.rounds)]
-    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    narrow = replace(plan, layers=counts[-1])
     # widths go with the last round: a healed model is cut once
-    early = [
-        replace(plan, layers=n, hidden=None, intermediate=None, heads=None, kv_heads=None)
-        for n in counts[:-1]
-    ]
-    return [*early, narrow]
+    deep = replace(
+        plan, keep_hidden=None, keep_intermediate=None, keep_heads=None, keep_kv_heads=None
+    )
+    early = [replace(deep, keep_layers=total - end) for end in ends[:-1]]
+    return [*early, replace(plan, keep_layers=total - count)]
 
 
 def _best_finalist(

@@ -22,7 +22,7 @@ _SMALL = 1e9
 class Effort:
     """How much text the stages look at."""
 
-    sequences: int
+    windows: int
     length: int
     batch: int
     """Windows of a training step"""
@@ -87,13 +87,13 @@ def _is_plain(design: Design) -> bool:
 def _prune(design: Design, whole: Sizes, effort: Effort) -> Prune:
     sizes = design.sizes
     wide = {
-        name: getattr(sizes, name)
+        f"keep_{name}": getattr(sizes, name)
         for name in ("hidden", "intermediate", "heads", "kv_heads")
         if getattr(sizes, name) != getattr(whole, name)
     }
     if design.dropped:
         wide["drop_layers"] = ",".join(map(str, design.dropped))
-    return Prune(**wide, align=effort.align, sequences=effort.sequences, length=effort.length)
+    return Prune(**wide, align=effort.align, windows=effort.windows, length=effort.length)
 
 
 def _distill(steps: int, rate: float, effort: Effort, quantize: Quantize | None = None) -> Distill:
@@ -128,6 +128,6 @@ def _quantize(design: Design, geometry: Geometry, effort: Effort) -> Quantize | 
         layer_formats={} if preset == NULL else {n: f for n, f in formats.items() if f != given},
         embedding=embedding,  # type: ignore[arg-type]
         kv=None if kv == SIXTEEN_BIT else kv,  # type: ignore[arg-type]
-        sequences=effort.sequences,
+        windows=effort.windows,
         length=effort.length,
     )

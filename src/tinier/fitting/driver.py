@@ -72,7 +72,7 @@ class FitPlan:
     text: str | Text = "builtin"
     device: str = "auto"
     seed: int = 0
-    sequences: int = 64
+    windows: int = 64
     """Calibration windows."""
     length: int = 512
     """Tokens of each."""
@@ -135,7 +135,7 @@ class _Search:
             load_tokenizer(self._source),
             planned.parts.calibration,
             length=plan.length,
-            count=plan.sequences,
+            count=plan.windows,
         )
         said = [asdict(plan) | {"model": self._source.hash}, code_digest("tinier.fitting.driver")]
         key = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
@@ -643,7 +643,7 @@ def _effort(plan: FitPlan, device: torch.device) -> Effort:
     """Training batches that a device gets through in seconds."""
     on_gpu = device.type == "cuda"
     return Effort(
-        sequences=plan.sequences, length=plan.length, batch=32 if on_gpu else 8,
+        windows=plan.windows, length=plan.length, batch=32 if on_gpu else 8,
         align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8,
         training_length=plan.length if on_gpu else min(256, plan.length),
     )  # fmt: skip

@@ -55,7 +55,7 @@ def prune(
     reset_peak_memory(place)
     check_memory(
         stage.memory_bytes, place, f"pruning {source.folder.name}",
-        "Use fewer or shorter --sequences, or another --device.",
+        "Use fewer or shorter --windows, or another --device.",
     )  # fmt: skip
     for warning in stage.warnings:
         warn(warning)

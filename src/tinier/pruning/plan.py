@@ -41,23 +41,23 @@ class Target(NamedTuple):
 class PrunePlan:
     drop_layers: tuple[int, ...] = ()
     """Layers to remove, counted from 0."""
-    layers: int | str | None = None
-    """How many layers to remove, or a share such as `25%`; which ones, `method` decides."""
+    keep_layers: int | str | None = None
+    """How many layers stay, or a share such as `75%`; which ones, `method` decides."""
     method: Method = "angular"
     """`influence`: the layers that turn their inputs least (block influence); `angular`: the layers in
     a row between whose ends the states turn least; `loss`: the better of the layers in a row and those
     of least influence, by the divergence after removal, which is measured; `greedy`: one after the
     other, each time the one whose removal costs least divergence; `last`: the last ones."""
-    hidden: int | str | None = None
-    """Hidden channels to keep, or a share to remove."""
-    intermediate: int | str | None = None
-    """Neurons of the MLP to keep, or a share to remove."""
-    heads: int | None = None
-    """Query heads to keep; as many in each KV group."""
-    kv_heads: int | None = None
-    """KV heads to keep, each with its query heads."""
-    experts: int | None = None
-    """Experts of a mixture to keep in each layer: those that carry most of its output."""
+    keep_hidden: int | str | None = None
+    """Hidden channels that stay, or a share."""
+    keep_intermediate: int | str | None = None
+    """Neurons of the MLP that stay, or a share."""
+    keep_heads: int | None = None
+    """Query heads that stay; as many in each KV group."""
+    keep_kv_heads: int | None = None
+    """KV heads that stay, each with its query heads."""
+    keep_experts: int | None = None
+    """Experts of a mixture that stay in each layer: those that carry most of its output."""
     target: str | None = None
     """Sizes to be chosen: at most so many parameters (`2.4B`, `100M`), bytes of weights (`5GB`,
     `200MB`), or milliseconds of a decode step on this device (`8ms`)."""
@@ -69,7 +69,7 @@ class PrunePlan:
     """Choices of sizes that are measured for a target."""
     refit: bool = True
     """Solve for the weights that stand in best for what goes, by least squares."""
-    sequences: int = 64
+    windows: int = 64
     """Calibration windows."""
     length: int = 512
     """Tokens in one calibration window."""
@@ -77,7 +77,7 @@ class PrunePlan:
     """How later stages will store the linear layers: sizes for a target are chosen so that they can."""
 
     def __post_init__(self) -> None:
-        for name in ("align", "candidates", "sequences", "length"):
+        for name in ("align", "candidates", "windows", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
 
@@ -85,9 +85,10 @@ class PrunePlan:
     def chooses(self) -> bool:
         """Whether what goes is chosen by looking at calibration text."""
         wide = (
-            self.hidden, self.intermediate, self.heads, self.kv_heads, self.experts, self.target,
+            self.keep_hidden, self.keep_intermediate, self.keep_heads, self.keep_kv_heads,
+            self.keep_experts, self.target,
         )  # fmt: skip
-        by_layer = self.layers is not None and self.method != "last"
+        by_layer = self.keep_layers is not None and self.method != "last"
         return by_layer or any(value is not None for value in wide)
 
 
@@ -160,7 +161,7 @@ def prepare(
         check_attention_window(source, plan.length)
         windows = calibration_windows(source, plan, documents)
         # what is kept is an outcome; these decide it
-        parameters |= {"sequences": len(windows), "windows_sha256": tensor_sha256(windows)}
+        parameters |= {"windows": len(windows), "windows_sha256": tensor_sha256(windows)}
     after = resized(geometry, sizes)
     tokens = 0 if windows is None else windows.numel()
     passes = {"loss": geometry.layers, "greedy": geometry.layers**2 / 8}.get(plan.method, 1)
@@ -195,7 +196,7 @@ def _warnings(
         widest = geometry.intermediate if solves else 0
         if geometry.mixture is not None:  # each expert sees its own tokens
             widest = widest * geometry.experts // geometry.top_k
-        warnings += shortfall(windows, plan.sequences, widest)
+        warnings += shortfall(windows, plan.windows, widest)
     if plan.refit and geometry.norm_names.mlp_out is not None:
         warnings.append(
             "nothing stands in for layers that are dropped: what the MLP adds goes through a norm, so no "
@@ -206,7 +207,7 @@ def _warnings(
             "nothing stands in for layers that are dropped: in a mixture of experts no single linear layer "
             "writes for all tokens (experts, neurons and heads that go are made up for)"
         )
-    if geometry.head_norms == "all" and (plan.heads or plan.kv_heads):
+    if geometry.head_norms == "all" and (plan.keep_heads or plan.keep_kv_heads):
         warnings.append(
             "heads that stay change as others go: q and k are normed over all heads together"
         )
@@ -233,9 +234,7 @@ def _cost(item: tuple[Sizes, float]) -> float:
 def calibration_windows(
     source: Checkpoint, plan: PrunePlan, documents: Sequence[Document]
 ) -> Tensor:
-    return token_windows(
-        load_tokenizer(source), documents, length=plan.length, count=plan.sequences
-    )
+    return token_windows(load_tokenizer(source), documents, length=plan.length, count=plan.windows)
 
 
 def resized(geometry: Geometry, sizes: Sizes) -> Geometry:
@@ -256,44 +255,47 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
             f"{', '.join(METHODS)}, and shrink depth, width or both."
         )
     explicit = (
-        plan.layers, plan.hidden, plan.intermediate, plan.heads, plan.kv_heads, plan.experts,
+        plan.keep_layers, plan.keep_hidden, plan.keep_intermediate, plan.keep_heads,
+        plan.keep_kv_heads, plan.keep_experts,
     )  # fmt: skip
     if plan.target is not None:
         if plan.drop_layers or any(value is not None for value in explicit):
             raise InputError("a target chooses all sizes. Give --target, or the sizes.")
         _check_target(geometry, parse_target(plan.target), itemsize)
         return Sizes.of(geometry)
-    if plan.drop_layers and plan.layers is not None:
-        raise InputError("give either --drop-layers 21-27 (which) or --layers 25% (how many).")
+    if plan.drop_layers and plan.keep_layers is not None:
+        raise InputError(
+            "give either --drop-layers 21-27 (which go) or --keep-layers 75% (how many stay)."
+        )
     if not plan.drop_layers and all(value is None for value in explicit):
         raise InputError(
-            "nothing to remove. Give --drop-layers 21-27, --layers 25%, --hidden, --intermediate, "
-            "--heads, --kv-heads, --experts or --target 100M."
+            "nothing to remove. Give --drop-layers 21-27, --keep-layers 75%, --keep-hidden, "
+            "--keep-intermediate, --keep-heads, --keep-kv-heads, --keep-experts or --target 100M."
         )
-    experts = _experts(plan.experts, geometry, name)
+    experts = _experts(plan.keep_experts, geometry, name)
     outside = [layer for layer in plan.drop_layers if not 0 <= layer < total]
     if outside:
         raise InputError(f"layers {outside} do not exist: {name} has layers 0 to {total - 1}.")
-    dropped = len(plan.drop_layers) if plan.drop_layers else _removed(plan.layers, total)
-    if dropped >= total:
-        raise InputError(
-            f"dropping {dropped} of {total} layers leaves none. Drop at most {total - 1}."
-        )
-    kv_heads = _heads(plan.kv_heads, geometry.kv_heads, 1, "KV heads")
+    layers = total - len(plan.drop_layers)
+    if plan.keep_layers is not None:
+        layers = _layers(plan.keep_layers, total)
+    if layers < 1:
+        raise InputError(f"dropping all of {total} layers leaves none. Drop at most {total - 1}.")
+    kv_heads = _heads(plan.keep_kv_heads, geometry.kv_heads, 1, "keep_kv_heads")
     grouped = geometry.heads // geometry.kv_heads * kv_heads
-    heads = _heads(plan.heads, grouped, kv_heads, "heads")
+    heads = _heads(plan.keep_heads, grouped, kv_heads, "keep_heads")
     step = hidden_step(geometry, heads, plan.align)
-    hidden = _channels(plan.hidden, geometry.hidden, step, "hidden")
+    hidden = _channels(plan.keep_hidden, geometry.hidden, step, "keep_hidden")
     if geometry.hidden_in_heads and hidden % heads:
         raise InputError(
             f"{heads} heads do not divide the hidden size {hidden}, which transformers asks for in "
-            f"this family. Keep another number of heads, or --hidden {hidden // step * step}."
+            f"this family. Keep another number of heads, or --keep-hidden {hidden // step * step}."
         )
     return Sizes(
-        layers=total - dropped,
+        layers=layers,
         hidden=hidden,
         intermediate=_channels(
-            plan.intermediate, geometry.intermediate, plan.align, "intermediate"
+            plan.keep_intermediate, geometry.intermediate, plan.align, "keep_intermediate"
         ),
         heads=heads,
         kv_heads=kv_heads,
@@ -391,26 +393,27 @@ def hidden_step(geometry: Geometry, heads: int, align: int) -> int:
     return math.lcm(align, heads) if geometry.hidden_in_heads else align
 
 
-def _removed(layers: int | str | None, total: int) -> int:
-    if layers is None:
-        return 0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(layers))
+def _layers(wanted: int | str, total: int) -> int:
+    """How many stay, of a count or a share."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(wanted))
     if match is None or (not match[2] and "." in match[1]):
-        raise InputError(f"layers={layers!r} is no count and no share. Use 7 or 25%.")
-    # a share is rounded down: 25 % of 30 layers is 7
-    count = int(total * float(match[1]) / 100) if match[2] else int(match[1])
-    if count < 1:
-        raise InputError(f"layers={layers!r} of {total} layers drops none. Use a larger share.")
-    return count
+        raise InputError(
+            f"keep_layers={wanted!r} is no count and no share. Use {total - 1} or 75%."
+        )
+    # a share is rounded up: 75 % of 30 layers is 23
+    kept = math.ceil(total * float(match[1]) / 100) if match[2] else int(match[1])
+    if not 0 < kept < total:
+        raise InputError(f"keep_layers={wanted!r} keeps {kept} of {total}. Keep 1 to {total - 1}.")
+    return kept
 
 
 def _channels(wanted: int | str | None, total: int, align: int, name: str) -> int:
-    """How many are kept: as asked, or a share less in whole multiples of `align`."""
+    """How many stay: as asked, or a share in whole multiples of `align`."""
     if wanted is None:
         return total
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(wanted))
     if share is not None:
-        kept = round(total * (1 - float(share[1]) / 100) / align) * align
+        kept = round(total * float(share[1]) / 100 / align) * align
     elif str(wanted).isdigit():
         kept = int(wanted)
         if kept % align:
@@ -420,7 +423,7 @@ def _channels(wanted: int | str | None, total: int, align: int, name: str) -> in
                 f"{below + align}, or another --align."
             )
     else:
-        raise InputError(f"{name}={wanted!r} is no size and no share. Use {total // 2} or 25%.")
+        raise InputError(f"{name}={wanted!r} is no size and no share. Use {total // 2} or 50%.")
     if not 0 < kept <= total:
         raise InputError(f"{name}={wanted!r} keeps {kept} of {total}. Keep {align} to {total}.")
     return kept
@@ -439,10 +442,12 @@ def _experts(wanted: int | None, geometry: Geometry, name: str) -> int:
     if wanted is None:
         return geometry.experts
     if geometry.mixture is None:
-        raise InputError(f"--experts: {name} is no mixture of experts. Use --intermediate.")
+        raise InputError(
+            f"--keep-experts: {name} is no mixture of experts. Use --keep-intermediate."
+        )
     if not geometry.top_k <= wanted <= geometry.experts:
         raise InputError(
-            f"experts={wanted}: each token goes through {geometry.top_k} of {geometry.experts}. "
+            f"keep_experts={wanted}: each token goes through {geometry.top_k} of {geometry.experts}. "
             f"Keep {geometry.top_k} to {geometry.experts}."
         )
     return wanted

@@ -131,7 +131,7 @@ def quantize_all(
     check_memory(
         sum(stage.memory_bytes for stage, _ in prepared.values()), place,
         f"quantizing {source.folder.name}",
-        "Use fewer or shorter --sequences, fewer presets at once, or another --device.",
+        "Use fewer or shorter --windows, fewer presets at once, or another --device.",
     )  # fmt: skip
     for out, plan in plans.items():
         stage, windows = prepared[out]
@@ -233,7 +233,7 @@ class _Job:
         path, plan = self._folder / ".windows", self._plan
         if not path.exists() and self._ranks.writes:
             windows = written_windows(
-                self._source, plan.sequences, plan.length, seed=plan.seed, device=self._device
+                self._source, plan.windows, plan.length, seed=plan.seed, device=self._device
             )
             write_atomically(path, json.dumps(windows.tolist()))
         self._ranks.wait()

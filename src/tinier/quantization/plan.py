@@ -72,7 +72,7 @@ class QuantizePlan:
     """Layers that get another format than the preset, PRESET, PRESET:GROUP_SIZE or 16bit, by full name."""
     self_text: bool = False
     """Calibrate on text that the model writes itself."""
-    sequences: int = 128
+    windows: int = 128
     """Calibration windows."""
     length: int = 512
     """Tokens of each."""
@@ -90,7 +90,7 @@ class QuantizePlan:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
         if self.weighting not in ("none", "fisher"):
             raise SchemeError(f"weighting={self.weighting!r}. Use none or fisher.")
-        for name in ("sequences", "length", "iterations"):
+        for name in ("windows", "length", "iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
         if self.mixes != (self.bits is not None):
@@ -146,7 +146,7 @@ def prepare(
     }
     if windows is not None:
         parameters |= {
-            "sequences": len(windows),
+            "windows": len(windows),
             "length": windows.shape[1],
             "windows_sha256": tensor_sha256(windows),
         }
@@ -184,7 +184,7 @@ def _warnings(
     if windows is not None and needs_text(plan):
         solves = any(p.algorithm.rounding != "nearest" for p in presets.values())
         widest = max(columns for _, columns in geometry_of(source).linears.values())
-        warnings += shortfall(windows, plan.sequences, widest if solves else 0)
+        warnings += shortfall(windows, plan.windows, widest if solves else 0)
     grids = [preset.scheme.weights for preset in presets.values()]
     if not all(grid.symmetric for grid in grids):
         warnings.append(
@@ -435,9 +435,9 @@ def _windows(
                 f"{plan.preset} needs calibration text, and there is none. Give documents."
             )
         tokenizer = load_tokenizer(source)
-        return token_windows(tokenizer, documents, length=plan.length, count=plan.sequences)
+        return token_windows(tokenizer, documents, length=plan.length, count=plan.windows)
     if plan.self_text:
-        raise InputError(f"{plan.preset} needs no calibration text. Leave --calibration out.")
+        raise InputError(f"{plan.preset} needs no calibration text. Leave --text out.")
     inside = [p for n, p in presets.items() if n not in (EMBEDDING_MODULE, HEAD_LINEAR)]
     if any(preset.algorithm.scales == "error" for preset in inside):
         # how large each channel is can be seen on any tokens; random ones need no text

@@ -33,7 +33,7 @@ class Quantize(_Strict):
     formats: tuple[str, ...] = ()
     layer_formats: dict[str, str] = {}
     self_text: bool = False
-    sequences: int = 128
+    windows: int = 128
     length: int = 512
     weighting: Literal["none", "fisher"] = "none"
     iterations: int = 100
@@ -44,19 +44,19 @@ class Prune(_Strict):
 
     drop_layers: str | None = None
     """Which layers go, such as `21-27`."""
-    layers: int | str | None = None
+    keep_layers: int | str | None = None
     method: Literal["influence", "angular", "loss", "greedy", "last"] = "angular"
-    hidden: int | str | None = None
-    intermediate: int | str | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    experts: int | None = None
+    keep_hidden: int | str | None = None
+    keep_intermediate: int | str | None = None
+    keep_heads: int | None = None
+    keep_kv_heads: int | None = None
+    keep_experts: int | None = None
     target: str | None = None
     shrink: Literal["depth", "width", "both"] = "both"
     align: int = 64
     candidates: int = 8
     refit: bool = True
-    sequences: int = 64
+    windows: int = 64
     length: int = 512
 
 

@@ -16,14 +16,14 @@ _IN_FLIGHT = 32
 
 
 def written_windows(
-    checkpoint: Checkpoint, sequences: int, length: int, *, seed: int, device: torch.device
+    checkpoint: Checkpoint, count: int, length: int, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Token ids [sequences, length] that the model samples. Raises InputError for too long a length."""
+    """Token ids [count, length] that the model samples. Raises InputError for too long a length."""
     check_length(checkpoint, length)
     tokenizer = load_tokenizer(checkpoint)
     opening = _opening(tokenizer)
     config = EngineConfig(
-        max_batch_size=min(sequences, _IN_FLIGHT), max_seq_len=length, device=device.type
+        max_batch_size=min(count, _IN_FLIGHT), max_seq_len=length, device=device.type
     )
     engine = Engine(checkpoint, config)
     requests = [
@@ -33,7 +33,7 @@ def written_windows(
                 max_tokens=length - len(opening), temperature=1.0, seed=seed + i, stop_token_ids=()
             ),
         )
-        for i in range(sequences)
+        for i in range(count)
     ]
     while engine.has_work:
         engine.step()
