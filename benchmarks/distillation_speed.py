@@ -86,9 +86,7 @@ def timed(
     release_memory()
     documents = load_documents("builtin")
     started = time.monotonic()
-    made = distill(
-        student, teacher, plan, out, documents=documents, heldout=documents, device="cuda"
-    )
+    made = distill(student, teacher, plan, out, text=documents, heldout=documents, device="cuda")
     assert made.manifest is not None
     rates = made.manifest.measures["all_tokens_per_s"][1:]  # the first step warms up
     return {

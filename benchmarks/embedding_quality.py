@@ -81,7 +81,7 @@ def main() -> None:
     for kind in ("16bit", "int8"):
         plan = QuantizePlan(preset="int4-gptq", group_size=64, embedding=kind)  # type: ignore[arg-type]
         folder = arguments.work / f"int4-{kind}"
-        quantize(base, plan, folder, documents=documents, device="cpu")
+        quantize(base, plan, folder, text=documents, device="cpu")
         for inputs in ("16bit", "int8"):
             record["whole"][f"{kind} embedding, --int4-inputs {inputs}"] = evaluated(folder, inputs)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tinier.benchmark import environment
 from tinier.engine.decoder import load_decoder
-from tinier.export import export
-from tinier.export.onnx import log_probabilities
+from tinier.exporting import export
+from tinier.exporting.onnx import log_probabilities
 from tinier.families import geometry_of, open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_calibration
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base, work = open_model("smollm2-135m"), arguments.work
     plan = QuantizePlan(preset="int4-gptq", group_size=64)
-    quantize(base, plan, work / "int4", documents=load_calibration("builtin"), device="cpu")
+    quantize(base, plan, work / "int4", text=load_calibration("builtin"), device="cpu")
     source = open_model(work / "int4")
     decoder = load_decoder(source, device=torch.device("cpu"), dtype=torch.float32)
     ours = decoder.logits_float32(decoder.hidden_states(IDS)[0]).log_softmax(dim=-1)

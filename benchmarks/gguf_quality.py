@@ -29,7 +29,7 @@ from benchmarks.quantization_peers import off_grid
 
 from tinier.benchmark import environment
 from tinier.checkpoint import Checkpoint
-from tinier.export import export
+from tinier.exporting import export
 from tinier.families import geometry_of, open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_documents, token_windows
@@ -153,7 +153,7 @@ def main() -> None:
         for plan in arguments.ours:
             folder = work / plan.replace(", ", "-").replace(" ", "-")
             if not folder.exists():
-                quantize(base, OURS[plan], folder, documents=documents, device="cpu")
+                quantize(base, OURS[plan], folder, text=documents, device="cpu")
             made = work / f"{folder.name}-gguf"
             if not made.exists():
                 export(open_model(folder), "gguf", made)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tinier.benchmark import environment
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
-from tinier.export import export
+from tinier.exporting import export
 from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_calibration, token_windows
@@ -91,7 +91,7 @@ def main() -> None:
             folder = arguments.work / name / row.replace(", ", "-").replace(" ", "-")
             model = base
             if plan is not None:
-                model = quantize(base, plan, folder, documents=documents, device="cpu")
+                model = quantize(base, plan, folder, text=documents, device="cpu")
             file = folder.with_name(f"{folder.name}-gguf")
             export(model, "gguf", file)
             theirs = told(arguments.llama_python, file / "model.gguf", model, prompts)

@@ -26,7 +26,7 @@ from tinier.benchmark import environment
 from tinier.checkpoint import Checkpoint
 from tinier.device import pick_device
 from tinier.engine.decoder import load_decoder
-from tinier.evaluation import evaluate, reference_states
+from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import geometry_of, linear_names, open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_documents, token_windows
@@ -96,9 +96,9 @@ def main() -> None:
             continue
         folder = arguments.work / name.replace(", ", "-").replace(" ", "-")
         started = time.monotonic()
-        made = quantize(base, plan, folder, documents=documents, device=str(device))
+        made = quantize(base, plan, folder, text=documents, device=str(device))
         seconds = time.monotonic() - started
-        found = evaluate(
+        found = evaluate_windows(
             load_decoder(made, device=device, dtype=torch.float32), evaluated, reference
         )
         row = {
@@ -127,7 +127,7 @@ def main() -> None:
                     device=device,
                     dtype=torch.float32,
                 )
-                quality = evaluate(decoder, evaluated, reference)
+                quality = evaluate_windows(decoder, evaluated, reference)
                 found |= {"kl": quality.kl, "top_1": quality.top1_agreement}
             record["rows"][f"{name} {bits}"] = found
             print(name, bits, found, flush=True)

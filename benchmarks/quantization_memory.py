@@ -40,7 +40,7 @@ plan = QuantizePlan(preset=preset, windows=int(windows), length=int(length),
                     iterations=2)
 text = [" ".join(str(i * 7 % 1000) for i in range(300000))]
 begun = time.monotonic()
-made = quantize(open_model(folder), plan, Path(out), documents=text, device=device)
+made = quantize(open_model(folder), plan, Path(out), text=text, device=device)
 print(json.dumps({"before": before, "peak": made.manifest.peak_memory_bytes,
                   "seconds": time.monotonic() - begun}))
 """

@@ -60,7 +60,7 @@ def main() -> None:
             out = arguments.work / "quantized"
             shutil.rmtree(out, ignore_errors=True)
             started = time.monotonic()
-            made = quantize(source, plan, out, documents=documents, device="cuda")
+            made = quantize(source, plan, out, text=documents, device="cuda")
             seconds.append(time.monotonic() - started)
             assert made.manifest is not None
             peaks.append(made.manifest.peak_memory_bytes)

@@ -26,7 +26,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import release_memory
 from tinier.distillation import DistillPlan, distill
 from tinier.engine import load_decoder
-from tinier.evaluation import evaluate, reference_states
+from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
@@ -91,7 +91,7 @@ class Bench:
         decoder = load_decoder(model, device=self._device)
         found: dict[str, Any] = {"parameters": geometry_of(model).parameters}
         for name, windows in self._windows.items():
-            quality = evaluate(decoder, windows, self._references[name])
+            quality = evaluate_windows(decoder, windows, self._references[name])
             found[name] = {"perplexity": quality.perplexity, "kl": quality.kl}
         del decoder
         release_memory()
@@ -101,7 +101,7 @@ class Bench:
         out = self._work / name
         if not out.exists():
             plan = replace(PRUNED[_cut(name)], refit=name in REFITTED)
-            prune(self.base, plan, out, documents=self.wikitext, device=self._device.type)
+            prune(self.base, plan, out, text=self.wikitext, device=self._device.type)
         made = open_model(out)
         if name not in self._result["rows"]:
             assert made.manifest is not None
@@ -127,7 +127,7 @@ class Bench:
         plan = replace(plan, **self._sized)
         started = time.monotonic()
         made = distill(
-            student, self.base, plan, self._work / name, documents=documents,
+            student, self.base, plan, self._work / name, text=documents,
             heldout=self.heldout, device=self._device.type,
         )  # fmt: skip
         figures = self.measure(made)
@@ -164,7 +164,7 @@ class Bench:
         before = f"{preset} g64" if GRIDS[preset] else preset
         if before not in self._result["rows"]:
             out = self._work / preset
-            made = quantize(self.base, plan, out, documents=self.wikitext, device=self._device.type)
+            made = quantize(self.base, plan, out, text=self.wikitext, device=self._device.type)
             self.add(before, self.measure(made), made)
         training = replace(QAD, quantize=plan, lr=lr, min_lr=lr / 10)
         self.heal(self.base, f"{before}, trained, lr {lr:g}, {data}", before, training, data)

@@ -151,7 +151,7 @@ def quantizing(model: Checkpoint, work: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     plan = QuantizePlan(preset="int4-gptq", windows=128, length=2048)
     begun = time.monotonic()
-    made = quantize(model, plan, out, documents=load_documents("builtin"), device="cuda")
+    made = quantize(model, plan, out, text=load_documents("builtin"), device="cuda")
     return {"seconds": time.monotonic() - begun, "hash": made.hash}
 
 
@@ -166,7 +166,7 @@ def distilling(
     for folder in (out, out.with_name("distilled-last")):
         shutil.rmtree(folder, ignore_errors=True)
     text = load_documents("builtin")
-    made = distill(student, teacher, plan, out, documents=text, heldout=text, device="cuda")
+    made = distill(student, teacher, plan, out, text=text, heldout=text, device="cuda")
     assert made.manifest is not None
     rates = made.manifest.measures["all_tokens_per_s"][1:]  # the first step compiles
     return {

@@ -22,7 +22,7 @@ from benchmarks.quantization_peers import off_grid
 from tinier.benchmark import environment
 from tinier.device import pick_device
 from tinier.engine.decoder import load_decoder
-from tinier.evaluation import evaluate, reference_states
+from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_documents, token_windows
@@ -64,11 +64,11 @@ def main() -> None:
                 weighting=weighting,  # type: ignore[arg-type]
             )  # fmt: skip
             started = time.monotonic()
-            made = quantize(base, plan, folder, documents=documents, device=arguments.device)
+            made = quantize(base, plan, folder, text=documents, device=arguments.device)
             row: dict[str, Any] = {"seconds": time.monotonic() - started}
             decoder = load_decoder(made, device=device, dtype=torch.float32)
             for name, windows in held.items():
-                found = evaluate(decoder, windows, references[name])
+                found = evaluate_windows(decoder, windows, references[name])
                 row[name] = {
                     "kl": found.kl,
                     "stderr": found.kl_stderr,

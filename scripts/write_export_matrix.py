@@ -6,7 +6,7 @@ Run: python -m scripts.write_export_matrix
 import re
 from pathlib import Path
 
-from tinier.export import matrix, matrix_text
+from tinier.exporting import matrix, matrix_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "loading.md"
 START, END = "<!-- export: start -->", "<!-- export: end -->"

@@ -176,7 +176,7 @@ def quantize_tiny(source: Checkpoint, preset: str | None, out: Path, **plan: obj
         plan = {"group_size": 32} | plan
     small: dict[str, object] = {"windows": 8, "length": 64, "iterations": 5}
     asked = QuantizePlan(preset=preset, **(small | plan))  # type: ignore[arg-type]
-    return quantize(source, asked, out, documents=DOCUMENTS, device="cpu")
+    return quantize(source, asked, out, text=DOCUMENTS, device="cpu")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ from tinier.checkpoint import Checkpoint, open_checkpoint, resolve
 from tinier.engine import load_decoder
 from tinier.engine.text import stop_token_ids
 from tinier.errors import CheckpointError, InputError, TextError
-from tinier.evaluation import evaluate, reference_states
+from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import EMBEDDING, HEAD, check_length, geometry_of, open_model
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, plan_quantize
@@ -441,7 +441,7 @@ def test_padded_vocabularies_are_compared_in_what_they_share(tiny: Tiny) -> None
         torch.log_softmax(their_logits(c.folder, tokens)[:, :-1, :264].double(), dim=-1)
         for c in (one, wide)
     )
-    found = evaluate(
+    found = evaluate_windows(
         load_decoder(wide, device=CPU),
         tokens,
         reference_states(load_decoder(one, device=CPU), tokens),

@@ -63,7 +63,7 @@ def test_a_family_without_a_new_operator_is_one_row(
     assert geometry_of(source).windows == (16, None, 16, None)
     assert distance(*logits_of_both(source)) < 1e-5
     plan = PrunePlan(drop_layers=(1,), keep_intermediate=64, refit=False, windows=2, length=16)
-    pruned = prune(source, plan, tmp_path / "pruned", documents=DOCUMENTS)
+    pruned = prune(source, plan, tmp_path / "pruned", text=DOCUMENTS)
     made = quantize_tiny(pruned, "fp8", tmp_path / "fp8")
     assert geometry_of(made).windows == (16, 16, None)
     assert distance(*logits_of_both(made)) < 1e-5

@@ -13,7 +13,7 @@ ROOT = Path(tinier.__file__).parent
 ORDER = [
     "errors", "numerics", "progress", "device", "ranks", "schemes", "checkpoint", "families", "tokenizer",
     "kernels", "engine", "text", "calibration", "quantization", "pruning", "distillation", "evaluation",
-    "benchmark", "serving", "export", "search", "recipe", "fitting", "advice", "report", "cli",
+    "benchmark", "serving", "exporting", "search", "recipe", "fitting", "advice", "report", "cli",
 ]  # fmt: skip
 
 

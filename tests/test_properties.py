@@ -132,7 +132,7 @@ def check(seed: int, folder: Path, device: str = "cpu") -> None:
     source = write_tiny(folder / "source", draw.family, dtype=draw.dtype, seed=seed, **draw.sizes)
     made = source
     if draw.plan is not None:
-        made = quantize(source, draw.plan, folder / "made", documents=DOCUMENTS, device="cpu")
+        made = quantize(source, draw.plan, folder / "made", text=DOCUMENTS, device="cpu")
     made = open_model(made.folder)
     generator = torch.Generator().manual_seed(seed)
     windows = torch.randint(0, 256, (2, 40), generator=generator)

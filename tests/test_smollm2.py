@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, SamplingParams, load_decoder
-from tinier.evaluation import MmluPlan, evaluate, evaluate_mmlu, load_mmlu, reference_states
+from tinier.evaluation import MmluPlan, evaluate_mmlu, evaluate_windows, load_mmlu, reference_states
 from tinier.families import geometry_of
 from tinier.pruning import PrunePlan, prune
 from tinier.quantization import QuantizePlan, quantize
@@ -110,7 +110,7 @@ def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: P
     divergence = {}
     for preset in ("fp8", "int4"):
         decoder = load_decoder(variant(smollm2, preset, tmp_path / preset), device=CPU)
-        first, second = (evaluate(decoder, windows, reference) for _ in range(2))
+        first, second = (evaluate_windows(decoder, windows, reference) for _ in range(2))
         assert first == second
         assert first.kl is not None
         divergence[preset] = first.kl
@@ -121,7 +121,7 @@ def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: P
 def test_pruning_picks_seven_inner_layers(smollm2: Checkpoint, tmp_path: Path) -> None:
     documents = load_part("builtin", "calibration")
     plan = PrunePlan(keep_layers="75%", windows=4, length=256)
-    made = prune(smollm2, plan, tmp_path / "pruned", documents=documents, device="cpu")
+    made = prune(smollm2, plan, tmp_path / "pruned", text=documents, device="cpu")
     assert made.manifest is not None
     dropped = made.manifest.measures["dropped_layers"]
     assert len(dropped) == 7

@@ -64,7 +64,7 @@ def made(source: Checkpoint, name: str, folder: Path) -> Checkpoint:
     if not FORMATS[name]:
         return source
     plan = QuantizePlan(**{"windows": 8, "length": 64} | FORMATS[name])
-    return quantize(source, plan, folder / name, documents=DOCUMENTS, device="cuda")
+    return quantize(source, plan, folder / name, text=DOCUMENTS, device="cuda")
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -173,7 +173,7 @@ def stopped(self, number):
     return step(self, number)
 
 trainer.Trainer._step = stopped
-distill(open_model(student), open_model(teacher), plan, out, documents=TEXT, heldout=HELD, device="cuda")
+distill(open_model(student), open_model(teacher), plan, out, text=TEXT, heldout=HELD, device="cuda")
 """
 
 

@@ -35,7 +35,7 @@ def plan(preset: str, **options: Any) -> DistillPlan:
 
 
 def run(model: Checkpoint, asked: DistillPlan, out: Path) -> Checkpoint:
-    return distill(model, model, asked, out, documents=TEXT, heldout=HELD, device="cpu")
+    return distill(model, model, asked, out, text=TEXT, heldout=HELD, device="cpu")
 
 
 def kl(made: Checkpoint, when: str) -> float:
@@ -97,7 +97,7 @@ def test_every_family_trains_on_a_grid(tiny: Tiny, tmp_path: Path, family: str) 
     assert {n: (i.dtype, i.shape) for n, i in made.tensors.items()} == {
         n: (i.dtype, i.shape)
         for n, i in quantize(
-            source, plan("int4").quantize, tmp_path / "q", documents=TEXT, device="cpu"  # type: ignore[arg-type]
+            source, plan("int4").quantize, tmp_path / "q", text=TEXT, device="cpu"  # type: ignore[arg-type]
         ).tensors.items()
     }  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_training_that_moves_nothing_writes_the_quantized_model(
     monkeypatch.setattr("tinier.distillation.driver.check_written", lambda *_: None)
     made = run(source, asked, tmp_path / "out")
     assert asked.quantize is not None
-    plain = quantize(source, asked.quantize, tmp_path / "q", documents=TEXT, device="cpu")
+    plain = quantize(source, asked.quantize, tmp_path / "q", text=TEXT, device="cpu")
     with made.reader() as new, plain.reader() as old:
         assert made.tensors.keys() == plain.tensors.keys()
         for name in made.tensors:
@@ -134,7 +134,7 @@ def test_norms_and_scales_alone(tiny: Tiny, tmp_path: Path) -> None:
     assert kl(made, "after") < kl(made, "before")
     asked = plan("int4-gptq").quantize
     assert asked is not None
-    plain = quantize(source, asked, tmp_path / "q", documents=TEXT, device="cpu")
+    plain = quantize(source, asked, tmp_path / "q", text=TEXT, device="cpu")
     with made.reader() as new, plain.reader() as old:
         same = {n for n in made.tensors if torch.equal(new(n), old(n))}
     assert {n for n in made.tensors if n.endswith("weight_packed")} <= same
@@ -180,7 +180,7 @@ def test_what_lies_around_the_layers_is_trained_with_as_it_is_written(
     made = run(source, replace(asked, quantize=grid), tmp_path / "out")
     assert kl(made, "after") < kl(made, "before")
     assert kl(made, "written") == pytest.approx(kl(made, "after"), rel=0.03)
-    plain = quantize(source, grid, tmp_path / "q", documents=TEXT, device="cpu")
+    plain = quantize(source, grid, tmp_path / "q", text=TEXT, device="cpu")
     assert made.tensors.keys() == plain.tensors.keys()
     with made.reader() as new, plain.reader() as old:
         same = [n for n in made.tensors if "lm_head" in n or "embed" in n or n.endswith("v_scale")]
@@ -206,7 +206,7 @@ def test_a_wider_vocabulary_learns_from_a_narrower_one(tiny: Tiny, tmp_path: Pat
         for small, large in ((narrow, wide), (wide, narrow)):
             out = tmp_path / f"{small.folder.name}-{top_k}"
             made = distill(
-                small, large, DistillPlan(top_k=top_k, **sizes), out, documents=TEXT, heldout=HELD,
+                small, large, DistillPlan(top_k=top_k, **sizes), out, text=TEXT, heldout=HELD,
                 device="cpu",
             )  # fmt: skip
             assert kl(made, "after") < kl(made, "before")

@@ -18,7 +18,7 @@ DISTILL = DistillPlan(
 
 def run(source: Checkpoint, plan: PrunePlan, heal: HealPlan, out: Path) -> Checkpoint:
     return prune_and_heal(
-        source, plan, heal, out, documents=TEXT, training=TEXT, heldout=TEXT[:20], device="cpu"
+        source, plan, heal, out, text=TEXT, heal_text=TEXT, heldout=TEXT[:20], device="cpu"
     )
 
 

@@ -38,7 +38,7 @@ QAT = QuantizePlan(preset="int4-awq", group_size=32, windows=4, length=32)
 
 
 def run(student: Checkpoint, teacher: Checkpoint, plan: DistillPlan, out: Path) -> Checkpoint:
-    return distill(student, teacher, plan, out, documents=TEXT, heldout=HELD, device="cpu")
+    return distill(student, teacher, plan, out, text=TEXT, heldout=HELD, device="cpu")
 
 
 def measures(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -55,9 +55,7 @@ def pair(tiny: Tiny, tmp_path: Path, **overrides: object) -> tuple[Checkpoint, C
 def test_the_student_comes_nearer_to_the_teacher(tiny: Tiny, tmp_path: Path, device: str) -> None:
     student, teacher = pair(tiny, tmp_path)
     plan = dataclasses.replace(PLAN, steps=60)
-    made = distill(
-        student, teacher, plan, tmp_path / "out", documents=TEXT, heldout=HELD, device=device
-    )
+    made = distill(student, teacher, plan, tmp_path / "out", text=TEXT, heldout=HELD, device=device)
     assert made.manifest is not None
     measures = made.manifest.measures
     assert measures["heldout_kl_after"] < 0.6 * measures["heldout_kl_before"]
@@ -72,9 +70,7 @@ def test_the_student_comes_nearer_to_the_teacher(tiny: Tiny, tmp_path: Path, dev
 
 def test_types_of_the_checkpoint_stay(tiny: Tiny, tmp_path: Path) -> None:
     student, teacher = pair(tiny, tmp_path, dtype=torch.bfloat16, tie_word_embeddings=False)
-    made = distill(
-        student, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu"
-    )
+    made = distill(student, teacher, PLAN, tmp_path / "out", text=TEXT, heldout=HELD, device="cpu")
     assert {info.dtype for info in made.tensors.values()} == {"BF16"}
 
 
@@ -300,7 +296,7 @@ def test_tensors_that_the_model_does_not_have_are_left_out(tiny: Tiny, tmp_path:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied, stored twice
     save_file(tensors, path, {"format": "pt"})
     made = distill(
-        open_model(student.folder), teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD,
+        open_model(student.folder), teacher, PLAN, tmp_path / "out", text=TEXT, heldout=HELD,
         device="cpu",
     )  # fmt: skip
     after = load_file(made.folder / "model.safetensors")
@@ -370,12 +366,12 @@ def test_bad_pairs(tiny: Tiny, tmp_path: Path) -> None:
     swapped = path.read_text().replace('"1": ', '"x1": ').replace('"2": ', '"1": ')
     path.write_text(swapped.replace('"x1": ', '"2": '))
     with pytest.raises(InputError, match="different tokenizers"):
-        distill(student, other, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD)
+        distill(student, other, PLAN, tmp_path / "out", text=TEXT, heldout=HELD)
     small = quantize(student, QuantizePlan(preset="fp8"), tmp_path / "q")
     with pytest.raises(SchemeError, match="the student .* is quantized"):
-        distill(small, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD)
+        distill(small, teacher, PLAN, tmp_path / "out", text=TEXT, heldout=HELD)
     with pytest.raises(TextError, match="less than one window"):
-        distill(student, teacher, PLAN, tmp_path / "out", documents=["a"], heldout=HELD)
+        distill(student, teacher, PLAN, tmp_path / "out", text=["a"], heldout=HELD)
     assert not (tmp_path / "out").exists()
 
 
@@ -446,14 +442,14 @@ def test_stored_probabilities_serve_another_run(
     plan = dataclasses.replace(PLAN, top_k=16)
     store = tmp_path / "store"
     first = distill(
-        student, teacher, plan, tmp_path / "one", documents=TEXT, heldout=HELD, device="cpu",
+        student, teacher, plan, tmp_path / "one", text=TEXT, heldout=HELD, device="cpu",
         teacher_store=store,
     )  # fmt: skip
     assert len(list(store.iterdir())) == 2
     monkeypatch.setattr(driver, "store_top_k", lambda *_: pytest.fail("computed again"))
     again = distill(
         student, teacher, dataclasses.replace(plan, eval_every=3), tmp_path / "two",
-        documents=TEXT, heldout=HELD, device="cpu", teacher_store=store,
+        text=TEXT, heldout=HELD, device="cpu", teacher_store=store,
     )  # fmt: skip
     assert measures(first)["loss"] == measures(again)["loss"]
 
@@ -480,7 +476,7 @@ def test_tensorboard_has_the_scalars(tiny: Tiny, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     student, teacher = pair(tiny, tmp_path)
     distill(
-        student, teacher, PLAN, tmp_path / "out", documents=TEXT, heldout=HELD, device="cpu",
+        student, teacher, PLAN, tmp_path / "out", text=TEXT, heldout=HELD, device="cpu",
         tensorboard=tmp_path / "board",
     )  # fmt: skip
     board = events.EventAccumulator(str(tmp_path / "board"))
@@ -511,7 +507,7 @@ torch.set_num_threads(1)
 options = eval(sys.argv[4])
 plan = dataclasses.replace(PLAN, precision="float32", eval_every=2, **options)
 student, teacher, out = (Path(a) for a in sys.argv[1:4])
-distill(open_model(student), open_model(teacher), plan, out, documents=TEXT, heldout=HELD, device="cpu")
+distill(open_model(student), open_model(teacher), plan, out, text=TEXT, heldout=HELD, device="cpu")
 """
 
 

@@ -12,10 +12,10 @@ from tinier.engine import Engine, EngineConfig, load_decoder
 from tinier.errors import TextError
 from tinier.evaluation import (
     MmluPlan,
-    evaluate,
     evaluate_mmlu,
     evaluate_mmlu_served,
     evaluate_served,
+    evaluate_windows,
     load_mmlu,
 )
 from tinier.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def served(checkpoint: Checkpoint, longest: int) -> Engine:
 def test_perplexity_is_that_of_whole_windows(tiny: Tiny) -> None:
     checkpoint = tiny("qwen3")
     windows = torch.randint(0, 256, (5, 48), generator=torch.Generator().manual_seed(0))
-    whole = evaluate(load_decoder(checkpoint, device=torch.device("cpu")), windows)
+    whole = evaluate_windows(load_decoder(checkpoint, device=torch.device("cpu")), windows)
     ours = evaluate_served(served(checkpoint, 49), windows)
     assert ours.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
     assert ours.nll_stderr == pytest.approx(whole.nll_stderr, rel=1e-4)

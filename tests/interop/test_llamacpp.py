@@ -13,7 +13,7 @@ from tests.conftest import environment, quantize_tiny
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
 from tinier.errors import SchemeError
-from tinier.export import export
+from tinier.exporting import export
 from tinier.families import open_model
 from tinier.tokenizer import load_tokenizer
 

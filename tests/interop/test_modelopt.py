@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinier.checkpoint import Checkpoint, read_json, unpack_linear
 from tinier.errors import CheckpointError
-from tinier.export import export
+from tinier.exporting import export
 from tinier.families import checkpoint_layout, open_model
 from tinier.numerics import dequantize
 

@@ -79,7 +79,7 @@ def test_a_layer_that_does_nothing_is_dropped_first(
         tensors[f"model.layers.3.{name}.weight"].zero_()
     save_file(tensors, path, {"format": "pt"})
     plan = PrunePlan(keep_layers=5, method=method, windows=2, length=64)
-    made = prune(open_model(source.folder), plan, tmp_path / "out", documents=TEXT)
+    made = prune(open_model(source.folder), plan, tmp_path / "out", text=TEXT)
     assert made.manifest is not None
     assert made.manifest.measures["dropped_layers"] == [3]
     assert made.manifest.layers["3"]["block_influence"] == pytest.approx(0.0, abs=1e-6)
@@ -94,7 +94,7 @@ def test_first_two_and_last_layers_go_last() -> None:
 def test_shares_are_rounded_up(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(num_hidden_layers=7)
     plan = PrunePlan(keep_layers="60%", windows=1, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     assert geometry_of(made).layers == 5  # 4.2 layers
 
 
@@ -114,7 +114,7 @@ def test_bad_layer_lists(text: str) -> None:
 def test_heads_that_do_not_divide_the_hidden_size(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
     with pytest.raises(InputError, match="3 heads do not divide the hidden size 128"):
-        prune(source, PrunePlan(keep_kv_heads=3, length=64), tmp_path / "out", documents=TEXT)
+        prune(source, PrunePlan(keep_kv_heads=3, length=64), tmp_path / "out", text=TEXT)
 
 
 @pytest.mark.parametrize(
@@ -140,21 +140,21 @@ def test_heads_that_do_not_divide_the_hidden_size(tiny: Tiny, tmp_path: Path) ->
 )
 def test_bad_plans(tiny: Tiny, tmp_path: Path, plan: PrunePlan, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        prune(tiny(), plan, tmp_path / "out", documents=TEXT)
+        prune(tiny(), plan, tmp_path / "out", text=TEXT)
     assert not (tmp_path / "out").exists()
 
 
 def test_short_calibration_text(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="less than one window of 128"):
-        prune(tiny(), PrunePlan(keep_layers=3, length=128), tmp_path / "out", documents=["short"])
+        prune(tiny(), PrunePlan(keep_layers=3, length=128), tmp_path / "out", text=["short"])
 
 
 def test_windows_that_do_not_fit_the_model(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="512 tokens are more than the 256 positions of tiny"):
-        prune(tiny(), PrunePlan(keep_layers=3), tmp_path / "out", documents=TEXT)
+        prune(tiny(), PrunePlan(keep_layers=3), tmp_path / "out", text=TEXT)
     source = tiny("mistral", name="sliding", sliding_window=32)
     with pytest.raises(TextError, match="128 tokens exceed sliding attention of 32"):
-        prune(source, PrunePlan(keep_layers=3, length=128), tmp_path / "out", documents=TEXT)
+        prune(source, PrunePlan(keep_layers=3, length=128), tmp_path / "out", text=TEXT)
 
 
 def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_quantized_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_dangerous_plans_are_warned_about(tiny: Tiny, tmp_path: Path) -> None:
     plan = PrunePlan(drop_layers=(0, 3), windows=2, length=64)
-    made = prune(tiny(), plan, tmp_path / "out", documents=TEXT)
+    made = prune(tiny(), plan, tmp_path / "out", text=TEXT)
     assert made.manifest is not None
     first, second, measured = made.manifest.warnings
     assert "dropped layers [0, 3]" in first

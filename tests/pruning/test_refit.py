@@ -56,11 +56,11 @@ def test_it_brings_the_model_nearer(
     source = tiny(family)
     if "keep_experts" in cut and family not in MIXTURES:
         with pytest.raises(InputError, match="is no mixture of experts"):
-            prune(source, plan_of(**cut), tmp_path / "refit", documents=TEXT)
+            prune(source, plan_of(**cut), tmp_path / "refit", text=TEXT)
         return
     plan, plain = plan_of(**cut), plan_of(**cut, refit=False)
-    made = prune(source, plan, tmp_path / "refit", documents=TEXT)
-    without = prune(source, plain, tmp_path / "plain", documents=TEXT)
+    made = prune(source, plan, tmp_path / "refit", text=TEXT)
+    without = prune(source, plain, tmp_path / "plain", text=TEXT)
     windows = calibration_windows(source, plan, TEXT)
     assert made.manifest is not None
     assert without.manifest is not None
@@ -77,7 +77,7 @@ def test_it_is_the_least_squares_solution(tiny: Tiny, tmp_path: Path) -> None:
     """Against torch's solver on the stacked problem, with damping as rows of its own."""
     source = tiny()
     plan = plan_of(drop_layers=(2,), keep_intermediate=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     windows = calibration_windows(source, plan, TEXT)
     kept = measure_importance(source, windows, device=CPU).kept_neurons(64)[1]
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()
@@ -108,7 +108,7 @@ def test_parts_that_do_nothing_change_nothing(tiny: Tiny, tmp_path: Path) -> Non
             tensors[name][64:] = 0
     save_file(tensors, path, {"format": "pt"})
     source = open_model(source.folder)
-    made = prune(source, plan_of(keep_intermediate=64), tmp_path / "out", documents=TEXT)
+    made = prune(source, plan_of(keep_intermediate=64), tmp_path / "out", text=TEXT)
     written = load_file(made.folder / "model.safetensors")
     for layer in range(4):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
@@ -127,7 +127,7 @@ def test_what_is_solved_for(tiny: Tiny) -> None:
 
 
 def test_it_needs_text(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="needs calibration text. Give documents, or refit=False"):
-        prune(tiny(), PrunePlan(drop_layers=(1,)), tmp_path / "out")
+    with pytest.raises(InputError, match="needs calibration text. Give text, or refit=False"):
+        prune(tiny(), PrunePlan(drop_layers=(1,)), tmp_path / "out", text=())
     # nothing is left that could stand in for the first layer
     prune(tiny(), PrunePlan(drop_layers=(0,)), tmp_path / "out")

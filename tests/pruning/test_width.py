@@ -54,7 +54,7 @@ def test_without_neurons_and_heads_it_is_the_original_with_them_masked(
 ) -> None:
     source = tiny(family)
     plan = PrunePlan(keep_intermediate=64, keep_kv_heads=1, refit=False, windows=2, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     if family == "olmo2":  # q and k are normed over all heads: those that stay are others
         assert made.manifest is not None
         assert any("heads that stay change" in warning for warning in made.manifest.warnings)
@@ -82,7 +82,7 @@ def test_experts_that_carry_least_go_and_tokens_choose_among_the_others(
 ) -> None:
     source = tiny(family)
     plan = PrunePlan(keep_experts=4, refit=False, windows=2, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     geometry, before = geometry_of(made), geometry_of(source)
     assert (geometry.experts, before.experts) == (4, 6)
     kept = measure_importance(source, _calibration(source, plan), device=CPU).kept_experts(4)
@@ -103,7 +103,7 @@ def test_experts_that_carry_least_go_and_tokens_choose_among_the_others(
             )
     assert torch.isfinite(log_probs).all()
     with pytest.raises(InputError, match="Keep 2 to 6"):
-        prune(source, PrunePlan(keep_experts=1), tmp_path / "few", documents=TEXT)
+        prune(source, PrunePlan(keep_experts=1), tmp_path / "few", text=TEXT)
 
 
 def test_the_score_of_an_expert_is_what_it_adds(tiny: Tiny) -> None:
@@ -140,7 +140,7 @@ def test_channels_that_are_zero_change_nothing(
     written = [f"{p}.{n}.weight" for p in layers for n in writers]
     source = silence(source, written, keep, 0)
     plan = PrunePlan(keep_hidden=64, windows=2, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     assert geometry_of(open_model(made.folder)).hidden == 64
     assert torch.allclose(logits(made), logits(source), atol=1e-4)
 
@@ -148,7 +148,7 @@ def test_channels_that_are_zero_change_nothing(
 def test_heads_are_dropped_inside_their_group(tiny: Tiny, tmp_path: Path) -> None:
     source = tiny(num_attention_heads=8, num_key_value_heads=2, head_dim=8)
     plan = PrunePlan(keep_heads=4, windows=2, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     geometry = geometry_of(open_model(made.folder))
     assert (geometry.heads, geometry.kv_heads) == (4, 2)
     scores = measure_importance(source, _calibration(source, plan), device=CPU)
@@ -228,7 +228,7 @@ def test_a_target_is_met_from_below(tiny: Tiny, tmp_path: Path, unit: str) -> No
     total = geometry_of(source).parameters
     asked = 0.6 * total * (4 if unit == "MB" else 1) / 1e6  # float32: four bytes each
     plan = PrunePlan(target=f"{asked:.4f}{unit}", align=16, candidates=4, windows=2, length=64)
-    made = prune(source, plan, tmp_path / "out", documents=TEXT)
+    made = prune(source, plan, tmp_path / "out", text=TEXT)
     after = geometry_of(open_model(made.folder)).parameters
     assert 0.95 * 0.6 * total <= after <= 0.6 * total
     assert made.manifest is not None
@@ -273,7 +273,7 @@ def test_a_target_that_cannot_be_met_says_how_far_it_goes(
     with pytest.raises(InputError, match="The smallest has .* parameters; use"):
         prune(
             tiny(), PrunePlan(target="0.02M", windows=2, length=64), tmp_path / "out",
-            documents=TEXT,
+            text=TEXT,
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
 

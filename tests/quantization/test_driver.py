@@ -79,7 +79,7 @@ def test_the_estimated_size_is_the_size(tiny: Tiny, tmp_path: Path) -> None:
     for preset in PRESETS:
         plan = QuantizePlan(preset=preset, windows=2, length=64, iterations=1)
         stage = plan_quantize(source, plan, DOCUMENTS)
-        made = quantize(source, plan, tmp_path / preset, documents=DOCUMENTS, device="cpu")
+        made = quantize(source, plan, tmp_path / preset, text=DOCUMENTS, device="cpu")
         assert stage.output_bytes == pytest.approx(made.disk_bytes, rel=0.03), preset
         assert stage.output_config == made.config
         assert made.manifest is not None
@@ -219,7 +219,7 @@ def test_several_presets_in_one_walk_are_what_each_is_alone(tiny: Tiny, tmp_path
         )
         for preset in ("fp8", *SLOW_PRESETS)
     }  # fmt: skip
-    together = quantize_all(source, plans, documents=DOCUMENTS, device="cpu")
+    together = quantize_all(source, plans, text=DOCUMENTS, device="cpu")
     for checkpoint, preset in zip(together, ("fp8", *SLOW_PRESETS), strict=True):
         alone = quantize_tiny(source, preset, tmp_path / "alone" / preset)
         assert checkpoint.hash == alone.hash
@@ -387,7 +387,7 @@ def test_bad_input_is_found_before_any_work(
 ) -> None:
     source = tiny()
     with pytest.raises((SchemeError, InputError), match=message):
-        quantize(source, QuantizePlan(**({"length": 64} | arguments)), tmp_path / "out")
+        quantize(source, QuantizePlan(**({"length": 64} | arguments)), tmp_path / "out", text=())
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 

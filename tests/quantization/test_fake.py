@@ -99,7 +99,7 @@ def test_quantize_keeps_what_its_codes_stand_for(tiny: Tiny, tmp_path: Path, pre
     size = 32 if preset == "int4-awq" else None
     plan = QuantizePlan(preset=preset, group_size=size, windows=8, length=64)
     made = quantize(
-        source, plan, tmp_path / "kept", documents=DOCUMENTS, device="cpu", targets=tmp_path / "t"
+        source, plan, tmp_path / "kept", text=DOCUMENTS, device="cpu", targets=tmp_path / "t"
     )
     plain = quantize_tiny(source, preset, tmp_path / "plain")
     assert made.hash == plain.hash

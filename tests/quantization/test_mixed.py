@@ -11,7 +11,7 @@ from tests.conftest import DOCUMENTS, quantize_tiny
 from tinier.calibration import DecoderWalk
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
-from tinier.evaluation import evaluate, reference_states
+from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import checkpoint_layout, geometry_of, linear_names
 from tinier.quantization import QuantizePlan, quantize
 from tinier.quantization.mixed import (
@@ -74,10 +74,10 @@ def test_a_whole_model_of_parts_diverges_as_the_quantized_one(
         layer_formats=dict.fromkeys(linear_names(geometry_of(source))[:-1], label),
         windows=8, length=64, **ends,
     )  # fmt: skip
-    made = quantize(source, plan, tmp_path / "q", documents=DOCUMENTS, device="cpu")
+    made = quantize(source, plan, tmp_path / "q", text=DOCUMENTS, device="cpu")
     cpu = torch.device("cpu")
     reference = reference_states(load_decoder(source, device=cpu), windows)
-    whole = evaluate(load_decoder(made, device=cpu), windows, reference)
+    whole = evaluate_windows(load_decoder(made, device=cpu), windows, reference)
     assert whole.kl is not None
     assert found[0] == pytest.approx(whole.kl, rel=0.2)
     assert found[1] == pytest.approx(0, abs=1e-9)
@@ -193,7 +193,7 @@ def test_learned_rounding_comes_closer_in_the_same_formats(tiny: Tiny, tmp_path:
         assert made.manifest is not None
         found.append(made.manifest.measures["mixed"])
         decoder = load_decoder(made, device=torch.device("cpu"), dtype=torch.float32)
-        kls.append(evaluate(decoder, windows, reference_states(exact, windows)).kl)
+        kls.append(evaluate_windows(decoder, windows, reference_states(exact, windows)).kl)
     assert found[0] == found[1]
     assert kls[1] < 0.9 * kls[0]
 

@@ -19,7 +19,7 @@ import pytest
 from tests.serving.conftest import ENGINE
 
 from tinier.errors import InputError
-from tinier.export import export
+from tinier.exporting import export
 from tinier.families import open_model
 from tinier.serving import ServeConfig, Service
 from tinier.serving.triton import check_installed, packages_folder

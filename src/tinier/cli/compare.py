@@ -33,25 +33,14 @@ def compare(
     """
     from dataclasses import asdict
 
-    from tinier.device import pick_device
     from tinier.evaluation import compare as run_compare
-    from tinier.families import check_length, open_model
-    from tinier.progress import warn
+    from tinier.families import open_model
     from tinier.report.terminal import comparison_text
-    from tinier.text import load_part, shortfall, token_windows
-    from tinier.tokenizer import check_same_tokens, load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
-    place = pick_device(device)
-    first, second = open_model(model), open_model(other)
-    common = check_same_tokens(first, second)
-    for checkpoint in (first, second):
-        check_length(checkpoint, length)
-    held = token_windows(
-        load_tokenizer(first, common), load_part(text, "heldout"), length=length, count=windows
-    )
-    for warning in shortfall(held, windows):
-        warn(warning)
-    comparison = run_compare(first, second, held, device=place)
+    comparison = run_compare(
+        open_model(model), open_model(other), text=text, windows=windows, length=length,
+        device=device,
+    )  # fmt: skip
     data = {"model": model, "other": other, "text": text, **asdict(comparison)}
     output.result(comparison_text(comparison, model, other), data, as_json=json)

@@ -171,7 +171,7 @@ def distill(
     if tensorboard is not None:
         say(f"follow it with: tensorboard --logdir {tensorboard}")
     made = run_distill(
-        small, original, plan, out, documents=training, heldout=held, device=device,
+        small, original, plan, out, text=training, heldout=held, device=device,
         teacher_store=teacher_store, tensorboard=tensorboard,
     )  # fmt: skip
     summary, data = made_text(made, small)

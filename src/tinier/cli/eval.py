@@ -93,17 +93,16 @@ def eval_(
         MmluPlan,
         TasksPlan,
         compare_answers,
-        evaluate,
         evaluate_mmlu,
+        evaluate_windows,
+        heldout_windows,
         load_mmlu,
         measure_served,
         reference_states,
         task_changes,
     )
     from tinier.families import check_length, open_model
-    from tinier.progress import warn
     from tinier.report.terminal import quality_text, size_of
-    from tinier.text import load_part, shortfall, token_windows
     from tinier.tokenizer import check_same_tokens, load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
@@ -130,11 +129,9 @@ def eval_(
     checkpoint = open_model(model, revision)
     original = open_model(against) if against else None
     check_length(checkpoint, length + engine)  # the engine adds a token
+    held = heldout_windows(checkpoint, original, text, windows, length)
     common = check_same_tokens(checkpoint, original) if original else None
     tokenizer = load_tokenizer(checkpoint, common)
-    held = token_windows(tokenizer, load_part(text, "heldout"), length=length, count=windows)
-    for warning in shortfall(held, windows):
-        warn(warning)
     questions = None
     if mmlu:
         plan = MmluPlan(
@@ -154,7 +151,7 @@ def eval_(
         )
     else:
         decoder = load_decoder(checkpoint, device=place, int4_inputs=int4_inputs)
-        quality = evaluate(decoder, held, reference)
+        quality = evaluate_windows(decoder, held, reference)
         answers = evaluate_mmlu(decoder, tokenizer, questions, shots) if questions else None
     found, changes = [], {}
     if answers and original_answers:

@@ -10,7 +10,7 @@ from tinier.cli import options, output
 
 def _print_matrix(asked: bool) -> None:
     if asked:
-        from tinier.export import matrix, matrix_text
+        from tinier.exporting import matrix, matrix_text
 
         print(matrix_text(matrix()))
         raise typer.Exit
@@ -72,8 +72,8 @@ def write_for(
 ) -> None:
     """Export a model, or say what that would do, and print it."""
     from tinier.checkpoint import check_output
-    from tinier.export import export as write
-    from tinier.export import plan_export
+    from tinier.exporting import export as write
+    from tinier.exporting import plan_export
     from tinier.families import open_model
     from tinier.report.terminal import exported_text, stage_text
 

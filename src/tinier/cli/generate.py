@@ -58,14 +58,11 @@ def generate(
       tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
       tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
     """
-    from tinier.engine import Engine, EngineConfig, SamplingParams
-    from tinier.engine.text import TextStream, encode_prompt, stop_token_ids
+    from tinier.engine import SamplingParams
+    from tinier.engine import generate as run_generate
     from tinier.families import open_model
-    from tinier.tokenizer import load_tokenizer
 
     output.start(quiet=quiet, log_level=log_level)
-    checkpoint = open_model(model, revision)
-    tokenizer = load_tokenizer(checkpoint)
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -77,25 +74,17 @@ def generate(
         frequency_penalty=frequency_penalty,
         stop=tuple(stop or ()),
         seed=seed,
-        stop_token_ids=stop_token_ids(checkpoint, tokenizer),
     )
-    ids = encode_prompt(tokenizer, _standard_input() if prompt == "-" else prompt, chat=chat)
-    config = EngineConfig(
-        max_batch_size=1, max_seq_len=len(ids) + max_tokens, tensor_parallel=tensor_parallel,
-        device=device, int4_inputs=int4_inputs,
+    made = run_generate(
+        open_model(model, revision), _standard_input() if prompt == "-" else prompt, params,
+        chat=chat, tensor_parallel=tensor_parallel, device=device, int4_inputs=int4_inputs,
     )  # fmt: skip
-    engine = Engine(checkpoint, config, tokenizer=tokenizer)
-    stream = TextStream(tokenizer, params.stop, params.min_tokens)
-    text = ""
-    for token in engine.stream(ids, params):
-        piece = stream.push(token)
-        text += piece
+    for piece in made:
         if not json:
             print(piece, end="", flush=True)
-    tail = stream.close()
-    data = {"model": model, "prompt_tokens": len(ids), "output_tokens": stream.num_tokens,
-            "text": text + tail}  # fmt: skip
-    output.result(tail, data, as_json=json)
+    data = {"model": model, "prompt_tokens": made.prompt_tokens, "output_tokens": made.output_tokens,
+            "text": made.text}  # fmt: skip
+    output.result("", data, as_json=json)
 
 
 def _standard_input() -> str:

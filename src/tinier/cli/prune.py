@@ -122,7 +122,6 @@ def prune(
     from tinier.pruning import PrunePlan, parse_layers, plan_prune
     from tinier.pruning import prune as run_prune
     from tinier.report.terminal import made_text, stage_text
-    from tinier.text import load_part
 
     output.start(quiet=quiet, log_level=log_level)
     check_output(out)
@@ -144,15 +143,14 @@ def prune(
         windows=windows,
         length=length,
     )
-    documents = load_part(text, "calibration")
     if dry_run:
-        summary, data = stage_text(plan_prune(source, plan, documents), out, device)
+        summary, data = stage_text(plan_prune(source, plan, text), out, device)
         output.result(summary, data, as_json=json)
         return
     if heal_steps is None:
         if rounds != 1 or finalists != 1:
             raise InputError("--rounds and --finalists heal in between. Give --heal-steps 100.")
-        made = run_prune(source, plan, out, documents=documents, device=device)
+        made = run_prune(source, plan, out, text=text, device=device)
     else:
         distil = DistillPlan(
             steps=heal_steps, batch=heal_batch, micro_batch=gcd(4, heal_batch), length=length,
@@ -160,8 +158,7 @@ def prune(
         )  # fmt: skip
         made = prune_and_heal(
             source, plan, HealPlan(distill=distil, rounds=rounds, finalists=finalists), out,
-            documents=documents, training=load_part(heal_text, "training"),
-            heldout=load_part("builtin", "heldout"), device=device,
+            text=text, heal_text=heal_text, device=device,
         )  # fmt: skip
     summary, data = made_text(made, source)
     output.result(summary, data, as_json=json)

@@ -147,12 +147,10 @@ def quantize(
         MIXED_BEST,
         NULL,
         QuantizePlan,
-        needs_text,
         plan_quantize,
         quantize_all,
     )
     from tinier.report.terminal import made_text, stage_text
-    from tinier.text import load_calibration
 
     output.start(quiet=quiet, log_level=log_level)
     if len(set(preset)) < len(preset):
@@ -185,18 +183,16 @@ def quantize(
     }
     source = open_model(model, revision)
     if for_ is not None:
-        from tinier.export import suited
+        from tinier.exporting import suited
 
         plans = {folder: suited(source, plan, for_) for folder, plan in plans.items()}
-    reads_text = text != "self" and any(needs_text(plan) for plan in plans.values())
-    documents = load_calibration(text) if reads_text else []
     if dry_run:
         texts = [
-            stage_text(plan_quantize(source, plan, documents), folder, device)
+            stage_text(plan_quantize(source, plan, text), folder, device)
             for folder, plan in plans.items()
         ]
     else:
-        made = quantize_all(source, plans, documents=documents, device=device)
+        made = quantize_all(source, plans, text=text, device=device)
         texts = [made_text(checkpoint, source) for checkpoint in made]
     data = texts[0][1] if len(texts) == 1 else {"checkpoints": [data for _, data in texts]}
     output.result("\n".join(text for text, _ in texts), data, as_json=json)

@@ -53,22 +53,22 @@ from tinier.families import geometry_of, open_model
 from tinier.progress import warn
 from tinier.quantization import quantize
 from tinier.ranks import Ranks, join_ranks
-from tinier.text import Document, written_windows
+from tinier.text import BUILTIN, Document, Text, documents_of, written_windows
 
 
 def distill(
     student: Checkpoint,
     teacher: Checkpoint,
     plan: DistillPlan,
-    out: Path,
+    out: Path | str,
     *,
-    documents: Sequence[Document],
-    heldout: Sequence[Document],
+    text: Text = BUILTIN,
+    heldout: Text = BUILTIN,
     device: str = "auto",
     teacher_store: Path | None = None,
     tensorboard: Path | None = None,
 ) -> Checkpoint:
-    """Train `student` towards `teacher` on `documents`, write it to the new folder `out`.
+    """Train `student` towards `teacher` on `text`, write it to the new folder `out`.
 
     The result has the weights of the lowest held-out loss; where those of the last step are others,
     they are kept in the folder `OUT-last`. heldout: text that is measured and never trained on.
@@ -77,10 +77,13 @@ def distill(
     Raises InputError, SchemeError, TextError or OutputError before any work, and MeasuredFailure when
     the loss is no number or grows, or the memory is not enough.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     last = out.with_name(f"{out.name}-last")
     check_output(out)
-    stage, training, held = prepare(student, teacher, plan, documents, heldout)
+    documents = documents_of(text, "training")
+    stage, training, held = prepare(
+        student, teacher, plan, documents, documents_of(heldout, "heldout")
+    )
     if finished_checkpoint(last, stage.key) is None:
         check_output(last)
     _check_tensorboard(tensorboard)
@@ -173,7 +176,7 @@ def _prepare_run(
         folder = work / "quantized"
         if not folder.exists():
             quantize(
-                student, plan.quantize, folder, documents=documents, device=device.type,
+                student, plan.quantize, folder, text=documents, device=device.type,
                 targets=work / "targets",
             )  # fmt: skip
         quantized = open_model(folder)

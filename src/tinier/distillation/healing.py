@@ -21,7 +21,7 @@ from tinier.families import geometry_of, open_model
 from tinier.progress import say
 from tinier.pruning import PrunePlan, choose, plan_prune, prune, write_pruned
 from tinier.pruning.plan import calibration_windows, wanted_sizes
-from tinier.text import Document
+from tinier.text import BUILTIN, Document, Text, documents_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +40,27 @@ def prune_and_heal(
     source: Checkpoint,
     plan: PrunePlan,
     heal: HealPlan,
-    out: Path,
+    out: Path | str,
     *,
-    documents: Sequence[Document],
-    training: Sequence[Document],
-    heldout: Sequence[Document],
+    text: Text = BUILTIN,
+    heal_text: Text = BUILTIN,
+    heldout: Text = BUILTIN,
     device: str = "auto",
 ) -> Checkpoint:
     """Write `source`, pruned and distilled from itself, to the new folder `out`; returns it opened.
 
-    documents: calibration text of pruning; training, heldout: of distillation. Raises what `prune` and
+    text: to calibrate pruning on; heal_text, heldout: of distillation. Raises what `prune` and
     `distill` raise.
     """
+    out = Path(out)
     check_output(out)
+    documents, training, held = (
+        documents_of(text, "calibration"), documents_of(heal_text, "training"),
+        documents_of(heldout, "heldout"),
+    )  # fmt: skip
     parts = _rounds(source, plan, heal)
     plan_prune(source, plan, documents)
-    plan_distill(source, source, heal.distill, training, heldout)
+    plan_distill(source, source, heal.distill, training, held)
     work = out.parent / f".{out.name}.healing"
     work.mkdir(parents=True, exist_ok=True)
     model = source
@@ -64,24 +69,22 @@ def prune_and_heal(
         stage = plan_prune(model, part, documents)
         if heal.finalists > 1:
             pruned = _best_finalist(
-                source, part, heal, work, folder, documents, training, heldout, device
+                source, part, heal, work, folder, documents, training, held, device
             )
         else:
             pruned = _made(
                 folder, stage.key,
                 lambda folder=folder, part=part, model=model: prune(  # type: ignore[misc]
-                    model, part, folder, documents=documents, device=device
+                    model, part, folder, text=documents, device=device
                 ),
             )  # fmt: skip
         if number == len(parts):
             break
         say(f"round {number} of {len(parts)}: {geometry_of(pruned).layers} layers, healing")
         model = _healed(
-            pruned, source, heal.distill, work / f"healed-{number}", training, heldout, device
+            pruned, source, heal.distill, work / f"healed-{number}", training, held, device
         )
-    made = distill(
-        pruned, source, heal.distill, out, documents=training, heldout=heldout, device=device
-    )
+    made = distill(pruned, source, heal.distill, out, text=training, heldout=held, device=device)
     shutil.rmtree(work)
     return made
 
@@ -165,9 +168,7 @@ def _healed(
     stage = plan_distill(pruned, teacher, plan, training, heldout)
 
     def make() -> Checkpoint:
-        made = distill(
-            pruned, teacher, plan, folder, documents=training, heldout=heldout, device=device
-        )
+        made = distill(pruned, teacher, plan, folder, text=training, heldout=heldout, device=device)
         shutil.rmtree(folder.with_name(f"{folder.name}-last"), ignore_errors=True)
         return made
 

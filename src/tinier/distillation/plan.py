@@ -18,7 +18,15 @@ from tinier.distillation.losses import Kind
 from tinier.errors import InputError, SchemeError
 from tinier.families import check_length, geometry_of
 from tinier.quantization import QuantizePlan, plan_quantize
-from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.text import (
+    BUILTIN,
+    Document,
+    Text,
+    documents_of,
+    shortfall,
+    tensor_sha256,
+    token_windows,
+)
 from tinier.tokenizer import check_same_tokens, load_tokenizer
 
 HELDOUT_WINDOWS = 8
@@ -161,15 +169,16 @@ def plan_distill(
     student: Checkpoint,
     teacher: Checkpoint,
     plan: DistillPlan,
-    documents: Sequence[Document],
-    heldout: Sequence[Document],
+    text: Text = BUILTIN,
+    heldout: Text = BUILTIN,
 ) -> StagePlan:
     """What `distill` would do, after every check that needs no weights.
 
     Raises SchemeError for a quantized model or a grid that does not fit, InputError for models of
     different vocabularies or layers that do not pair, TextError for a text shorter than one window.
     """
-    return prepare(student, teacher, plan, documents, heldout)[0]
+    documents, held = documents_of(text, "training"), documents_of(heldout, "heldout")
+    return prepare(student, teacher, plan, documents, held)[0]
 
 
 def prepare(

@@ -1,9 +1,9 @@
 """Perplexity, and divergence from the original model, on held-out windows.
 
-Start at `evaluate`; `written_text` gives the windows that a model writes itself. In: a decoder, windows
-[n, length], and the original's final hidden states (`reference_states`), from which its logits are made
-again chunk by chunk, so that no [tokens, vocab] matrix is ever whole. Every window is predicted from its
-second token on; all figures are means over the same tokens.
+Start at `evaluate_windows`; `written_text` gives the windows that a model writes itself. In: a decoder,
+windows [n, length], and the original's final hidden states (`reference_states`), from which its logits
+are made again chunk by chunk, so that no [tokens, vocab] matrix is ever whole. Every window is predicted
+from its second token on; all figures are means over the same tokens.
 """
 
 import math
@@ -61,7 +61,7 @@ def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
     return Reference(torch.cat(hidden), decoder.head, decoder.device, divisor)
 
 
-def evaluate(
+def evaluate_windows(
     decoder: Decoder, windows: Tensor, reference: Reference | None = None, *, given: int = 1
 ) -> Quality:
     """Measure a model on windows [n, length] of token ids; against `reference` if there is one.

@@ -1,7 +1,7 @@
 """The same measures through the serving engine: its cache, its batches, its kernels for single tokens.
 
-`evaluate` and `evaluate_mmlu` run whole windows through the engine's decoder; these send requests, so that
-what is measured is all of what serves. Divergence from an original needs whole windows.
+`evaluate_windows` and `evaluate_mmlu` run whole windows through the engine's decoder; these send requests,
+so that what is measured is all of what serves. Divergence from an original needs whole windows.
 """
 
 import math

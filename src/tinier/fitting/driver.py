@@ -91,11 +91,12 @@ class Candidate(NamedTuple):
     why: str
 
 
-def fit(plan: FitPlan, out: Path, *, command: str) -> FitResults:
+def fit(plan: FitPlan, out: Path | str, *, command: str = "") -> FitResults:
     """Search, make and measure; returns what is in out/fit.json: the winner, the front, the alternatives.
 
     Raises the InputError of whatever is wrong before any work, OutputError for a folder in use.
     """
+    out = Path(out)
     check_run_folder(out)
     search_ = _Search(plan, out, command)
     (out / "fit").mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ plain model of the same architecture, in standard format, which needs nothing of
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,29 +27,29 @@ from tinier.progress import bar, say, warn
 from tinier.pruning.choice import Choice, choose
 from tinier.pruning.cut import Cut
 from tinier.pruning.importance import measure_importance
-from tinier.pruning.plan import PrunePlan, calibration_windows, prepare
+from tinier.pruning.plan import PrunePlan, prepare
 from tinier.pruning.refit import refitted
 from tinier.pruning.trial import divergences
-from tinier.text import Document
+from tinier.text import BUILTIN, Text, documents_of
 
 
 def prune(
     source: Checkpoint,
     plan: PrunePlan,
-    out: Path,
+    out: Path | str,
     *,
-    documents: Sequence[Document] = (),
+    text: Text = BUILTIN,
     device: str = "auto",
 ) -> Checkpoint:
     """Write `source` without some of its parts to the new folder `out`; returns it opened.
 
-    documents: calibration text, needed where the plan leaves something to be measured. Raises
+    text: to calibrate on, needed where the plan leaves something to be measured. Raises
     InputError, SchemeError, TextError or OutputError before any work, and MeasuredFailure where no
     sizes fit a target.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     check_output(out)
-    stage, windows = prepare(source, plan, documents)
+    stage, windows = prepare(source, plan, documents_of(text, "calibration"))
     place = pick_device(device)
     reset_peak_memory(place)
     check_memory(
@@ -60,7 +59,7 @@ def prune(
     for warning in stage.warnings:
         warn(warning)
     choice = choose(source, plan, windows, place)[0]
-    warnings = _warnings(source, plan, choice, documents, place)
+    warnings = _warnings(source, plan, choice, windows, place)
     return write_pruned(source, plan, stage, choice, windows, out, warnings, place, started)
 
 
@@ -118,7 +117,7 @@ def _warnings(
     source: Checkpoint,
     plan: PrunePlan,
     choice: Choice,
-    documents: Sequence[Document],
+    windows: Tensor | None,
     device: torch.device,
 ) -> list[str]:
     """What is dangerous about the layers that go, and what measurement says instead."""
@@ -132,8 +131,7 @@ def _warnings(
         )
     if 2 * len(dropped) >= total:
         warnings.append(f"dropped {len(dropped)} of {total} layers: half or more rarely recovers")
-    if warnings and plan.drop_layers and documents:
-        windows = calibration_windows(source, plan, documents)
+    if warnings and plan.drop_layers and windows is not None:
         warnings.append(_instead(source, dropped, windows, device))
     for warning in warnings:
         say(f"warning: {warning}")

@@ -21,7 +21,15 @@ from tinier.pruning.cut import Cut, Sizes
 from tinier.pruning.importance import cut_to
 from tinier.pruning.refit import linears_to_refit
 from tinier.schemes import Scheme
-from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.text import (
+    BUILTIN,
+    Document,
+    Text,
+    documents_of,
+    shortfall,
+    tensor_sha256,
+    token_windows,
+)
 from tinier.tokenizer import load_tokenizer
 
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
@@ -124,15 +132,13 @@ def parse_target(text: str) -> Target:
     return Target(float(match[1]) * _UNITS[match[2]], kind)
 
 
-def plan_prune(
-    source: Checkpoint, plan: PrunePlan, documents: Sequence[Document] = ()
-) -> StagePlan:
+def plan_prune(source: Checkpoint, plan: PrunePlan, text: Text = BUILTIN) -> StagePlan:
     """What `prune` would do, after every check that needs no weights.
 
     Raises InputError: nothing to remove, a layer or size out of range, sizes that do not fit together;
     SchemeError for a quantized source; TextError for a text that cannot be used.
     """
-    return prepare(source, plan, documents)[0]
+    return prepare(source, plan, documents_of(text, "calibration"))[0]
 
 
 def prepare(
@@ -154,7 +160,7 @@ def prepare(
     solves = plan.refit and (plan.target is not None or bool(linears_to_refit(first, geometry)))
     if solves and not documents:
         raise InputError(
-            "refitting what is left needs calibration text. Give documents, or refit=False."
+            "refitting what is left needs calibration text. Give text, or refit=False."
         )
     if plan.chooses or solves:
         check_length(source, plan.length)

@@ -9,7 +9,6 @@ them again, so it goes on with the very numbers that it would have had.
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,7 +77,7 @@ from tinier.quantization.plan import (
 from tinier.quantization.scales import round_table
 from tinier.ranks import Ranks, join_ranks
 from tinier.schemes import Layout
-from tinier.text import Document, written_windows
+from tinier.text import BUILTIN, Text, documents_of, written_windows
 
 # below this signal-to-noise ratio a layer's weights have lost about a bit more than INT4 costs
 _POOR_SNR_DB = 12.0
@@ -87,27 +86,27 @@ _POOR_SNR_DB = 12.0
 def quantize(
     source: Checkpoint,
     plan: QuantizePlan,
-    out: Path,
+    out: Path | str,
     *,
-    documents: Sequence[Document] = (),
+    text: Text = BUILTIN,
     device: str = "auto",
     targets: Path | None = None,
 ) -> Checkpoint:
     """Write `source` quantized as `plan` says to the new folder `out`; returns it opened.
 
-    documents: calibration text, for presets that need it. targets: folder for the 16-bit weights that
+    text: to calibrate on, for presets that need it. targets: folder for the 16-bit weights that
     the codes stand for (equalization folded in, not rounded), a file a layer. The same call goes on
     where one that was stopped left off. Under torchrun the calibration windows are split over the
     processes. Raises SchemeError, TextError, InputError or OutputError before any work.
     """
-    return quantize_all(source, {out: plan}, documents=documents, device=device, targets=targets)[0]
+    return quantize_all(source, {Path(out): plan}, text=text, device=device, targets=targets)[0]
 
 
 def quantize_all(
     source: Checkpoint,
     plans: dict[Path, QuantizePlan],
     *,
-    documents: Sequence[Document] = (),
+    text: Text = BUILTIN,
     device: str = "auto",
     targets: Path | None = None,
 ) -> list[Checkpoint]:
@@ -124,6 +123,8 @@ def quantize_all(
     ranks = join_ranks(place)
     reset_peak_memory(place)
     jobs, speed = [], model_flops(place)
+    read = any(needs_text(plan) and not plan.self_text for plan in plans.values())
+    documents = documents_of(text, "calibration") if read else ()
     prepared = {out: prepare(source, plan, documents) for out, plan in plans.items()}
     for stage, _ in prepared.values():
         _announce(stage, place, speed)

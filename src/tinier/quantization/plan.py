@@ -30,7 +30,15 @@ from tinier.families import (
 )
 from tinier.quantization.layer import LayerPresets
 from tinier.schemes import Grid, Layout, Preset, Scheme, preset_named
-from tinier.text import Document, shortfall, tensor_sha256, token_windows
+from tinier.text import (
+    BUILTIN,
+    Document,
+    Text,
+    documents_of,
+    shortfall,
+    tensor_sha256,
+    token_windows,
+)
 from tinier.tokenizer import load_tokenizer
 
 NULL = "null"
@@ -110,15 +118,14 @@ class QuantizePlan:
         return self.preset in (MIXED, MIXED_BEST)
 
 
-def plan_quantize(
-    source: Checkpoint, plan: QuantizePlan, documents: Sequence[Document] = ()
-) -> StagePlan:
+def plan_quantize(source: Checkpoint, plan: QuantizePlan, text: Text = BUILTIN) -> StagePlan:
     """What `quantize` would do, after every check that needs no weights.
 
     Raises SchemeError: an unknown preset, a group size that does not divide, a pattern that matches
     nothing or everything, a source that is already quantized. TextError: too little text.
     """
-    return prepare(source, plan, documents)[0]
+    read = needs_text(plan) and not plan.self_text
+    return prepare(source, plan, documents_of(text, "calibration") if read else ())[0]
 
 
 def prepare(
@@ -431,9 +438,7 @@ def _windows(
         if plan.self_text:
             return None
         if not documents:
-            raise InputError(
-                f"{plan.preset} needs calibration text, and there is none. Give documents."
-            )
+            raise InputError(f"{plan.preset} needs calibration text, and there is none. Give text.")
         tokenizer = load_tokenizer(source)
         return token_windows(tokenizer, documents, length=plan.length, count=plan.windows)
     if plan.self_text:

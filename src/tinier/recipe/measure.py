@@ -37,8 +37,8 @@ from tinier.evaluation import (
     Quality,
     Reference,
     TaskResult,
-    evaluate,
     evaluate_mmlu,
+    evaluate_windows,
     reference_states,
     written_text,
 )
@@ -232,7 +232,7 @@ class Measurements:
     def _quality(self, name: str, section: str, windows: Tensor) -> Quality:
         if section not in self._references:
             self._references[section] = reference_states(self._decoder(BASE), windows)
-        return evaluate(self._decoder(name), windows, self._references[section])
+        return evaluate_windows(self._decoder(name), windows, self._references[section])
 
     def _own_text(self, name: str) -> Quality:
         """The base's divergence along what this model writes, which is not what it was fed."""
@@ -247,7 +247,7 @@ class Measurements:
         engine = Engine(self._models[name], config)
         windows = written_text(engine, self._run.windows, length)
         reference = reference_states(self._decoder(BASE), windows)
-        return evaluate(engine.decoder, windows, reference, given=OWN_PROMPT)
+        return evaluate_windows(engine.decoder, windows, reference, given=OWN_PROMPT)
 
     def _mmlu(self, name: str) -> MmluResult:
         mmlu, asked = self._run.mmlu, self._run.recipe.measure.mmlu

@@ -141,20 +141,20 @@ def stage_of(recipe: Recipe, name: str, models: dict[str, Checkpoint], parts: Te
         grid = quantize_plan(recipe, variant.quantize)
         return Stage(
             partial(plan_quantize, source, grid, calibration),
-            partial(quantize, source, grid, documents=calibration, device=device),
+            partial(quantize, source, grid, text=calibration, device=device),
         )
     if variant.prune:
         cut = prune_plan(recipe, name, models)
         return Stage(
             partial(plan_prune, source, cut, calibration),
-            partial(prune, source, cut, documents=calibration, device=device),
+            partial(prune, source, cut, text=calibration, device=device),
         )
     assert variant.distill is not None
     training, teacher = distill_plan(recipe, variant.distill), models[variant.distill.teacher]
     return Stage(
         partial(plan_distill, source, teacher, training, parts.training, calibration),
         partial(
-            distill, source, teacher, training, documents=parts.training, heldout=calibration,
+            distill, source, teacher, training, text=parts.training, heldout=calibration,
             device=device,
         ),
     )  # fmt: skip

@@ -261,9 +261,9 @@ def add_endpoint(run: Path, measured: EndpointResult) -> RunResults:
     return results
 
 
-def load_results(run: Path) -> RunResults:
+def load_results(run: Path | str) -> RunResults:
     """results.json of a run folder. Raises InputError where there is none, or of another schema."""
-    path = run / _RESULTS
+    path = Path(run) / _RESULTS
     if not path.is_file():
         raise InputError(f"{run} has no results.json. Give the folder of a finished `tinier run`.")
     try:

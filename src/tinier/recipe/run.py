@@ -32,7 +32,7 @@ _MARKER = "recipe.json"
 _FRESH, _OLD = "+new", "+old"
 
 
-def run_recipe(recipe: Recipe, out: Path, *, command: str) -> RunResults:
+def run_recipe(recipe: Recipe, out: Path | str, *, command: str = "") -> RunResults:
     """Make and measure every variant; returns the results, which are also in out/results.json.
 
     command: what the user typed, for the record. A run that was killed goes on where it was. A variant that
@@ -40,6 +40,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str) -> RunResults:
     Raises the InputError of whatever is wrong with the recipe before any work, OutputError for a folder
     that is not a run's or is in use, and whatever goes wrong with the base model.
     """
+    out = Path(out)
     check_run_folder(out)
     run = plan_recipe(recipe)
     check_disk(out, _missing_bytes(run, out))

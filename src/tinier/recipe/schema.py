@@ -237,9 +237,10 @@ class Recipe(_Strict):
         return done
 
 
-def load_recipe(path: Path, tensor_parallel: int | None = None) -> Recipe:
+def load_recipe(path: Path | str, tensor_parallel: int | None = None) -> Recipe:
     """Read and check a recipe file. tensor_parallel: instead of the recipe's. Raises RecipeError, naming
     the key and the nearest known one."""
+    path = Path(path)
     if not path.is_file():
         raise RecipeError(f"recipe {path} does not exist. Start from recipes/demo.yaml.")
     try:

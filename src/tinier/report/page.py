@@ -21,9 +21,10 @@ from tinier.report.table import (
 )
 
 
-def write_report(results: RunResults, folder: Path) -> Path:
+def write_report(results: RunResults, folder: Path | str) -> Path:
     """Write report.html, report.md, table.csv and the pictures into the run folder; returns the path of
     report.html."""
+    folder = Path(folder)
     draw_pareto(results, folder)
     write_atomically(folder / "report.md", _page(results))
     write_atomically(folder / "table.csv", csv_table(results))

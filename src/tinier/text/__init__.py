@@ -8,7 +8,9 @@ from tinier.text.generated import written_windows
 from tinier.text.sources import (
     BUILTIN,
     Document,
+    Text,
     TextParts,
+    documents_of,
     load_calibration,
     load_documents,
     load_part,
@@ -21,7 +23,9 @@ from tinier.text.windows import shortfall, tensor_sha256, token_windows
 __all__ = [
     "BUILTIN",
     "Document",
+    "Text",
     "TextParts",
+    "documents_of",
     "load_calibration",
     "load_documents",
     "load_part",

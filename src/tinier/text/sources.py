@@ -20,6 +20,9 @@ BUILTIN = "builtin"
 _HUB_PREFIX = "hub:"
 Document = str | list[dict[str, str]]
 """A text, or a conversation: messages with `role` and `content`."""
+Text = str | Path | Sequence[Document]
+"""Where text comes from (a file, a folder, `hub:NAME[:CONFIG[:SPLIT]]` or `builtin`), or its documents"""
+Part = Literal["calibration", "training", "heldout"]
 _TEXT_SUFFIXES = (".txt", ".md")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
 _MIN_DOCUMENTS = 20
@@ -73,7 +76,15 @@ def load_calibration(source: str) -> list[Document]:
     return list(load_part(source, "calibration"))
 
 
-def load_part(source: str, part: Literal["calibration", "training", "heldout"]) -> Sequence[str]:
+def documents_of(text: Text, part: Part) -> Sequence[Document]:
+    """The documents that are given, or those of a source, for one purpose. Raises TextError or
+    NetworkError."""
+    if not isinstance(text, str | Path):
+        return text
+    return load_calibration(str(text)) if part == "calibration" else load_part(str(text), part)
+
+
+def load_part(source: str, part: Part) -> Sequence[str]:
     """One part of the built-in sample, or all of any other source: who names a file means all of it."""
     if source == BUILTIN:
         documents: list[str] = getattr(load_parts(source), part)

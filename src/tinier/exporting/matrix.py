@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import SchemeError
-from tinier.export.driver import plan_export
-from tinier.export.planned import planned
-from tinier.export.targets import TARGETS
+from tinier.exporting.driver import plan_export
+from tinier.exporting.planned import planned
+from tinier.exporting.targets import TARGETS
 from tinier.quantization import QuantizePlan
 from tinier.schemes import PRESETS
 

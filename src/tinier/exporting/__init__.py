@@ -5,10 +5,10 @@ refuses the rest, `gguf_model.py` writes llama.cpp's file, `check.py` reads an e
 with its source.
 """
 
-from tinier.export.driver import export, plan_export
-from tinier.export.matrix import matrix, matrix_text
-from tinier.export.planned import planned, suited
-from tinier.export.targets import TARGETS, Target, refusal
+from tinier.exporting.driver import export, plan_export
+from tinier.exporting.matrix import matrix, matrix_text
+from tinier.exporting.planned import planned, suited
+from tinier.exporting.targets import TARGETS, Target, refusal
 
 __all__ = [
     "TARGETS",

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinier.checkpoint import Checkpoint, unpack_linear
 from tinier.engine.decoder import load_decoder
 from tinier.errors import TinierError
-from tinier.export.onnx import log_probabilities as graph_log_probabilities
+from tinier.exporting.onnx import log_probabilities as graph_log_probabilities
 from tinier.families import checkpoint_layout, geometry_of
 from tinier.numerics import dequantize
 from tinier.schemes import HEAD_LINEAR

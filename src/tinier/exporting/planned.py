@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tinier.checkpoint import Checkpoint, TensorInfo, quantization_config
 from tinier.errors import InputError, SchemeError
-from tinier.export.driver import plan_export
-from tinier.export.targets import TARGETS
+from tinier.exporting.driver import plan_export
+from tinier.exporting.targets import TARGETS
 from tinier.families import geometry_of, linear_names, module_names
 from tinier.quantization import QuantizePlan
 from tinier.quantization.plan import chosen_presets, kv_grid

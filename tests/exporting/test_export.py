@@ -15,7 +15,7 @@ from torch import Tensor
 from tinier.checkpoint import Checkpoint, read_json, unpack_linear
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import CheckpointError, InputError, MeasuredFailure, SchemeError
-from tinier.export import TARGETS, export, plan_export, suited
+from tinier.exporting import TARGETS, export, plan_export, suited
 from tinier.families import checkpoint_layout, geometry_of, open_model
 from tinier.numerics import dequantize
 from tinier.quantization import QuantizePlan, quantize
@@ -186,7 +186,7 @@ def test_an_unknown_target_is_named(tiny: Tiny) -> None:
 def test_an_export_that_is_another_model_leaves_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinier.export import driver
+    from tinier.exporting import driver
 
     plain = driver.pack_linear
 
@@ -203,7 +203,7 @@ def test_an_export_that_is_another_model_leaves_nothing(
 def test_a_stopped_export_goes_on(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinier.export import driver
+    from tinier.exporting import driver
 
     source = quantized(tiny, "int4", tmp_path / "source")
     whole = exported(source, "gptq", tmp_path / "whole")

@@ -9,7 +9,7 @@ from tests.conftest import quantize_tiny
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import InputError, MeasuredFailure, SchemeError
-from tinier.export import export, onnx, plan_export
+from tinier.exporting import export, onnx, plan_export
 
 Tiny = Callable[..., Checkpoint]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "granite"]

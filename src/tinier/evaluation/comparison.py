@@ -13,7 +13,7 @@ from torch import Tensor
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Decoder, load_decoder
 from tinier.engine.decoder import causal_windows
-from tinier.evaluation.quality import Quality, evaluate, reference_states
+from tinier.evaluation.quality import Quality, evaluate_windows, reference_states
 from tinier.families import layer_name
 from tinier.numerics import power_db
 from tinier.progress import bar
@@ -46,7 +46,7 @@ class Comparison:
         return sorted(self.layers, key=lambda layer: layer.added_error, reverse=True)
 
 
-def compare(
+def compare_windows(
     first: Checkpoint, second: Checkpoint, windows: Tensor, *, device: torch.device
 ) -> Comparison:
     """Compare two checkpoints on windows [n, length]; both are in memory at once.
@@ -61,8 +61,8 @@ def compare(
     )
     return Comparison(
         layers=_layers(one, other, windows) if alike else (),
-        first=evaluate(one, windows),
-        second=evaluate(other, windows, reference),
+        first=evaluate_windows(one, windows),
+        second=evaluate_windows(other, windows, reference),
     )
 
 

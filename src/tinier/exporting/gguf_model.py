@@ -21,8 +21,8 @@ from torch import Tensor
 from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
 from tinier.checkpoint.gguf_file import llama3_factors
 from tinier.errors import SchemeError
-from tinier.export.gguf_blocks import block_type, packed
-from tinier.export.gguf_tokenizer import add_tokenizer
+from tinier.exporting.gguf_blocks import block_type, packed
+from tinier.exporting.gguf_tokenizer import add_tokenizer
 from tinier.families import (
     HEAD_LINEAR,
     Geometry,

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from tinier.checkpoint import Checkpoint
 from tinier.checkpoint.modelopt import hf_quant_config
-from tinier.export.gguf_model import gguf_refusal
-from tinier.export.onnx import onnx_refusal
-from tinier.export.triton import engine_repository, tensorrt_repository, vllm_repository
+from tinier.exporting.gguf_model import gguf_refusal
+from tinier.exporting.onnx import onnx_refusal
+from tinier.exporting.triton import engine_repository, tensorrt_repository, vllm_repository
 from tinier.families import checkpoint_layout, geometry_of
 from tinier.schemes import Layout, Storage
 

@@ -32,7 +32,7 @@ from tinier.checkpoint import (
 from tinier.checkpoint.modelopt import modelopt_name
 from tinier.device import pick_device, reset_peak_memory
 from tinier.errors import InputError, MeasuredFailure, SchemeError
-from tinier.export.check import (
+from tinier.exporting.check import (
     CHECKED_TOKENS,
     MOST_ROUNDED,
     Likeness,
@@ -40,11 +40,11 @@ from tinier.export.check import (
     likeness,
     most_apart,
 )
-from tinier.export.gguf_model import MOST_APART, read_back, write_gguf
-from tinier.export.ollama import modelfile
-from tinier.export.onnx import build, check_builder
-from tinier.export.targets import TARGETS, refusal
-from tinier.export.triton import weights_folder
+from tinier.exporting.gguf_model import MOST_APART, read_back, write_gguf
+from tinier.exporting.ollama import modelfile
+from tinier.exporting.onnx import build, check_builder
+from tinier.exporting.targets import TARGETS, refusal
+from tinier.exporting.triton import weights_folder
 from tinier.families import Geometry, checkpoint_layout, geometry_of, module_names, open_model
 from tinier.numerics import dequantize
 from tinier.progress import bar, warn
@@ -73,17 +73,18 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
         output_bytes=2 * geometry_of(source).parameters if to == "16bit" else source.disk_bytes,
         memory_bytes=_memory_bytes(geometry_of(source), to),
         flops=0.0,
-        code=code_digest("tinier.export.driver"),
+        code=code_digest("tinier.exporting.driver"),
     )
 
 
-def export(source: Checkpoint, to: str, out: Path, *, device: str = "cpu") -> Manifest:
+def export(source: Checkpoint, to: str, out: Path | str, *, device: str = "cpu") -> Manifest:
     """Write `source` to the new folder `out` as the target reads it, and compare what was written with it:
     logits, or the numbers of each tensor of a GGUF file. Returns what was measured.
 
     Raises what `plan_export` raises, OutputError, and MeasuredFailure where the export is another model:
     then nothing is left.
     """
+    out = Path(out)
     started, place, target = time.monotonic(), pick_device(device), TARGETS[to]
     stage = plan_export(source, to)
     if target.writes == "onnx":
