@@ -1,8 +1,12 @@
-"""Fisher weighting of tokens (`--weighting fisher`) against all tokens alike, on SmolLM2 off its 4-bit
-grid (quantization_peers.off_grid), on text of the calibration's kind and of another kind:
+"""Fisher weighting of tokens (`--weighting fisher`) and corrected drift (`--drift corrected`), alone and
+together, on SmolLM2 off its 4-bit grid (quantization_peers.off_grid), on text of the calibration's kind and
+of another kind:
 
     python -m benchmarks.weighting --text valid.txt --other books/ --work WORK --out RESULT.json
-        [--model smollm2-135m] [--presets int4-gptq int3 int4-best] [--iterations 100] [--device cuda]
+        [--model smollm2-135m] [--presets int4-gptq int3 int4-best] [--ways plain fisher drift both]
+        [--iterations 100] [--device cuda]
+
+Rows that the result file has are not made again.
 
 KL in nats from the moved model, in float32. Calibration: 64 windows of 512 tokens of `text`; held out: its
 next 24, and 16 of `other`.
@@ -28,7 +32,13 @@ from tinier.quantization import QuantizePlan, quantize
 from tinier.text import load_documents, token_windows
 from tinier.tokenizer import load_tokenizer
 
-SEQUENCES, LENGTH, HELD, OTHER = 64, 512, 24, 16
+WINDOWS, LENGTH, HELD, OTHER = 64, 512, 24, 16
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fisher": {"weighting": "fisher"},
+    "drift": {"drift": "corrected"},
+    "both": {"weighting": "fisher", "drift": "corrected"},
+}
 
 
 def main() -> None:
@@ -39,6 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", default=["int4-gptq", "int3", "int4-best"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -48,20 +59,23 @@ def main() -> None:
     tokenizer, documents = load_tokenizer(base), load_documents(arguments.text)
     own = token_windows(tokenizer, documents, length=LENGTH)
     other = token_windows(tokenizer, load_documents(arguments.other), length=LENGTH)
-    held = {"text": own[SEQUENCES : SEQUENCES + HELD], "other": other[:OTHER]}
+    held = {"text": own[WINDOWS : WINDOWS + HELD], "other": other[:OTHER]}
     exact = load_decoder(base, device=device, dtype=torch.float32)
     references = {name: reference_states(exact, windows) for name, windows in held.items()}
     record: dict[str, Any] = {
         "command": " ".join(sys.argv), "environment": environment(device), "rows": {},
     }  # fmt: skip
+    if arguments.out.exists():
+        record["rows"] = json.loads(arguments.out.read_text())["rows"]
     for preset in arguments.presets:
-        for weighting in ("none", "fisher"):
+        for way in arguments.ways:
+            if f"{preset}, {way}" in record["rows"]:
+                continue
             folder = arguments.work / "made"
             shutil.rmtree(folder, ignore_errors=True)
             plan = QuantizePlan(
                 preset=preset, group_size=64 if preset.startswith("int") else None,
-                windows=SEQUENCES, length=LENGTH, iterations=arguments.iterations,
-                weighting=weighting,  # type: ignore[arg-type]
+                windows=WINDOWS, length=LENGTH, iterations=arguments.iterations, **WAYS[way],
             )  # fmt: skip
             started = time.monotonic()
             made = quantize(base, plan, folder, text=documents, device=arguments.device)
@@ -74,8 +88,8 @@ def main() -> None:
                     "stderr": found.kl_stderr,
                     "top_1": found.top1_agreement,
                 }
-            record["rows"][f"{preset}, {weighting}"] = row
-            print(preset, weighting, row, flush=True)
+            record["rows"][f"{preset}, {way}"] = row
+            print(preset, way, row, flush=True)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

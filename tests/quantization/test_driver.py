@@ -169,11 +169,14 @@ def test_another_plan_does_not_go_on_from_what_was_left(tiny: Tiny, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("names", "weighting"),
-    [(("int4-awq", "int4-gptq", "int4-best"), "none"), (("int4-gptq", "int4-best"), "fisher")],
+    ("names", "weighting", "drift"),
+    [
+        (("int4-awq", "int4-gptq", "int4-best"), "none", "ignored"),
+        (("int4-gptq", "int4-best"), "fisher", "corrected"),
+    ],
 )
 def test_two_processes_give_the_same_bytes(
-    tiny: Tiny, tmp_path: Path, names: tuple[str, ...], weighting: str
+    tiny: Tiny, tmp_path: Path, names: tuple[str, ...], weighting: str, drift: str
 ) -> None:
     source = tiny()
     text = tmp_path / "text.txt"
@@ -181,7 +184,7 @@ def test_two_processes_give_the_same_bytes(
     command = [
         "-m", "tinier", "quantize", str(source.folder), "--group-size", "32",
         "--text", str(text), "--windows", "128", "--length", "64", "--iterations", "3",
-        "--device", "cpu", "--quiet", "--weighting", weighting,
+        "--device", "cpu", "--quiet", "--weighting", weighting, "--drift", drift,
     ]  # fmt: skip
     presets = [word for preset in names for word in ("--preset", preset)]
     for count, out in ((1, "one"), (2, "two")):

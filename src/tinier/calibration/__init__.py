@@ -1,10 +1,11 @@
 """Walk a decoder layer by layer over calibration text, with one layer's weights in memory.
 
-Start at `DecoderWalk` (walk.py), `observe` (statistics.py), `token_weights` (fisher.py) and
-`mean_divergences` (divergence.py).
+Start at `DecoderWalk` (walk.py), `observe` (statistics.py), `token_weights` (fisher.py), `Drift` (drift.py)
+and `mean_divergences` (divergence.py).
 """
 
 from tinier.calibration.divergence import mean_divergences, norm_and_head
+from tinier.calibration.drift import Drift, DriftSums
 from tinier.calibration.fisher import LayerWeights, token_weights
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import (
@@ -18,6 +19,8 @@ from tinier.calibration.walk import (
 
 __all__ = [
     "DecoderWalk",
+    "Drift",
+    "DriftSums",
     "InputStatistics",
     "KeysAndValues",
     "LayerStep",

@@ -82,6 +82,14 @@ def quantize(
             "much the model's predictions depend on it, which takes a pass forward and back.",
         ),
     ] = "none",
+    drift: Annotated[
+        str,
+        typer.Option(
+            "--drift",
+            help="What the layers before have changed about a layer's inputs: ignored, or corrected: its "
+            "weights make up for half of it, which takes more passes.",
+        ),
+    ] = "ignored",
     iterations: Annotated[
         int,
         typer.Option(
@@ -176,6 +184,7 @@ def quantize(
             windows=windows,
             length=length,
             weighting=weighting,  # type: ignore[arg-type]
+            drift=drift,  # type: ignore[arg-type]
             iterations=iterations,
             seed=seed,
         )

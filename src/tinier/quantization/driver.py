@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tinier.calibration import (
     DecoderWalk,
+    Drift,
     InputStatistics,
     KeysAndValues,
     LayerWeights,
@@ -225,8 +226,9 @@ class _Job:
         if plan.weighting == "fisher":
             self._weights = self._fisher(windows)
         self._hidden = self._walk.embed(windows, self._embedding)
-        if any(p.algorithm.rounding == "learned" for p in self._presets.values()):
-            # the windows on their way through the original model, whose outputs are learned from
+        learns = any(p.algorithm.rounding == "learned" for p in self._presets.values())
+        if learns or plan.drift == "corrected":
+            # the windows on their way through the original model
             self._exact = self._walk.embed(windows)
 
     def _write_text(self) -> Tensor:
@@ -284,9 +286,9 @@ class _Job:
         """Quantize and write one layer unless that is done, then send the windows through it."""
         prefix = layer_name(index)
         presets = layer_presets(self._presets, prefix)
-        if self._exact is not None:
-            self._walk.run(self._walk.load(index), self._exact, self._exact)
         made = self._quantize(index, presets) if index >= self._done else None
+        if made is None:
+            self._run_original(index)
         if self._hidden is None or index + 1 == self._geometry.layers:
             return
         if made is None:
@@ -309,16 +311,23 @@ class _Job:
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
                 weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
+        drift = None
+        if self._plan.drift == "corrected" and self._exact is not None and self._hidden is not None:
+            drift = Drift(
+                self._walk, self._walk.load(index), self._exact, self._hidden, self._geometry,
+                self._weights[index] if self._weights else None, self._sharing,
+            )  # fmt: skip
+        result = quantize_layer(
+            module, presets, statistics, self._geometry, self._source.dtype, self._ranks, drift
+        )
+        self._run_original(index)
+        learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
         inputs = outputs = importance = None
-        if self._hidden is not None and self._exact is not None:
+        if learned and self._hidden is not None and self._exact is not None:
             inputs, outputs = self._ranks.gather(self._hidden), self._ranks.gather(self._exact)
             importance = self._importance(index)
-        result = quantize_layer(
-            module, presets, statistics, self._geometry, self._source.dtype, self._ranks
-        )
         if result is None:
             return {}
-        learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
         if inputs is not None and outputs is not None and importance is not None and learned:
             self._learn(index, module, result, learned, inputs, outputs, importance)
         tensors = result.tensors(prefix)
@@ -343,6 +352,11 @@ class _Job:
         if self._exact is not None:
             release_memory()  # autograd leaves cycles behind
         return tensors
+
+    def _run_original(self, index: int) -> None:
+        """Send the original model's windows through a layer, where they are needed."""
+        if self._exact is not None:
+            self._walk.run(self._walk.load(index), self._exact, self._exact)
 
     def _wait_for_disk(self) -> None:
         """Until the layer before is written. Raises what kept it from that."""

@@ -5,14 +5,16 @@ each linear layer, statistics of their inputs. Out: the tensors to store, and wh
 layers that share an input are worked on as one matrix, with one Hessian.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tinier.calibration import InputStatistics
+from tinier.calibration import Drift, InputStatistics
 from tinier.checkpoint import pack_linear, unpack_linear
 from tinier.families import Geometry, Input
 from tinier.kernels import round_activations, static_scale
@@ -27,7 +29,7 @@ from tinier.quantization.scales import (
 )
 from tinier.quantization.smoothquant import smooth_factors
 from tinier.ranks import ALONE, Ranks
-from tinier.schemes import Preset, Scheme
+from tinier.schemes import Grid, Preset, Scheme
 
 LayerPresets = dict[str, Preset]
 """Preset by name of the linear layer inside the decoder layer; layers left out stay in 16 bit."""
@@ -93,11 +95,13 @@ def quantize_layer(
     geometry: Geometry,
     dtype: torch.dtype,
     ranks: Ranks = ALONE,
+    drift: Drift | None = None,
 ) -> QuantizedLayer | None:
     """Quantize the linear layers of a decoder layer. Folding changes norms and biases of `layer`.
 
     statistics: by the input's name; empty where no preset looks at the inputs. dtype: of stored scales.
-    ranks: that share the work; the result is the first one's, None on the others.
+    ranks: that share the work; the result is the first one's, None on the others. drift: where weights make
+    up for what the layers before, and the groups before in this one, have changed.
     """
     weights = {name: layer.get_parameter(f"{name}.weight").float() for name in geometry.linears}
     device = next(iter(weights.values())).device
@@ -120,12 +124,17 @@ def quantize_layer(
         _share_ranges(seen, geometry)
         result.warnings += _hardly_seen(seen, geometry)
     groups = {read.name: [n for n in read.readers if n in presets] for read in geometry.inputs}
-    owners = _owners({group: _work(targets, names) for group, names in groups.items()}, ranks.size)
-    made = {
-        group: _quantize_group(targets, names, presets, seen.get(group), dtype)
-        for group, names in groups.items()
-        if names and owners[group] == ranks.rank
-    }
+    if drift is not None:
+        made = _in_turn(
+            result, _folded(layer, weights, dtype), groups, presets, drift, dtype, ranks
+        )
+    else:
+        owners = _owners({g: _work(targets, names) for g, names in groups.items()}, ranks.size)
+        made = {
+            group: _quantize_group(targets, names, presets, seen.get(group), dtype)
+            for group, names in groups.items()
+            if names and owners[group] == ranks.rank
+        }
     tensors = ranks.merge(
         {f"{name}.{part}": tensor for group in made.values()
          for name, linear in group.linears.items() for part, tensor in linear.tensors().items()},
@@ -143,6 +152,60 @@ def quantize_layer(
     kept = {n: t for n, t in layer.state_dict().items() if n.removesuffix(".weight") not in presets}
     result.others = kept | folded
     return result
+
+
+def _folded(layer: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A copy of the layer with these weights [out, in], into which factors may be folded."""
+    copied = copy.deepcopy(layer)
+    for name, weight in weights.items():
+        copied.get_parameter(f"{name}.weight").data = weight.to(dtype)
+    return copied
+
+
+def _in_turn(
+    result: QuantizedLayer, layer: nn.Module, groups: dict[str, list[str]], presets: LayerPresets,
+    drift: Drift, dtype: torch.dtype, ranks: Ranks,
+) -> dict[str, "_Group"]:  # fmt: skip
+    """Quantize group after group, each on what those before it give; the first rank does, and all see it.
+
+    Changes the targets, the statistics and the weights of `layer`.
+    """
+    made, targets, seen = {}, result.targets, result.statistics
+    for read in result.inputs:
+        names = groups[read.name]
+        if not names:
+            continue
+        preset = presets[names[0]]
+        input_scale = _input_scale(preset, seen.get(read.name))
+        if preset.algorithm.rounding != "nearest" and drift.reaches(read):
+            grid = preset.scheme.activations
+            rounding = None if grid is None else partial(_rounded, grid, input_scale)
+            sums = drift.at(read, layer, result.factors.get(read.name), rounding)
+            seen[read.name] = replace(
+                seen[read.name], moments=sums.moments, mean_square=sums.moments.diagonal().clone()
+            )
+            rows = [targets[name].shape[0] for name in names]
+            together = sums.corrected(torch.cat([targets[name] for name in names]))
+            targets |= dict(zip(names, together.split(rows), strict=True))
+        rounded: dict[str, Tensor] = {}
+        if ranks.writes:
+            made[read.name] = _quantize_group(targets, names, presets, seen.get(read.name), dtype)
+            rounded = {
+                name: dequantize(linear.weight, dtype)
+                for name, linear in made[read.name].linears.items()
+            }
+        device = targets[names[0]].device
+        for name, weight in ranks.spread(rounded, device).items():
+            layer.get_parameter(f"{name}.weight").data = weight
+            if preset.scheme.activations is not None:
+                layer.get_submodule(name).register_forward_pre_hook(
+                    _rounding(preset.scheme, input_scale)
+                )
+    return made
+
+
+def _rounded(grid: Grid, scale: Tensor | None, x: Tensor) -> Tensor:
+    return round_activations(x, grid, scale).float()
 
 
 def _share_ranges(seen: dict[str, InputStatistics], geometry: Geometry) -> None:
@@ -226,11 +289,7 @@ def _quantize_group(
     blind = seen is not None and not seen.tokens
     preset = presets[names[0]]
     grid, algorithm = preset.scheme.weights, preset.algorithm
-    activations = preset.scheme.activations
-    input_scale = None
-    if activations is not None and preset.scheme.input_scale_name:
-        assert seen is not None
-        input_scale = static_scale(seen.absmax.max(), activations)
+    input_scale = _input_scale(preset, seen)
     inverse = None
     if algorithm.rounding != "nearest" and not blind:
         assert seen is not None
@@ -256,6 +315,15 @@ def _quantize_group(
         for name, part in zip(names, parts, strict=True)
     }
     return _Group(linears, warnings)
+
+
+def _input_scale(preset: Preset, seen: InputStatistics | None) -> Tensor | None:
+    """The calibrated scale of an input, where the scheme has one."""
+    activations = preset.scheme.activations
+    if activations is None or not preset.scheme.input_scale_name:
+        return None
+    assert seen is not None
+    return static_scale(seen.absmax.max(), activations)
 
 
 def _split(weight: Quantized, rows: list[int]) -> list[Quantized]:

@@ -87,6 +87,9 @@ class QuantizePlan:
     weighting: Literal["none", "fisher"] = "none"
     """What a token counts for where errors of outputs are minimized: all alike, or by how much the model's
     predictions depend on it there (calibration/fisher.py), which takes a pass forward and back."""
+    drift: Literal["ignored", "corrected"] = "ignored"
+    """Whether weights make up, before they are rounded, for half of what the layers before have changed
+    (calibration/drift.py)."""
     iterations: int = 100
     """Steps of learned rounding for each layer."""
     seed: int = 0
@@ -98,6 +101,8 @@ class QuantizePlan:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
         if self.weighting not in ("none", "fisher"):
             raise SchemeError(f"weighting={self.weighting!r}. Use none or fisher.")
+        if self.drift not in ("ignored", "corrected"):
+            raise SchemeError(f"drift={self.drift!r}. Use ignored or corrected.")
         for name in ("windows", "length", "iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
@@ -139,6 +144,11 @@ def prepare(
     if plan.weighting == "fisher" and not any(p.algorithm.needs_data for p in presets.values()):
         raise SchemeError(
             f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not."
+        )
+    rounds = any(p.algorithm.rounding != "nearest" for p in presets.values())
+    if plan.drift == "corrected" and not rounds:
+        raise SchemeError(
+            f"drift corrected is for presets that round by GPTQ or learn to, and {plan.preset} does not."
         )
     names = linear_names(geometry)
     schemes = {name: preset.scheme for name, preset in presets.items()}
@@ -507,8 +517,12 @@ def _memory_bytes(
     if any(p.algorithm.needs_data for p in presets.values()):
         # one input's while its layers are rounded, or all that were summed: experts have many
         moments = max(32 * max(widths) ** 2, 12 * sum(width**2 for width in widths))
+        if (
+            plan.drift == "corrected"
+        ):  # both models' layer, two products in float64 and their solution
+            moments += 32 * max(widths) ** 2
     batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
-    streams = 2 if per_weight > 14 else 1
+    streams = 2 if per_weight > 14 or plan.drift == "corrected" else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
     hidden = streams * tokens * geometry.hidden * item
     if plan.weighting == "fisher":
@@ -532,6 +546,8 @@ def _flops(
             flops += 2.0 * tokens * reached * width**2 + 4.0 * width**3
     if plan.weighting == "fisher":
         flops += 6.0 * linear * tokens
+    if plan.drift == "corrected":
+        flops += 10.0 * linear * tokens
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())
     if any(a.rounding != "nearest" for a in algorithms):

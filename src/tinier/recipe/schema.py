@@ -36,6 +36,7 @@ class Quantize(_Strict):
     windows: int = 128
     length: int = 512
     weighting: Literal["none", "fisher"] = "none"
+    drift: Literal["ignored", "corrected"] = "ignored"
     iterations: int = 100
 
 
