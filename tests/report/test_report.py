@@ -80,6 +80,17 @@ def test_a_warning_of_several_variants_is_said_once() -> None:
     ]
 
 
+def test_a_notebook_shows_the_table_and_the_curves() -> None:
+    results = RunResults.from_json(json.loads(DEMO.read_text("utf-8")))
+    base, first, *others = results.variants
+    named = replace(first, name="<b>")
+    shown = replace(results, variants=(base, named, *others))._repr_html_()
+    assert shown.count("<svg") == 2
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    assert shown.count("<tr>") == 1 + len(results.variants)
+
+
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:
     shutil.copy(DEMO, tmp_path / "results.json")
     assert (

@@ -71,6 +71,12 @@ class FitResults:
         values: dict[str, Any] = _adapter().dump_python(self, mode="json")
         return values
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        from tinier.report.notebook import fit_html  # pages stand below (tests/test_imports.py)
+
+        return fit_html(self)
+
     def front_csv(self) -> str:
         """The front as CSV."""
         written = io.StringIO()

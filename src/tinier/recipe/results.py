@@ -169,6 +169,12 @@ class RunResults:
         values: dict[str, Any] = _adapter().dump_python(self, mode="json", by_alias=True)
         return values
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        from tinier.report.notebook import results_html  # pages stand below (tests/test_imports.py)
+
+        return results_html(self)
+
     @staticmethod
     def from_json(values: Any) -> "RunResults":
         """Raises InputError for values that are no results, or of another schema."""
