@@ -33,7 +33,7 @@ def drawn(probabilities: torch.Tensor, *_: object, **__: object) -> torch.Tensor
 def test_weights_are_squares_of_a_whole_models_gradients(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str, few_states: bool
 ) -> None:
-    monkeypatch.setattr(torch, "multinomial", drawn)  # the likeliest token in place of a drawn one
+    monkeypatch.setattr(fisher, "_draw", drawn)  # the likeliest token in place of a drawn one
     monkeypatch.setattr(fisher, "_MOST", 1e9)
     if few_states:  # window after window
         monkeypatch.setattr(fisher, "STATES_BYTES", 1)
@@ -147,3 +147,10 @@ def test_weighting_where_nothing_is_weighted_is_refused(tiny: Tiny) -> None:
         plan_quantize(tiny(), plan, DOCUMENTS)
     with pytest.raises(SchemeError, match="Use none or fisher"):
         QuantizePlan(preset="int4-gptq", weighting="hessian")  # type: ignore[arg-type]
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    probabilities = torch.tensor([[0.5, 0.0, 0.2, 0.3]]).expand(20_000, 4)
+    drawn = fisher._draw(probabilities, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn.flatten(), minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.015)

@@ -18,13 +18,15 @@ Stream = tuple[Tensor, Callable[[Tensor], Tensor]]
 them"""
 
 
-def norm_and_head(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `output_logits` makes logits with: the final norm's weight [hidden] and, in float32, the head
+def norm_and_head(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """What logits are made with: the final norm's weight [hidden] and, in `dtype`, the head
     [vocab, hidden]."""
     geometry = geometry_of(checkpoint)
     with checkpoint.reader(device) as read:
         norm = norm_weight(read(FINAL_NORM), geometry)
-        return norm, read(EMBEDDING if geometry.tied_head else HEAD).float()
+        return norm, read(EMBEDDING if geometry.tied_head else HEAD).to(dtype)
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tinier.calibration.divergence import norm_and_head
 from tinier.calibration.walk import DecoderWalk
 from tinier.checkpoint import Checkpoint
+from tinier.device import bf16_products
 from tinier.families import Geometry, Input, geometry_of
-from tinier.kernels import output_logits
+from tinier.kernels import rms_norm
 from tinier.progress import bar
 from tinier.ranks import ALONE, Ranks
 
@@ -123,9 +124,9 @@ def _head_gradient(
     checkpoint: Checkpoint, hidden: Tensor, device: torch.device, seed: int
 ) -> Tensor:
     """Gradient of the log-likelihood of tokens that the model draws, at the last layer's outputs
-    [n, length, hidden]."""
-    geometry = geometry_of(checkpoint)
-    norm, head = norm_and_head(checkpoint, device)
+    [n, length, hidden]. Products are in the model's type: only sizes matter here."""
+    geometry, dtype = geometry_of(checkpoint), checkpoint.dtype
+    norm, head = norm_and_head(checkpoint, device, dtype)
     found = torch.empty_like(hidden)
     length = hidden.shape[1]
     for index, start in ((i, j) for i in range(len(hidden)) for j in range(0, length, _CHUNK)):
@@ -134,14 +135,25 @@ def _head_gradient(
         rows = slice(start, start + _CHUNK)
         states = hidden[index, rows].to(device).float().requires_grad_(True)
         with torch.enable_grad():
-            logits = output_logits(
-                states, norm, head, geometry.norm_eps, geometry.multipliers.logits
-            )
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            loss = F.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
-        gradient = torch.autograd.grad(loss, states)[0]
+            normed = rms_norm(states, norm.float(), geometry.norm_eps)
+        divisor = geometry.multipliers.logits
+        with bf16_products(device):
+            logits = F.linear(normed.detach().to(dtype), head).float() / divisor
+            at_logits = logits.softmax(-1)
+            drawn = _draw(at_logits, generator)
+            at_logits.scatter_add_(1, drawn, at_logits.new_full(drawn.shape, -1.0))
+            at_normed = F.linear(at_logits.to(dtype), head.t()).float() / divisor
+        gradient = torch.autograd.grad(normed, states, at_normed)[0]
         found[index, rows] = gradient.to(found.dtype).to(found.device)
     return found
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A token of each row [rows, vocab]: [rows, 1]. With one random number a row: torch.multinomial draws
+    one for every token of the vocabulary."""
+    sums = probabilities.cumsum(-1)
+    at = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, at).clamp_(max=sums.shape[1] - 1)
 
 
 def _back(
