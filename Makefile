@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # a file's tests share a process; threads that wait must not keep the other process from a core
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lint help-docs readme
+.PHONY: demo test check lint docs help-docs readme
 
 demo: $(READY)  ## the main job on the built-in model
 	$(BIN)/tinier run recipes/demo.yaml
@@ -24,6 +24,9 @@ lint: $(READY)  ## ruff and mypy alone
 
 help-docs: $(READY)  ## write docs/cli.md from the program's help
 	$(BIN)/python -m scripts.write_cli_docs
+
+docs: $(READY)  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 readme: $(READY)  ## paste the table and the picture of runs/demo into README.md
 	$(BIN)/python -m scripts.update_readme runs/demo

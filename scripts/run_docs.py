@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("setup", "quantization", "pruning", "distillation", "serving", "workflow")
+PAGES = (
+    "setup", "quantization", "pruning", "distillation", "serving", "workflow", "strategies",
+)  # fmt: skip
 MODEL = "smollm2-135m"
 _BLOCK = re.compile(r"(<!-- not run: [^\n]*-->\n)?```console\n(.*?)```\n", re.DOTALL)
 
@@ -30,7 +32,7 @@ class Block(NamedTuple):
     """Of one page."""
 
     commands: tuple[str, ...]
-    """Each may go on over lines that end with a backslash"""
+    """Each may go on over lines that end with a backslash, or hold a document up to its end"""
     output: str
     runs: bool
 
@@ -47,6 +49,9 @@ def blocks_of(text: str) -> Iterator[tuple[re.Match[str], Block]]:
                 continue
             command = line.removeprefix("$ ")
             while command.endswith("\\"):
+                command += "\n" + next(lines)
+            ends = re.search(r"<<'(\w+)'", command)
+            while ends and not command.endswith(f"\n{ends[1]}"):
                 command += "\n" + next(lines)
             commands.append(command)
         yield match, Block(tuple(commands), "\n".join(output), match[1] is None)

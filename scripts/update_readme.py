@@ -51,12 +51,13 @@ def result_name(results: RunResults) -> str:
 
 def main() -> None:
     run = Path(sys.argv[1])
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    readmes = [ROOT / "README.md", ROOT / "README.ko.md"]
     pattern = re.compile(f"{re.escape(START)}.*{re.escape(END)}", re.DOTALL)
-    assert pattern.search(text), f"README.md has no {START}"
     section = demo_section(run)
-    readme.write_text(pattern.sub(lambda _: section, text), encoding="utf-8")
+    for readme in readmes:
+        text = readme.read_text(encoding="utf-8")
+        assert pattern.search(text), f"{readme} has no {START}"
+        readme.write_text(pattern.sub(lambda _: section, text), encoding="utf-8")
     images = ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
     for name in ("pareto-size.svg", "pareto-throughput.svg"):
@@ -67,7 +68,7 @@ def main() -> None:
     page = page.replace("](pareto-", "](../../docs/images/pareto-")
     kept.with_suffix(".md").write_text(page, encoding="utf-8")
     shutil.copyfile(run / "results.json", kept.with_suffix(".json"))
-    print(f"wrote {readme}, {images} and {kept}")
+    print(f"wrote {readmes}, {images} and {kept}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""The documentation: links lead somewhere, commands run, both languages show the same, the site builds."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from scripts.run_docs import DOCS, PAGES, blocks_of, run, run_all, with_outputs
+from scripts.run_notebooks import NOTEBOOKS, run_notebook
+
+from tinier.checkpoint import Checkpoint
+
+ROOT = DOCS.parent
+MARKDOWN = sorted({*DOCS.rglob("*.md"), *ROOT.glob("*.md")})
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(path: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]+`", "", path.read_text("utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "mailto:", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", sorted(path.stem for path in (DOCS / "guide").glob("*.md")))
+def test_the_korean_guide_shows_the_same_commands_and_outputs(page: str) -> None:
+    english, korean = (
+        [block for _, block in blocks_of((folder / f"{page}.md").read_text("utf-8"))]
+        for folder in (DOCS / "guide", DOCS / "ko" / "guide")
+    )
+    assert english == korean
+    assert all(block.runs for block in english) or page not in PAGES
+    assert page in PAGES or not english  # else nothing runs them
+
+
+def test_outputs_are_pasted_behind_their_commands() -> None:
+    page = "A\n```console\n$ one \\\n    two\nold\n$ cat <<'EOF'\nx\nEOF\n```\nB\n"
+    ((_, block),) = blocks_of(page)
+    assert block.commands == ("one \\\n    two", "cat <<'EOF'\nx\nEOF")
+    assert block.output == "old"
+    changed = with_outputs(page, {block.commands: "new"})
+    ((_, again),) = blocks_of(changed)
+    assert again == block._replace(output="new")
+    assert changed.startswith("A\n")
+    assert changed.endswith("```\nB\n")
+
+
+def test_a_command_that_fails_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="exit 3"):
+        run("exit 3", tmp_path, "model")
+
+
+def test_readmes_are_short() -> None:
+    for name in ("README.md", "README.ko.md"):
+        assert len((ROOT / name).read_text("utf-8").splitlines()) <= 150
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the guide asks a server with curl")
+def test_every_command_of_the_guide_runs(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """On a tiny model in place of SmolLM2."""
+    source = tiny(
+        num_hidden_layers=8, hidden_size=64, intermediate_size=192, max_position_embeddings=2048,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (source.folder / "chat_template.jinja").write_text(template)
+    assert run_all(str(source.folder), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(
+    tiny: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    source = tiny(num_hidden_layers=8, max_position_embeddings=2048, dtype=torch.bfloat16)
+    monkeypatch.setenv("TINIER_MODEL", str(source.folder))
+    *_, last = run_notebook(path).cells
+    assert last.outputs
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site/explained/quantization/index.html").read_text("utf-8")
+    assert "<math" in page
+    assert "$" not in re.sub(r"<(code|script).*?</\1>", "", page, flags=re.DOTALL)
