@@ -348,12 +348,26 @@ def test_weights_of_few_bits_are_one_warning(tiny: Tiny, tmp_path: Path) -> None
     assert warning.startswith("weights of 28 of 28 linear layers keep less than 12 dB of signal")
 
 
+def test_groups_that_do_not_divide_are_replaced_and_said(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(hidden_size=64, intermediate_size=192)
+    made = quantize_tiny(source, "int4", tmp_path / "out", group_size=None)
+    layout = checkpoint_layout(made)
+    assert layout is not None
+    assert {scheme.weights.group_size for scheme in layout.schemes.values()} == {64}
+    assert made.manifest is not None
+    assert any("groups of 64: the preset's own size" in w for w in made.manifest.warnings)
+    wide = plan_quantize(
+        tiny(name="wide", hidden_size=128, intermediate_size=256), QuantizePlan(preset="int4")
+    )
+    assert not any("groups of" in warning for warning in wide.warnings)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"preset": "int5"}, "preset 'int5' is not known"),
         (
-            {"preset": "int4"},
+            {"preset": "int4", "group_size": 128},
             "128 does not divide the 64 input columns .* Sizes that do: 16, 32, 64",
         ),
         ({"preset": "int4", "group_size": 48}, "48 does not divide"),

@@ -329,7 +329,12 @@ def test_killed_at_any_moment_it_goes_on(values: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("path", "value", "error", "message"),
     [
-        (("variants", "int4", "quantize"), {"preset": "int4"}, SchemeError, "128 does not divide"),
+        (
+            ("variants", "int4", "quantize"),
+            {"preset": "int4", "group_size": 128},
+            SchemeError,
+            "128 does not",
+        ),
         (("variants", "fp8", "quantize"), {"preset": "fp7"}, SchemeError, "'fp7' is not known"),
         (("variants", "fp8-distilled", "from"), "fp8", SchemeError, "is quantized already"),
         (("variants", "pruned", "prune"), {"drop_layers": "3-9"}, InputError, "do not exist"),

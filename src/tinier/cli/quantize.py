@@ -21,7 +21,10 @@ def quantize(
     out: options.Out,
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", help="Input columns per scale; 128 unless told."),
+        typer.Option(
+            "--group-size",
+            help="Input columns per scale; 128 unless told, or the largest that divides.",
+        ),
     ] = None,
     asymmetric: Annotated[
         bool,

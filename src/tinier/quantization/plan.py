@@ -197,11 +197,16 @@ def _warnings(
     source: Checkpoint, plan: QuantizePlan, presets: dict[str, Preset], windows: Tensor | None
 ) -> list[str]:
     """What to know beforehand: too little text, and loaders that cannot read the result."""
-    warnings = []
+    warnings, geometry = [], geometry_of(source)
     if windows is not None and needs_text(plan):
         solves = any(p.algorithm.rounding != "nearest" for p in presets.values())
-        widest = max(columns for _, columns in geometry_of(source).linears.values())
+        widest = max(columns for _, columns in geometry.linears.values())
         warnings += shortfall(windows, plan.windows, widest if solves else 0)
+    fitted = _group_size(geometry, plan, list(presets)) if presets else None
+    if fitted is not None and plan.group_size is None:
+        warnings.append(
+            f"groups of {fitted}: the preset's own size does not divide this model's layers"
+        )
     grids = [preset.scheme.weights for preset in presets.values()]
     if not all(grid.symmetric for grid in grids):
         warnings.append(
@@ -338,11 +343,31 @@ def chosen_presets(
             if plan.preset == MIXED_BEST:
                 presets = {name: _learned(preset) for name, preset in presets.items()}
         else:
-            preset = preset_named(plan.preset, plan.group_size, symmetric=plan.symmetric)
+            size = _group_size(geometry, plan, left)
+            preset = preset_named(plan.preset, size, symmetric=plan.symmetric)
             exceptions = _exceptions(geometry, plan, left)
             left = [name for name in left if plan.layer_formats.get(name) != SIXTEEN_BIT]
             presets = dict.fromkeys(left, preset) | exceptions
     return presets | _ends(geometry, plan)
+
+
+def _group_size(geometry: Geometry, plan: QuantizePlan, names: list[str]) -> int | None:
+    """What was asked for; else, where the preset's own size does not divide these layers, the largest usual
+    one that does. None: the preset's own, or none."""
+    if plan.preset is None or plan.mixes or plan.group_size is not None:
+        return plan.group_size
+    grid = preset_named(plan.preset).scheme.weights
+    if grid.group_size is None or grid.scale_format != "model":
+        return None
+    sizes = {
+        side
+        for name in names
+        for side in linear_shape(geometry, name)[0 if grid.granularity == "block" else 1 :]
+    }
+    for size in (grid.group_size, 64, 32, 16):
+        if all(side % size == 0 for side in sizes):
+            return None if size == grid.group_size else size
+    return None
 
 
 def _learned(preset: Preset) -> Preset:
