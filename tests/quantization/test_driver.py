@@ -356,10 +356,11 @@ def test_groups_that_do_not_divide_are_replaced_and_said(tiny: Tiny, tmp_path: P
     assert {scheme.weights.group_size for scheme in layout.schemes.values()} == {64}
     assert made.manifest is not None
     assert any("groups of 64: the preset's own size" in w for w in made.manifest.warnings)
-    wide = plan_quantize(
-        tiny(name="wide", hidden_size=128, intermediate_size=256), QuantizePlan(preset="int4")
+    wide = tiny(
+        name="wide", hidden_size=128, intermediate_size=256, num_attention_heads=8, head_dim=16
     )
-    assert not any("groups of" in warning for warning in wide.warnings)
+    told = plan_quantize(wide, QuantizePlan(preset="int4")).warnings
+    assert not any("groups of" in warning for warning in told)
 
 
 @pytest.mark.parametrize(
