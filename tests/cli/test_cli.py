@@ -337,3 +337,38 @@ def test_a_float16_model_that_overflows_is_named(
         assert code == 2, arguments
         assert "layer" in stderr
         assert "float16" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["quantize", "m"], "the same command goes on where it was"),
+        (["prune", "m"], "takes finished measurements from the cache"),
+        (["eval", "m"], "stopped."),
+    ],
+)
+def test_a_stopped_command_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinier.families.open_model", stopped)
+    needed = ["--out", "o", *(["--preset", "fp8"] if arguments[0] == "quantize" else [])]
+    code, out, err = in_process(
+        monkeypatch, capsys, *arguments, *(needed if arguments[0] != "eval" else [])
+    )
+    assert code == cli.INTERRUPTED
+    assert told in err
+    assert out == ""
+
+
+def test_nobody_is_told_to_install_a_name_that_is_not_ours() -> None:
+    """`tinier` on PyPI belongs to nobody known."""
+    source = Path(cli.__file__).parents[1]
+    for path in source.rglob("*.py"):
+        assert "pip install 'tinier" not in path.read_text("utf-8"), path
+        assert "pip install tinier" not in path.read_text("utf-8"), path

@@ -153,13 +153,14 @@ def _room(place: torch.device) -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    for package, extra, what in (
-        ("datasets", "data", "text from the Hub"), ("tritonclient", "triton", "Triton's protocols"),
-        ("onnxruntime_genai", "onnx", "export to ONNX"),
-    ):  # fmt: skip
+    for package, named, what in (
+        ("datasets", "datasets", "text from the Hub"),
+        ("tritonclient", "tritonclient[all]", "Triton's protocols"),
+        ("onnxruntime_genai", "onnxruntime-genai onnx onnx-ir", "export to ONNX"),
+    ):
         if find_spec(package) is None:
             yield Finding("note", "package", f"{package} is not installed: no {what}",
-                          f"pip install 'tinier[{extra}]'")  # fmt: skip
+                          f"pip install {named}")  # fmt: skip
 
 
 # --- a checkpoint

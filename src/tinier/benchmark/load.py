@@ -24,7 +24,7 @@ Kind = Literal["openai", "triton"]
 TARGETS = {"real-time": 100.0, "conversation": 1000.0, "batch": 10_000.0}
 """Milliseconds in which 95 % of the requests should be answered, by use"""
 _PERCENTILES = {"mean": "avg", "p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99"}
-_INSTALL = "pip install 'tinier[bench]', or AIPerf in an environment of its own that is on PATH"
+_INSTALL = "pip install aiperf, or AIPerf in an environment of its own that is on PATH"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

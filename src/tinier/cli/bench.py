@@ -63,7 +63,7 @@ def bench(
 
     MODEL, in process: latency, time to first token (TTFT), inter-token latency (ITL), output tokens/s and
     requests/s of requests that arrive together; memory in a fresh process. URL: the same with AIPerf as the
-    client (pip install 'tinier[bench]'), with percentiles.
+    client (pip install aiperf), with percentiles.
 
     \b
     Examples:

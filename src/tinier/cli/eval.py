@@ -40,7 +40,7 @@ def eval_(
         typer.Option(
             "--tasks",
             help="Tasks of lm-evaluation-harness, with commas: arc_easy,hellaswag,gsm8k. Needs "
-            "pip install 'tinier[eval]'.",
+            "pip install lm-eval.",
         ),
     ] = None,
     task_shots: Annotated[

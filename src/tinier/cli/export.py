@@ -50,7 +50,7 @@ def export(
       triton, triton-vllm, triton-tensorrt-llm   a model repository of Triton Inference Server
       gptq, gptq-v2                GPTQ: vLLM, SGLang, transformers, OpenVINO, ONNX Runtime, MLX
       awq                          AutoAWQ GEMM
-      onnx                         ONNX Runtime GenAI (pip install 'tinier[onnx]')
+      onnx                         ONNX Runtime GenAI (pip install onnxruntime-genai onnx onnx-ir)
       fp8-hf                       transformers' fine-grained FP8
       gguf                         llama.cpp: INT4 to Q4_0 or Q4_1, INT8 to Q8_0, MXFP4, BF16
       ollama                       that file and a Modelfile

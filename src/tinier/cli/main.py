@@ -28,11 +28,13 @@ from tinier.errors import TinierError
 app = typer.Typer(
     name="tinier",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # plain help: the same text on every terminal, pinned in docs/cli.md
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+INTERRUPTED = 130
+"""Exit code after Ctrl-C"""
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "fit": fit,
@@ -85,6 +87,10 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print(_stopped(sys.argv[1:]), file=sys.stderr)
+        raise
     except BrokenPipeError:
         # whoever read our output has gone; Python must not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -95,6 +101,16 @@ def main() -> None:
         message, code = _explain(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(code)
+
+
+def _stopped(arguments: list[str]) -> str:
+    """What to tell the user after Ctrl-C."""
+    verb = next((word for word in arguments if word in VERBS), None)
+    if verb in ("run", "fit", "quantize", "distill", "export"):
+        return "\nstopped. Nothing is half-written; the same command goes on where it was."
+    if verb == "prune":
+        return "\nstopped. Nothing is written; the same command takes finished measurements from the cache."
+    return "\nstopped."
 
 
 def _explain(error: Exception) -> tuple[str, int]:

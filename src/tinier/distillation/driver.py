@@ -144,7 +144,7 @@ def distill(
 def _check_tensorboard(folder: Path | None) -> None:
     if folder is not None and importlib.util.find_spec("tensorboard") is None:
         raise InputError(
-            "TensorBoard's scalars need its package. Type: pip install 'tinier[train]'; or leave "
+            "TensorBoard's scalars need its package. Type: pip install tensorboard; or leave "
             "--tensorboard out."
         )
 

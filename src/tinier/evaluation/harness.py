@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise InputError(
         f"tasks are lm-evaluation-harness's, which is not installed ({error}). Type: "
-        "pip install 'tinier[eval]'"
+        "pip install lm-eval"
     ) from None
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

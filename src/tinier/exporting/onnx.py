@@ -45,8 +45,9 @@ def onnx_refusal(source: Checkpoint) -> str | None:
 def check_builder() -> None:
     """Raises InputError where the builder is not installed."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
+    packages = " ".join(missing).replace("_", "-")
     if missing:
-        raise InputError(f"--to onnx needs {', '.join(missing)}. Type: pip install 'tinier[onnx]'")
+        raise InputError(f"--to onnx needs {', '.join(missing)}. Type: pip install {packages}")
 
 
 def build(gptq: Path, out: Path, *, tied: bool) -> None:

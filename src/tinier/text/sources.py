@@ -210,7 +210,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise TextError(f"reading {path} needs pyarrow. Type: pip install 'tinier[data]'") from None
+        raise TextError(f"reading {path} needs pyarrow. Type: pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -252,7 +252,7 @@ def _from_hub(source: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise TextError(f"{source} needs datasets. Type: pip install 'tinier[data]'") from None
+        raise TextError(f"{source} needs datasets. Type: pip install datasets") from None
     name, *rest = source.removeprefix(_HUB_PREFIX).split(":")
     config = rest[0] if rest else None
     split = rest[1] if len(rest) > 1 else "train"
