@@ -55,8 +55,9 @@ def engine_repository(name: str) -> dict[str, str]:
         str(_model(name) / "1" / "model.py"): model.read_text(encoding="utf-8"),
         "serve.txt": _serve(
             "trtllm-python-py3",
-            f"pip install tinier && {_TRITON}",
-            "Any image of Triton with the Python backend. TINIER_PYTHON names another Python that tinier\n"
+            f"pip install /models/tinier-*.whl && {_TRITON}",
+            "In a checkout of tinier: pip wheel --no-deps -w THIS_FOLDER/model_repository .\n"
+            "# Any image of Triton with the Python backend. TINIER_PYTHON names another Python that tinier\n"
             "# is in; options of `tinier serve` are in config.pbtxt.",
         ),
     }
