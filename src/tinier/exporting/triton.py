@@ -57,8 +57,8 @@ def engine_repository(name: str) -> dict[str, str]:
             "trtllm-python-py3",
             f"pip install /models/tinier-*.whl && {_TRITON}",
             "In a checkout of tinier: pip wheel --no-deps -w THIS_FOLDER/model_repository .\n"
-            "# Any image of Triton with the Python backend. TINIER_PYTHON names another Python that tinier\n"
-            "# is in; options of `tinier serve` are in config.pbtxt.",
+            "# Any image of Triton with the Python backend. TINIER_PYTHON names another Python that has\n"
+            "# tinier; options of `tinier serve` are in config.pbtxt.",
         ),
     }
 
