@@ -9,7 +9,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -
 .PHONY: demo test check lint docs help-docs readme
 
 demo: $(READY)  ## the main job on the built-in model
-	$(BIN)/tinier run recipes/demo.yaml
+	$(BIN)/tinier run demo
 
 test: lint  ## lint, types and every test
 	$(PYTEST)

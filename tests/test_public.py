@@ -2,15 +2,18 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import tinier
 from tinier.cli.main import VERBS
 
 PUBLIC = [
-    "Budget", "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "FitPlan", "InputError",
-    "MeasuredFailure", "PrunePlan", "QuantizePlan", "SamplingParams", "TinierError", "distill", "evaluate",
-    "evaluate_mmlu", "fit", "load_recipe", "open_model", "prune", "quantize", "run_recipe", "write_report",
+    "Budget", "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "FitPlan", "FitResults", "HealPlan",
+    "InputError", "MeasuredFailure", "MmluPlan", "PrunePlan", "Quality", "QuantizePlan", "Recipe",
+    "RunResults", "SamplingParams", "TinierError", "Workload", "bench", "compare", "distill", "evaluate",
+    "export", "fit", "generate", "load_recipe", "load_results", "open_model", "prune", "prune_and_heal",
+    "quantize", "run_recipe", "write_report",
 ]  # fmt: skip
 
 
@@ -18,6 +21,17 @@ def test_public_names_are_pinned_and_there() -> None:
     assert tinier.__all__ == PUBLIC
     for name in PUBLIC:
         assert getattr(tinier, name).__name__ == name
+
+
+def test_the_version_is_that_of_the_tag_and_the_changelog() -> None:
+    root = Path(__file__).parent.parent
+    assert f"## {tinier.__version__}\n" in (root / "CHANGELOG.md").read_text("utf-8")
+    found = subprocess.run(
+        ["git", "describe", "--exact-match", "--tags"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if found.returncode == 0:
+        assert found.stdout.strip() == f"v{tinier.__version__}"
 
 
 def test_verbs_are_pinned() -> None:

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ pytestmark = [
     ),
 ]
 
+_SDIST = """
+import sys
+from setuptools import build_meta
+
+print(build_meta.build_sdist(sys.argv[1]))
+"""
 _ANSWER = """
 import json, sys
 from tinier.engine import Engine, EngineConfig, SamplingParams
@@ -52,8 +59,19 @@ def test_the_wheel_decodes_natively_without_a_compiler(
     )  # fmt: skip
     (wheel,) = tmp_path.glob("tinier-*-py3-none-linux_x86_64.whl")
     installed = tmp_path / "installed"
+    sources = subprocess.run(
+        [sys.executable, "-c", _SDIST, tmp_path], cwd=project, check=True, capture_output=True, text=True,
+    ).stdout.split()[-1]  # fmt: skip
+    with tarfile.open(tmp_path / sources) as packed_sources:
+        found = {name.partition("/")[2] for name in packed_sources.getnames()}
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(installed)
+    # what is in the wheel, its libraries left out, is in the sources too: it can be built from them
+    files = {
+        f"src/{p.relative_to(installed)}" for p in (installed / "tinier").rglob("*") if p.is_file()
+    }
+    assert {name for name in files if not name.endswith(".so")} <= found
+    assert "src/tinier/recipe/demo.yaml" in found
     assert {path.stem for path in installed.rglob("*.so")} == {
         f"cpu_decode-{x}" for x in LEVELS.values()
     }

@@ -14,7 +14,7 @@ The names in `__all__` are the public ones; each is imported when it is first us
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from tinier.benchmark import Workload, bench

@@ -66,7 +66,7 @@ def test_bad_recipes_say_where_and_what(tmp_path: Path, old: str, new: str, mess
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="does not exist. Start from recipes/demo.yaml"):
+    with pytest.raises(RecipeError, match="does not exist. Write one, or try"):
         load_recipe(tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load(tmp_path, "a: [")

@@ -72,7 +72,7 @@ def _root(
 
     \b
     Examples:
-      tinier run recipes/demo.yaml
+      tinier run demo
       tinier quantize smollm2-135m --preset int4 --group-size 64 --out smollm2-int4
       tinier eval smollm2-int4 --against smollm2-135m
 

@@ -37,8 +37,8 @@ def run(
 
     \b
     Examples:
-      tinier run recipes/demo.yaml
-      tinier run recipes/demo.yaml --dry-run
+      tinier run demo
+      tinier run demo --dry-run
       tinier run recipes/guide.yaml --out runs/llama --json
     """
     from tinier.errors import MeasuredFailure

@@ -12,6 +12,8 @@ from tinier.errors import RecipeError
 from tinier.schemes import Int4Inputs
 
 BASE = "base"
+DEMO = "demo"
+"""The recipe that comes with tinier"""
 
 
 class _Strict(BaseModel):
@@ -239,11 +241,16 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: Path | str, tensor_parallel: int | None = None) -> Recipe:
-    """Read and check a recipe file. tensor_parallel: instead of the recipe's. Raises RecipeError, naming
-    the key and the nearest known one."""
+    """Read and check a recipe file, or the built-in `demo`. tensor_parallel: instead of the recipe's.
+
+    Raises RecipeError, naming the key and the nearest known one."""
     path = Path(path)
+    if str(path) == DEMO and not path.exists():
+        path = Path(__file__).with_name("demo.yaml")
     if not path.is_file():
-        raise RecipeError(f"recipe {path} does not exist. Start from recipes/demo.yaml.")
+        raise RecipeError(
+            f"recipe {path} does not exist. Write one, or try the built-in one: tinier run {DEMO}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
