@@ -65,7 +65,7 @@ def test_readmes_are_short() -> None:
 def test_every_command_of_the_guide_runs(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
     """On a tiny model in place of SmolLM2."""
     source = tiny(
-        num_hidden_layers=8, hidden_size=64, intermediate_size=192, max_position_embeddings=2048,
+        num_hidden_layers=10, hidden_size=64, intermediate_size=192, max_position_embeddings=2048,
         dtype=torch.bfloat16,
     )  # fmt: skip
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
