@@ -70,6 +70,12 @@ ROWS = (
     Row("INT4 group 64", "ours", "int4", ("--group-size", "64")),
     Row("INT4 group 64", "ours", "int4-awq", ("--group-size", "64")),
     Row("INT4 group 64", "ours", "int4-gptq", ("--group-size", "64")),
+    Row(
+        "INT4 group 64",
+        "ours",
+        "int4-gptq",
+        ("--group-size", "64", "--weighting", "fisher", "--drift", "corrected"),
+    ),
     # its 100 steps a layer take an hour on two cores; these are ten minutes
     Row("INT4 group 64", "ours", "int4-best", ("--group-size", "64", "--iterations", "20")),
     Row("INT4 group 64, zero points", "llmcompressor", "int4-awq-asym"),
@@ -108,8 +114,12 @@ def main() -> None:
         if results.get("off_grid", False) != arguments.off_grid:
             raise SystemExit(f"{arguments.out} is of another base (--off-grid)")
     for row in ROWS:
-        steps = dict(zip(row.options[::2], row.options[1::2], strict=True)).get("--iterations")
-        method = f"{row.method}, {steps} steps" if steps else row.method
+        options = dict(zip(row.options[::2], row.options[1::2], strict=True))
+        method = row.method
+        if "--iterations" in options:
+            method += f", {options['--iterations']} steps"
+        if "--drift" in options:
+            method += ", Fisher weights, corrected drift"
         key = " · ".join((row.format, row.peer, method))
         skipped = bool(arguments.rows) and not row.format.startswith(tuple(arguments.rows))
         skipped |= bool(arguments.peers) and row.peer not in arguments.peers
