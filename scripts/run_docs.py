@@ -12,11 +12,13 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,9 +68,18 @@ def run(command: str, folder: Path, model: str) -> str:
         env={**os.environ, "PATH": path, "COLUMNS": "100", "NO_COLOR": "1"},
     )  # fmt: skip
     if done.returncode:
+        _stop_server(folder)
         raise SystemExit(f"{command}\nexit {done.returncode}\n{done.stdout}{done.stderr}")
     # without the blanks that fill a terminal's line
     return "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
+
+
+def _stop_server(folder: Path) -> None:
+    """End what the page on serving started, whose last command did not come."""
+    started = folder / "serve.pid"
+    if started.exists():
+        with suppress(ProcessLookupError):
+            os.kill(int(started.read_text()), signal.SIGTERM)
 
 
 def with_outputs(text: str, outputs: dict[tuple[str, ...], str]) -> str:

@@ -172,9 +172,12 @@ def matmul_flops(device: torch.device) -> float:
 def bf16_products(device: torch.device) -> AbstractContextManager[object]:
     """Makes products of bf16 matrices fast inside: on a CPU without bf16 instructions torch multiplies them
     in a scalar loop, more than ten times slower than in float32."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return nullcontext()
-    return _Float32Products()
+    return nullcontext() if fast_bf16(device) else _Float32Products()
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether torch multiplies bf16 matrices faster than float32 there."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Float32Products(TorchFunctionMode):

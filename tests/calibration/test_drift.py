@@ -9,7 +9,14 @@ import torch
 from tests.conftest import DOCUMENTS, FAMILIES, quantize_tiny
 from torch import Tensor, nn
 
-from tinier.calibration import DecoderWalk, Drift, DriftSums, LayerWeights, drift
+from tinier.calibration import (
+    DecoderWalk,
+    Drift,
+    DriftSums,
+    KeysAndValues,
+    LayerWeights,
+    drift,
+)
 from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.errors import SchemeError
 from tinier.evaluation import evaluate
@@ -21,21 +28,27 @@ Tiny = Callable[..., Checkpoint]
 CPU = torch.device("cpu")
 
 
+def halves(x: Tensor) -> Tensor:
+    return (2 * x).round() / 2
+
+
 def seen_by(
-    module: nn.Module, walk: DecoderWalk, hidden: Tensor, names: list[str]
+    module: nn.Module, walk: DecoderWalk, hidden: Tensor, names: list[str], cache: Any
 ) -> dict[str, Tensor]:
-    """What modules inside a layer are given [tokens, in]."""
+    """What modules inside a layer are given [tokens, in]. cache: rounds its keys and values."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         module.get_submodule(name).register_forward_pre_hook(
             lambda _, inputs, name=name: found[name].append(inputs[0].flatten(0, -2))
         )
-    walk.run(module, hidden, torch.empty_like(hidden))
+    walk.run(module, hidden, torch.empty_like(hidden), cache)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sums_are_those_of_whole_passes(tiny: Tiny, family: str) -> None:
+@pytest.mark.parametrize("changes", [False, True])
+def test_sums_are_those_of_whole_passes(tiny: Tiny, family: str, changes: bool) -> None:
+    """changes: inputs that factors divide and that are rounded, and rounded keys and values."""
     checkpoint = tiny(family)
     geometry, walk = geometry_of(checkpoint), DecoderWalk(checkpoint, 24, CPU)
     walk.batch_windows = 2
@@ -48,24 +61,30 @@ def test_sums_are_those_of_whole_passes(tiny: Tiny, family: str) -> None:
         weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
     reads = [r for r in geometry.inputs if geometry.expert_of(r.readers[0]) is None]
     counts = torch.rand(5, 24) * 2
+    scale = torch.tensor(0.05)
+    cache = KeysAndValues.static("int", scale, scale) if changes else None
     found = Drift(
         walk, walk.load(0), exact, hidden, geometry,
-        LayerWeights({read.name: counts for read in reads}, counts, counts), ALONE,
+        LayerWeights({read.name: counts for read in reads}, counts, counts), ALONE, cache,
     )  # fmt: skip
     norms = geometry.norm_names
     names = [read.readers[0] for read in reads] + ([norms.mlp_in] if norms.mlp_in else [])
     x, seen = (
-        seen_by(module, walk, states, names)
-        for module, states in ((walk.load(0), exact), (changed, hidden))
+        seen_by(module, walk, states, names, kept)
+        for module, states, kept in ((walk.load(0), exact, None), (changed, hidden, cache))
     )
     share = counts.flatten().unsqueeze(1) / counts.numel()
     for read in geometry.inputs:
         assert found.reaches(read) == (read in reads)
     for read in reads:
-        sums, name = found.at(read, changed, None, None), read.readers[0]
-        other = seen[name].float()
+        name = read.readers[0]
+        factors = torch.linspace(0.5, 2, x[name].shape[1]) if changes else None
+        rounding = halves if changes else None
+        sums = found.at(read, changed, factors, rounding)
+        other = halves(seen[name].float()) if changes else seen[name].float()
+        plain = x[name].float() if factors is None else x[name].float() / factors
         expected: list[Tensor | None] = [
-            other.t() @ (other * share), (x[name].float() - other).t() @ (other * share), None
+            other.t() @ (other * share), (plain - other).t() @ (other * share), None
         ]  # fmt: skip
         if read.name == "self_attn.o_proj" and norms.attention_out is None:
             lost = (exact - hidden).flatten(0, 1)
@@ -92,18 +111,29 @@ def test_all_of_a_change_undone_is_least_squares(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(sums.corrected(weight), solved, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("preset", ["int2", "int4-best", "w4a8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("family", "preset", "more"),
+    [
+        ("llama", "int2", {}),
+        ("llama", "int4-best", {"kv": "int8"}),
+        ("llama", "w4a8", {"ignore": ("*.q_proj",)}),
+        ("llama", "nvfp4", {"group_size": None}),
+        ("mixtral", "int4-gptq", {}),
+    ],
+)
 def test_it_brings_the_model_nearer_and_goes_on(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
-) -> None:
-    source = tiny(num_hidden_layers=4)
-    options: dict[str, Any] = {"windows": 64} | ({"group_size": None} if preset == "nvfp4" else {})
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, preset: str,
+    more: dict[str, Any],
+) -> None:  # fmt: skip
+    source = tiny(family, num_hidden_layers=4)
+    options: dict[str, Any] = {"windows": 64} | more
     plain = quantize_tiny(source, preset, tmp_path / "plain", **options)
     whole = quantize_tiny(source, preset, tmp_path / "whole", drift="corrected", **options)
     kls = [
         evaluate(made, source, text=DOCUMENTS, windows=16, length=64, device="cpu").kl
         for made in (plain, whole)
     ]
+    assert whole.hash != plain.hash
     assert kls[0] is not None
     assert kls[1] is not None
     if preset == "int2":

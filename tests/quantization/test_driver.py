@@ -483,3 +483,11 @@ def test_layers_that_servers_fuse_share_the_scale_of_the_whole(
         assert (
             len({read(f"model.layers.0.self_attn.{n}_proj.weight").abs().max() for n in "qkv"}) == 3
         )
+
+
+def test_an_int4_embedding_takes_groups_that_divide_it(tiny: Tiny) -> None:
+    """Also beside a preset that has none."""
+    for preset in ("int4", "fp8"):
+        plan = QuantizePlan(preset=preset, embedding="int4")
+        stage = plan_quantize(tiny(name=preset, hidden_size=64), plan)
+        assert stage.output_bytes

@@ -22,9 +22,8 @@ from tinier.quantization.mixed import (
     one_each,
     parts_of,
     predicted_costs,
-    table_group,
 )
-from tinier.quantization.plan import average_bits, format_named, mixed_formats
+from tinier.quantization.plan import average_bits, format_named, mixed_formats, table_group
 from tinier.schemes import preset_named
 from tinier.text import token_windows
 from tinier.tokenizer import load_tokenizer

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tinier.calibration.fisher import LayerWeights
+from tinier.calibration.statistics import KeysAndValues
 from tinier.calibration.walk import DecoderWalk
+from tinier.errors import InputError
 from tinier.families import Geometry, Input
 from tinier.ranks import Ranks
 
@@ -38,12 +40,17 @@ class DriftSums(NamedTuple):
         change = weight @ self.cross
         if self.stream is not None:
             change += self.stream
-        damped = self.moments.clone()
-        damped.diagonal().add_(DAMP * damped.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            return weight
-        return weight + STRENGTH * torch.cholesky_solve(change.t(), lower).t()
+        mean = self.moments.diagonal().mean()
+        for damp in (DAMP, 10 * DAMP, 100 * DAMP):  # the last is nearly a multiple of the identity
+            damped = self.moments.clone()
+            damped.diagonal().add_(damp * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                return weight + STRENGTH * torch.cholesky_solve(change.t(), lower).t()
+        raise InputError(
+            "the second moments of a layer's inputs are damaged, or the calibration text is too uniform: "
+            "drift cannot be corrected. Use another text, or --drift ignored."
+        )
 
 
 class _Reached(Exception):
@@ -55,11 +62,12 @@ class Drift:
 
     def __init__(
         self, walk: DecoderWalk, original: nn.Module, exact: Tensor, hidden: Tensor, geometry: Geometry,
-        weights: LayerWeights | None, ranks: Ranks,
+        weights: LayerWeights | None, ranks: Ranks, cache: KeysAndValues | None = None,
     ) -> None:  # fmt: skip
         """original: the layer as it was. exact, hidden: what enters it in the original model, and in the
-        quantized one; this rank's [n, length, hidden]. weights: of tokens, by input."""
-        self._walk, self._original = walk, original
+        quantized one; this rank's [n, length, hidden]. weights: of tokens, by input. cache: what rounds
+        keys and values in the quantized one."""
+        self._walk, self._original, self._cache = walk, original, cache
         self._exact, self._hidden = exact, hidden
         self._geometry, self._weights, self._ranks = geometry, weights, ranks
 
@@ -86,8 +94,8 @@ class Drift:
         counts = self._weights.inputs[read.name] if self._weights else None
         for start in range(0, len(self._hidden), walk.batch_windows):
             rows = slice(start, start + walk.batch_windows)
-            x, before = self._inputs(self._original, self._exact[rows], read)
-            seen, after = self._inputs(layer, self._hidden[rows], read)
+            x, before = self._inputs(self._original, self._exact[rows], read, None)
+            seen, after = self._inputs(layer, self._hidden[rows], read, self._cache)
             x, seen = x.float() if factors is None else x.float() / factors, seen.float()
             seen = seen if rounding is None else rounding(seen)
             if counts is None:
@@ -118,7 +126,7 @@ class Drift:
         return None
 
     def _inputs(
-        self, layer: nn.Module, hidden: Tensor, read: Input
+        self, layer: nn.Module, hidden: Tensor, read: Input, cache: KeysAndValues | None
     ) -> tuple[Tensor, Tensor | None]:
         """What the readers of an input are given [tokens, in], and the stream [tokens, hidden] that they
         add to."""
@@ -138,7 +146,7 @@ class Drift:
         if name:
             handles.append(layer.get_submodule(name).register_forward_pre_hook(pass_by))
         try:
-            self._walk.forward(layer, batch)
+            self._walk.forward(layer, batch, cache)
         except _Reached:
             pass
         finally:

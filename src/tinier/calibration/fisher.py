@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tinier.calibration.divergence import norm_and_head
 from tinier.calibration.walk import DecoderWalk
 from tinier.checkpoint import Checkpoint
-from tinier.device import bf16_products
+from tinier.device import fast_bf16
 from tinier.families import Geometry, Input, geometry_of
 from tinier.kernels import rms_norm
 from tinier.progress import bar
@@ -125,7 +125,9 @@ def _head_gradient(
 ) -> Tensor:
     """Gradient of the log-likelihood of tokens that the model draws, at the last layer's outputs
     [n, length, hidden]. Products are in the model's type: only sizes matter here."""
-    geometry, dtype = geometry_of(checkpoint), checkpoint.dtype
+    geometry = geometry_of(checkpoint)
+    # a CPU without bf16 products would widen the head for every chunk
+    dtype = checkpoint.dtype if fast_bf16(device) else torch.float32
     norm, head = norm_and_head(checkpoint, device, dtype)
     found = torch.empty_like(hidden)
     length = hidden.shape[1]
@@ -137,12 +139,11 @@ def _head_gradient(
         with torch.enable_grad():
             normed = rms_norm(states, norm.float(), geometry.norm_eps)
         divisor = geometry.multipliers.logits
-        with bf16_products(device):
-            logits = F.linear(normed.detach().to(dtype), head).float() / divisor
-            at_logits = logits.softmax(-1)
-            drawn = _draw(at_logits, generator)
-            at_logits.scatter_add_(1, drawn, at_logits.new_full(drawn.shape, -1.0))
-            at_normed = F.linear(at_logits.to(dtype), head.t()).float() / divisor
+        logits = F.linear(normed.detach().to(dtype), head).float() / divisor
+        at_logits = logits.softmax(-1)
+        drawn = _draw(at_logits, generator)
+        at_logits.scatter_add_(1, drawn, at_logits.new_full(drawn.shape, -1.0))
+        at_normed = F.linear(at_logits.to(dtype), head.t()).float() / divisor
         gradient = torch.autograd.grad(normed, states, at_normed)[0]
         found[index, rows] = gradient.to(found.dtype).to(found.device)
     return found

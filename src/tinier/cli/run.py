@@ -11,7 +11,7 @@ from tinier.cli import options, output
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="See recipes/.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe file, or demo.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Run folder; default runs/RECIPE. An old one is continued."),

@@ -106,7 +106,12 @@ def _rounds(source: Checkpoint, plan: PrunePlan, heal: HealPlan) -> list[PrunePl
     ends = [round(count * (i + 1) / heal.rounds) for i in range(heal.rounds)]
     # widths go with the last round: a healed model is cut once
     deep = replace(
-        plan, keep_hidden=None, keep_intermediate=None, keep_heads=None, keep_kv_heads=None
+        plan,
+        keep_hidden=None,
+        keep_intermediate=None,
+        keep_heads=None,
+        keep_kv_heads=None,
+        keep_experts=None,
     )
     early = [replace(deep, keep_layers=total - end) for end in ends[:-1]]
     return [*early, replace(plan, keep_layers=total - count)]

@@ -13,14 +13,17 @@ from tinier.tokenizer import load_tokenizer
 
 
 class Generation:
-    """A continuation, computed while it is iterated over."""
+    """A continuation, computed while it is iterated over, once."""
 
     def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, stream: TextStream):
-        self._tokens, self._stream = engine.stream(ids, params), stream
+        self._pieces, self._stream = self._written(engine.stream(ids, params)), stream
         self.prompt_tokens = len(ids)
 
     def __iter__(self) -> Iterator[str]:
-        for token in self._tokens:
+        return self._pieces
+
+    def _written(self, tokens: Iterator[int]) -> Iterator[str]:
+        for token in tokens:
             yield self._stream.push(token)
         yield self._stream.close()
 

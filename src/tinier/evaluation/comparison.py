@@ -1,8 +1,8 @@
 """Where two checkpoints differ: layer by layer, and at the end.
 
-Start at `compare`. Both models run over the same windows in step. Each layer of the second is judged
-twice: on the inputs that the first model gives (what this layer alone does wrong), and on those that
-the second model has by then (what has piled up).
+Start at `compare_windows`. Both models run over the same windows in step. Each layer of the second is
+judged twice: on the inputs that the first model gives (what this layer alone does wrong), and on those
+that the second model has by then (what has piled up).
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tinier.families import Geometry
 from tinier.fitting.costs import Design
 from tinier.pruning import Sizes
-from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of, table_group
-from tinier.quantization.plan import NULL, SIXTEEN_BIT
+from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of
+from tinier.quantization.plan import NULL, SIXTEEN_BIT, table_group
 from tinier.recipe.schema import BASE, Distill, Prune, Quantize, Variant
 
 _GRID_RATE, _HEAL_RATES = 5e-5, (3e-4, 7e-5)

@@ -23,8 +23,8 @@ from tinier.pruning import Sizes
 from tinier.pruning.choice import CutCosts
 from tinier.pruning.plan import resized
 from tinier.quantization.allocation import Options, allocate
-from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, Part, parts_of, table_group
-from tinier.quantization.plan import SIXTEEN_BIT, embedding_preset, stored_bytes
+from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, Part, parts_of
+from tinier.quantization.plan import SIXTEEN_BIT, embedding_preset, stored_bytes, table_group
 from tinier.schemes import Preset
 
 # bytes that a quantized linear layer takes in headers and config.json

@@ -50,9 +50,14 @@ from tinier.quantization.mixed import (
     KV_FORMATS,
     KV_PART,
     Choice,
+)
+from tinier.quantization.plan import (
+    SIXTEEN_BIT,
+    embedding_preset,
+    kv_grid,
+    output_config,
     table_group,
 )
-from tinier.quantization.plan import SIXTEEN_BIT, embedding_preset, kv_grid, output_config
 from tinier.quantization.scales import absmax_scales, round_nearest, round_table
 from tinier.schemes import Int4Inputs, Layout, Preset, Scheme
 

@@ -5,6 +5,7 @@ plain model of the same architecture, in standard format, which needs nothing of
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from tinier.progress import bar, say, warn
 from tinier.pruning.choice import Choice, choose
 from tinier.pruning.cut import Cut
 from tinier.pruning.importance import measure_importance
-from tinier.pruning.plan import PrunePlan, prepare
+from tinier.pruning.plan import PrunePlan, calibration_windows, prepare
 from tinier.pruning.refit import refitted
 from tinier.pruning.trial import divergences
-from tinier.text import BUILTIN, Text, documents_of
+from tinier.text import BUILTIN, Document, Text, documents_of
 
 
 def prune(
@@ -49,7 +50,8 @@ def prune(
     """
     started, out = time.monotonic(), Path(out)
     check_output(out)
-    stage, windows = prepare(source, plan, documents_of(text, "calibration"))
+    documents = documents_of(text, "calibration")
+    stage, windows = prepare(source, plan, documents)
     place = pick_device(device)
     reset_peak_memory(place)
     check_memory(
@@ -59,7 +61,7 @@ def prune(
     for warning in stage.warnings:
         warn(warning)
     choice = choose(source, plan, windows, place)[0]
-    warnings = _warnings(source, plan, choice, windows, place)
+    warnings = _warnings(source, plan, choice, documents, place)
     return write_pruned(source, plan, stage, choice, windows, out, warnings, place, started)
 
 
@@ -117,10 +119,11 @@ def _warnings(
     source: Checkpoint,
     plan: PrunePlan,
     choice: Choice,
-    windows: Tensor | None,
+    documents: Sequence[Document],
     device: torch.device,
 ) -> list[str]:
-    """What is dangerous about the layers that go, and what measurement says instead."""
+    """What is dangerous about the layers that go, and, where a window fits the model, what measurement says
+    instead."""
     total = geometry_of(source).layers
     dropped = tuple(i for i in range(total) if i not in choice.cut.layers)
     warnings = []
@@ -131,7 +134,9 @@ def _warnings(
         )
     if 2 * len(dropped) >= total:
         warnings.append(f"dropped {len(dropped)} of {total} layers: half or more rarely recovers")
-    if warnings and plan.drop_layers and windows is not None:
+    shortest = min((w for w in geometry_of(source).windows if w is not None), default=plan.length)
+    if warnings and plan.drop_layers and documents and plan.length <= shortest:
+        windows = calibration_windows(source, plan, documents)
         warnings.append(_instead(source, dropped, windows, device))
     for warning in warnings:
         say(f"warning: {warning}")

@@ -95,9 +95,9 @@ def quantize(
 ) -> Checkpoint:
     """Write `source` quantized as `plan` says to the new folder `out`; returns it opened.
 
-    text: to calibrate on, for presets that need it. targets: folder for the 16-bit weights that
-    the codes stand for (equalization folded in, not rounded), a file a layer. The same call goes on
-    where one that was stopped left off. Under torchrun the calibration windows are split over the
+    text: to calibrate on, for presets that need it. targets: folder for the 16-bit weights that the codes
+    stand for (equalization folded in, drift corrected, not rounded), a file a layer. The same call goes
+    on where one that was stopped left off. Under torchrun the calibration windows are split over the
     processes. Raises SchemeError, TextError, InputError or OutputError before any work.
     """
     return quantize_all(source, {Path(out): plan}, text=text, device=device, targets=targets)[0]
@@ -304,7 +304,7 @@ class _Job:
         prefix, module = layer_name(index), self._walk.load(index)
         statistics: dict[str, InputStatistics] = {}
         first = None
-        cache = KeysAndValues(None) if self._plan.kv else None
+        cache, kv = KeysAndValues(None) if self._plan.kv else None, kv_grid(self._plan.kv)
         if self._hidden is not None and self._windows is not None:
             statistics, first = observe(
                 self._walk, module, self._geometry, self._hidden, len(self._windows), self._sharing,
@@ -313,13 +313,18 @@ class _Job:
             )  # fmt: skip
         drift = None
         if self._plan.drift == "corrected" and self._exact is not None and self._hidden is not None:
+            kept = None
+            if cache is not None and kv is not None:
+                scales = (static_scale(most, kv).to(self._device) for most in cache.absmax)
+                kept = KeysAndValues.static(kv.kind, *scales)
             drift = Drift(
                 self._walk, self._walk.load(index), self._exact, self._hidden, self._geometry,
-                self._weights[index] if self._weights else None, self._sharing,
+                self._weights[index] if self._weights else None, self._sharing, kept,
             )  # fmt: skip
         result = quantize_layer(
             module, presets, statistics, self._geometry, self._source.dtype, self._ranks, drift
         )
+        corrected, drift = drift is not None, None  # its layers are not needed any more
         self._run_original(index)
         learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
         inputs = outputs = importance = None
@@ -331,12 +336,12 @@ class _Job:
         if inputs is not None and outputs is not None and importance is not None and learned:
             self._learn(index, module, result, learned, inputs, outputs, importance)
         tensors = result.tensors(prefix)
-        grid = kv_grid(self._plan.kv)
-        if cache is not None and grid is not None:
+        if cache is not None and kv is not None:
             for name, absmax in zip(("k_scale", "v_scale"), cache.absmax, strict=True):
-                tensors[f"{prefix}.self_attn.{name}"] = static_scale(absmax, grid)
+                tensors[f"{prefix}.self_attn.{name}"] = static_scale(absmax, kv)
         measures = {f"{prefix}.{name}": values for name, values in result.measures().items()}
-        if self._hidden is not None and first is not None:
+        # corrected weights are meant to give other outputs than the original's on the same inputs
+        if self._hidden is not None and first is not None and not corrected:
             install(module, prefix, tensors, presets)
             batch = self._hidden[: self._walk.batch_windows].to(self._device)
             rounded = self._walk.forward(module, batch, self._cache(prefix, tensors))

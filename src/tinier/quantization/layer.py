@@ -60,7 +60,7 @@ class QuantizedLayer:
     others: dict[str, Tensor]
     """Everything else by name: norms, biases, weights left in 16 bit"""
     targets: dict[str, Tensor]
-    """float32 weights that the codes stand for: folded, not rounded"""
+    """float32 weights that the codes stand for: folded, drift corrected, not rounded"""
     statistics: dict[str, InputStatistics]
     """Of the layer's inputs as they are after folding, by name"""
     inputs: tuple[Input, ...]
@@ -124,17 +124,21 @@ def quantize_layer(
         _share_ranges(seen, geometry)
         result.warnings += _hardly_seen(seen, geometry)
     groups = {read.name: [n for n in read.readers if n in presets] for read in geometry.inputs}
+    made = {}
     if drift is not None:
-        made = _in_turn(
-            result, _folded(layer, weights, dtype), groups, presets, drift, dtype, ranks
-        )
-    else:
-        owners = _owners({g: _work(targets, names) for g, names in groups.items()}, ranks.size)
-        made = {
-            group: _quantize_group(targets, names, presets, seen.get(group), dtype)
-            for group, names in groups.items()
-            if names and owners[group] == ranks.rank
-        }
+        folded_layer = _folded(layer, weights, dtype)
+        made = _in_turn(result, folded_layer, groups, presets, drift, dtype, ranks)
+    left = {
+        read.name: groups[read.name]
+        for read in geometry.inputs
+        if drift is None or not drift.reaches(read)
+    }
+    owners = _owners({g: _work(targets, names) for g, names in left.items()}, ranks.size)
+    made |= {
+        group: _quantize_group(targets, names, presets, seen.get(group), dtype)
+        for group, names in left.items()
+        if names and owners[group] == ranks.rank
+    }
     tensors = ranks.merge(
         {f"{name}.{part}": tensor for group in made.values()
          for name, linear in group.linears.items() for part, tensor in linear.tensors().items()},
@@ -166,18 +170,19 @@ def _in_turn(
     result: QuantizedLayer, layer: nn.Module, groups: dict[str, list[str]], presets: LayerPresets,
     drift: Drift, dtype: torch.dtype, ranks: Ranks,
 ) -> dict[str, "_Group"]:  # fmt: skip
-    """Quantize group after group, each on what those before it give; the first rank does, and all see it.
+    """Quantize the groups whose inputs' drift is known, each on what those before it give; the first rank
+    does, and all see it.
 
     Changes the targets, the statistics and the weights of `layer`.
     """
     made, targets, seen = {}, result.targets, result.statistics
     for read in result.inputs:
         names = groups[read.name]
-        if not names:
+        if not names or not drift.reaches(read):
             continue
         preset = presets[names[0]]
         input_scale = _input_scale(preset, seen.get(read.name))
-        if preset.algorithm.rounding != "nearest" and drift.reaches(read):
+        if preset.algorithm.rounding != "nearest":
             grid = preset.scheme.activations
             rounding = None if grid is None else partial(_rounded, grid, input_scale)
             sums = drift.at(read, layer, result.factors.get(read.name), rounding)

@@ -64,6 +64,7 @@ from tinier.quantization.plan import (
     kv_grid,
     mixed_formats,
     stored_bytes,
+    table_group,
 )
 from tinier.quantization.scales import round_table
 from tinier.ranks import ALONE
@@ -277,11 +278,6 @@ def _output_error(made: QuantizedLayer, name: str, seen: InputStatistics) -> flo
 
 def _divided(factors: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
     return ((inputs[0].float() / factors).to(inputs[0].dtype),)
-
-
-def table_group(geometry: Geometry) -> int:
-    """The group size of an INT4 embedding: the largest usual one that divides."""
-    return next(size for size in (128, 64, 32, 16) if geometry.hidden % size == 0)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ activations, calibration text. Out: a StagePlan, and the calibration windows tha
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -202,7 +202,7 @@ def _warnings(
         solves = any(p.algorithm.rounding != "nearest" for p in presets.values())
         widest = max(columns for _, columns in geometry.linears.values())
         warnings += shortfall(windows, plan.windows, widest if solves else 0)
-    fitted = _group_size(geometry, plan, list(presets)) if presets else None
+    fitted = _group_size(geometry, plan, _plain(plan, presets))
     if fitted is not None and plan.group_size is None:
         warnings.append(
             f"groups of {fitted}: the preset's own size does not divide this model's layers"
@@ -343,12 +343,17 @@ def chosen_presets(
             if plan.preset == MIXED_BEST:
                 presets = {name: _learned(preset) for name, preset in presets.items()}
         else:
-            size = _group_size(geometry, plan, left)
-            preset = preset_named(plan.preset, size, symmetric=plan.symmetric)
             exceptions = _exceptions(geometry, plan, left)
-            left = [name for name in left if plan.layer_formats.get(name) != SIXTEEN_BIT]
-            presets = dict.fromkeys(left, preset) | exceptions
+            size = _group_size(geometry, plan, _plain(plan, left))
+            preset = preset_named(plan.preset, size, symmetric=plan.symmetric)
+            presets = dict.fromkeys(_plain(plan, left), preset) | exceptions
     return presets | _ends(geometry, plan)
+
+
+def _plain(plan: QuantizePlan, names: Iterable[str]) -> list[str]:
+    """Those of the decoder layers' names that have the plan's preset and no format of their own."""
+    ends = (HEAD_LINEAR, EMBEDDING_MODULE)
+    return [name for name in names if name not in plan.layer_formats and name not in ends]
 
 
 def _group_size(geometry: Geometry, plan: QuantizePlan, names: list[str]) -> int | None:
@@ -409,7 +414,7 @@ def _ends(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
             f"the head is the embedding, which becomes {plan.embedding}, and not {plan.head} too. "
             "Leave --head out."
         )
-    preset = embedding_preset(plan.embedding, plan.group_size)
+    preset = embedding_preset(plan.embedding, plan.group_size or table_group(geometry))
     ends = {EMBEDDING_MODULE: preset}
     if geometry.tied_head:
         ends[HEAD_LINEAR] = preset
@@ -439,6 +444,11 @@ def kv_grid(kv: str | None) -> Grid | None:
     if kv is None:
         return None
     return Grid(kind="float" if kv == "fp8" else "int", bits=8, granularity="tensor")
+
+
+def table_group(geometry: Geometry) -> int:
+    """The group size of an INT4 embedding: the largest usual one that divides."""
+    return next(size for size in (128, 64, 32, 16) if geometry.hidden % size == 0)
 
 
 def embedding_preset(kind: str, group_size: int | None) -> Preset:
@@ -537,6 +547,10 @@ def _memory_bytes(
     per_weight = 14  # 16-bit weights, float32 copies of them, candidates and errors
     if any(p.algorithm.rounding == "learned" for p in presets.values()):
         per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
+    if plan.drift == "corrected":
+        per_weight += (
+            8  # the original's layer, the one that is quantized in turn, and other targets
+        )
     widths = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
     moments = 0
     if any(p.algorithm.needs_data for p in presets.values()):
@@ -547,7 +561,7 @@ def _memory_bytes(
         ):  # both models' layer, two products in float64 and their solution
             moments += 32 * max(widths) ** 2
     batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
-    streams = 2 if per_weight > 14 or plan.drift == "corrected" else 1
+    streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
     hidden = streams * tokens * geometry.hidden * item
     if plan.weighting == "fisher":

@@ -245,7 +245,7 @@ def load_recipe(path: Path | str, tensor_parallel: int | None = None) -> Recipe:
 
     Raises RecipeError, naming the key and the nearest known one."""
     path = Path(path)
-    if str(path) == DEMO and not path.exists():
+    if str(path) == DEMO and not path.is_file():
         path = Path(__file__).with_name("demo.yaml")
     if not path.is_file():
         raise RecipeError(
