@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.conftest import DOCUMENTS, quantize_tiny
 
+from tinier import __version__ as tinier_version
 from tinier.checkpoint import Checkpoint
 from tinier.cli import main as cli
 
@@ -177,7 +178,7 @@ def test_report_needs_a_run(
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, stdout, _ = in_process(monkeypatch, capsys, "--version")
-    assert (code, stdout) == (0, "tinier 0.1.0\n")
+    assert (code, stdout) == (0, f"tinier {tinier_version}\n")
 
 
 def test_text_streams_hold_back_incomplete_characters() -> None:

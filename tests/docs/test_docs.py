@@ -62,8 +62,11 @@ def test_readmes_are_short() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the guide asks a server with curl")
-def test_every_command_of_the_guide_runs(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+def test_every_command_of_the_guide_runs(
+    tiny: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On a tiny model in place of SmolLM2."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests beside it wait for servers' heartbeats
     source = tiny(
         num_hidden_layers=10, hidden_size=64, intermediate_size=192, max_position_embeddings=2048,
         dtype=torch.bfloat16,
@@ -81,6 +84,7 @@ def test_notebooks_run(
 ) -> None:
     source = tiny(num_hidden_layers=8, max_position_embeddings=2048, dtype=torch.bfloat16)
     monkeypatch.setenv("TINIER_MODEL", str(source.folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     *_, last = run_notebook(path).cells
     assert last.outputs
 
