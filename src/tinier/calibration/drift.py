@@ -86,11 +86,13 @@ class Drift:
         input while the model runs.
         """
         walk, columns = self._walk, self._geometry.linears[read.readers[0]][1]
-        moments, cross, stream = (
-            torch.zeros(rows, columns, dtype=torch.float64, device=walk.device)
-            for rows in (columns, columns, self._geometry.hidden)
-        )
-        writes = self._stream_of(read) is not None
+
+        def zeros(rows: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=torch.float64, device=walk.device)
+
+        moments, cross, stream = zeros(columns), zeros(columns), None
+        if self._stream_of(read) is not None:
+            stream = zeros(self._geometry.hidden)
         counts = self._weights.inputs[read.name] if self._weights else None
         for start in range(0, len(self._hidden), walk.batch_windows):
             rows = slice(start, start + walk.batch_windows)
@@ -105,14 +107,15 @@ class Drift:
             weighted = seen * root
             moments += _product(weighted, weighted)
             cross += _product((x - seen) * root, weighted)
-            if before is not None and after is not None:
+            if stream is not None and before is not None and after is not None:
                 lost = (before.float() - after.float()) / self._geometry.multipliers.residual
                 stream += _product(lost * root, weighted)
         tokens = self._ranks.sum_(torch.tensor(self._hidden[..., 0].numel())).item()
-        moments, cross, stream = (
-            self._ranks.sum_(sums).div_(tokens).float() for sums in (moments, cross, stream)
-        )
-        return DriftSums(moments, cross, stream if writes else None)
+
+        def mean(sums: Tensor) -> Tensor:
+            return self._ranks.sum_(sums).div_(tokens).float()
+
+        return DriftSums(mean(moments), mean(cross), None if stream is None else mean(stream))
 
     def _stream_of(self, read: Input) -> str | None:
         """The module that reads the stream which the readers of an input add to, "" for the layer itself;

@@ -127,7 +127,6 @@ def distill(
     from tinier.progress import say
     from tinier.quantization import QuantizePlan
     from tinier.report.terminal import made_text, stage_text
-    from tinier.text import load_part
 
     output.start(quiet=quiet, log_level=log_level)
     check_output(out)
@@ -162,8 +161,7 @@ def distill(
         seed=seed,
     )
     small, original = open_model(student), open_model(teacher)
-    training = [] if text == "self" else load_part(text, "training")
-    held = load_part(heldout or "builtin", "heldout")
+    training, held = () if text == "self" else text, heldout or "builtin"
     if dry_run:
         summary, data = stage_text(plan_distill(small, original, plan, training, held), out, device)
         output.result(summary, data, as_json=json)

@@ -74,6 +74,7 @@ from tinier.quantization.plan import (
     needs_text,
     output_config,
     prepare,
+    reads_text,
 )
 from tinier.quantization.scales import round_table
 from tinier.ranks import Ranks, join_ranks
@@ -124,7 +125,7 @@ def quantize_all(
     ranks = join_ranks(place)
     reset_peak_memory(place)
     jobs, speed = [], model_flops(place)
-    read = any(needs_text(plan) and not plan.self_text for plan in plans.values())
+    read = any(map(reads_text, plans.values()))
     documents = documents_of(text, "calibration") if read else ()
     prepared = {out: prepare(source, plan, documents) for out, plan in plans.items()}
     for stage, _ in prepared.values():
@@ -311,20 +312,14 @@ class _Job:
                 moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
                 weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
-        drift = None
-        if self._plan.drift == "corrected" and self._exact is not None and self._hidden is not None:
-            kept = None
-            if cache is not None and kv is not None:
-                scales = (static_scale(most, kv).to(self._device) for most in cache.absmax)
-                kept = KeysAndValues.static(kv.kind, *scales)
-            drift = Drift(
-                self._walk, self._walk.load(index), self._exact, self._hidden, self._geometry,
-                self._weights[index] if self._weights else None, self._sharing, kept,
-            )  # fmt: skip
+        scales: list[Tensor] = []
+        if cache is not None and kv is not None:
+            scales = [static_scale(most, kv) for most in cache.absmax]
+        corrected = self._plan.drift == "corrected"
         result = quantize_layer(
-            module, presets, statistics, self._geometry, self._source.dtype, self._ranks, drift
-        )
-        corrected, drift = drift is not None, None  # its layers are not needed any more
+            module, presets, statistics, self._geometry, self._source.dtype, self._ranks,
+            self._drift(index, scales) if corrected else None,
+        )  # fmt: skip
         self._run_original(index)
         learned = [n for n, p in presets.items() if p.algorithm.rounding == "learned"]
         inputs = outputs = importance = None
@@ -336,9 +331,11 @@ class _Job:
         if inputs is not None and outputs is not None and importance is not None and learned:
             self._learn(index, module, result, learned, inputs, outputs, importance)
         tensors = result.tensors(prefix)
-        if cache is not None and kv is not None:
-            for name, absmax in zip(("k_scale", "v_scale"), cache.absmax, strict=True):
-                tensors[f"{prefix}.self_attn.{name}"] = static_scale(absmax, kv)
+        if scales:
+            tensors |= {
+                f"{prefix}.self_attn.{name}": scale
+                for name, scale in zip(("k_scale", "v_scale"), scales, strict=True)
+            }
         measures = {f"{prefix}.{name}": values for name, values in result.measures().items()}
         # corrected weights are meant to give other outputs than the original's on the same inputs
         if self._hidden is not None and first is not None and not corrected:
@@ -357,6 +354,19 @@ class _Job:
         if self._exact is not None:
             release_memory()  # autograd leaves cycles behind
         return tensors
+
+    def _drift(self, index: int, scales: list[Tensor]) -> Drift:
+        """A layer's inputs beside the original model's. scales: of keys and values, where those are
+        rounded."""
+        assert self._exact is not None
+        assert self._hidden is not None
+        kv, kept = kv_grid(self._plan.kv), None
+        if kv is not None:
+            kept = KeysAndValues.static(kv.kind, *(scale.to(self._device) for scale in scales))
+        return Drift(
+            self._walk, self._walk.load(index), self._exact, self._hidden, self._geometry,
+            self._weights[index] if self._weights else None, self._sharing, kept,
+        )  # fmt: skip
 
     def _run_original(self, index: int) -> None:
         """Send the original model's windows through a layer, where they are needed."""

@@ -29,7 +29,7 @@ from tinier.quantization.scales import (
 )
 from tinier.quantization.smoothquant import smooth_factors
 from tinier.ranks import ALONE, Ranks
-from tinier.schemes import Grid, Preset, Scheme
+from tinier.schemes import Preset, Scheme
 
 LayerPresets = dict[str, Preset]
 """Preset by name of the linear layer inside the decoder layer; layers left out stay in 16 bit."""
@@ -184,7 +184,11 @@ def _in_turn(
         input_scale = _input_scale(preset, seen.get(read.name))
         if preset.algorithm.rounding != "nearest":
             grid = preset.scheme.activations
-            rounding = None if grid is None else partial(_rounded, grid, input_scale)
+            rounding = (
+                None
+                if grid is None
+                else partial(round_activations, grid=grid, input_scale=input_scale)
+            )
             sums = drift.at(read, layer, result.factors.get(read.name), rounding)
             seen[read.name] = replace(
                 seen[read.name], moments=sums.moments, mean_square=sums.moments.diagonal().clone()
@@ -207,10 +211,6 @@ def _in_turn(
                     _rounding(preset.scheme, input_scale)
                 )
     return made
-
-
-def _rounded(grid: Grid, scale: Tensor | None, x: Tensor) -> Tensor:
-    return round_activations(x, grid, scale).float()
 
 
 def _share_ranges(seen: dict[str, InputStatistics], geometry: Geometry) -> None:

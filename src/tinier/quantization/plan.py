@@ -129,8 +129,8 @@ def plan_quantize(source: Checkpoint, plan: QuantizePlan, text: Text = BUILTIN) 
     Raises SchemeError: an unknown preset, a group size that does not divide, a pattern that matches
     nothing or everything, a source that is already quantized. TextError: too little text.
     """
-    read = needs_text(plan) and not plan.self_text
-    return prepare(source, plan, documents_of(text, "calibration") if read else ())[0]
+    documents = documents_of(text, "calibration") if reads_text(plan) else ()
+    return prepare(source, plan, documents)[0]
 
 
 def prepare(
@@ -429,6 +429,11 @@ def layer_presets(presets: dict[str, Preset], prefix: str) -> LayerPresets:
     return {n.removeprefix(start): p for n, p in presets.items() if n.startswith(start)}
 
 
+def reads_text(plan: QuantizePlan) -> bool:
+    """Whether the plan needs calibration text that the model does not write itself."""
+    return needs_text(plan) and not plan.self_text
+
+
 def needs_text(plan: QuantizePlan) -> bool:
     """Whether the plan needs calibration text. Raises SchemeError for an unknown preset."""
     if plan.kv or plan.mixes:
@@ -548,18 +553,14 @@ def _memory_bytes(
     if any(p.algorithm.rounding == "learned" for p in presets.values()):
         per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
     if plan.drift == "corrected":
-        per_weight += (
-            8  # the original's layer, the one that is quantized in turn, and other targets
-        )
+        per_weight += 8  # the original's layer, the one quantized in turn, and other targets
     widths = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
     moments = 0
     if any(p.algorithm.needs_data for p in presets.values()):
         # one input's while its layers are rounded, or all that were summed: experts have many
         moments = max(32 * max(widths) ** 2, 12 * sum(width**2 for width in widths))
-        if (
-            plan.drift == "corrected"
-        ):  # both models' layer, two products in float64 and their solution
-            moments += 32 * max(widths) ** 2
+        if plan.drift == "corrected":
+            moments += 32 * max(widths) ** 2  # two products in float64, and their solution
     batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
     streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
