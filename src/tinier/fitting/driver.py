@@ -11,7 +11,8 @@ and another budget for the same model costs no more than solving and the new one
    rounded parts decide between solutions (`quantization/mixed.py`).
 4. The finalists are made and measured. Limits that a prediction missed are corrected, and solved again.
 5. Pruned finalists are healed shortly; what that brings says whether one is worth healing in full.
-6. Other points of the front, and the winner trained on its grid, as far as the time goes.
+6. Other points of the front, and the winner trained on its grid, as far as the time goes: shortly first,
+   which says what a step takes.
 """
 
 import hashlib
@@ -145,6 +146,7 @@ class _Search:
         self._rounds: dict[str, list[str]] = {}
         self._spent = 0.0
         self._per_variant = 60.0
+        self._named_before: set[str] = set()
 
     # --- the whole
 
@@ -167,6 +169,7 @@ class _Search:
         results = self._round("healed", lambda: self._healed(costs, limits(), results))
         results = self._round("spread", lambda: self._spread(costs, limits(), results))
         results = self._round("trained", lambda: self._trained(limits(), results))
+        results = self._round("longer", lambda: self._trained_longer(limits(), results))
         found = self._conclude(costs, limits(), results)
         write_atomically(self._out / RESULT, json.dumps(found.to_json(), indent=1) + "\n")
         write_atomically(self._out / "front.csv", found.front_csv())
@@ -212,7 +215,9 @@ class _Search:
         for candidate in self._candidates:
             if candidate.name in self._rounds[name]:
                 say(f"fit: {name}: {candidate.name}: {candidate.why}")
-        results = run_recipe(self._recipe(self._candidates), self._out, command=self._command)
+        recipe = self._recipe(self._candidates)
+        results = run_recipe(recipe, self._out, command=self._command, named=self._named_before)
+        self._named_before = set(recipe.variants)
         if fresh:
             self._per_variant = (time.monotonic() - before) / len(fresh)
         self._keep()
@@ -450,14 +455,19 @@ class _Search:
         ]
 
     def _steps(self, candidate: Candidate, share: float) -> int:
-        """Training steps that a share of the time that is left is enough for."""
+        """Training steps that a share of the time that is left is enough for: as a training of this
+        candidate was measured, else as its arithmetic says."""
         tokens = self._effort.batch * self._effort.training_length
         # forward and backward, the teacher's forward, and on the grid the rounding of every weight
         a_step = _STEP_FLOPS * self._geometry.parameters * tokens / model_flops(self._device)
+        around = 0.0  # to load, to look at the held-out text, to write
         for manifest in self._manifests(candidate):
-            if manifest["stage"] == "distill":
-                a_step = max(a_step, manifest["seconds"] / manifest["measures"]["plan"]["steps"])
-        return int(min(_MOST_STEPS, share * self._left() / a_step))
+            rate = manifest["measures"].get("tokens_per_s")
+            if manifest["stage"] == "distill" and rate is not None:
+                a_step = tokens / rate
+                steps = manifest["measures"]["plan"]["steps"]
+                around = max(0.0, manifest["seconds"] - steps * a_step)
+        return int(min(_MOST_STEPS, (share * self._left() - around) / a_step))
 
     def _manifests(self, candidate: Candidate) -> list[dict[str, Any]]:
         names = variants_of(candidate.design, candidate.name, self._geometry, self._effort)
@@ -493,12 +503,21 @@ class _Search:
         (candidate,) = [c for c in self._candidates if c.name == winner]
         if _figures(results, winner).quality > _GOOD_ENOUGH or candidate.design.grid_steps:
             return []
-        steps = self._steps(candidate, 0.7)
-        if steps < _SHORT_STEPS:
+        if self._steps(candidate, 0.7) < _SHORT_STEPS:
             return []
-        trained = replace(candidate.design, grid_steps=steps)
-        name = f"{candidate.name}-trained{steps}"
-        return [Candidate(name, trained, "the winner, trained on its grid")]
+        return [_on_its_grid(candidate, candidate.name, _SHORT_STEPS)]
+
+    def _trained_longer(self, limits: Limits, results: RunResults) -> list[Candidate]:
+        """The same for as many steps as there is time for, where the short training was worth it."""
+        winner = self._best(limits, results)
+        for candidate in self._candidates:
+            if candidate.name != winner or candidate.design.grid_steps != _SHORT_STEPS:
+                continue
+            steps = self._steps(candidate, 0.8)
+            if steps > 2 * _SHORT_STEPS:
+                name = candidate.name.removesuffix(f"-trained{_SHORT_STEPS}")
+                return [_on_its_grid(candidate, name, steps)]
+        return []
 
     def _of_round(self, name: str) -> list[Candidate]:
         return [c for c in self._candidates if c.name in self._rounds.get(name, ())]
@@ -600,6 +619,11 @@ class _Search:
                 predicted = asdict(costs.predicted(design))
                 found.append(Point(kind="predicted", name=f"{percent}% of the size", **predicted))
         return tuple(found)
+
+
+def _on_its_grid(candidate: Candidate, name: str, steps: int) -> Candidate:
+    design = replace(candidate.design, grid_steps=steps)
+    return Candidate(f"{name}-trained{steps}", design, "the winner, trained on its grid")
 
 
 def _log(quality: float) -> float:

@@ -13,7 +13,7 @@ _ROWS = 8
 
 
 @triton.jit
-def _round_to_even(x):  # type: ignore[no-untyped-def]
+def round_to_even(x):  # type: ignore[no-untyped-def]
     # adding 1.5 · 2^23 leaves no bits for a fraction
     return (x + 12582912.0) - 12582912.0
 
@@ -41,7 +41,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
         z_i = tl.sum(tl.where(chosen, z, 0.0), axis=1)
         x = w_i / s_i
         if kind == 0:  # integers
-            c = tl.minimum(tl.maximum(_round_to_even(x) + z_i, lowest), highest)
+            c = tl.minimum(tl.maximum(round_to_even(x) + z_i, lowest), highest)
         else:  # E2M1: steps of 0.5 below 2, 1 below 4, 2 above; E4M3: 3 bits after the leading one
             size = tl.minimum(tl.abs(x), highest)
             if kind == 1:
@@ -50,7 +50,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
                 # the exponent of the number, not below that of the smallest normal one, 2^-6
                 bits = tl.maximum(size, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
                 unit = bits.to(tl.float32, bitcast=True) * 0.125
-            c = _round_to_even(size / unit) * unit
+            c = round_to_even(size / unit) * unit
             c = tl.where(x < 0, -c, c)
         pivot = tl.load(upper + i * columns + i)
         e = (w_i - (c - z_i) * s_i) / pivot

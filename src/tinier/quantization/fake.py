@@ -7,6 +7,8 @@ they are powers of two or a whole tensor's; their gradient is LSQ's (arXiv 1902.
 follows from the same rule. `harden` gives the codes: the very numbers that the last forward pass used.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,15 +51,14 @@ class FakeWeight(nn.Module):
             self.stretch = nn.Parameter(zeros)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """weight: [out, in]. Returns the rounded weight, of the same shape, in float32."""
-        step = self._step()[:, None, :, None]
-        scaled = in_blocks(weight.float(), self.scale.shape) / step
-        zero = 0.0 if self.zero_point is None else self.zero_point.float()[:, None, :, None]
-        lowest, highest = self._grid.code_range
-        position = (scaled + zero).clamp(lowest, highest)
-        codes = position + (round_scaled(position.detach(), self._grid) - position).detach()
-        rounded: Tensor = ((codes - zero) * step).reshape(weight.shape)
-        return rounded
+        """weight: [out, in]. Returns the rounded weight, of the same shape: in float32, or in what
+        autocast would make of it."""
+        zero = None if self.zero_point is None else self.zero_point.float()
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device)
+        if not torch.is_autocast_enabled(device):
+            dtype = torch.float32
+        return _Rounded.apply(weight.float(), self._step(), zero, self._grid, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
     @torch.no_grad()
     def harden(self, weight: Tensor, stretch: Tensor | None) -> Quantized:
@@ -82,6 +83,54 @@ class FakeWeight(nn.Module):
         if self._grid.scale_format == "e4m3":
             return storable_block_scale(scale)
         return storable_scale(scale, self.scale.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """A weight [out, in] rounded with steps [R, C], both float32; nothing else is kept for the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, step: Tensor, zero: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight, step, zero)
+        ctx.grid = grid
+        if weight.is_cuda:
+            from tinier.kernels.fake_weight import (
+                rounded_cuda,
+            )  # Triton is there on GPU machines only
+
+            return rounded_cuda(weight, step, zero, grid, dtype)
+        _, codes, step = _scaled(weight, step, zero, grid)
+        return codes.mul_(step).reshape(weight.shape).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """From rounded = code · step, where the code moves by 1 / step with the weight, and by
+        -weight / step² with the step, until the grid ends."""
+        weight, step, zero = ctx.saved_tensors
+        grid = ctx.grid
+        if weight.is_cuda:
+            from tinier.kernels.fake_weight import gradients_cuda
+
+            return (*gradients_cuda(weight, step, zero, grid, outer), None, None, None)
+        scaled, codes, _ = _scaled(weight, step, zero, grid)
+        outer = in_blocks(outer.float(), step.shape)
+        position = scaled if zero is None else scaled + zero[:, None, :, None]
+        lowest, highest = grid.code_range
+        moves = (position >= lowest) & (position <= highest)
+        to_step = (outer * codes.sub_(scaled.mul_(moves))).sum(dim=(1, 3))
+        return (outer * moves).reshape(weight.shape), to_step, None, None, None
+
+
+def _scaled(
+    weight: Tensor, step: Tensor, zero: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight over its step, the nearest codes less the zero point, and the step: in blocks."""
+    step = step[:, None, :, None]
+    zeros = None if zero is None else zero[:, None, :, None]
+    scaled = in_blocks(weight, (step.shape[0], step.shape[2])) / step
+    codes = round_scaled(scaled, grid, zeros)
+    return scaled, codes if zeros is None else codes.sub_(zeros), step
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ whose key is that of its inputs, are not made again; anything else is.
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from tinier.benchmark import environment
@@ -32,10 +33,13 @@ _MARKER = "recipe.json"
 _FRESH, _OLD = "+new", "+old"
 
 
-def run_recipe(recipe: Recipe, out: Path | str, *, command: str = "") -> RunResults:
+def run_recipe(
+    recipe: Recipe, out: Path | str, *, command: str = "", named: Collection[str] = ()
+) -> RunResults:
     """Make and measure every variant; returns the results, which are also in out/results.json.
 
-    command: what the user typed, for the record. A run that was killed goes on where it was. A variant that
+    command: what the user typed, for the record. named: variants of which nothing is said while they are
+    there, because it was said before. A run that was killed goes on where it was. A variant that
     cannot be made or measured is named among the results' `failed`, and the others are there.
     Raises the InputError of whatever is wrong with the recipe before any work, OutputError for a folder
     that is not a run's or is in use, and whatever goes wrong with the base model.
@@ -48,7 +52,7 @@ def run_recipe(recipe: Recipe, out: Path | str, *, command: str = "") -> RunResu
     with hold(out, out / ".lock"):
         write_atomically(out / _MARKER, recipe.model_dump_json(indent=1, by_alias=True) + "\n")
         failed: list[Failure] = []
-        models = _make_variants(run, out, failed)
+        models = _make_variants(run, out, failed, named)
         measuring = Measurements(run, models, out)
         measurements = measuring.all(failed)
         results = assemble(
@@ -65,7 +69,9 @@ def run_recipe(recipe: Recipe, out: Path | str, *, command: str = "") -> RunResu
     return results
 
 
-def _make_variants(run: PlannedRun, out: Path, failed: list[Failure]) -> dict[str, Checkpoint]:
+def _make_variants(
+    run: PlannedRun, out: Path, failed: list[Failure], named: Collection[str]
+) -> dict[str, Checkpoint]:
     """Every variant's checkpoint, made now or found made; those that cannot be are noted in `failed`."""
     models = {BASE: run.base}
     for name in run.recipe.order():
@@ -75,7 +81,7 @@ def _make_variants(run: PlannedRun, out: Path, failed: list[Failure]) -> dict[st
             failed.append(Failure(variant=name, what="stage", error=error))
             continue
         try:
-            models[name] = _make_variant(run, out / "variants", name, models)
+            models[name] = _make_variant(run, out / "variants", name, models, name in named)
         except Exception as error:  # whatever it is, the others need not be lost
             failed.append(Failure(variant=name, what="stage", error=told(error)))
             warn(f"{name}: {failed[-1].error}")
@@ -84,7 +90,7 @@ def _make_variants(run: PlannedRun, out: Path, failed: list[Failure]) -> dict[st
 
 
 def _make_variant(
-    run: PlannedRun, folder: Path, name: str, models: dict[str, Checkpoint]
+    run: PlannedRun, folder: Path, name: str, models: dict[str, Checkpoint], was_named: bool
 ) -> Checkpoint:
     """One variant, made in `folder`/NAME unless it is there.
 
@@ -98,9 +104,10 @@ def _make_variant(
         _replace(current, fresh)
     found = finished_checkpoint(current, stage.key)
     if found is not None:
-        say(f"{name}: is there")
-        for warning in found.manifest.warnings if found.manifest else []:
-            say(f"{name}: warning: {warning}")
+        if not was_named:
+            say(f"{name}: is there")
+            for warning in found.manifest.warnings if found.manifest else []:
+                say(f"{name}: warning: {warning}")
         return found
     say(f"{name}: {stage.stage} {run.recipe.variants[name].from_}")
     if not current.exists():
