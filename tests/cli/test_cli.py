@@ -101,6 +101,26 @@ def test_dry_run_writes_nothing(
         assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--group-size", "32"), ("--weighting", "fisher"), ("--drift", "corrected")]
+)
+def test_distill_takes_options_of_a_grid_with_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
+    arguments: tuple[str, str],
+) -> None:  # fmt: skip
+    source = tiny().folder
+    common = ["distill", source, "--teacher", source, "--steps", "11", "--batch", "4", "--length", "32",
+              "--out", tmp_path / "out", "--dry-run", *arguments]  # fmt: skip
+    code, _, stderr = in_process(monkeypatch, capsys, *common)
+    assert code == 2
+    assert f"{arguments[0]} goes with --quantize" in stderr
+    grid = ["--quantize", "int4-gptq"] + ["--group-size", "32"] * (arguments[0] != "--group-size")
+    code, stdout, stderr = in_process(monkeypatch, capsys, *common, *grid, "--json")
+    assert code == 0, stderr
+    chosen = json.loads(stdout)["parameters"]["quantize"]
+    assert str(chosen[arguments[0][2:].replace("-", "_")]) == arguments[1]
+
+
 def test_stages_chain(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
 ) -> None:

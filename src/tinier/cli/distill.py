@@ -69,6 +69,8 @@ def distill(
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Input columns per scale, with --quantize.")
     ] = None,
+    weighting: options.Weighting = "none",
+    drift: options.Drift = "ignored",
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", help="Store the teacher's k likeliest tokens, train from those."),
@@ -132,9 +134,21 @@ def distill(
     check_output(out)
     if text == "self" and not generated:
         generated = steps * batch
-    if group_size is not None and quantize is None:
-        raise InputError("--group-size goes with --quantize. Add it, or leave the group size out.")
-    grid = QuantizePlan(preset=quantize, group_size=group_size, seed=seed) if quantize else None
+    grid = None
+    if quantize is not None:
+        grid = QuantizePlan(
+            preset=quantize, group_size=group_size, seed=seed, length=min(length, 512),
+            weighting=weighting, drift=drift,  # type: ignore[arg-type]
+        )  # fmt: skip
+    else:
+        given = {
+            "--group-size": group_size is not None,
+            "--weighting": weighting != "none",
+            "--drift": drift != "ignored",
+        }
+        for option, is_given in given.items():
+            if is_given:
+                raise InputError(f"{option} goes with --quantize. Add that, or leave {option} out.")
     plan = DistillPlan(
         steps=steps,
         batch=batch,

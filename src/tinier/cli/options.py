@@ -43,6 +43,22 @@ Int4Inputs = Annotated[
         "blocks of 32, which is faster; 16bit leaves them.",
     ),
 ]
+Weighting = Annotated[
+    str,
+    typer.Option(
+        "--weighting",
+        help="What a token counts for where errors are minimized: none (all alike), or fisher: by how "
+        "much the model's predictions depend on it, which takes a pass forward and back.",
+    ),
+]
+Drift = Annotated[
+    str,
+    typer.Option(
+        "--drift",
+        help="What the layers before have changed about a layer's inputs: ignored, or corrected: its "
+        "weights make up for half of it, which takes more passes.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]
 DryRun = Annotated[

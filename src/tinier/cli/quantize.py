@@ -77,22 +77,8 @@ def quantize(
     ] = "builtin",
     windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 128,
     length: options.Length = 512,
-    weighting: Annotated[
-        str,
-        typer.Option(
-            "--weighting",
-            help="What a token counts for where errors are minimized: none (all alike), or fisher: by how "
-            "much the model's predictions depend on it, which takes a pass forward and back.",
-        ),
-    ] = "none",
-    drift: Annotated[
-        str,
-        typer.Option(
-            "--drift",
-            help="What the layers before have changed about a layer's inputs: ignored, or corrected: its "
-            "weights make up for half of it, which takes more passes.",
-        ),
-    ] = "ignored",
+    weighting: options.Weighting = "none",
+    drift: options.Drift = "ignored",
     iterations: Annotated[
         int,
         typer.Option(
