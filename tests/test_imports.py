@@ -17,7 +17,9 @@ ORDER = [
 ]  # fmt: skip
 
 
-SHOWN = {"recipe/results.py", "fitting/results.py"}
+SHOWN = {
+    "recipe/results.py", "fitting/results.py", "evaluation/quality.py", "evaluation/comparison.py",
+}  # fmt: skip
 """Their classes show themselves in notebooks, by a part below."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from tinier.benchmark import Load, LoadResult
 from tinier.checkpoint import hold
 from tinier.errors import InputError, OutputError
+from tinier.evaluation import Comparison, LayerDifference, Quality
 from tinier.recipe import EndpointResult, RunResults, add_endpoint, load_results
 from tinier.report import write_report
 from tinier.report.page import footnotes
@@ -89,6 +90,21 @@ def test_a_notebook_shows_the_table_and_the_curves() -> None:
     assert "&lt;b&gt;" in shown
     assert "<b>" not in shown
     assert shown.count("<tr>") == 1 + len(results.variants)
+
+
+def test_a_notebook_shows_a_quality_and_a_comparison() -> None:
+    quality = Quality(
+        perplexity=16.0, nll_stderr=0.01, kl=0.085, kl_stderr=None, top1_agreement=0.85, tokens=1022
+    )
+    shown = quality._repr_html_()
+    assert "<td>16.0000</td><td>0.1600</td>" in shown
+    assert "<td>0.0850</td><td></td>" in shown
+    layer = LayerDifference(
+        name="model.layers.0", layer_snr_db=None, added_error=0.0, stream_snr_db=12.5
+    )
+    shown = Comparison(layers=(layer,), first=quality, second=quality)._repr_html_()
+    assert "model.layers.0" in shown
+    assert "KL 0.08500" in shown
 
 
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:

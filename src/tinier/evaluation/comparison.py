@@ -40,6 +40,14 @@ class Comparison:
     second: Quality
     """Its divergence is against the first."""
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        from tinier.report.notebook import (
+            comparison_html,
+        )  # pages stand below (tests/test_imports.py)
+
+        return comparison_html(self)
+
     @property
     def worst(self) -> list[LayerDifference]:
         """Layers by the error that they add, largest first."""

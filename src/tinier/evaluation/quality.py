@@ -53,6 +53,12 @@ class Quality:
     tokens: int
     """Predicted tokens."""
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        from tinier.report.notebook import quality_html  # pages stand below (tests/test_imports.py)
+
+        return quality_html(self)
+
 
 def reference_states(decoder: Decoder, windows: Tensor) -> Reference:
     """Run the original once over the windows [n, length]."""
