@@ -51,6 +51,7 @@ class Row(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+_BETTER = ("--group-size", "64", "--weighting", "fisher", "--drift", "corrected")
 ROWS = (
     Row("FP8 per channel, per token", "llmcompressor", "fp8"),
     Row("FP8 per channel, per token", "ours", "fp8"),
@@ -70,15 +71,14 @@ ROWS = (
     Row("INT4 group 64", "ours", "int4", ("--group-size", "64")),
     Row("INT4 group 64", "ours", "int4-awq", ("--group-size", "64")),
     Row("INT4 group 64", "ours", "int4-gptq", ("--group-size", "64")),
-    Row(
-        "INT4 group 64",
-        "ours",
-        "int4-gptq",
-        ("--group-size", "64", "--weighting", "fisher", "--drift", "corrected"),
-    ),
+    Row("INT4 group 64", "ours", "int4-gptq", _BETTER),
     # its 100 steps a layer take an hour on two cores; these are ten minutes
     Row("INT4 group 64", "ours", "int4-best", ("--group-size", "64", "--iterations", "20")),
     Row("INT4 group 64, zero points", "llmcompressor", "int4-awq-asym"),
+    Row("INT3 group 64", "autoround", "int3-light"),
+    Row("INT3 group 64", "ours", "int3", _BETTER),
+    Row("INT2 group 64", "autoround", "int2-light"),
+    Row("INT2 group 64", "ours", "int2", _BETTER),
 )
 
 

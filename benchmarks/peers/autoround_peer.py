@@ -28,9 +28,15 @@ BATCH = 8
 class Tuning:
     iters: int
     lr: float | None  # None: the library's own, 1 / iters
+    bits: int = 4
 
 
-METHODS = {"int4": Tuning(200, None), "int4-light": Tuning(50, 5e-3)}
+METHODS = {
+    "int4": Tuning(200, None),
+    "int4-light": Tuning(50, 5e-3),
+    "int3-light": Tuning(50, 5e-3, bits=3),
+    "int2-light": Tuning(50, 5e-3, bits=2),
+}
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def main() -> None:
         model,
         tokenizer=AutoTokenizer.from_pretrained(job.model),
         scheme="W4A16",
-        bits=4,
+        bits=tuning.bits,
         group_size=GROUP_SIZE,
         sym=True,
         iters=tuning.iters,
