@@ -2,10 +2,12 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +62,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[FakeClock]:
     # processes of their own, seconds each
     memory = ServingMemory(weights_bytes=10**6, kv_bytes=10**5, peak_bytes=10**8, start_bytes=10**7)
     monkeypatch.setattr("tinier.recipe.measure.measure_memory", lambda *_: memory)
-    monkeypatch.setattr(driver_module, "_SPREAD", 1)
+    monkeypatch.setattr(driver_module, "_SPREAD", driver_module._SPREAD[:1])
     return FakeClock
 
 
@@ -292,6 +294,44 @@ def test_a_budget_that_cannot_be_kept(
     said = capsys.readouterr().out
     assert "would be kept with" in said
     assert "--max-size" in said
+
+
+@pytest.mark.slow
+def test_no_more_is_made_than_there_is_time_for(
+    source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
+    real, late, each = driver_module.run_recipe, [0.0], 100.0
+    monkeypatch.setattr(
+        driver_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    )
+    monkeypatch.setattr(driver_module, "_SPREAD", [(0.9 - i / 20, "smaller") for i in range(8)])
+
+    def slow(recipe: Recipe, out: Path, *args: Any, **more: Any) -> RunResults:
+        made = [name for name in recipe.variants if not (out / "variants" / name).exists()]
+        late[0] += each * len(made)
+        return real(recipe, out, *args, **more)
+
+    monkeypatch.setattr(driver_module, "run_recipe", slow)
+    plan = plan_for(source, text_file, max_size=Amount(0.5, relative=True))
+    plan = replace(plan, budget=replace(plan.budget, seconds=1000), prune=False)
+    found = fit(plan, tmp_path / "run", command="test")
+    assert 800 < found.seconds <= 1060  # the machine's own seconds are in it too
+
+
+@pytest.mark.slow
+def test_the_winner_is_trained_shortly_and_then_as_long_as_there_is_time(
+    source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
+    monkeypatch.setattr(driver_module, "_MOST_STEPS", 25)
+    plan = plan_for(source, text_file, max_size=Amount(0.4, relative=True))
+    found = fit(replace(plan, train=True, prune=False), tmp_path / "run", command="test")
+    trained = [name for name in found.candidates if "-trained" in name]
+    quality = {row.name: row.retained_quality for row in load_results(tmp_path / "run").variants}
+    plain, short = trained[0].removesuffix("-trained10"), trained[0]
+    assert short.endswith("-trained10")
+    assert [name.removeprefix(plain) for name in trained[1:]] == ["-trained25"] * (
+        quality[short] > quality[plain]
+    )
 
 
 def test_bad_input_is_refused_before_any_work(

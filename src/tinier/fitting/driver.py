@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +53,13 @@ from tinier.tokenizer import load_tokenizer
 
 _SHORT_STEPS = 10
 _MOST_STEPS = 200
-_SPREAD = 4
+_SPREAD: tuple[tuple[float | None, str], ...] = (
+    (0.85, "smaller than the winner"),
+    (1.25, "larger than the winner"),
+    (None, "the fastest that keeps 90 %"),
+    (0.7, "smaller still"),
+)
+"""Other points of the front: the share of the winner's size, and what they are"""
 _STEP_FLOPS = 20.0
 """Of a parameter and token: 8 were too few by 2.5 for healing SmolLM2 on two cores"""
 # a pruned design whose predicted divergence is so many times the best other one's is not tried
@@ -167,7 +174,9 @@ class _Search:
         results = self._round("corrected", lambda: self._corrected(costs, known, limits(), results))
         self._learn_recovery(costs, results)
         results = self._round("healed", lambda: self._healed(costs, limits(), results))
-        results = self._round("spread", lambda: self._spread(costs, limits(), results))
+        for number, (part, why) in enumerate(_SPREAD):
+            decide = partial(self._spread, part, why, costs, limits(), results)
+            results = self._round(f"spread {number + 1}", decide)
         results = self._round("trained", lambda: self._trained(limits(), results))
         results = self._round("longer", lambda: self._trained_longer(limits(), results))
         found = self._conclude(costs, limits(), results)
@@ -228,6 +237,7 @@ class _Search:
         values = {
             "budget": self._plan.budget.as_json(),
             "spent": self._spent,
+            "per_variant": self._per_variant,
             "rounds": self._rounds,
             "candidates": [
                 {"name": c.name, "design": c.design.as_json(), "why": c.why}
@@ -243,6 +253,7 @@ class _Search:
             (self._out / "fit").glob("rounds-*.json"), key=lambda p: p.stat().st_mtime
         ):
             values = json.loads(path.read_text("utf-8"))
+            self._per_variant = values["per_variant"]
             for value in values["candidates"]:
                 design = Design.from_json(value["design"])
                 known[value["name"]] = Candidate(value["name"], design, value["why"])
@@ -474,26 +485,20 @@ class _Search:
         paths = [self._out / "variants" / name / "tinier.json" for name in names]
         return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
 
-    def _spread(self, costs: Costs, limits: Limits, results: RunResults) -> list[Candidate]:
-        """Other points of the front: cheaper ones and better ones, as many as there is time for."""
+    def _spread(
+        self, part: float | None, why: str, costs: Costs, limits: Limits, results: RunResults
+    ) -> list[Candidate]:
+        """Another point of the front, if there is time for one as long as the last took."""
         share = 0.5 if self._plan.train else 0.9
-        count = min(_SPREAD, int(share * self._left() / max(1.0, self._per_variant)))
+        if self._per_variant > share * self._left():
+            return []
         winner = self._best(limits, results)
         size = _figures(results, winner or BASE).size * (1.0 if winner else 0.4)
-        wanted = [
-            (Limits(size=0.85 * size), "divergence", "smaller than the winner"),
-            (Limits(size=1.25 * size), "divergence", "larger than the winner"),
-            (Limits(quality=0.9), "milliseconds", "the fastest that keeps 90 %"),
-            (Limits(size=0.7 * size), "divergence", "smaller still"),
-        ]
-        found: list[Candidate] = []
-        for limits_, objective, why in wanted[:count]:
-            design = costs.solve(limits_, objective, pruned=False)
-            if design is not None:
-                candidate = self._named(design, why, costs)
-                if candidate.name not in [c.name for c in found]:
-                    found.append(candidate)
-        return found
+        if part is None:
+            design = costs.solve(Limits(quality=0.9), "milliseconds", pruned=False)
+        else:
+            design = costs.solve(Limits(size=part * size), "divergence", pruned=False)
+        return [] if design is None else [self._named(design, why, costs)]
 
     def _trained(self, limits: Limits, results: RunResults) -> list[Candidate]:
         """The winner trained on its grid, where there is time and something to better."""
