@@ -17,9 +17,7 @@ ORDER = [
 ]  # fmt: skip
 
 
-SHOWN = {
-    "recipe/results.py", "fitting/results.py", "evaluation/quality.py", "evaluation/comparison.py",
-}  # fmt: skip
+SHOWN = {"recipe/results.py", "fitting/results.py"}
 """Their classes show themselves in notebooks, by a part below."""
 
 

@@ -15,8 +15,14 @@ Tiny = Callable[..., Checkpoint]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "granite"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        pytest.param(family, tied, marks=[] if family == "llama" else [pytest.mark.slow])
+        for family in FAMILIES
+        for tied in (True, False)
+    ],
+)
 def test_a_graph_has_the_checkpoint_s_logits(
     tiny: Tiny, tmp_path: Path, family: str, tied: bool
 ) -> None:

@@ -226,6 +226,7 @@ def plan_for(source: Checkpoint, text_file: Path, **limits: Any) -> FitPlan:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_budget_in_the_best_model_out(
     source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
 ) -> None:

@@ -104,7 +104,7 @@ def test_a_notebook_shows_a_quality_and_a_comparison() -> None:
     )
     shown = Comparison(layers=(layer,), first=quality, second=quality)._repr_html_()
     assert "model.layers.0" in shown
-    assert "KL 0.08500" in shown
+    assert "<td>0.0850</td>" in shown
 
 
 def test_load_on_a_server_is_kept_with_a_run_and_reported(tmp_path: Path) -> None:

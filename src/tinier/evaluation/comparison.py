@@ -14,6 +14,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.engine import Decoder, load_decoder
 from tinier.engine.decoder import causal_windows
 from tinier.evaluation.quality import Quality, evaluate_windows, reference_states
+from tinier.evaluation.shown import layers_html, quality_html
 from tinier.families import layer_name
 from tinier.numerics import power_db
 from tinier.progress import bar
@@ -42,11 +43,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        from tinier.report.notebook import (
-            comparison_html,
-        )  # pages stand below (tests/test_imports.py)
-
-        return comparison_html(self)
+        return layers_html(self.layers) + quality_html(self.second)
 
     @property
     def worst(self) -> list[LayerDifference]:

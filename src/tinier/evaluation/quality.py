@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinier.engine import Decoder, Engine, SamplingParams
+from tinier.evaluation.shown import quality_html
 from tinier.kernels import Linear
 from tinier.progress import bar
 
@@ -55,8 +56,6 @@ class Quality:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        from tinier.report.notebook import quality_html  # pages stand below (tests/test_imports.py)
-
         return quality_html(self)
 
 

@@ -2,7 +2,6 @@
 
 from html import escape
 
-from tinier.evaluation import Comparison, Quality
 from tinier.fitting import FitResults
 from tinier.recipe import RunResults
 from tinier.report.choices import choices_text
@@ -10,7 +9,6 @@ from tinier.report.fitted import fit_text
 from tinier.report.page import footnotes
 from tinier.report.plots import GAINS, pareto_svg
 from tinier.report.table import table_rows
-from tinier.report.terminal import comparison_text
 
 
 def results_html(results: RunResults) -> str:
@@ -32,31 +30,6 @@ def results_html(results: RunResults) -> str:
 def fit_html(found: FitResults) -> str:
     """What `tinier fit` prints."""
     return f"<pre>{escape(fit_text(found))}</pre>"
-
-
-def quality_html(quality: Quality) -> str:
-    """Every figure with its standard error."""
-    spread = None
-    if quality.perplexity is not None and quality.nll_stderr is not None:
-        spread = quality.perplexity * quality.nll_stderr  # to first order
-    figures = [
-        ("perplexity", quality.perplexity, spread),
-        ("KL from the original, nats per token", quality.kl, quality.kl_stderr),
-        ("top-1 agreement", quality.top1_agreement, quality.top1_stderr),
-    ]
-    rows = [[name, _number(value), _number(error)] for name, value, error in figures]
-    rows.append(["tokens", str(quality.tokens), ""])
-    lines = [_row("th", ["", "", "± standard error"]), *(_row("td", row) for row in rows)]
-    return f"<table>{''.join(lines)}</table>"
-
-
-def comparison_html(comparison: Comparison) -> str:
-    """What `tinier compare` prints."""
-    return f"<pre>{escape(comparison_text(comparison, 'first', 'second'))}</pre>"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _row(cell: str, texts: list[str]) -> str:
