@@ -313,7 +313,9 @@ def test_a_layer_that_learning_does_not_help_keeps_gptq_and_says_so(
     assert made.manifest is not None
     told = "learned rounding did not lower the error; GPTQ's codes are kept"
     assert f"model.layers.0 and 3 more layers: {told}" in made.manifest.warnings
-    gptq = quantize_tiny(tiny(), "int4-gptq", tmp_path / "gptq")
+    gptq = quantize_tiny(
+        tiny(), "int4-gptq", tmp_path / "gptq", weighting="fisher", drift="corrected"
+    )
     one, other = tensors_of(made), tensors_of(gptq)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -69,8 +69,8 @@ def distill(
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Input columns per scale, with --quantize.")
     ] = None,
-    weighting: options.Weighting = "none",
-    drift: options.Drift = "ignored",
+    weighting: options.Weighting = None,
+    drift: options.Drift = None,
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", help="Store the teacher's k likeliest tokens, train from those."),
@@ -143,8 +143,8 @@ def distill(
     else:
         given = {
             "--group-size": group_size is not None,
-            "--weighting": weighting != "none",
-            "--drift": drift != "ignored",
+            "--weighting": weighting is not None,
+            "--drift": drift is not None,
         }
         for option, is_given in given.items():
             if is_given:

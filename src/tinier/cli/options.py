@@ -44,19 +44,21 @@ Int4Inputs = Annotated[
     ),
 ]
 Weighting = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--weighting",
         help="What a token counts for where errors are minimized: none (all alike), or fisher: by how "
-        "much the model's predictions depend on it, which takes a pass forward and back.",
+        "much the model's predictions depend on it, which takes a pass forward and back. Default: fisher "
+        "for the -best presets, none for others.",
     ),
 ]
 Drift = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--drift",
         help="What the layers before have changed about a layer's inputs: ignored, or corrected: its "
-        "weights make up for half of it, which takes more passes.",
+        "weights make up for half of it, which takes more passes. Default: corrected for the -best "
+        "presets, ignored for others.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]

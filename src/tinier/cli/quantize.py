@@ -77,8 +77,8 @@ def quantize(
     ] = "builtin",
     windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 128,
     length: options.Length = 512,
-    weighting: options.Weighting = "none",
-    drift: options.Drift = "ignored",
+    weighting: options.Weighting = None,
+    drift: options.Drift = None,
     iterations: Annotated[
         int,
         typer.Option(

@@ -224,11 +224,11 @@ class _Job:
         if plan.bits is not None:
             self._mix()
         windows = self._sharing.share(self._windows, self._walk.batch_windows)
-        if plan.weighting == "fisher":
+        if plan.weighs_tokens:
             self._weights = self._fisher(windows)
         self._hidden = self._walk.embed(windows, self._embedding)
         learns = any(p.algorithm.rounding == "learned" for p in self._presets.values())
-        if learns or plan.drift == "corrected":
+        if learns or plan.corrects_drift:
             # the windows on their way through the original model
             self._exact = self._walk.embed(windows)
 
@@ -315,7 +315,7 @@ class _Job:
         scales: list[Tensor] = []
         if cache is not None and kv is not None:
             scales = [static_scale(most, kv) for most in cache.absmax]
-        corrected = self._plan.drift == "corrected"
+        corrected = self._plan.corrects_drift
         result = quantize_layer(
             module, presets, statistics, self._geometry, self._source.dtype, self._ranks,
             self._drift(index, scales) if corrected else None,

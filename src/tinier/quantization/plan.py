@@ -45,6 +45,7 @@ NULL = "null"
 MIXED, MIXED_BEST = "mixed", "mixed-best"
 SIXTEEN_BIT = "16bit"
 """What a layer that is not quantized is called among formats"""
+_BEST = "-best"
 # 2 to 4 bits, of which `mixed` chooses unless it is told otherwise; and 8
 _NARROW = ("int2", "int3", "int4-gptq")
 _EMBEDDINGS = ("16bit", "fp8", "int8", "int4")
@@ -84,12 +85,13 @@ class QuantizePlan:
     """Calibration windows."""
     length: int = 512
     """Tokens of each."""
-    weighting: Literal["none", "fisher"] = "none"
+    weighting: Literal["none", "fisher"] | None = None
     """What a token counts for where errors of outputs are minimized: all alike, or by how much the model's
-    predictions depend on it there (calibration/fisher.py), which takes a pass forward and back."""
-    drift: Literal["ignored", "corrected"] = "ignored"
+    predictions depend on it there (calibration/fisher.py), which takes a pass forward and back. None:
+    fisher for the presets that end in -best, none for others."""
+    drift: Literal["ignored", "corrected"] | None = None
     """Whether weights make up, before they are rounded, for half of what the layers before have changed
-    (calibration/drift.py)."""
+    (calibration/drift.py). None: corrected for the presets that end in -best, ignored for others."""
     iterations: int = 100
     """Steps of learned rounding for each layer."""
     seed: int = 0
@@ -99,9 +101,9 @@ class QuantizePlan:
             raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
         if self.embedding not in _EMBEDDINGS:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
-        if self.weighting not in ("none", "fisher"):
+        if self.weighting not in (None, "none", "fisher"):
             raise SchemeError(f"weighting={self.weighting!r}. Use none or fisher.")
-        if self.drift not in ("ignored", "corrected"):
+        if self.drift not in (None, "ignored", "corrected"):
             raise SchemeError(f"drift={self.drift!r}. Use ignored or corrected.")
         for name in ("windows", "length", "iterations"):
             if getattr(self, name) < 1:
@@ -121,6 +123,21 @@ class QuantizePlan:
     def mixes(self) -> bool:
         """Whether the format of each layer is searched."""
         return self.preset in (MIXED, MIXED_BEST)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by the Fisher information."""
+        return self._asks_for(self.weighting, "fisher")
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether weights make up for what the layers before have changed."""
+        return self._asks_for(self.drift, "corrected")
+
+    def _asks_for(self, given: str | None, value: str) -> bool:
+        if given is not None:
+            return given == value
+        return self.preset is not None and self.preset.endswith(_BEST)
 
 
 def plan_quantize(source: Checkpoint, plan: QuantizePlan, text: Text = BUILTIN) -> StagePlan:
@@ -157,6 +174,8 @@ def prepare(
     layout = Layout(schemes=schemes, kv_cache=kv_grid(plan.kv))
     windows = _windows(source, plan, presets, documents)
     parameters = asdict(plan) | {
+        "weighting": "fisher" if plan.weighs_tokens else "none",
+        "drift": "corrected" if plan.corrects_drift else "ignored",
         "algorithm": {n: asdict(p.algorithm) for n, p in _distinct(presets).items()},
         "scheme": {n: asdict(p.scheme) for n, p in _distinct(presets).items()},
         "left_in_16_bit": [n for n in names[:-1] if n not in presets],
@@ -552,20 +571,20 @@ def _memory_bytes(
     per_weight = 14  # 16-bit weights, float32 copies of them, candidates and errors
     if any(p.algorithm.rounding == "learned" for p in presets.values()):
         per_weight = 44  # offsets, their gradient and Adam's two moments, and the weights they make
-    if plan.drift == "corrected":
+    if plan.corrects_drift:
         per_weight += 8  # the original's layer, the one quantized in turn, and other targets
     widths = [geometry.linears[read.readers[0]][1] for read in geometry.inputs]
     moments = 0
     if any(p.algorithm.needs_data for p in presets.values()):
         # one input's while its layers are rounded, or all that were summed: experts have many
         moments = max(32 * max(widths) ** 2, 12 * sum(width**2 for width in widths))
-        if plan.drift == "corrected":
+        if plan.corrects_drift:
             moments += 32 * max(widths) ** 2  # two products in float64, and their solution
     batch = BATCH_TOKENS * (8 * geometry.hidden + 6 * geometry.intermediate) * 2 if tokens else 0
     streams = 2 if per_weight > 14 else 1
     edge = 2 * geometry.vocab * geometry.hidden * item
     hidden = streams * tokens * geometry.hidden * item
-    if plan.weighting == "fisher":
+    if plan.weighs_tokens:
         hidden += min(STATES_BYTES, geometry.layers * tokens * geometry.hidden * item)
     return max(edge, per_weight * geometry.layer_parameters + moments + batch) + hidden
 
@@ -584,9 +603,9 @@ def _flops(
                 geometry.top_k / geometry.experts if geometry.expert_of(name) is not None else 1
             )
             flops += 2.0 * tokens * reached * width**2 + 4.0 * width**3
-    if plan.weighting == "fisher":
+    if plan.weighs_tokens:
         flops += 6.0 * linear * tokens
-    if plan.drift == "corrected":
+    if plan.corrects_drift:
         flops += 10.0 * linear * tokens
     if any(a.equalize != "none" for a in algorithms):
         flops += 20 * sum(2.0 * r * c * c for r, c in geometry.linears.values())

@@ -37,8 +37,8 @@ class Quantize(_Strict):
     self_text: bool = False
     windows: int = 128
     length: int = 512
-    weighting: Literal["none", "fisher"] = "none"
-    drift: Literal["ignored", "corrected"] = "ignored"
+    weighting: Literal["none", "fisher"] | None = None
+    drift: Literal["ignored", "corrected"] | None = None
     iterations: int = 100
 
 
