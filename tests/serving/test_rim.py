@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -186,6 +187,12 @@ def test_pages_that_are_allowed_may_ask_without_a_key_for_that(
 def test_origins_that_are_none() -> None:
     with pytest.raises(InputError, match="no page's origin"):
         ServeConfig(cors_origins=("app.example/page",))
+
+
+def test_times_that_are_no_numbers() -> None:
+    for name in ("timeout", "drain_seconds", "keep_alive"):
+        with pytest.raises(InputError, match=f"{name}=nan. Use"):
+            ServeConfig(**{name: math.nan})
 
 
 # --- addresses -------------------------------------------------------------------------------------

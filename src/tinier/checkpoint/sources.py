@@ -108,7 +108,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise InputError(
             f"revision {revision!r} goes with a Hub id that has none; {model!r} is not one."
         )
-    if path.is_dir():
+    if model and path.is_dir():  # Path("") is the current folder
         return path
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

@@ -6,7 +6,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from tinier.checkpoint import Checkpoint, read_json
-from tinier.errors import SchemeError
+from tinier.errors import CheckpointError, SchemeError
 from tinier.tokenizer import load_tokenizer
 
 # regular expressions that split a text before byte pairs are joined, and llama.cpp's name of each
@@ -28,7 +28,11 @@ def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
             f"{source.folder} has no tokenizer.json, which a GGUF file's tokenizer is made of."
         )
     values = read_json(path)
-    model = values["model"]
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(
+            f"{path} has no model of a tokenizer. Put the tokenizer.json of the model there."
+        )
     if model.get("type") != "BPE":
         raise SchemeError(
             f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}."

@@ -35,6 +35,8 @@ from tinier.tokenizer import load_tokenizer
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
 METHODS: tuple[Method, ...] = ("influence", "angular", "loss", "greedy", "last")
 # a target is met from below, by at most this much of it
+_MOST_LAYERS = 10_000
+"""More than any model has: a range that is typed wrongly must not fill the memory."""
 _SLACK = 0.05
 _UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1.0}
 
@@ -112,6 +114,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise InputError(f"layers {text!r}: {part!r} runs backwards. Use {last}-{first}.")
+        if last >= _MOST_LAYERS:
+            raise InputError(
+                f"layers {text!r}: no model has a layer {last}. Use numbers below its number of layers, "
+                "such as 21-27."
+            )
         numbers += range(first, last + 1)
     return tuple(sorted(set(numbers)))
 
@@ -420,7 +427,7 @@ def _channels(wanted: int | str | None, total: int, align: int, name: str) -> in
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(wanted))
     if share is not None:
         kept = round(total * float(share[1]) / 100 / align) * align
-    elif str(wanted).isdigit():
+    elif str(wanted).isdecimal():
         kept = int(wanted)
         if kept % align:
             below = kept // align * align

@@ -5,6 +5,7 @@ activations, calibration text. Out: a StagePlan, and the calibration windows tha
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
@@ -109,6 +110,10 @@ class QuantizePlan:
         if self.mixes != (self.bits is not None):
             raise SchemeError(
                 "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
+            )
+        if self.bits is not None and not 0 < self.bits < math.inf:
+            raise SchemeError(
+                f"bits={self.bits}. Use the bits that a weight may take on average, such as 4.5."
             )
         if self.formats and not self.mixes:
             raise SchemeError("formats are what the preset 'mixed' chooses from. Leave them out.")
@@ -280,7 +285,7 @@ def mixed_formats(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
 def format_named(label: str) -> Preset:
     """PRESET or PRESET:GROUP_SIZE. Raises SchemeError."""
     name, colon, size = label.partition(":")
-    if colon and not size.isdigit():
+    if colon and not size.isdecimal():
         raise SchemeError(f"{label!r} is no format. Use PRESET or PRESET:GROUP_SIZE: int4-gptq:64")
     return preset_named(name, int(size) if colon else None)
 

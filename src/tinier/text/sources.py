@@ -111,7 +111,7 @@ def load_documents(source: str) -> Sequence[str]:
     if source.startswith(_HUB_PREFIX):
         return _HubTexts(_from_hub(source))
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():  # Path("") is the current folder
         files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
         if not files:
             raise TextError(f"text folder {path} holds no file of {', '.join(_SUFFIXES)}.")
@@ -254,6 +254,11 @@ def _from_hub(source: str) -> Any:
     except ImportError:
         raise TextError(f"{source} needs datasets. Type: pip install datasets") from None
     name, *rest = source.removeprefix(_HUB_PREFIX).split(":")
+    if not name:
+        raise TextError(
+            f"text source {source!r} names no data set. Use hub:NAME[:CONFIG[:SPLIT]], such as "
+            "hub:Salesforce/wikitext:wikitext-103-raw-v1."
+        )
     config = rest[0] if rest else None
     split = rest[1] if len(rest) > 1 else "train"
     try:
