@@ -176,7 +176,7 @@ def test_tasks_in_a_recipe_are_columns_compared_in_pairs(
 def test_unknown_tasks_and_folders_are_named(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task 'capitols'.*capitals"):
         harness.check_tasks(plan(tasks, "capitols"))
-    with pytest.raises(InputError, match="is no folder of task files"):
+    with pytest.raises(InputError, match="is no folder. Give one with task files"):
         harness.check_tasks(TasksPlan(names=("capitals",), include=str(tmp_path / "none")))
 
 

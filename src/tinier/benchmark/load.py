@@ -61,7 +61,7 @@ class Load:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value}. Use a number above 0.")
         if self.output_length < 2:
-            raise InputError(f"output_length={self.output_length}. Use 2 or more: ITL needs two.")
+            raise InputError(f"output_length={self.output_length}. Use 2 or more.")
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ def served_models(url: str, api_key: str | None) -> list[str]:
             "address as http://HOST:PORT."
         ) from None
     if not names:
-        raise InputError(f"{url} serves no model.")
+        raise InputError(f"{url} serves no model. Load one there first.")
     return names
 
 
@@ -187,7 +187,8 @@ def _with_hidden_key(command: list[str], api_key: str, environ: dict[str, str]) 
         first = script.readline()
     if not first.startswith("#!"):
         raise InputError(
-            f"{command[0]} is no Python script, so it cannot be given a key in secret."
+            f"{command[0]} is no Python script, so it cannot be given a key in secret. Install AIPerf with "
+            "pip, or leave --api-key out."
         )
     environ["TINIER_LOAD_KEY"] = api_key
     starter = (

@@ -44,7 +44,7 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
         return None
     if not isinstance(block, dict):
         raise CheckpointError(
-            f"quantization_config in config.json is {block!r:.40}, not an object."
+            f"quantization_config in config.json is {block!r:.40}, not an object. Download it again."
         )
     method = block.get("quant_method")
     if method not in _LAYOUTS:

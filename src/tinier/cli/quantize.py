@@ -151,7 +151,7 @@ def quantize(
 
     output.start(quiet=quiet, log_level=log_level)
     if len(set(preset)) < len(preset):
-        raise InputError(f"--preset {' '.join(preset)} names one twice.")
+        raise InputError(f"--preset {' '.join(preset)} names one twice. Give each once.")
     mixed = [name for name in preset if name in (MIXED, MIXED_BEST)]
     if formats is not None and not mixed:
         raise InputError("--formats is what --preset mixed chooses from. Leave it out.")

@@ -101,8 +101,9 @@ def plan_prune_and_heal(
 
 def _rounds(source: Checkpoint, plan: PrunePlan, heal: HealPlan) -> list[PrunePlan]:
     """The pruning of each round."""
-    if heal.rounds < 1 or heal.finalists < 1 or heal.finalist_steps < 1:
-        raise InputError("rounds, finalists and finalist_steps are 1 or more.")
+    for name in ("rounds", "finalists", "finalist_steps"):
+        if getattr(heal, name) < 1:
+            raise InputError(f"{name}={getattr(heal, name)}. Use 1 or more.")
     if heal.finalists > 1 and plan.target is None:
         raise InputError("finalists are sizes for a target. Give --target, or leave them out.")
     if heal.rounds == 1:

@@ -211,7 +211,9 @@ def prepare(
             f"top_k={plan.top_k} is more than the {common} tokens that the models know. Use 1 to {common}."
         )
     if not documents and not plan.generated:
-        raise InputError("there is no text to train on. Give some, or let the teacher write it.")
+        raise InputError(
+            "there is no text to train on. Give --text, or --generated N: windows that the teacher writes."
+        )
     training = None
     if documents:
         needed = plan.steps * plan.batch

@@ -25,7 +25,8 @@ def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
     path = source.folder / "tokenizer.json"
     if not path.exists():
         raise SchemeError(
-            f"{source.folder} has no tokenizer.json, which a GGUF file's tokenizer is made of."
+            f"{source.folder} has no tokenizer.json, which a GGUF file's tokenizer is made of. "
+            "Put the one of the model there."
         )
     values = read_json(path)
     model = values.get("model")
@@ -35,7 +36,8 @@ def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
         )
     if model.get("type") != "BPE":
         raise SchemeError(
-            f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}."
+            f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}. Choose "
+            "another format: tinier export --matrix"
         )
     tokens, types = _tokens(values, vocab)
     if model.get("byte_fallback"):
@@ -105,7 +107,7 @@ def _split_name(values: dict[str, Any]) -> str:
         return _SPLITS[patterns[0]]
     raise SchemeError(
         f"the tokenizer splits texts in a way that tinier knows no name of llama.cpp's for: {kinds}, "
-        f"{json.dumps(patterns)[:200]}."
+        f"{json.dumps(patterns)[:200]}. Choose another format: tinier export --matrix"
     )
 
 

@@ -262,11 +262,10 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
     """
     geometry, name, itemsize = geometry_of(source), source.folder.name, source.dtype.itemsize
     total = geometry.layers
-    if plan.method not in METHODS or plan.shrink not in ("depth", "width", "both"):
-        raise InputError(
-            f"method={plan.method!r}, shrink={plan.shrink!r}. Use a method of "
-            f"{', '.join(METHODS)}, and shrink depth, width or both."
-        )
+    if plan.method not in METHODS:
+        raise InputError(f"method={plan.method!r}. Use one of {', '.join(METHODS)}.")
+    if plan.shrink not in ("depth", "width", "both"):
+        raise InputError(f"shrink={plan.shrink!r}. Use depth, width or both.")
     explicit = (
         plan.keep_layers, plan.keep_hidden, plan.keep_intermediate, plan.keep_heads,
         plan.keep_kv_heads, plan.keep_experts,
@@ -429,16 +428,20 @@ def _channels(wanted: int | str | None, total: int, align: int, name: str) -> in
         kept = round(total * float(share[1]) / 100 / align) * align
     elif str(wanted).isdecimal():
         kept = int(wanted)
-        if kept % align:
+        if kept <= total and kept % align:
             below = kept // align * align
+            near = " or ".join(str(size) for size in (below, below + align) if 0 < size <= total)
             raise InputError(
-                f"{name}={kept} is no multiple of {align}. Use {max(below, align)} or "
-                f"{below + align}, or another --align."
+                f"{name}={kept} is no multiple of {align}. Use {f'{near}, or ' if near else ''}"
+                "another --align."
             )
     else:
         raise InputError(f"{name}={wanted!r} is no size and no share. Use {total // 2} or 50%.")
     if not 0 < kept <= total:
-        raise InputError(f"{name}={wanted!r} keeps {kept} of {total}. Keep {align} to {total}.")
+        raise InputError(
+            f"{name}={wanted!r} keeps {kept} of {total}. Keep {min(align, total)} to {total}; the smaller "
+            "--align, the fewer can stay."
+        )
     return kept
 
 

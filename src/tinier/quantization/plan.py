@@ -96,8 +96,11 @@ class QuantizePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.head not in (None, "fp8", "int8") or self.kv not in (None, "fp8", "int8"):
-            raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
+        for name in ("head", "kv"):
+            if getattr(self, name) not in (None, "fp8", "int8"):
+                raise SchemeError(
+                    f"{name}={getattr(self, name)!r}. Use fp8 or int8, or leave --{name} out."
+                )
         if self.embedding not in _EMBEDDINGS:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
         if self.weighting not in ("none", "fisher"):
@@ -119,7 +122,7 @@ class QuantizePlan:
             raise SchemeError("formats are what the preset 'mixed' chooses from. Leave them out.")
         if self.layer_formats and (self.preset is None or self.mixes):
             raise SchemeError(
-                "layer_formats are exceptions from a preset, and mixed chooses them itself."
+                "layer_formats are exceptions from a preset, and mixed chooses them itself. Leave them out."
             )
 
     @property
@@ -148,12 +151,14 @@ def prepare(
     presets = chosen_presets(geometry, plan, dtype=source.dtype)
     if plan.weighting == "fisher" and not any(p.algorithm.needs_data for p in presets.values()):
         raise SchemeError(
-            f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not."
+            f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not. "
+            "Leave --weighting out, or use one that does, such as int4-gptq."
         )
     rounds = any(p.algorithm.rounding != "nearest" for p in presets.values())
     if plan.drift == "corrected" and not rounds:
         raise SchemeError(
-            f"drift corrected is for presets that round by GPTQ or learn to, and {plan.preset} does not."
+            f"drift corrected is for presets that round by GPTQ or learn to, and {plan.preset} does not. "
+            "Leave --drift out, or use one that does, such as int4-gptq."
         )
     names = linear_names(geometry)
     schemes = {name: preset.scheme for name, preset in presets.items()}
@@ -333,16 +338,23 @@ def chosen_presets(
     names = linear_names(geometry)[:-1]
     if plan.preset is None:
         if plan.group_size is not None or plan.symmetric is not None or plan.ignore:
-            raise SchemeError("preset null quantizes no layer and takes no group size and pattern.")
+            raise SchemeError(
+                "preset null quantizes no layer. Leave --group-size, --asymmetric and --ignore out."
+            )
         presets: dict[str, Preset] = {}
     else:
         ignored = _matching(names, plan.ignore)
         if len(ignored) == len(names):
-            raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
+            raise SchemeError(
+                f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize. Ignore fewer, or use "
+                "--preset null."
+            )
         left = [name for name in names if name not in ignored]
         if plan.mixes:
             if plan.symmetric is False:
-                raise SchemeError("mixed chooses among formats without zero points.")
+                raise SchemeError(
+                    "mixed chooses among formats without zero points. Leave --asymmetric out."
+                )
             uniform = dict.fromkeys(left, _nearest_format(geometry, plan, left, dtype))
             presets = uniform if mixed is None else dict(mixed)
             if plan.preset == MIXED_BEST:

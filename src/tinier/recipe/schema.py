@@ -211,7 +211,7 @@ class Recipe(_Strict):
                         f"{', '.join(names)}{hint}"
                     )
             if variant.from_ == name:
-                raise ValueError(f"variant {name!r} starts from itself")
+                raise ValueError(f"variant {name!r} starts from itself. Use another `from`")
             for end in ("-last", "-best"):
                 other = self.variants.get(name.removesuffix(end))
                 if name.endswith(end) and other is not None and other.distill is not None:
@@ -234,7 +234,9 @@ class Recipe(_Strict):
         while left:
             ready = [n for n in left if all(d == BASE or d in done for d in self.needs(n))]
             if not ready:
-                raise ValueError(f"variants {', '.join(left)} need each other in a circle")
+                raise ValueError(
+                    f"variants {', '.join(left)} need each other in a circle. Let one start from {BASE!r}"
+                )
             done.append(ready[0])
             left.remove(ready[0])
         return done

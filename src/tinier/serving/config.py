@@ -73,4 +73,6 @@ class ServeConfig:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise InputError(f"cors={origin!r} is no page's origin. Use https://HOST, or *.")
         if self.load_folder is not None and not self.load_folder.is_dir():
-            raise InputError(f"{self.load_folder} is no folder to load models from.")
+            raise InputError(
+                f"--allow-load {self.load_folder} is no folder. Give the folder that holds the models."
+            )
