@@ -358,13 +358,26 @@ def test_distill_refuses_before_it_starts(
     source = tiny().folder
     (tmp_path / "a file").write_text("x")
     value = tmp_path / value if isinstance(value, str) else value
+    more = ["--top-k", "4"] if option == "--teacher-store" else []
     code, _, stderr = in_process(
         monkeypatch, capsys, "distill", source, "--teacher", source, "--steps", "2", "--batch", "4",
-        "--warmup-steps", "0", "--length", "32", "--out", tmp_path / "o", option, value,
+        "--warmup-steps", "0", "--length", "32", "--out", tmp_path / "o", option, value, *more,
     )  # fmt: skip
     assert code == 2
     assert ("is more than the 264 tokens" if option == "--top-k" else "is a file. Give") in stderr
     assert not list(tmp_path.glob("*.training"))
+
+
+def test_a_teacher_store_goes_with_top_k(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    source = tiny().folder
+    code, _, stderr = in_process(
+        monkeypatch, capsys, "distill", source, "--teacher", source, "--out", tmp_path / "o",
+        "--teacher-store", tmp_path / "store", "--dry-run",
+    )  # fmt: skip
+    assert code == 2
+    assert "--teacher-store keeps what --top-k stores. Add --top-k 64" in stderr
 
 
 def test_eval_takes_options_of_mmlu_with_it(

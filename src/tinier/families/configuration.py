@@ -160,6 +160,10 @@ def _check_computable(checkpoint: Checkpoint, config: Any) -> None:
                 f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}. "
                 "Give another model."
             )
+        theta = rope_parameters(config, key).get("rope_theta")
+        if theta is not None and not (isinstance(theta, int | float) and theta > 0):
+            path = checkpoint.folder / "config.json"
+            raise CheckpointError(f"{path} has rope_theta={theta!r}. It is large, such as 10000.")
     activation = _activation(config)
     if activation not in _ACTIVATIONS:
         raise CheckpointError(
