@@ -182,7 +182,8 @@ def test_unknown_tasks_and_folders_are_named(tasks: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"names": ()}, "no tasks"), ({"names": ("a", "a")}, "twice"),
+    [({"names": ()}, "a task has no name"), ({"names": ("",)}, "a task has no name"),
+     ({"names": ("a", "a")}, "twice"),
      ({"names": ("a",), "limit": 0}, "limit=0"), ({"names": ("a",), "shots": -1}, "shots=-1")],
 )  # fmt: skip
 def test_plans_that_make_no_sense(given: dict[str, Any], named: str) -> None:
