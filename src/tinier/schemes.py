@@ -52,10 +52,15 @@ class Grid:
             )
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size={self.group_size}. Use a positive number, such as 64.")
-        if self.bits not in {"int": (2, 3, 4, 8), "float": (4, 8), "e5m2": (8,)}[self.kind]:
-            raise SchemeError(f"float grids have 4 or 8 bits here (e5m2: 8), not {self.bits}.")
+        widths = {"int": (2, 3, 4, 8), "float": (4, 8), "e5m2": (8,)}[self.kind]
+        if self.bits not in widths:
+            raise SchemeError(
+                f"bits={self.bits} with kind {self.kind!r}. Use {' or '.join(map(str, widths))}."
+            )
         if self.kind != "int" and not self.symmetric:
-            raise SchemeError("float grids are symmetric; zero points go with integers.")
+            raise SchemeError(
+                f"symmetric=False with kind {self.kind!r}. Zero points go with kind 'int' alone."
+            )
         if self.scale_format != "model" and (self.kind, self.bits) != ("float", 4):
             raise SchemeError(f"{self.scale_format} scales go with 4-bit floats only.")
 
@@ -326,7 +331,8 @@ def preset_named(
     if symmetric is not None and symmetric != weights.symmetric:
         if not _zero_points(preset.scheme):
             raise SchemeError(
-                f"preset {name!r} has no zero points. Presets that can: {_names(_zero_points)}."
+                f"preset {name!r} has no zero points. Presets that can: {_names(_zero_points)}. "
+                "Leave --asymmetric out."
             )
         weights = replace(weights, symmetric=symmetric)
     return replace(preset, scheme=Scheme(weights=weights, activations=activations))

@@ -95,7 +95,10 @@ class Tokenizer:
         opens_reply: with the opening of the assistant's turn. Raises TextError.
         """
         if not self.has_template:
-            raise TextError("the model has no chat template, and this is a conversation.")
+            raise TextError(
+                "the model has no chat template, and this is a conversation. Use a model that has one, or "
+                "plain text."
+            )
         try:
             text: str = self.inner.apply_chat_template(
                 list(messages), add_generation_prompt=opens_reply, tokenize=False

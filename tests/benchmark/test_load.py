@@ -1,5 +1,6 @@
 """Load on a server: AIPerf itself where it is installed, and what is refused before anything runs."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_without_aiperf_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) ->
         ({}, "either a concurrency or a request rate"),
         ({"concurrency": 1, "request_rate": 2.0}, "either a concurrency or a request rate"),
         ({"concurrency": 0}, "concurrency=0"),
+        ({"request_rate": math.nan}, "request_rate=nan. Use a number above 0"),
         ({"request_rate": 1.0, "output_length": 1}, "output_length=1"),
     ],
 )
@@ -111,6 +113,9 @@ def test_impossible_loads_are_refused(values: dict[str, float], message: str) ->
         (["--tokenizer", "x", "--endpoint", "triton"], "--name NAME"),
         (["--tokenizer", "x", "--request-rate", "a"], "no list of numbers"),
         (["--tokenizer", "x", "--concurrency", "a"], "no list of numbers"),
+        (["--tokenizer", "x", "--concurrency", "²"], "no list of numbers"),
+        (["--tokenizer", "x", "--request-rate", "²"], "no list of numbers"),
+        (["--tokenizer", "x", "--against", "y"], "--against is for a model"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], message: str) -> None:
@@ -122,3 +127,5 @@ def test_bad_options_are_refused(options: list[str], message: str) -> None:
 def test_an_address_where_nothing_listens() -> None:
     with pytest.raises(InputError, match="does not answer like an OpenAI endpoint"):
         served_models("http://127.0.0.1:1", None)
+    with pytest.raises(InputError, match="or give its address as http://HOST:PORT"):
+        served_models("http://[bad", None)

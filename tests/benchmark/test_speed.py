@@ -80,7 +80,7 @@ def test_environment_says_what_matters() -> None:
     [
         ({"concurrency": 0}, "concurrency=0"),
         ({"input_length": 0}, "input_length=0"),
-        ({"output_length": 1}, "ITL needs two"),
+        ({"output_length": 1}, "output_length=1. Use 2 or more"),
     ],
 )
 def test_bad_workloads(values: dict[str, int], message: str) -> None:

@@ -221,6 +221,30 @@ def test_other_quantization_methods_are_refused(tiny: Tiny) -> None:
         open_model(folder)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quant_method": ["fp8"]},
+        {"quant_method": "awq", "bits": 4, "group_size": "x"},
+        {"quant_method": "compressed-tensors", "config_groups": 3},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": 3}}},
+    ],
+)
+def test_damaged_quantization_is_refused(tiny: Tiny, block: dict[str, object]) -> None:
+    folder = tiny().folder
+    edit_config(folder, quantization_config=block)
+    with pytest.raises(CheckpointError, match="is damaged .* Download it again|tinier reads compr"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("theta", ["x", -1.0, 0])
+def test_a_theta_that_is_none_is_refused(tiny: Tiny, theta: object) -> None:
+    folder = tiny().folder
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    with pytest.raises(CheckpointError, match="has rope_theta=.* such as 10000"):
+        open_model(folder)
+
+
 def test_hash_depends_on_weights_and_configuration_only(tiny: Tiny) -> None:
     folder = tiny().folder
     before = content_hash(folder)

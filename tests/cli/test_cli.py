@@ -177,7 +177,11 @@ def test_generate_refuses(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--repeats", "0"], "repeats=0"), (["--concurrency", "1;2"], "is no list of numbers")],
+    [
+        (["--repeats", "0"], "repeats=0"),
+        (["--concurrency", "1;2"], "is no list of numbers"),
+        (["--request-rate", "2"], "--request-rate is for a server's URL"),
+    ],
 )
 def test_bench_refuses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny,
@@ -295,9 +299,23 @@ def test_a_terminal_that_knows_only_ascii(tiny: Tiny) -> None:
         (["prune", "--target", "100M", "--candidates", "0"], "candidates=0. Use 1 or more"),
         (["quantize", "--preset", "int4-gptq", "--windows", "0"], "windows=0"),
         (["quantize", "--preset", "int4-gptq", "--length", "0"], "length=0"),
+        (["quantize", "--preset", "mixed", "--bits", "inf"], "bits=inf. Use the bits"),
+        (
+            ["quantize", "--preset", "mixed", "--bits", "5", "--formats", "int4-gptq:²"],
+            "is no format",
+        ),
+        (
+            ["quantize", "--preset", "mixed", "--bits", "5", "--formats", ""],
+            "preset '' is not known",
+        ),
+        (["quantize", "--preset", "fp8", "--bits", "5"], "--bits 5 is for --preset mixed"),
+        (["quantize", "--preset", "fp8", "--seed", str(2**63)], f"--seed {2**63} is too large"),
+        (["prune", "--drop-layers", "0-99999999999"], "no model has a layer 99999999999"),
+        (["prune", "--keep-hidden", "²"], "is no size and no share"),
+        (["export", "--to", "nothing"], "--to nothing is not known. Targets: tinier"),
     ],
 )
-def test_numbers_that_cannot_be(
+def test_numbers_and_names_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
     arguments: list[str], message: str,
 ) -> None:  # fmt: skip
@@ -307,6 +325,77 @@ def test_numbers_that_cannot_be(
     )
     assert code == 2
     assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heal-batch", "0"], "batch=0"),
+        (["--heal-lr", "nan"], "lr=nan"),
+        (["--heal-text", "nowhere"], "text source 'nowhere' is no file"),
+        (["--rounds", "2"], "2 rounds for 1 layer"),
+    ],
+)
+def test_a_dry_run_checks_the_healing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    common = ["prune", tiny().folder, "--keep-layers", "3", "--length", "64", "--heal-steps", "3",
+              "--heal-batch", "2", "--out", tmp_path / "o", "--dry-run"]  # fmt: skip
+    code, _, stderr = in_process(monkeypatch, capsys, *common, *arguments)
+    assert code == 2
+    assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--teacher-store", "a file"), ("--tensorboard", "a file"), ("--top-k", 265)],
+)
+def test_distill_refuses_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
+    option: str, value: object,
+) -> None:  # fmt: skip
+    source = tiny().folder
+    (tmp_path / "a file").write_text("x")
+    value = tmp_path / value if isinstance(value, str) else value
+    more = ["--top-k", "4"] if option == "--teacher-store" else []
+    code, _, stderr = in_process(
+        monkeypatch, capsys, "distill", source, "--teacher", source, "--steps", "2", "--batch", "4",
+        "--warmup-steps", "0", "--length", "32", "--out", tmp_path / "o", option, value, *more,
+    )  # fmt: skip
+    assert code == 2
+    assert ("is more than the 264 tokens" if option == "--top-k" else "is a file. Give") in stderr
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_a_teacher_store_goes_with_top_k(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    source = tiny().folder
+    code, _, stderr = in_process(
+        monkeypatch, capsys, "distill", source, "--teacher", source, "--out", tmp_path / "o",
+        "--teacher-store", tmp_path / "store", "--dry-run",
+    )  # fmt: skip
+    assert code == 2
+    assert "--teacher-store keeps what --top-k stores. Add --top-k 64" in stderr
+
+
+def test_eval_takes_options_of_mmlu_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny
+) -> None:
+    folder = tiny().folder
+    for option, value in (("--subject", "astronomy"), ("--sample", "3")):
+        code, _, stderr = in_process(monkeypatch, capsys, "eval", folder, option, value)
+        assert code == 2
+        assert "--subject and --sample are for --mmlu" in stderr
+
+
+def test_no_model_is_not_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, stderr = in_process(monkeypatch, capsys, "generate", "", "--prompt", "x")
+    assert code == 2
+    assert "model '' is no folder" in stderr
 
 
 @pytest.mark.parametrize("where", ["file", "proc", "source", "long"])

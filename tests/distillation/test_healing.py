@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tinier.checkpoint import Checkpoint
-from tinier.distillation import DistillPlan, HealPlan, healing, prune_and_heal
+from tinier.distillation import DistillPlan, HealPlan, healing, plan_prune_and_heal, prune_and_heal
 from tinier.errors import InputError
 from tinier.families import geometry_of, open_model
 from tinier.pruning import PrunePlan
@@ -77,6 +77,9 @@ def test_finalists_are_healed_before_one_is_chosen(tiny: Tiny, tmp_path: Path) -
 def test_bad_plans(
     tiny: Tiny, tmp_path: Path, plan: PrunePlan, heal: HealPlan, message: str
 ) -> None:
+    source = tiny()
     with pytest.raises(InputError, match=message):
-        run(tiny(), plan, heal, tmp_path / "out")
+        run(source, plan, heal, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(InputError, match=message):
+        plan_prune_and_heal(source, plan, heal, TEXT, TEXT, TEXT[:20])

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -345,6 +346,10 @@ def test_a_loss_that_is_no_number_stops_with_advice(
         ({"lr": 1e-5, "min_lr": 1e-4}, "must lie between 0 and lr"),
         ({"steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"temperature": 0.0}, "temperature=0"),
+        ({"temperature": math.nan}, "temperature=nan. Use a number above 0"),
+        ({"lr": math.inf}, "lr=inf. Use a number above 0"),
+        ({"hidden_weight": math.nan}, "hidden_weight=nan. Use 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps=-1. Use 0 or more"),
         ({"seed": -1}, "seed=-1"),
         ({"loss": "kl"}, "loss='kl'. Use one of forward-kl, reverse-kl, js"),
         ({"ce_weight": 1.5}, "ce_weight=1.5"),

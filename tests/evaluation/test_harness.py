@@ -176,13 +176,14 @@ def test_tasks_in_a_recipe_are_columns_compared_in_pairs(
 def test_unknown_tasks_and_folders_are_named(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task 'capitols'.*capitals"):
         harness.check_tasks(plan(tasks, "capitols"))
-    with pytest.raises(InputError, match="is no folder of task files"):
+    with pytest.raises(InputError, match="is no folder. Give one with task files"):
         harness.check_tasks(TasksPlan(names=("capitals",), include=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"names": ()}, "no tasks"), ({"names": ("a", "a")}, "twice"),
+    [({"names": ()}, "a task has no name"), ({"names": ("",)}, "a task has no name"),
+     ({"names": ("a", "a")}, "twice"),
      ({"names": ("a",), "limit": 0}, "limit=0"), ({"names": ("a",), "shots": -1}, "shots=-1")],
 )  # fmt: skip
 def test_plans_that_make_no_sense(given: dict[str, Any], named: str) -> None:

@@ -12,7 +12,7 @@ from tests.conftest import quantize_tiny
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
-from tinier.errors import SchemeError
+from tinier.errors import CheckpointError, SchemeError
 from tinier.exporting import export, plan_export
 from tinier.families import open_model
 from tinier.tokenizer import load_tokenizer
@@ -119,6 +119,13 @@ def test_what_llama_cpp_has_no_type_for_is_refused(
         source = open_model(quantize_tiny(source, preset, tmp_path / "source", **options).folder)
     with pytest.raises(SchemeError, match=message):
         plan_export(source, "gguf")
+
+
+def test_a_tokenizer_without_a_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(dtype=torch.bfloat16)
+    (source.folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no model of a tokenizer"):
+        export(source, "gguf", tmp_path / "out")
 
 
 def test_ollama_gets_a_modelfile(tiny: Tiny, tmp_path: Path) -> None:

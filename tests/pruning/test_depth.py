@@ -129,6 +129,8 @@ def test_heads_that_do_not_divide_the_hidden_size(tiny: Tiny, tmp_path: Path) ->
         (PrunePlan(keep_layers="half"), "no count and no share"),
         (PrunePlan(keep_layers="1.5"), "no count and no share"),
         (PrunePlan(keep_intermediate=100), "no multiple of 64. Use 64 or 128"),
+        (PrunePlan(keep_intermediate=500), "keeps 500 of 128. Keep 64 to 128"),
+        (PrunePlan(keep_intermediate=60), "no multiple of 64. Use 64, or another --align"),
         (PrunePlan(keep_hidden=128), "keeps 128 of 64"),
         (PrunePlan(keep_hidden="x"), "no size and no share"),
         (PrunePlan(keep_kv_heads=3), "keep_kv_heads=3. Use one of 1, 2"),

@@ -399,7 +399,7 @@ def test_groups_that_do_not_divide_are_replaced_and_said(tiny: Tiny, tmp_path: P
         ({"preset": "int4-gptq", "group_size": 32, "length": 512}, "more than the 256 positions"),
         ({"preset": "fp8", "self_text": True}, "needs no calibration text"),
         ({"preset": "fp8", "windows": 0}, "Use 1 or more"),
-        ({"preset": None, "group_size": 32}, "takes no group size"),
+        ({"preset": None, "group_size": 32}, "preset null quantizes no layer. Leave --group-size"),
     ],
 )
 def test_bad_input_is_found_before_any_work(

@@ -353,7 +353,7 @@ def test_killed_at_any_moment_it_goes_on(values: dict[str, Any], tmp_path: Path)
             "1024 positions",
         ),
         (("measure", "mmlu"), {"folder": "nowhere"}, TextError, "is no MMLU folder"),
-        (("measure", "speed", "output_length"), 1, InputError, "ITL needs two"),
+        (("measure", "speed", "output_length"), 1, InputError, "output_length=1. Use 2 or more"),
         (("device",), "tpu", InputError, "'tpu' is not known"),
     ],
 )

@@ -56,6 +56,9 @@ variants:
         ("base: model", "base: model\nmeasure: {speed: {repeats: 0}}", "greater than or equal to 1"),
         ("base: model", "base: model\nmeasure: {speed: {concurrency: []}}", "at least 1 item"),
         ("base: model", "base: model\nseed: -1", "greater than or equal to 0"),
+        ("base: model", "base: model\nseed: 99999999999999999999", "less than 9223372036854775808"),
+        ("base: model", "base: model\ndate: 2026-13-45", "not valid YAML: month must be in 1..12"),
+        ("base: model", "base: model\nmeasure: 3", "measure: Input should be a valid dictionary"),
         ("base: model", "base: model\ntext: {heldot: x}", "heldot: unknown key. Did you mean 'heldout'"),
     ],
 )  # fmt: skip
@@ -72,6 +75,10 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         load(tmp_path, "a: [")
     with pytest.raises(RecipeError, match="not a mapping"):
         load(tmp_path, "- a")
+    path = tmp_path / "number.yaml"
+    path.write_text(f"{GOOD}\nmeasure: 3")
+    with pytest.raises(RecipeError, match="measure: Input should be a valid dictionary"):
+        load_recipe(path, tensor_parallel=2)
 
 
 @pytest.mark.parametrize("name", ["demo", "guide"])

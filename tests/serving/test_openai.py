@@ -194,7 +194,7 @@ def test_unknown_urls_and_methods(service: Service) -> None:
     assert httpx.get(f"{service.url}/v1/nothing").status_code == 404
     answer = httpx.get(f"{service.url}/v1/completions")
     assert answer.status_code == 405
-    assert answer.json()["error"]["message"] == "Not allowed to GET /v1/completions."
+    assert answer.json()["error"]["message"] == "Not allowed to GET /v1/completions. Use POST."
 
 
 def test_the_queue_has_an_end(service: Service) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,9 +18,12 @@ import pytest
 from tests.serving.conftest import ENGINE
 
 from tinier.benchmark.load import base_url, served_models
+from tinier.engine.request import Limits
 from tinier.errors import InputError
 from tinier.serving import ServeConfig, Service, connections, query
 from tinier.serving.config import address
+from tinier.serving.generation import _check_length
+from tinier.serving.protocol import ApiError
 
 ASK: dict[str, Any] = {"model": "one", "prompt": "x", "max_tokens": 4, "temperature": 0}
 
@@ -186,6 +191,21 @@ def test_pages_that_are_allowed_may_ask_without_a_key_for_that(
 def test_origins_that_are_none() -> None:
     with pytest.raises(InputError, match="no page's origin"):
         ServeConfig(cors_origins=("app.example/page",))
+
+
+def test_a_prompt_longer_than_the_server_takes_is_told_its_own_limit() -> None:
+    limits = Limits(vocab=264, max_input_len=4, room=100)
+    model: Any = SimpleNamespace(ready=SimpleNamespace(limits=limits))
+    with pytest.raises(ApiError, match="takes prompts of 4 tokens at most. However, yours has 5"):
+        _check_length(model, [1] * 5, 8)
+    with pytest.raises(ApiError, match="maximum context length is 100 tokens. .* requested 104"):
+        _check_length(model, [1] * 4, 100)
+
+
+def test_times_that_are_no_numbers() -> None:
+    for name in ("timeout", "drain_seconds", "keep_alive"):
+        with pytest.raises(InputError, match=f"{name}=nan. Use"):
+            ServeConfig(**{name: math.nan})
 
 
 # --- addresses -------------------------------------------------------------------------------------

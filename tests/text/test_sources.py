@@ -79,6 +79,10 @@ def test_missing_sources(tmp_path: Path) -> None:
         load_documents(str(tmp_path / "nothing"))
     with pytest.raises(TextError, match=r"holds no file of \.txt"):
         load_documents(str(tmp_path))
+    with pytest.raises(TextError, match="text source '' is no file and no folder"):
+        load_documents("")
+    with pytest.raises(TextError, match="'hub:' names no data set"):
+        load_documents("hub:")
 
 
 def test_a_hub_dataset_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ own; its definitions are those of speed.py. Requests are streamed completions of
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -57,10 +58,10 @@ class Load:
             raise InputError("give either a concurrency or a request rate.")
         for name in ("concurrency", "request_rate", "input_length", "requests"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name}={value}. Use more than 0.")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}={value}. Use a number above 0.")
         if self.output_length < 2:
-            raise InputError(f"output_length={self.output_length}. Use 2 or more: ITL needs two.")
+            raise InputError(f"output_length={self.output_length}. Use 2 or more.")
 
     @property
     def name(self) -> str:
@@ -105,16 +106,19 @@ def base_url(url: str) -> str:
 def served_models(url: str, api_key: str | None) -> list[str]:
     """Names that an OpenAI endpoint serves. url: as `base_url` gives it. Raises InputError if it does not
     answer."""
-    request = urllib.request.Request(f"{url}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
     try:
+        request = urllib.request.Request(f"{url}/v1/models")
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
         with urllib.request.urlopen(request, timeout=10) as answer:
             names = [entry["id"] for entry in json.load(answer)["data"]]
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{url} does not answer like an OpenAI endpoint: {error}") from None
+        raise InputError(
+            f"{url} does not answer like an OpenAI endpoint: {error}. Start the server, or give its "
+            "address as http://HOST:PORT."
+        ) from None
     if not names:
-        raise InputError(f"{url} serves no model.")
+        raise InputError(f"{url} serves no model. Load one there first.")
     return names
 
 
@@ -183,7 +187,8 @@ def _with_hidden_key(command: list[str], api_key: str, environ: dict[str, str]) 
         first = script.readline()
     if not first.startswith("#!"):
         raise InputError(
-            f"{command[0]} is no Python script, so it cannot be given a key in secret."
+            f"{command[0]} is no Python script, so it cannot be given a key in secret. Install AIPerf with "
+            "pip, or leave --api-key out."
         )
     environ["TINIER_LOAD_KEY"] = api_key
     starter = (

@@ -36,7 +36,7 @@ class Workload:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
         if self.output_length < 2:
-            raise InputError(f"output_length={self.output_length}. Use 2 or more: ITL needs two.")
+            raise InputError(f"output_length={self.output_length}. Use 2 or more.")
 
 
 class Sample(NamedTuple):

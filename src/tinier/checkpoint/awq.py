@@ -79,7 +79,10 @@ def awq_pack(quantized: Quantized) -> dict[str, Tensor]:
     a number of outputs that 8 does not divide."""
     rows = quantized.codes.shape[0]
     if rows % 8:
-        raise SchemeError(f"AWQ's words hold 8 outputs, which does not divide {rows}.")
+        raise SchemeError(
+            f"a layer has {rows} outputs, and AWQ's format packs 8 in a word. Choose another format: "
+            "tinier export --matrix"
+        )
     zero = quantized.zero_point
     if zero is None:
         zero = torch.zeros(quantized.scale.shape, dtype=torch.int8)

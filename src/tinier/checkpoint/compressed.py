@@ -241,7 +241,8 @@ def _to_scheme(group: dict[str, Any]) -> Scheme:
     weights, activations = group.get("weights"), group.get("input_activations")
     if weights is None or group.get("output_activations"):
         raise CheckpointError(
-            "the model quantizes only activations, or the outputs of layers; tinier runs neither."
+            "the model quantizes only activations, or the outputs of layers; tinier runs neither. "
+            "Give the 16-bit model."
         )
     scheme = Scheme(
         weights=_to_grid(weights, of="weights"),
@@ -250,7 +251,8 @@ def _to_scheme(group: dict[str, Any]) -> Scheme:
     told = group.get("format")
     if told not in (None, storage_format(scheme)):
         raise CheckpointError(
-            f"the model stores {scheme.label} as {told!r}; tinier reads {storage_format(scheme)!r}."
+            f"the model stores {scheme.label} as {told!r}; tinier reads {storage_format(scheme)!r}. "
+            "Give the 16-bit model."
         )
     return scheme
 
@@ -312,7 +314,7 @@ def _to_kv_grid(args: dict[str, Any]) -> Grid:
     if grid.granularity != "tensor" or grid.bits != 8:
         raise CheckpointError(
             "the model's KV cache is quantized in another way than with one scale for all keys and "
-            "one for all values of a layer, 8 bits each; tinier runs no other."
+            "one for all values of a layer, 8 bits each; tinier runs no other. Give the 16-bit model."
         )
     return grid
 

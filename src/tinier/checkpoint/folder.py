@@ -192,7 +192,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "*.safetensors, a Hub id such as meta-llama/Llama-3.2-3B, a .gguf file, or smollm2-135m."
         )
     if not any(folder.iterdir()):
-        raise CheckpointError(f"model folder {folder} is empty. Was the download interrupted?")
+        raise CheckpointError(
+            f"model folder {folder} is empty. Download the model again, or give another folder."
+        )
     config = _read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     for shard, expected in _shards(folder).items():
@@ -245,11 +247,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Make it readable."
+        ) from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object.")
+        raise CheckpointError(
+            f"{path} holds a {type(values).__name__}, not an object. Download it again."
+        )
     return values
 
 
@@ -282,11 +288,15 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
         try:
             weight_map = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from None
+            raise CheckpointError(
+                f"{index_path} is not a safetensors index ({error!r}). Download it again."
+            ) from None
         shards: dict[str, list[str]] = {}
         for tensor, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{index_path} names a shard outside the folder: {shard}")
+                raise CheckpointError(
+                    f"{index_path} names a shard outside the folder: {shard}. Download it again."
+                )
             shards.setdefault(shard, []).append(tensor)
         if (folder / _SINGLE_NAME).exists() and _SINGLE_NAME not in shards:
             raise CheckpointError(
@@ -308,7 +318,9 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
             "never opens them. Convert it once where you trust the file: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
-    raise CheckpointError(f"{folder} has no {_SINGLE_NAME} and no {_INDEX_NAME}.")
+    raise CheckpointError(
+        f"{folder} has no {_SINGLE_NAME} and no {_INDEX_NAME}. Give the folder that holds the weights."
+    )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -321,7 +333,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise CheckpointError(f"{path} is truncated: {size} bytes hold no safetensors header.")
+            raise CheckpointError(
+                f"{path} is truncated: {size} bytes hold no safetensors header. Download it again."
+            )
         (header_bytes,) = struct.unpack("<Q", prefix)
         if header_bytes > size - 8:
             raise CheckpointError(
@@ -346,7 +360,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             (e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise CheckpointError(f"{path} is corrupt: its header cannot be read.") from None
+        raise CheckpointError(
+            f"{path} is corrupt: its header cannot be read. Download it again."
+        ) from None
     if 8 + header_bytes + end != size:
         raise CheckpointError(
             f"{path} is truncated or corrupt: its header describes {8 + header_bytes + end} bytes "
@@ -357,6 +373,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if info.dtype in _BITS and math.prod(info.shape) * _BITS[info.dtype] != 8 * info.num_bytes:
             raise CheckpointError(
                 f"{path} is corrupt: {name} has {info.num_bytes} bytes, which is not "
-                f"{list(info.shape)} of {info.dtype}."
+                f"{list(info.shape)} of {info.dtype}. Download it again."
             )
     return tensors

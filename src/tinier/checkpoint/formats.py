@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tinier.checkpoint import awq, compressed, fine_grained, gptq, modelopt
-from tinier.errors import CheckpointError, SchemeError
+from tinier.errors import CheckpointError, InputError, SchemeError
 from tinier.numerics import Quantized
 from tinier.schemes import Layout, Scheme, Storage
 
@@ -44,10 +44,10 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
         return None
     if not isinstance(block, dict):
         raise CheckpointError(
-            f"quantization_config in config.json is {block!r:.40}, not an object."
+            f"quantization_config in config.json is {block!r:.40}, not an object. Download it again."
         )
     method = block.get("quant_method")
-    if method not in _LAYOUTS:
+    if not isinstance(method, str) or method not in _LAYOUTS:
         raise CheckpointError(
             f"the model is quantized with {method!r}; tinier reads {', '.join(_LAYOUTS)}. "
             "Give the original 16-bit model."
@@ -56,6 +56,12 @@ def layout_of(config: dict[str, Any], names: Iterable[str]) -> Layout | None:
         return _LAYOUTS[method](block, names)
     except SchemeError as error:
         raise CheckpointError(f"the model's {method} quantization: {error}") from None
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"quantization_config in config.json is damaged ({error!r}). Download it again."
+        ) from None
 
 
 def quantization_config(layout: Layout, names: Iterable[str]) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class GgufFile:
             self._reader = gguf.GGUFReader(path)
             self._architecture = str(self._reader.fields["general.architecture"].contents())
         except (ValueError, KeyError, IndexError, OSError) as error:
-            raise CheckpointError(f"{path} is no GGUF file: {error}") from None
+            raise CheckpointError(
+                f"{path} is no GGUF file, or is damaged ({error}). Download it again."
+            ) from None
 
     def value(self, name: str) -> Any:
         """An entry of this architecture, such as `rope.freq_base`; None where there is none."""

@@ -134,7 +134,8 @@ def gptq_unpack(
         return Quantized(codes, scale, zero.contiguous())
     if zero.any():
         raise CheckpointError(
-            f"{name} has zero points, and config.json says that it has none (sym)."
+            f"{name} has zero points, and config.json says that it has none (sym). Download the model "
+            "again, or give the 16-bit model."
         )
     return Quantized(codes, scale)
 

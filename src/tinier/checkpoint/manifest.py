@@ -64,7 +64,9 @@ class Manifest:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path} is not a tinier manifest: {error!r}") from None
+            raise CheckpointError(
+                f"{path} is not a tinier manifest ({error!r}). Remove it."
+            ) from None
 
 
 def package_versions() -> dict[str, str]:

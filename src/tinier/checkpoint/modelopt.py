@@ -75,7 +75,9 @@ def modelopt_layout(block: dict[str, Any], names: Iterable[str]) -> Layout:
     if cache not in (None, "FP8") and not (
         isinstance(cache, dict) and (cache.get("type"), cache.get("num_bits")) == ("float", 8)
     ):
-        raise CheckpointError(f"the KV cache is quantized as {cache!r}; tinier runs FP8 and INT8.")
+        raise CheckpointError(
+            f"the KV cache is quantized as {cache!r}; tinier runs FP8 and INT8. Give the 16-bit model."
+        )
     return Layout(schemes=schemes, kv_cache=_KV8 if cache else None, storage="modelopt")
 
 
@@ -151,7 +153,10 @@ def modelopt_pack(
     if algorithm == "W4A16_AWQ":
         codes = quantized.codes.cpu()
         if len(codes) % 2:
-            raise SchemeError(f"two rows share a byte, and {len(codes)} rows are odd.")
+            raise SchemeError(
+                f"a layer has {len(codes)} outputs, and ModelOpt's INT4 packs two in a byte. Choose "
+                "another format: tinier export --matrix"
+            )
         pairs = (codes[::2] & 15) | (codes[1::2] << 4)
         return {"weight": pairs.view(torch.uint8), "weight_scale": scale.float()}
     if algorithm == "NVFP4":

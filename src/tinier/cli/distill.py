@@ -174,6 +174,10 @@ def distill(
         eval_every=eval_every,
         seed=seed,
     )
+    if teacher_store is not None and top_k is None:
+        raise InputError(
+            "--teacher-store keeps what --top-k stores. Add --top-k 64, or leave it out."
+        )
     small, original = open_model(student), open_model(teacher)
     training, held = () if text == "self" else text, heldout or "builtin"
     if dry_run:

@@ -114,6 +114,8 @@ def eval_(
         raise InputError(
             f"--tensor-parallel {tensor_parallel} is the engine's. Add --engine, or leave it out."
         )
+    if mmlu is None and (subject or sample is not None):
+        raise InputError("--subject and --sample are for --mmlu. Add it, or leave them out.")
     asked = None
     if tasks is None and (include or chat or limit is not None or task_shots is not None):
         raise InputError("--task-shots, --limit, --include and --chat are for --tasks. Add it.")

@@ -61,7 +61,20 @@ Drift = Annotated[
         "presets, ignored for others.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
+
+
+def _check_seed(seed: int) -> int:
+    from tinier.errors import InputError
+
+    if seed >= 2**63:
+        raise InputError(f"--seed {seed} is too large. Use 0 to {2**63 - 1}.")
+    return seed
+
+
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, callback=_check_seed, help="Equal seeds give equal results."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one last line of JSON.")]
 DryRun = Annotated[
     bool,

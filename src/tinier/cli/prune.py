@@ -116,7 +116,7 @@ def prune(
           --out smollm2-healed
     """
     from tinier.checkpoint import check_output
-    from tinier.distillation import DistillPlan, HealPlan, prune_and_heal
+    from tinier.distillation import DistillPlan, HealPlan, plan_prune_and_heal, prune_and_heal
     from tinier.errors import InputError
     from tinier.families import open_model
     from tinier.pruning import PrunePlan, parse_layers, plan_prune
@@ -143,22 +143,28 @@ def prune(
         windows=windows,
         length=length,
     )
-    if dry_run:
-        summary, data = stage_text(plan_prune(source, plan, text), out, device)
-        output.result(summary, data, as_json=json)
-        return
-    if heal_steps is None:
-        if rounds != 1 or finalists != 1:
-            raise InputError("--rounds and --finalists heal in between. Give --heal-steps 100.")
-        made = run_prune(source, plan, out, text=text, device=device)
-    else:
+    heal = None
+    if heal_steps is not None:
         distil = DistillPlan(
             steps=heal_steps, batch=heal_batch, micro_batch=gcd(4, heal_batch), length=length,
             lr=heal_lr, min_lr=heal_lr / 10, warmup_steps=heal_steps // 10,
         )  # fmt: skip
+        heal = HealPlan(distill=distil, rounds=rounds, finalists=finalists)
+    elif rounds != 1 or finalists != 1:
+        raise InputError("--rounds and --finalists heal in between. Give --heal-steps 100.")
+    if dry_run:
+        if heal is None:
+            stage = plan_prune(source, plan, text)
+        else:
+            stage = plan_prune_and_heal(source, plan, heal, text, heal_text)
+        summary, data = stage_text(stage, out, device)
+        output.result(summary, data, as_json=json)
+        return
+    if heal is None:
+        made = run_prune(source, plan, out, text=text, device=device)
+    else:
         made = prune_and_heal(
-            source, plan, HealPlan(distill=distil, rounds=rounds, finalists=finalists), out,
-            text=text, heal_text=heal_text, device=device,
-        )  # fmt: skip
+            source, plan, heal, out, text=text, heal_text=heal_text, device=device
+        )
     summary, data = made_text(made, source)
     output.result(summary, data, as_json=json)

@@ -151,10 +151,12 @@ def quantize(
 
     output.start(quiet=quiet, log_level=log_level)
     if len(set(preset)) < len(preset):
-        raise InputError(f"--preset {' '.join(preset)} names one twice.")
+        raise InputError(f"--preset {' '.join(preset)} names one twice. Give each once.")
     mixed = [name for name in preset if name in (MIXED, MIXED_BEST)]
-    if formats and not mixed:
+    if formats is not None and not mixed:
         raise InputError("--formats is what --preset mixed chooses from. Leave it out.")
+    if bits is not None and not mixed:
+        raise InputError(f"--bits {bits:g} is for --preset mixed. Use that, or leave --bits out.")
     folders = {name: Path(out) / name if len(preset) > 1 else Path(out) for name in preset}
     for folder in folders.values():
         check_output(folder)
@@ -168,7 +170,7 @@ def quantize(
             embedding=embedding,  # type: ignore[arg-type]
             kv=kv,  # type: ignore[arg-type]
             bits=bits if name in mixed else None,
-            formats=tuple(formats.split(",")) if formats and name in mixed else (),
+            formats=() if formats is None or name not in mixed else tuple(formats.split(",")),
             self_text=text == "self",
             windows=windows,
             length=length,

@@ -141,7 +141,10 @@ def serve(
     if backend == "tinier" and (ray or pipeline_parallel > 1):
         raise InputError("--ray and --pipeline-parallel are vLLM's. Type: --backend vllm")
     if backend == "vllm" and (triton or uds or len(models) > 1 or replicas > 1):
-        raise InputError("--backend vllm serves one model once, on a port, and not through Triton.")
+        raise InputError(
+            "--backend vllm serves one model once, on a port. Leave out --triton, --uds, --replicas and "
+            "further models."
+        )
     sources = [Source.parse(model) for model in models]
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,

@@ -6,7 +6,7 @@ alternates pruning and distillation.
 """
 
 from tinier.distillation.driver import distill
-from tinier.distillation.healing import HealPlan, prune_and_heal
+from tinier.distillation.healing import HealPlan, plan_prune_and_heal, prune_and_heal
 from tinier.distillation.losses import Hard, Mixed, Soft, TopK, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan, parse_pairs, plan_distill
 
@@ -22,5 +22,6 @@ __all__ = [
     "hidden_loss",
     "parse_pairs",
     "plan_distill",
+    "plan_prune_and_heal",
     "prune_and_heal",
 ]

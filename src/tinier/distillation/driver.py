@@ -87,6 +87,9 @@ def distill(
     if finished_checkpoint(last, stage.key) is None:
         check_output(last)
     _check_tensorboard(tensorboard)
+    for name, folder in (("--teacher-store", teacher_store), ("--tensorboard", tensorboard)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"{name} {folder} is a file. Give a folder, or a name that is free.")
     place = pick_device(device)
     ranks = join_ranks(place)
     reset_peak_memory(place)

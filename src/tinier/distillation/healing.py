@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinier.checkpoint import Checkpoint, check_output, finished_checkpoint
+from tinier.checkpoint import Checkpoint, StagePlan, check_output, finished_checkpoint
 from tinier.device import pick_device, release_memory
 from tinier.distillation.driver import distill
 from tinier.distillation.plan import DistillPlan, plan_distill
@@ -58,9 +58,8 @@ def prune_and_heal(
         documents_of(text, "calibration"), documents_of(heal_text, "training"),
         documents_of(heldout, "heldout"),
     )  # fmt: skip
+    plan_prune_and_heal(source, plan, heal, documents, training, held)
     parts = _rounds(source, plan, heal)
-    plan_prune(source, plan, documents)
-    plan_distill(source, source, heal.distill, training, held)
     work = out.parent / f".{out.name}.healing"
     work.mkdir(parents=True, exist_ok=True)
     model = source
@@ -89,10 +88,22 @@ def prune_and_heal(
     return made
 
 
+def plan_prune_and_heal(
+    source: Checkpoint, plan: PrunePlan, heal: HealPlan,
+    text: Text = BUILTIN, heal_text: Text = BUILTIN, heldout: Text = BUILTIN,
+) -> StagePlan:  # fmt: skip
+    """The pruning that `prune_and_heal` would do first, after every check of it and of the healing."""
+    _rounds(source, plan, heal)
+    stage = plan_prune(source, plan, text)
+    plan_distill(source, source, heal.distill, heal_text, heldout)
+    return stage
+
+
 def _rounds(source: Checkpoint, plan: PrunePlan, heal: HealPlan) -> list[PrunePlan]:
     """The pruning of each round."""
-    if heal.rounds < 1 or heal.finalists < 1 or heal.finalist_steps < 1:
-        raise InputError("rounds, finalists and finalist_steps are 1 or more.")
+    for name in ("rounds", "finalists", "finalist_steps"):
+        if getattr(heal, name) < 1:
+            raise InputError(f"{name}={getattr(heal, name)}. Use 1 or more.")
     if heal.finalists > 1 and plan.target is None:
         raise InputError("finalists are sizes for a target. Give --target, or leave them out.")
     if heal.rounds == 1:

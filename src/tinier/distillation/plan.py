@@ -100,17 +100,20 @@ class DistillPlan:
                 f"micro_batch={self.micro_batch} does not divide batch={self.batch}. "
                 f"Use one of {divisors}."
             )
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr}. Use a number above 0, such as 7e-5.")
         if not 0 <= self.min_lr <= self.lr:
             raise InputError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
         if self.warmup_steps >= self.steps:
             raise InputError(
-                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use fewer."
+                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use 0 to "
+                f"{self.steps - 1}."
             )
-        for name in ("seed", "hidden_weight", "generated"):
-            if getattr(self, name) < 0:
+        for name in ("seed", "hidden_weight", "generated", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}. Use 0 or more.")
-        if self.temperature <= 0:
-            raise InputError(f"temperature={self.temperature}. Use more than 0.")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature={self.temperature}. Use a number above 0, such as 1.")
         if not 0 <= self.ce_weight <= 1:
             raise InputError(f"ce_weight={self.ce_weight}. Use a share between 0 and 1.")
         if self.eval_every is not None and self.eval_every < 1:
@@ -203,8 +206,14 @@ def prepare(
         check_attention_window(checkpoint, plan.length)
     pairs = layer_pairs(student, teacher, plan) if plan.hidden_weight else ()
     tokenizer = load_tokenizer(student, common)
+    if plan.top_k is not None and plan.top_k > common:
+        raise InputError(
+            f"top_k={plan.top_k} is more than the {common} tokens that the models know. Use 1 to {common}."
+        )
     if not documents and not plan.generated:
-        raise InputError("there is no text to train on. Give some, or let the teacher write it.")
+        raise InputError(
+            "there is no text to train on. Give --text, or --generated N: windows that the teacher writes."
+        )
     training = None
     if documents:
         needed = plan.steps * plan.batch

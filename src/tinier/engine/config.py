@@ -55,5 +55,6 @@ class EngineConfig:
         if self.max_step_tokens < self.max_batch_size:
             raise InputError(
                 f"max_step_tokens={self.max_step_tokens} is below max_batch_size="
-                f"{self.max_batch_size}: every running request computes a token a step."
+                f"{self.max_batch_size}: every running request computes a token a step. Use at least "
+                f"{self.max_batch_size}."
             )

@@ -116,7 +116,7 @@ class Share:
             if piece.shape[dim] % self.size:
                 raise InputError(
                     f"tensor_parallel={self.size} does not divide the {piece.shape[dim]} groups or rows of "
-                    "a layer."
+                    "a layer. Use a smaller one."
                 )
         own = [piece.chunk(self.size, dim)[self.rank] for piece in pieces]
         return torch.cat(own, dim).contiguous()

@@ -76,7 +76,9 @@ class TinierLM(TemplateLM):  # type: ignore[misc]
     def eot_token_id(self) -> int:
         token = self.tokenizer_wrapper.eos_token_id
         if token is None:
-            raise InputError("this model's tokenizer has no end token, which tasks need.")
+            raise InputError(
+                "this model's tokenizer has no end token, which tasks need. Leave --tasks out."
+            )
         return token
 
     @property
@@ -217,7 +219,7 @@ def check_tasks(plan: TasksPlan) -> None:
 def _manager(plan: TasksPlan) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if plan.include is not None and not Path(plan.include).is_dir():
-        raise InputError(f"{plan.include} is no folder of task files.")
+        raise InputError(f"--include {plan.include} is no folder. Give one with task files.")
     manager = TaskManager(include_path=plan.include)
     known = set(manager.all_tasks)
     unknown = [name for name in plan.names if name not in known]

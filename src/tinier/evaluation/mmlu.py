@@ -117,7 +117,7 @@ def load_mmlu(plan: MmluPlan) -> Mmlu:
     unknown = sorted(set(plan.subjects) - set(tests))
     if unknown:
         raise TextError(
-            f"MMLU subjects {unknown} are not in {plan.folder}: {', '.join(sorted(tests))}"
+            f"MMLU subjects {unknown} are not in {plan.folder}. Use some of {', '.join(sorted(tests))}."
         )
     subjects = sorted(plan.subjects or tests)
     questions = [q for subject in subjects for q in _read(tests[subject], subject)]
@@ -213,7 +213,7 @@ def _read(path: Path, subject: str) -> list[Question]:
             choices = (row[1], row[2], row[3], row[4])
             questions.append(Question(subject, row[0], choices, LETTERS.index(row[5].strip())))
     if not questions:
-        raise TextError(f"{path} has no questions.")
+        raise TextError(f"{path} has no questions. Download MMLU again.")
     return questions
 
 

@@ -24,10 +24,10 @@ class TasksPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.names:
-            raise InputError("there are no tasks. Name some, such as arc_easy.")
+        if not self.names or not all(self.names):
+            raise InputError("a task has no name. Name at least one, such as arc_easy.")
         if len(set(self.names)) < len(self.names):
-            raise InputError(f"tasks {', '.join(self.names)} name one twice.")
+            raise InputError(f"tasks {', '.join(self.names)} name one twice. Give each once.")
         for name in ("limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -85,8 +85,8 @@ def export(source: Checkpoint, to: str, out: Path | str, *, device: str = "cpu")
     then nothing is left.
     """
     out = Path(out)
-    started, place, target = time.monotonic(), pick_device(device), TARGETS[to]
-    stage = plan_export(source, to)
+    started, place = time.monotonic(), pick_device(device)
+    stage, target = plan_export(source, to), TARGETS[to]
     if target.writes == "onnx":
         check_builder()
     for warning in stage.all_warnings:

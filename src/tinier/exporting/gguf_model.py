@@ -252,7 +252,10 @@ def _entries(model: Model) -> list[Entry]:
             kind = _PLAIN[source.dtype] if len(shape) == 2 else GGMLQuantizationType.F32
         name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise SchemeError(f"llama.cpp's {architecture.name} has no tensor for {tensor}.")
+            raise SchemeError(
+                f"llama.cpp's {architecture.name} has no tensor for {tensor}. Choose another format: "
+                "tinier export --matrix"
+            )
         entries.append(Entry(name, origin, kind, shape))
         if kind == GGMLQuantizationType.NVFP4:
             scale = name.removesuffix("weight") + "scale"
@@ -364,7 +367,10 @@ def _add_rope(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         return
-    raise SchemeError(f"tinier writes no {kind!r} scaling of positions as GGUF.")
+    raise SchemeError(
+        f"tinier writes no {kind!r} scaling of positions as GGUF. Choose another format: "
+        "tinier export --matrix"
+    )
 
 
 def _rope_factors(source: Checkpoint) -> NDArray[np.float32] | None:

@@ -6,7 +6,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from tinier.checkpoint import Checkpoint, read_json
-from tinier.errors import SchemeError
+from tinier.errors import CheckpointError, SchemeError
 from tinier.tokenizer import load_tokenizer
 
 # regular expressions that split a text before byte pairs are joined, and llama.cpp's name of each
@@ -25,13 +25,19 @@ def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
     path = source.folder / "tokenizer.json"
     if not path.exists():
         raise SchemeError(
-            f"{source.folder} has no tokenizer.json, which a GGUF file's tokenizer is made of."
+            f"{source.folder} has no tokenizer.json, which a GGUF file's tokenizer is made of. "
+            "Put the one of the model there."
         )
     values = read_json(path)
-    model = values["model"]
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(
+            f"{path} has no model of a tokenizer. Put the tokenizer.json of the model there."
+        )
     if model.get("type") != "BPE":
         raise SchemeError(
-            f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}."
+            f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}. Choose "
+            "another format: tinier export --matrix"
         )
     tokens, types = _tokens(values, vocab)
     if model.get("byte_fallback"):
@@ -101,7 +107,7 @@ def _split_name(values: dict[str, Any]) -> str:
         return _SPLITS[patterns[0]]
     raise SchemeError(
         f"the tokenizer splits texts in a way that tinier knows no name of llama.cpp's for: {kinds}, "
-        f"{json.dumps(patterns)[:200]}."
+        f"{json.dumps(patterns)[:200]}. Choose another format: tinier export --matrix"
     )
 
 

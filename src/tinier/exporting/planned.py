@@ -34,7 +34,9 @@ def suited(source: Checkpoint, plan: QuantizePlan, to: str) -> QuantizePlan:
     if to not in TARGETS:
         raise InputError(f"--for {to} is not known. Targets: {', '.join(TARGETS)}.")
     if plan.preset is None or plan.mixes:
-        raise SchemeError(f"--for goes with one preset, and not with {plan.preset}.")
+        raise SchemeError(
+            f"--for goes with a preset of one format, and not with {plan.preset}. Leave --for out."
+        )
     size, preset = TARGETS[to].group_size, PRESETS.get(plan.preset)
     takes_size = (
         preset is not None

@@ -80,7 +80,10 @@ def _no_zero_points(source: Checkpoint, layout: Layout) -> str | None:
 
 def _no_experts(source: Checkpoint, layout: Layout) -> str | None:
     if geometry_of(source).mixture is not None:
-        return "quantized experts are not loaded there, or their inputs are left unrounded."
+        return (
+            "quantized experts are not loaded there, or their inputs are left unrounded. Use tinier serve, "
+            "or --to 16bit."
+        )
     return None
 
 
@@ -97,7 +100,10 @@ def _fused_alike(source: Checkpoint, layout: Layout) -> str | None:
         for read in geometry.inputs:
             names = [f"model.layers.{index}.{reader}" for reader in read.readers]
             if len({layout.schemes.get(name) for name in names}) > 1:
-                return f"{', '.join(names)} are one matrix there and are stored in different ways."
+                return (
+                    f"{', '.join(names)} are one matrix there and are stored in different ways. "
+                    "Quantize them alike."
+                )
     return None
 
 

@@ -56,7 +56,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     if family is None:
         raise CheckpointError(
             f"{checkpoint.folder} is a {architectures[0]}. tinier knows these families: "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join(FAMILIES)}. Give a model of one of them."
         )
     return family
 
@@ -157,12 +157,18 @@ def _check_computable(checkpoint: Checkpoint, config: Any) -> None:
         rope_type = rope_parameters(config, key).get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise CheckpointError(
-                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}."
+                f"{checkpoint.folder} uses RoPE of type {rope_type!r}; known: {', '.join(_ROPE_TYPES)}. "
+                "Give another model."
             )
+        theta = rope_parameters(config, key).get("rope_theta")
+        if theta is not None and not (isinstance(theta, int | float) and theta > 0):
+            path = checkpoint.folder / "config.json"
+            raise CheckpointError(f"{path} has rope_theta={theta!r}. It is large, such as 10000.")
     activation = _activation(config)
     if activation not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}."
+            f"{checkpoint.folder} uses {activation!r}; known: {', '.join(_ACTIVATIONS)}. Give another "
+            "model."
         )
     for name in (
         "final_logit_softcapping",
@@ -172,7 +178,7 @@ def _check_computable(checkpoint: Checkpoint, config: Any) -> None:
         if getattr(config, name, None):
             raise CheckpointError(
                 f"{checkpoint.folder} has {name}={getattr(config, name)} in config.json, which tinier "
-                "does not compute."
+                "does not compute. Give another model."
             )
 
 
@@ -190,11 +196,13 @@ def _check_mixture(checkpoint: Checkpoint, mixture: Mixture | None, config: Any)
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise CheckpointError(
             f"{path} has layers without experts among those with (mlp_only_layers, decoder_sparse_step). "
-            "tinier knows models of one kind of layer."
+            "tinier knows models of one kind of layer. Give another model."
         )
     count, chosen = getattr(config, mixture.count_key), config.num_experts_per_tok
     if not 1 <= chosen <= count:
-        raise CheckpointError(f"{path} sends a token to {chosen} of {count} experts.")
+        raise CheckpointError(
+            f"{path} sends a token to {chosen} of {count} experts. Set num_experts_per_tok to 1 to {count}."
+        )
 
 
 def _check_sizes(checkpoint: Checkpoint, config: Any) -> None:

@@ -85,7 +85,8 @@ class Budget:
             raise InputError(f"--time {self.seconds:g}s is too short. Give a minute or more: 1h.")
         if self.min_quality is not None and not 0 < self.min_quality < 1:
             raise InputError(
-                f"--min-quality {100 * self.min_quality:g}% is no share below all. Use 95%, for instance."
+                f"--min-quality {100 * self.min_quality:g}% is not between 0% and 100%. Use 95%, or "
+                "another share."
             )
 
     @property

@@ -102,7 +102,12 @@ def load_fit(run: Path) -> FitResults | None:
         values = json.loads(path.read_text("utf-8"))
         schema = values.get("schema") if isinstance(values, Mapping) else None
         if isinstance(schema, int) and schema != SCHEMA:
-            raise InputError(f"{path} has schema {schema}; this tinier reads {SCHEMA}.")
+            raise InputError(
+                f"{path} has schema {schema}; this tinier reads {SCHEMA}. Run it again."
+            )
         return _adapter().validate_python(values)
     except (ValidationError, ValueError) as error:
-        raise InputError(f"{path} is not a result of tinier fit: {error}") from None
+        told = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is not a result of tinier fit ({told:.300}). Run `tinier fit` again."
+        ) from None

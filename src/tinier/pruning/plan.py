@@ -35,6 +35,8 @@ from tinier.tokenizer import load_tokenizer
 Method = Literal["influence", "angular", "loss", "greedy", "last"]
 METHODS: tuple[Method, ...] = ("influence", "angular", "loss", "greedy", "last")
 # a target is met from below, by at most this much of it
+_MOST_LAYERS = 10_000
+"""More than any model has: a range that is typed wrongly must not fill the memory."""
 _SLACK = 0.05
 _UNITS = {"M": 1e6, "B": 1e9, "MB": 1e6, "GB": 1e9, "ms": 1.0}
 
@@ -112,6 +114,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise InputError(f"layers {text!r}: {part!r} runs backwards. Use {last}-{first}.")
+        if last >= _MOST_LAYERS:
+            raise InputError(
+                f"layers {text!r}: no model has a layer {last}. Use numbers below its number of layers, "
+                "such as 21-27."
+            )
         numbers += range(first, last + 1)
     return tuple(sorted(set(numbers)))
 
@@ -255,11 +262,10 @@ def wanted_sizes(source: Checkpoint, plan: PrunePlan) -> Sizes:
     """
     geometry, name, itemsize = geometry_of(source), source.folder.name, source.dtype.itemsize
     total = geometry.layers
-    if plan.method not in METHODS or plan.shrink not in ("depth", "width", "both"):
-        raise InputError(
-            f"method={plan.method!r}, shrink={plan.shrink!r}. Use a method of "
-            f"{', '.join(METHODS)}, and shrink depth, width or both."
-        )
+    if plan.method not in METHODS:
+        raise InputError(f"method={plan.method!r}. Use one of {', '.join(METHODS)}.")
+    if plan.shrink not in ("depth", "width", "both"):
+        raise InputError(f"shrink={plan.shrink!r}. Use depth, width or both.")
     explicit = (
         plan.keep_layers, plan.keep_hidden, plan.keep_intermediate, plan.keep_heads,
         plan.keep_kv_heads, plan.keep_experts,
@@ -420,18 +426,22 @@ def _channels(wanted: int | str | None, total: int, align: int, name: str) -> in
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(wanted))
     if share is not None:
         kept = round(total * float(share[1]) / 100 / align) * align
-    elif str(wanted).isdigit():
+    elif str(wanted).isdecimal():
         kept = int(wanted)
-        if kept % align:
+        if kept <= total and kept % align:
             below = kept // align * align
+            near = " or ".join(str(size) for size in (below, below + align) if 0 < size <= total)
             raise InputError(
-                f"{name}={kept} is no multiple of {align}. Use {max(below, align)} or "
-                f"{below + align}, or another --align."
+                f"{name}={kept} is no multiple of {align}. Use {f'{near}, or ' if near else ''}"
+                "another --align."
             )
     else:
         raise InputError(f"{name}={wanted!r} is no size and no share. Use {total // 2} or 50%.")
     if not 0 < kept <= total:
-        raise InputError(f"{name}={wanted!r} keeps {kept} of {total}. Keep {align} to {total}.")
+        raise InputError(
+            f"{name}={wanted!r} keeps {kept} of {total}. Keep {min(align, total)} to {total}; the smaller "
+            "--align, the fewer can stay."
+        )
     return kept
 
 

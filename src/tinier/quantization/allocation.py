@@ -47,7 +47,9 @@ def allocate(costs: Options, limits: Sequence[tuple[Options, float]]) -> dict[st
             constraints=constraints, options={"mip_rel_gap": 1e-6},
         )  # fmt: skip
     if found.x is None:
-        raise InputError(f"no choice keeps within the limits ({found.message}).")
+        raise InputError(
+            f"no choice of formats keeps within the limits ({found.message}). Allow more bits or bytes."
+        )
     return {part: label for (part, label), x in zip(picks, found.x, strict=True) if x > 0.5}
 
 

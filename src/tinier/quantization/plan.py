@@ -5,6 +5,7 @@ activations, calibration text. Out: a StagePlan, and the calibration windows tha
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
@@ -97,8 +98,11 @@ class QuantizePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.head not in (None, "fp8", "int8") or self.kv not in (None, "fp8", "int8"):
-            raise SchemeError(f"head={self.head!r}, kv={self.kv!r}. Use fp8 or int8, or leave out.")
+        for name in ("head", "kv"):
+            if getattr(self, name) not in (None, "fp8", "int8"):
+                raise SchemeError(
+                    f"{name}={getattr(self, name)!r}. Use fp8 or int8, or leave --{name} out."
+                )
         if self.embedding not in _EMBEDDINGS:
             raise SchemeError(f"embedding={self.embedding!r}. Use {', '.join(_EMBEDDINGS)}.")
         if self.weighting not in (None, "none", "fisher"):
@@ -112,11 +116,15 @@ class QuantizePlan:
             raise SchemeError(
                 "bits and preset 'mixed' go together. Use --preset mixed --bits 5, for instance."
             )
+        if self.bits is not None and not 0 < self.bits < math.inf:
+            raise SchemeError(
+                f"bits={self.bits}. Use the bits that a weight may take on average, such as 4.5."
+            )
         if self.formats and not self.mixes:
             raise SchemeError("formats are what the preset 'mixed' chooses from. Leave them out.")
         if self.layer_formats and (self.preset is None or self.mixes):
             raise SchemeError(
-                "layer_formats are exceptions from a preset, and mixed chooses them itself."
+                "layer_formats are exceptions from a preset, and mixed chooses them itself. Leave them out."
             )
 
     @property
@@ -160,12 +168,14 @@ def prepare(
     presets = chosen_presets(geometry, plan, dtype=source.dtype)
     if plan.weighting == "fisher" and not any(p.algorithm.needs_data for p in presets.values()):
         raise SchemeError(
-            f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not."
+            f"weighting fisher is for presets that minimize errors of outputs, and {plan.preset} does not. "
+            "Leave --weighting out, or use one that does, such as int4-gptq."
         )
     rounds = any(p.algorithm.rounding != "nearest" for p in presets.values())
     if plan.drift == "corrected" and not rounds:
         raise SchemeError(
-            f"drift corrected is for presets that round by GPTQ or learn to, and {plan.preset} does not."
+            f"drift corrected is for presets that round by GPTQ or learn to, and {plan.preset} does not. "
+            "Leave --drift out, or use one that does, such as int4-gptq."
         )
     names = linear_names(geometry)
     schemes = {name: preset.scheme for name, preset in presets.items()}
@@ -299,7 +309,7 @@ def mixed_formats(geometry: Geometry, plan: QuantizePlan) -> dict[str, Preset]:
 def format_named(label: str) -> Preset:
     """PRESET or PRESET:GROUP_SIZE. Raises SchemeError."""
     name, colon, size = label.partition(":")
-    if colon and not size.isdigit():
+    if colon and not size.isdecimal():
         raise SchemeError(f"{label!r} is no format. Use PRESET or PRESET:GROUP_SIZE: int4-gptq:64")
     return preset_named(name, int(size) if colon else None)
 
@@ -347,16 +357,23 @@ def chosen_presets(
     names = linear_names(geometry)[:-1]
     if plan.preset is None:
         if plan.group_size is not None or plan.symmetric is not None or plan.ignore:
-            raise SchemeError("preset null quantizes no layer and takes no group size and pattern.")
+            raise SchemeError(
+                "preset null quantizes no layer. Leave --group-size, --asymmetric and --ignore out."
+            )
         presets: dict[str, Preset] = {}
     else:
         ignored = _matching(names, plan.ignore)
         if len(ignored) == len(names):
-            raise SchemeError(f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize.")
+            raise SchemeError(
+                f"--ignore {' '.join(plan.ignore)} leaves no layer to quantize. Ignore fewer, or use "
+                "--preset null."
+            )
         left = [name for name in names if name not in ignored]
         if plan.mixes:
             if plan.symmetric is False:
-                raise SchemeError("mixed chooses among formats without zero points.")
+                raise SchemeError(
+                    "mixed chooses among formats without zero points. Leave --asymmetric out."
+                )
             uniform = dict.fromkeys(left, _nearest_format(geometry, plan, left, dtype))
             presets = uniform if mixed is None else dict(mixed)
             if plan.preset == MIXED_BEST:

@@ -222,7 +222,7 @@ def _loads(recipe: Recipe) -> tuple[Load, ...]:
     if asked.input_length + asked.output_length > room:
         raise InputError(
             f"measure.serving: {asked.input_length} + {asked.output_length} tokens; `tinier serve` has "
-            f"room for {room}."
+            f"room for {room}. Use fewer."
         )
     same = asked.model_dump(exclude={"concurrency", "request_rate"}) | {"seed": recipe.seed}
     return (

@@ -186,7 +186,9 @@ class RunResults:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"it is not a tinier result: {where}: {first['msg']}") from None
+            raise InputError(
+                f"it is not a tinier result: {f'{where}: ' if where else ''}{first['msg']}. Run it again."
+            ) from None
 
 
 @cache
@@ -275,7 +277,7 @@ def load_results(run: Path | str) -> RunResults:
     try:
         return RunResults.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: it is not a tinier result: {error}") from None
+        raise InputError(f"{path}: it is not a tinier result: {error}. Run it again.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -183,7 +183,7 @@ class Recipe(_Strict):
     """Folder, Hub id, GGUF file or built-in name."""
     revision: str | None = None
     """Of a Hub id."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     text: str | Text = "builtin"
     """One source, split by document, or a source for each part."""
@@ -211,7 +211,7 @@ class Recipe(_Strict):
                         f"{', '.join(names)}{hint}"
                     )
             if variant.from_ == name:
-                raise ValueError(f"variant {name!r} starts from itself")
+                raise ValueError(f"variant {name!r} starts from itself. Use another `from`")
             for end in ("-last", "-best"):
                 other = self.variants.get(name.removesuffix(end))
                 if name.endswith(end) and other is not None and other.distill is not None:
@@ -234,7 +234,9 @@ class Recipe(_Strict):
         while left:
             ready = [n for n in left if all(d == BASE or d in done for d in self.needs(n))]
             if not ready:
-                raise ValueError(f"variants {', '.join(left)} need each other in a circle")
+                raise ValueError(
+                    f"variants {', '.join(left)} need each other in a circle. Let one start from {BASE!r}"
+                )
             done.append(ready[0])
             left.remove(ready[0])
         return done
@@ -253,14 +255,18 @@ def load_recipe(path: Path | str, tensor_parallel: int | None = None) -> Recipe:
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from None
+    # ValueError: bytes that are no UTF-8, and a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}. Correct the file.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} is not a mapping of keys such as base and variants.")
+        raise RecipeError(
+            f"recipe {path} is not a mapping of keys. It needs at least base and variants: "
+            "`base: smollm2-135m` and `variants: {small: {quantize: {preset: fp8}}}`."
+        )
     try:
-        if tensor_parallel is not None:
-            measure = values.get("measure")
-            values["measure"] = {**(measure or {}), "tensor_parallel": tensor_parallel}
+        measure = {} if values.get("measure") is None else values["measure"]
+        if tensor_parallel is not None and isinstance(measure, dict):  # if not: refused below
+            values["measure"] = {**measure, "tensor_parallel": tensor_parallel}
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(e)}" for e in error.errors())

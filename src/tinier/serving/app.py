@@ -218,7 +218,7 @@ class _Guard:
         if not allowed:
             error = ApiError(
                 401,
-                "Incorrect API key provided.",
+                "Incorrect API key provided. Send the server's as the header Authorization: Bearer KEY.",
                 kind="authentication_error",
                 code="invalid_api_key",
             )
@@ -303,7 +303,7 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
             async with server.within(server.timeout):
                 body: Any = await _body(server, request, kind)
         except TimeoutError:
-            text = f"The body did not come within {server.timeout:g} s."
+            text = f"The body did not come within {server.timeout:g} s. Send it again."
             raise ApiError(408, text, kind="timeout", code="timeout") from None
         model = _find(server, body.model)
         try:
@@ -358,7 +358,12 @@ async def _unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
 async def _body(server: Server, request: Request, kind: type[Body]) -> Body:
     """The request's body, checked. Raises ApiError."""
     length = request.headers.get("content-length", "")
-    too_large = ApiError(413, f"The body may have {server.max_body_bytes} bytes.", code="too_large")
+    too_large = ApiError(
+        413,
+        f"The body is larger than the {server.max_body_bytes} bytes that this server takes. Send less, or "
+        "start it with a larger --max-body.",
+        code="too_large",
+    )
     if length.isdecimal() and int(length) > server.max_body_bytes:
         raise too_large
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -453,7 +458,12 @@ def _allowed_source(server: Server, text: str) -> Source:
     except (OSError, ValueError):  # longer than a name can be, or with a NUL in it
         allowed = False
     if not allowed:
-        raise ApiError(404, f"There is no model '{source.model}' to load.", param="model")
+        raise ApiError(
+            404,
+            f"There is no model '{source.model}' to load. Give the name of a model folder inside the "
+            "server's --allow-load folder.",
+            param="model",
+        )
     return Source(source.name, source.version, str(path))
 
 
@@ -482,7 +492,10 @@ def _as_api_error(error: BaseException, timeout: float = 0) -> ApiError:
         return error
     if isinstance(error, TimeoutError):
         return ApiError(
-            504, f"The request took more than {timeout:g} s.", kind="timeout", code="timeout"
+            504,
+            f"The request took more than {timeout:g} s. Ask for fewer tokens, or a longer timeout.",
+            kind="timeout",
+            code="timeout",
         )
     if isinstance(error, Overloaded):
         return ApiError(
@@ -497,7 +510,9 @@ def _as_api_error(error: BaseException, timeout: float = 0) -> ApiError:
         return ApiError(500, str(error), kind="server_error", code="engine_failure")
     if isinstance(error, InputError):
         return ApiError(400, str(error))
-    return ApiError(500, "The server failed on this request.", kind="server_error")
+    return ApiError(
+        500, "The server failed on this request. Its log says why.", kind="server_error"
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -509,7 +524,12 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     url = f"{request.method} {request.url.path}"
-    text = {404: f"Unknown request URL: {url}.", 405: f"Not allowed to {url}."}
+    allowed = (error.headers or {}).get("Allow", "another method")
+    text = {
+        404: f"Unknown request URL: {url}. Use POST /v1/completions, POST /v1/chat/completions or GET "
+        "/v1/models.",
+        405: f"Not allowed to {url}. Use {allowed}.",
+    }
     made = ApiError(
         error.status_code, text.get(error.status_code, error.detail), code="unknown_url"
     )

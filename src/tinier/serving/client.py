@@ -46,5 +46,7 @@ def query(
             f"{url} answered {error.code}: {error.read().decode(errors='replace')}"
         ) from None
     except OSError as error:
-        raise InputError(f"{url} does not answer: {error}") from None
+        raise InputError(
+            f"{url} does not answer: {error}. Start the server, or check the URL."
+        ) from None
     return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]

@@ -55,7 +55,7 @@ class ServeConfig:
             ("port", 0), ("max_queue", 0), ("timeout", 0.001), ("drain_seconds", 0),
             ("max_body_bytes", 1000), ("keep_alive", 0), ("replicas", 1),
         ):  # fmt: skip
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nor is NaN
                 raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
         last = 65_532 if self.triton else 65_535
         if self.port > last or (self.triton and self.port == 0):
@@ -73,4 +73,6 @@ class ServeConfig:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise InputError(f"cors={origin!r} is no page's origin. Use https://HOST, or *.")
         if self.load_folder is not None and not self.load_folder.is_dir():
-            raise InputError(f"{self.load_folder} is no folder to load models from.")
+            raise InputError(
+                f"--allow-load {self.load_folder} is no folder. Give the folder that holds the models."
+            )

@@ -209,9 +209,13 @@ class Chat(Generation):
 async def start_completion(model: Model, body: CompletionBody) -> Generation:
     """Raises InputError, ApiError, Overloaded or Unavailable."""
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, "best_of other than n is not supported.", param="best_of")
+        raise ApiError(400, "best_of other than n is not supported. Leave it out.", param="best_of")
     if len(body.prompts) * (body.n or 1) > 128:
-        raise ApiError(400, "prompts times n may be 128 at most.", param="n")
+        raise ApiError(
+            400,
+            f"{len(body.prompts)} prompts times n={body.n or 1} are more than 128. Ask for fewer at once.",
+            param="n",
+        )
     prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
     params = body.sampling(
         16 if body.max_tokens is None else body.max_tokens, model.stop_token_ids, body.logprobs,
@@ -244,7 +248,7 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
     prompt = await _chat_prompt(model, body)
     asked = body.max_completion_tokens or body.max_tokens
     if model.ready is None:
-        raise Unavailable(f"{model.label} is not ready")
+        raise Unavailable(f"{model.label} is not ready. Try again later.")
     left = model.ready.limits.room - len(prompt)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     _check_length(model, prompt, asked or 1)
@@ -281,13 +285,20 @@ def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:
         return  # submit says why
     limits = model.ready.limits
     if not prompt:
-        raise InputError("the prompt is empty.")
-    if len(prompt) > limits.max_input_len or len(prompt) + max_tokens > limits.room:
+        raise InputError("the prompt is empty. Give at least one token.")
+    if len(prompt) > limits.max_input_len and len(prompt) + max_tokens <= limits.room:
+        raise ApiError(
+            400,
+            f"This server takes prompts of {limits.max_input_len} tokens at most. However, yours has "
+            f"{len(prompt)} tokens. Shorten it.",
+            code="context_length_exceeded",
+        )
+    if len(prompt) + max_tokens > limits.room:
         raise ApiError(
             400,
             f"This model's maximum context length is {limits.room} tokens. However, you requested "
             f"{len(prompt) + max_tokens} tokens ({len(prompt)} in the prompt, {max_tokens} in the "
-            "completion).",
+            "completion). Shorten one of them.",
             code="context_length_exceeded",
         )
 

@@ -81,7 +81,10 @@ class Model:
         """
         ready = self.ready
         if ready is None or self._closing:
-            raise Unavailable(f"{self.label} {'failed' if self.failure else 'is not ready'}")
+            state = (
+                "failed: see the server's log" if self.failure else "is not ready. Try again later"
+            )
+            raise Unavailable(f"{self.label} {state}.")
         ready.limits.check(prompt, params)
         if self.num_jobs + params.n > self._max_jobs:
             raise Overloaded(f"{self.label} has {self.num_jobs} requests, and room for no more")

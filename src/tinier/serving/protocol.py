@@ -128,7 +128,9 @@ class _Generation(BaseModel):
             bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         except ValueError:
             raise ApiError(
-                400, "logit_bias has a key that is no token id.", param="logit_bias"
+                400,
+                'logit_bias has a key that is no token id. Use numbers, such as {"1000": -100}.',
+                param="logit_bias",
             ) from None
         return SamplingParams(
             max_tokens=max_tokens,

@@ -112,7 +112,9 @@ class ModelStore:
         versions = Counter(f"{s.name}@{s.version}" for s in sources if s.version)
         for label, count in versions.items():
             if count > 1:
-                raise InputError(f"{label} is there twice. Use two versions.")
+                raise InputError(
+                    f"{label} is there twice. Use two versions, such as NAME@1 and NAME@2."
+                )
         checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
         needs = [self._need(checkpoint) for checkpoint in checkpoints]
         room = self.free_bytes - sum(fixed for fixed, _, _ in needs)

@@ -64,7 +64,10 @@ def check_installed() -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise InputError(f"Triton's Python backend has no build for Python {version}.")
+        found = sorted(path.name for path in stub.parent.parent.glob("*") if path.is_dir())
+        raise InputError(
+            f"Triton's Python backend has no build for Python {version}. Use Python {' or '.join(found)}."
+        )
     linked = subprocess.run(["ldd", str(stub)], capture_output=True, text=True, check=False).stdout
     missing = [line.split()[0] for line in linked.splitlines() if "not found" in line]
     if missing:

@@ -40,7 +40,7 @@ class VllmPlan:
         if self.serve.port == 0:
             raise InputError("port=0. vLLM needs a port: use 1 or more.")
         if len(self.serve.api_keys) > 1:
-            raise InputError("vLLM takes one API key.")
+            raise InputError("vLLM takes one API key. Give --api-key once.")
 
     @property
     def python(self) -> str:

@@ -111,7 +111,7 @@ def load_documents(source: str) -> Sequence[str]:
     if source.startswith(_HUB_PREFIX):
         return _HubTexts(_from_hub(source))
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():  # Path("") is the current folder
         files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
         if not files:
             raise TextError(f"text folder {path} holds no file of {', '.join(_SUFFIXES)}.")
@@ -124,7 +124,7 @@ def load_documents(source: str) -> Sequence[str]:
         )
     documents = [document for file in files for document in _read(file) if document.strip()]
     if not documents:
-        raise TextError(f"text source {source!r} is empty.")
+        raise TextError(f"text source {source!r} is empty. Give one that has text.")
     return documents
 
 
@@ -136,7 +136,10 @@ def _read(path: Path) -> Iterator[str]:
         for number, entry in _json_lines(path):
             document = entry.get("text") if isinstance(entry, dict) else None
             if not isinstance(document, str):
-                raise TextError(f'{path}:{number} is not an object with a string "text".')
+                raise TextError(
+                    f'{path}:{number} is not an object with a string "text". Write each line as '
+                    '{"text": "..."}.'
+                )
             _check_unicode(path, number, document)
             yield document
     elif path.suffix in _TEXT_SUFFIXES:
@@ -150,9 +153,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error}") from None
+        raise TextError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from None
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}.") from None
+        raise TextError(f"{path} cannot be read: {error.strerror}. Make it readable.") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -172,7 +175,8 @@ def _check_unicode(path: Path, number: int, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise TextError(
-            f"{path}:{number} has half a surrogate pair (such as \\ud83d alone), which is no Unicode."
+            f"{path}:{number} has half a surrogate pair (such as \\ud83d alone), which is no Unicode. "
+            "Remove it."
         ) from None
 
 
@@ -184,7 +188,7 @@ def load_conversations(path: Path) -> list[Document]:
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise TextError(
                 f'{path}:{number} is not an object with "messages", each with a string "role" and '
-                '"content".'
+                '"content". Write each line like this, or leave it out.'
             )
         for message in messages:
             _check_unicode(path, number, message["role"] + message["content"])
@@ -214,10 +218,10 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise TextError(f"{path} is not a parquet file: {error}") from None
+        raise TextError(f"{path} is not a parquet file: {error}. Give another file.") from None
     if "text" not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
-        raise TextError(f'{path} has no column "text"; its columns: {names}.')
+        raise TextError(f'{path} has no column "text"; its columns: {names}. Rename one.')
     kind = str(file.schema_arrow.field("text").type)
     if kind not in ("string", "large_string", "string_view"):
         raise TextError(f'{path} has a column "text" of {kind}. It must hold strings.')
@@ -254,6 +258,11 @@ def _from_hub(source: str) -> Any:
     except ImportError:
         raise TextError(f"{source} needs datasets. Type: pip install datasets") from None
     name, *rest = source.removeprefix(_HUB_PREFIX).split(":")
+    if not name:
+        raise TextError(
+            f"text source {source!r} names no data set. Use hub:NAME[:CONFIG[:SPLIT]], such as "
+            "hub:Salesforce/wikitext:wikitext-103-raw-v1."
+        )
     config = rest[0] if rest else None
     split = rest[1] if len(rest) > 1 else "train"
     try:
@@ -265,11 +274,12 @@ def _from_hub(source: str) -> Any:
         ) from None
     if "text" not in dataset.column_names:
         raise TextError(
-            f'{source} has no column "text"; columns: {", ".join(dataset.column_names)}.'
+            f'{source} has no column "text"; columns: {", ".join(dataset.column_names)}. '
+            "Use another data set."
         )
     dtype = getattr(dataset.features["text"], "dtype", "a list")
     if dtype not in ("string", "large_string"):
-        raise TextError(f'{source}: column "text" is {dtype}, not string.')
+        raise TextError(f'{source}: column "text" is {dtype}, not string. Use another data set.')
     return dataset
 
 
