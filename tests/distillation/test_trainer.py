@@ -347,7 +347,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(
         ({"steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"temperature": math.nan}, "temperature=nan. Use a number above 0"),
-        ({"lr": math.inf}, "lr=inf. Use a number above 0"),
+        ({"lr": math.inf}, "lr=inf. Use a number from 0 on"),
         ({"hidden_weight": math.nan}, "hidden_weight=nan. Use 0 or more"),
         ({"warmup_steps": -1}, "warmup_steps=-1. Use 0 or more"),
         ({"seed": -1}, "seed=-1"),

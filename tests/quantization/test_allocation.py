@@ -34,7 +34,7 @@ def test_it_is_the_best_there_is_within_two_limits(seed: int, share: float) -> N
         limits.append((of, totals[int(share * (len(totals) - 1))]))
     within = [c for c in choices if all(total(of, c) <= limit + 1e-9 for of, limit in limits)]
     if not within:
-        with pytest.raises(InputError, match="no choice keeps within the limits"):
+        with pytest.raises(InputError, match="no choice of formats keeps within the limits"):
             allocate(costs, limits)
         return
     found = allocate(costs, limits)

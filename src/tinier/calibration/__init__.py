@@ -11,6 +11,7 @@ from tinier.calibration.statistics import InputStatistics, KeysAndValues, observ
 from tinier.calibration.walk import (
     DecoderWalk,
     LayerStep,
+    cache_keyword,
     check_attention_window,
     load_whole,
     turns,
@@ -25,6 +26,7 @@ __all__ = [
     "KeysAndValues",
     "LayerStep",
     "LayerWeights",
+    "cache_keyword",
     "check_attention_window",
     "load_whole",
     "mean_divergences",

@@ -6,6 +6,7 @@ the device at a time. Peak memory is one layer, its hidden states and one batch,
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,11 +140,16 @@ class DecoderWalk:
 
     def forward(self, layer: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
         """One batch [windows, length, hidden] on the device through a layer."""
+        more = {} if cache is None else {cache_keyword(layer): cache}
         with bf16_products(self.device):
-            output: Tensor = layer(
-                batch, position_embeddings=self.positions(layer), past_key_values=cache
-            )
+            output: Tensor = layer(batch, position_embeddings=self.positions(layer), **more)
         return output
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """What a decoder layer or its attention calls the cache: `cache` since transformers 5.24."""
+    names = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def turns(

@@ -100,8 +100,8 @@ class DistillPlan:
                 f"micro_batch={self.micro_batch} does not divide batch={self.batch}. "
                 f"Use one of {divisors}."
             )
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr={self.lr}. Use a number above 0, such as 7e-5.")
+        if not 0 <= self.lr < math.inf:
+            raise InputError(f"lr={self.lr}. Use a number from 0 on, such as 7e-5.")
         if not 0 <= self.min_lr <= self.lr:
             raise InputError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
         if self.warmup_steps >= self.steps:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from tinier.calibration import KeysAndValues, load_whole, turns
+from tinier.calibration import KeysAndValues, cache_keyword, load_whole, turns
 from tinier.checkpoint import Checkpoint, TensorReader, pack_linear, unpack_linear
 from tinier.distillation.losses import RowsLoss, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan
@@ -254,8 +254,8 @@ def _rounded_cache(grid: Grid, scales: tuple[Tensor, ...]) -> Callable[..., Any]
     def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return fake_cache(keys, grid, scales[0]), fake_cache(values, grid, scales[1])
 
-    def hook(_: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
-        return inputs, named | {"past_key_values": KeysAndValues(rounding)}
+    def hook(attention: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        return inputs, named | {cache_keyword(attention): KeysAndValues(rounding)}
 
     return hook
 
