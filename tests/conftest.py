@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import inspect
 import os
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import NetworkError
@@ -77,6 +79,12 @@ NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 TinyMaker = Callable[..., Checkpoint]
+
+
+def transformers_rounds_caches() -> bool:
+    """Whether a checkpoint's KV cache is rounded in transformers: compressed-tensors 0.20 knows it by its
+    old name, which transformers 5.24 has changed."""
+    return "past_key_values" in inspect.signature(LlamaAttention.forward).parameters
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

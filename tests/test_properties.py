@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import DEVICES, DOCUMENTS, MIXTURES, write_tiny
+from tests.conftest import DEVICES, DOCUMENTS, MIXTURES, transformers_rounds_caches, write_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -92,6 +92,8 @@ def drawn(seed: int) -> Draw:
 def _drawn_plan(rng: random.Random, sizes: dict[str, Any], unit: int) -> QuantizePlan | None:
     name = rng.choice(NAMES)
     head, kv = rng.choice([None, None, "fp8", "int8"]), rng.choice([None, None, "fp8", "int8"])
+    if not transformers_rounds_caches():
+        kv = None
     if name is None:
         if head or kv:
             return QuantizePlan(preset=None, head=head, kv=kv, windows=4, length=48)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from tests.conftest import FAMILIES, MIXTURES, VOCAB, quantize_tiny
+from tests.conftest import FAMILIES, MIXTURES, VOCAB, quantize_tiny, transformers_rounds_caches
 from transformers import AutoModelForCausalLM
 
 from tinier.calibration import DecoderWalk, KeysAndValues
@@ -179,6 +179,8 @@ def test_logits_agree_with_a_quantized_head_and_cache(
             made = quantize_tiny(source, None, tmp_path / name, **options)
             assert distance(*logits_of_modules(source, made)) < (1e-5 if name == "kv" else 0.06)
             continue
+        if name == "kv" and not transformers_rounds_caches():
+            pytest.skip("this transformers leaves the cache in 16 bit")
         checkpoint = quantize_tiny(tiny(family), "int4", tmp_path / name, **options)
         assert distance(*logits_of_both(checkpoint)) < (1e-5 if kind == "fp8" else 0.02)
 

@@ -261,6 +261,11 @@ def _warnings(
             "transformers unpacks FP4 weights to bfloat16 and cannot run them in a float16 model; this "
             "engine can"
         )
+    if plan.kv is not None:
+        warnings.append(
+            "transformers from 5.24 on leaves the KV cache in 16 bit (compressed-tensors 0.20 knows it by "
+            "its old name); this engine and vLLM round it"
+        )
     if geometry_of(source).mixture is not None:
         warnings.append(
             "transformers 5.23 cannot load quantized experts, or leaves their inputs unrounded; this "
