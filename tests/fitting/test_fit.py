@@ -301,7 +301,7 @@ def test_a_budget_that_cannot_be_kept(
 def test_no_more_is_made_than_there_is_time_for(
     source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
 ) -> None:
-    real, late, each = driver_module.run_recipe, [0.0], 100.0
+    real, late, each = driver_module.run_recipe, [0.0], 250.0
     monkeypatch.setattr(
         driver_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
     )
@@ -314,9 +314,9 @@ def test_no_more_is_made_than_there_is_time_for(
 
     monkeypatch.setattr(driver_module, "run_recipe", slow)
     plan = plan_for(source, text_file, max_size=Amount(0.5, relative=True))
-    plan = replace(plan, budget=replace(plan.budget, seconds=1000), prune=False)
+    plan = replace(plan, budget=replace(plan.budget, seconds=1200), prune=False)
     found = fit(plan, tmp_path / "run", command="test")
-    assert 800 < found.seconds <= 1060  # the machine's own seconds are in it too
+    assert 1000 <= found.seconds <= 1230  # the machine's own seconds are in it too
 
 
 @pytest.mark.slow
