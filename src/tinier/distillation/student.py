@@ -220,7 +220,8 @@ def _install_grids(model: Any, quantized: Checkpoint, targets: Path, device: tor
                 attention = model.get_submodule(f"{prefix}.self_attn")
                 scales = tuple(read(f"{prefix}.self_attn.{n}_scale") for n in "kv")
                 attention.register_forward_pre_hook(
-                    _rounded_cache(layout.kv_cache, scales), with_kwargs=True
+                    _rounded_cache(layout.kv_cache, scales, cache_keyword(attention)),
+                    with_kwargs=True,
                 )
     return Grids(quantized, schemes, input_scales, frozenset(ends))
 
@@ -248,14 +249,14 @@ def _install_end(
         )
 
 
-def _rounded_cache(grid: Grid, scales: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """A hook that gives attention a cache which rounds keys and values."""
+def _rounded_cache(grid: Grid, scales: tuple[Tensor, ...], keyword: str) -> Callable[..., Any]:
+    """A hook that gives attention a cache, by its name there, which rounds keys and values."""
 
     def rounding(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return fake_cache(keys, grid, scales[0]), fake_cache(values, grid, scales[1])
 
-    def hook(attention: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
-        return inputs, named | {cache_keyword(attention): KeysAndValues(rounding)}
+    def hook(_: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        return inputs, named | {keyword: KeysAndValues(rounding)}
 
     return hook
 

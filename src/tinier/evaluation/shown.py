@@ -23,7 +23,7 @@ def quality_html(quality: "Quality") -> str:
         ("top-1 agreement", quality.top1_agreement, quality.top1_stderr),
     )
     rows = [[name, _number(value), _number(error)] for name, value, error in figures]
-    return _table(["", "", "± standard error"], [*rows, ["tokens", str(quality.tokens), ""]])
+    return html_table(["", "", "± standard error"], [*rows, ["tokens", str(quality.tokens), ""]])
 
 
 def layers_html(layers: "Sequence[LayerDifference]") -> str:
@@ -32,14 +32,15 @@ def layers_html(layers: "Sequence[LayerDifference]") -> str:
         [layer.name, _number(layer.layer_snr_db), f"{layer.added_error:.2e}", _number(layer.stream_snr_db)]
         for layer in layers
     ]  # fmt: skip
-    return _table(["layer", "alone, dB", "adds error", "piled up, dB"], rows) if rows else ""
+    return html_table(["layer", "alone, dB", "adds error", "piled up, dB"], rows) if rows else ""
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    """Texts, escaped, as a table."""
     lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return f"<table>{''.join(lines)}</table>"
 

@@ -153,7 +153,8 @@ class _Search:
         self._rounds: dict[str, list[str]] = {}
         self._spent = 0.0
         self._per_variant = 60.0
-        self._named_before: set[str] = set()
+        self._ran: tuple[Recipe, RunResults] | None = None
+        """The last recipe, and what it gave."""
 
     # --- the whole
 
@@ -225,12 +226,14 @@ class _Search:
             if candidate.name in self._rounds[name]:
                 say(f"fit: {name}: {candidate.name}: {candidate.why}")
         recipe = self._recipe(self._candidates)
-        results = run_recipe(recipe, self._out, command=self._command, named=self._named_before)
-        self._named_before = set(recipe.variants)
+        if self._ran is None or self._ran[0] != recipe:
+            named = self._ran[0].variants if self._ran else ()
+            results = run_recipe(recipe, self._out, command=self._command, named=named)
+            self._ran = recipe, results
         if fresh:
             self._per_variant = (time.monotonic() - before) / len(fresh)
         self._keep()
-        return results
+        return self._ran[1]
 
     def _keep(self) -> None:
         self._spent = time.monotonic() - self._started
@@ -253,7 +256,8 @@ class _Search:
             (self._out / "fit").glob("rounds-*.json"), key=lambda p: p.stat().st_mtime
         ):
             values = json.loads(path.read_text("utf-8"))
-            self._per_variant = values["per_variant"]
+            # an older tinier's search has none
+            self._per_variant = values.get("per_variant", self._per_variant)
             for value in values["candidates"]:
                 design = Design.from_json(value["design"])
                 known[value["name"]] = Candidate(value["name"], design, value["why"])
@@ -515,14 +519,13 @@ class _Search:
     def _trained_longer(self, limits: Limits, results: RunResults) -> list[Candidate]:
         """The same for as many steps as there is time for, where the short training was worth it."""
         winner = self._best(limits, results)
-        for candidate in self._candidates:
-            if candidate.name != winner or candidate.design.grid_steps != _SHORT_STEPS:
-                continue
-            steps = self._steps(candidate, 0.8)
-            if steps > 2 * _SHORT_STEPS:
-                name = candidate.name.removesuffix(f"-trained{_SHORT_STEPS}")
-                return [_on_its_grid(candidate, name, steps)]
-        return []
+        short = [
+            c for c in self._candidates if c.name == winner and c.design.grid_steps == _SHORT_STEPS
+        ]
+        if not short or (steps := self._steps(short[0], 0.8)) <= 2 * _SHORT_STEPS:
+            return []
+        name = short[0].name.removesuffix(f"-trained{_SHORT_STEPS}")
+        return [_on_its_grid(short[0], name, steps)]
 
     def _of_round(self, name: str) -> list[Candidate]:
         return [c for c in self._candidates if c.name in self._rounds.get(name, ())]

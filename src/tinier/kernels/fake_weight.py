@@ -9,31 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinier.kernels.gptq_block import round_to_even
+from tinier.kernels.codes import code_kind, nearest_code
 from tinier.schemes import Grid
 
 _NUMBERS = 4096
 """Of one program at once"""
 _WIDEST = 1024
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _code(x, zero, lowest, highest, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The nearest code of a scaled number, as float32."""
-    if KIND == 0:  # integers
-        code = tl.minimum(tl.maximum(round_to_even(x) + zero, lowest), highest)
-    else:
-        size = tl.minimum(tl.abs(x), highest)
-        # the power of two at or below the number, not below that of the smallest normal one
-        least = 1.0 if KIND == 1 else 0.015625 if KIND == 2 else 0.00006103515625
-        bits = tl.maximum(size, least).to(tl.int32, bitcast=True) & 0x7F800000
-        # 1 bit after the leading one in E2M1, 3 in E4M3, 2 in E5M2
-        unit = bits.to(tl.float32, bitcast=True) * (
-            0.5 if KIND == 1 else 0.125 if KIND == 2 else 0.25
-        )
-        code = round_to_even(tl.div_rn(size, unit)) * unit
-        code = tl.where(x < 0, -code, code)
-    return code
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,7 +41,7 @@ def _rounded_kernel(  # type: ignore[no-untyped-def]
         inside = there[:, None] & (column < size)[None, :]
         at = cell[:, None] * size + column[None, :]
         w = tl.load(weight + at, mask=inside, other=0.0)
-        code = _code(tl.div_rn(w, s + tl.zeros_like(w)), z, lowest, highest, KIND)
+        code = nearest_code(tl.div_rn(w, s + tl.zeros_like(w)), z, lowest, highest, KIND)
         tl.store(out + at, ((code - z) * s).to(out.dtype.element_ty), mask=inside)
 
 
@@ -78,7 +59,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
         w = tl.load(weight + at, mask=inside, other=0.0)
         g = tl.load(outer + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.div_rn(w, s + tl.zeros_like(w))
-        code = _code(x, z, lowest, highest, KIND)
+        code = nearest_code(x, z, lowest, highest, KIND)
         moves = (x + z >= lowest) & (x + z <= highest)
         tl.store(to_weight + at, tl.where(moves, g, 0.0), mask=inside)
         total += g * (code - z - tl.where(moves, x, 0.0))
@@ -122,9 +103,8 @@ def _launch(
     cells, size, tall = len(weight) * across, weight.shape[1] // across, len(weight) // blocks
     block = min(_WIDEST, triton.next_power_of_2(size))
     together = max(1, _NUMBERS // block)
-    kind = 0 if grid.kind == "int" else 3 if grid.kind == "e5m2" else 1 if grid.bits == 4 else 2
     return (
         (triton.cdiv(cells, together),),
         (cells, size, across, tall, *map(float, grid.code_range)),
-        (kind, zero is not None, together, block),
+        (code_kind(grid.kind, grid.bits), zero is not None, together, block),
     )

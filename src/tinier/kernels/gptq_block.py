@@ -9,13 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinier.kernels.codes import code_kind, nearest_code
+
 _ROWS = 8
-
-
-@triton.jit
-def round_to_even(x):  # type: ignore[no-untyped-def]
-    # adding 1.5 · 2^23 leaves no bits for a fraction
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -39,19 +35,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
         w_i = tl.sum(tl.where(chosen, w, 0.0), axis=1)  # [ROWS]
         s_i = tl.sum(tl.where(chosen, s, 0.0), axis=1)
         z_i = tl.sum(tl.where(chosen, z, 0.0), axis=1)
-        x = w_i / s_i
-        if kind == 0:  # integers
-            c = tl.minimum(tl.maximum(round_to_even(x) + z_i, lowest), highest)
-        else:  # E2M1: steps of 0.5 below 2, 1 below 4, 2 above; E4M3: 3 bits after the leading one
-            size = tl.minimum(tl.abs(x), highest)
-            if kind == 1:
-                unit = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-            else:
-                # the exponent of the number, not below that of the smallest normal one, 2^-6
-                bits = tl.maximum(size, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
-                unit = bits.to(tl.float32, bitcast=True) * 0.125
-            c = round_to_even(size / unit) * unit
-            c = tl.where(x < 0, -c, c)
+        c = nearest_code(w_i / s_i, z_i, lowest, highest, kind)
         pivot = tl.load(upper + i * columns + i)
         e = (w_i - (c - z_i) * s_i) / pivot
         later = tl.load(
@@ -83,10 +67,9 @@ def round_block_cuda(
     rows, columns = weight.shape
     weight, step, upper = weight.contiguous(), step.contiguous(), upper.contiguous()
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    number = 0 if kind == "int" else 1 if bits == 4 else 2
     _block_kernel[(triton.cdiv(rows, _ROWS),)](
         weight, step, weight if zero is None else zero.contiguous(), upper, codes, errors,
-        rows, columns, lowest, highest, number, zero is not None,
+        rows, columns, lowest, highest, code_kind(kind, bits), zero is not None,
         triton.next_power_of_2(columns), _ROWS,
     )  # fmt: skip
     return codes, errors

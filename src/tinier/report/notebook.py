@@ -2,6 +2,7 @@
 
 from html import escape
 
+from tinier.evaluation.shown import html_table
 from tinier.fitting import FitResults
 from tinier.recipe import RunResults
 from tinier.report.choices import choices_text
@@ -14,15 +15,13 @@ from tinier.report.table import table_rows
 def results_html(results: RunResults) -> str:
     """The table of a run, its choices and both curves."""
     head, rows = table_rows(results)
-    lines = [_row("th", head), *(_row("td", row) for row in rows)]
     said = [*choices_text(results), *footnotes(results)]
     pictures = "".join(
         f'<div style="flex: 1 1 22em">{svg[svg.index("<svg") :]}</div>'
         for svg in (pareto_svg(results, gain) for gain in GAINS)
     )
     return (
-        f"<table>{''.join(lines)}</table>"
-        f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in said)}</ul>"
+        f"{html_table(head, rows)}<ul>{''.join(f'<li>{_text(line)}</li>' for line in said)}</ul>"
         f'<div style="display: flex; flex-wrap: wrap">{pictures}</div>'
     )
 
@@ -30,10 +29,6 @@ def results_html(results: RunResults) -> str:
 def fit_html(found: FitResults) -> str:
     """What `tinier fit` prints."""
     return f"<pre>{escape(fit_text(found))}</pre>"
-
-
-def _row(cell: str, texts: list[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in texts) + "</tr>"
 
 
 def _text(markdown: str) -> str:
