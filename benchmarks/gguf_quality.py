@@ -44,7 +44,7 @@ OURS = {
     ),
     "int4-best g32, INT8 embedding": QuantizePlan(
         preset="int4-best", group_size=32, embedding="int8", windows=SEQUENCES, length=LENGTH,
-        iterations=25,
+        iterations=25, weighting="none", drift="ignored",
     ),
 }  # fmt: skip
 _QUANTIZE = """

@@ -82,7 +82,7 @@ def main() -> None:
             preset="mixed", bits=bits, formats=WIDER, **common
         )
         # as many steps of learned rounding as AutoRound does
-        learned = common | {"iterations": 200}
+        learned = common | {"iterations": 200, "weighting": "none", "drift": "ignored"}
         plans[f"mixed-best {bits}"] = QuantizePlan(preset="mixed-best", bits=bits, **learned)
         plans[f"mixed-best {bits}, with g192"] = QuantizePlan(
             preset="mixed-best", bits=bits, formats=WIDER, **learned
