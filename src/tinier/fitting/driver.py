@@ -153,8 +153,7 @@ class _Search:
         self._rounds: dict[str, list[str]] = {}
         self._spent = 0.0
         self._per_variant = 60.0
-        self._ran: tuple[Recipe, RunResults] | None = None
-        """The last recipe, and what it gave."""
+        self._named_before: set[str] = set()
 
     # --- the whole
 
@@ -226,14 +225,12 @@ class _Search:
             if candidate.name in self._rounds[name]:
                 say(f"fit: {name}: {candidate.name}: {candidate.why}")
         recipe = self._recipe(self._candidates)
-        if self._ran is None or self._ran[0] != recipe:
-            named = self._ran[0].variants if self._ran else ()
-            results = run_recipe(recipe, self._out, command=self._command, named=named)
-            self._ran = recipe, results
+        results = run_recipe(recipe, self._out, command=self._command, named=self._named_before)
+        self._named_before = set(recipe.variants)
         if fresh:
             self._per_variant = (time.monotonic() - before) / len(fresh)
         self._keep()
-        return self._ran[1]
+        return results
 
     def _keep(self) -> None:
         self._spent = time.monotonic() - self._started
