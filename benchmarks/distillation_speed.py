@@ -5,7 +5,9 @@ Share of peak: (6 FLOP a student parameter and token + 2 a teacher parameter) / 
 bf16 matrix product reaches in the same run.
 
     python -m benchmarks.distillation_speed --work DIR --out RESULT.json [--steps 3]
-        [--settings selective full selective+compile] [--micro-batch 4]
+        [--settings selective full selective+compile] [--micro-batch 4] [--grid int4 --drop 0]
+
+--grid PRESET trains on that preset's grid; --drop: layers that the student lacks.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from tinier.device import matmul_flops, release_memory
 from tinier.distillation import DistillPlan, distill
 from tinier.distillation.plan import training_flops
 from tinier.pruning import PrunePlan, prune
+from tinier.quantization import QuantizePlan
 from tinier.text import load_documents
 
 
@@ -36,26 +39,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, help="default: tinier's own")
+    parser.add_argument("--grid", help="preset")
+    parser.add_argument("--drop", type=int, help="layers; default a quarter")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--settings", nargs="+", default=["selective+compile"])
     arguments = parser.parse_args()
     progress.enable()
     teacher = random_llama(arguments.work, arguments.layers)
-    count = arguments.layers // 4
+    count = arguments.layers // 4 if arguments.drop is None else arguments.drop
     last = arguments.layers - 1
-    student_folder = arguments.work / "student"
-    shutil.rmtree(student_folder, ignore_errors=True)
-    student = prune(
-        teacher,
-        PrunePlan(drop_layers=tuple(range(last - count, last)), refit=False),
-        student_folder,
-    )
+    student = teacher
+    if count:
+        student_folder = arguments.work / "student"
+        shutil.rmtree(student_folder, ignore_errors=True)
+        student = prune(
+            teacher,
+            PrunePlan(drop_layers=tuple(range(last - count, last)), refit=False),
+            student_folder,
+        )
     matmul_tflops = matmul_flops(torch.device("cuda")) / 1e12
     result: dict[str, Any] = {
         "model": "Llama-3.2-3B's shape, random weights",
         "teacher_layers": arguments.layers,
         "student_layers": arguments.layers - count,
+        "grid": arguments.grid,
         "global_batch": arguments.batch,
         "length": arguments.length,
         "steps": arguments.steps,
@@ -75,10 +83,13 @@ def timed(
 ) -> dict[str, Any]:
     """Distil for a few steps. setting: what is computed again, with `+compile` for compiled layers."""
     checkpointing, _, compiled = setting.partition("+")
+    grid = None
+    if arguments.grid is not None:
+        grid = QuantizePlan(preset=arguments.grid, windows=8, length=512)
     plan = DistillPlan(
         steps=arguments.steps, batch=arguments.batch, micro_batch=arguments.micro_batch,
         length=arguments.length, warmup_steps=1, lr=1e-6, min_lr=1e-6, eval_every=10**9,
-        checkpointing=checkpointing, compile=bool(compiled), save_seconds=1e9,  # type: ignore[arg-type]
+        checkpointing=checkpointing, compile=bool(compiled), save_seconds=1e9, quantize=grid,  # type: ignore[arg-type]
     )  # fmt: skip
     out = arguments.work / "distilled"
     for folder in (out, out.with_name("distilled-last")):

@@ -412,6 +412,19 @@ def test_every_way_of_training_comes_nearer(
         assert changed == {name for name in before if name.endswith("_proj.weight")}
 
 
+def test_what_a_plan_leaves_open_follows_from_the_device_and_the_length() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    plan = DistillPlan(length=512)
+    assert (plan.windows_at_once(64, gpu), plan.windows_at_once(64, cpu)) == (16, 4)
+    assert dataclasses.replace(plan, length=2048).windows_at_once(64, gpu) == 4
+    assert plan.windows_at_once(6, cpu) == 3  # four do not divide six
+    assert dataclasses.replace(plan, length=32_768).windows_at_once(64, gpu) == 1
+    assert dataclasses.replace(plan, micro_batch=2).windows_at_once(64, gpu) == 2
+    assert (plan.recomputes(gpu), plan.recomputes(cpu)) == ("selective", "none")
+    assert dataclasses.replace(plan, quantize=QAT).recomputes(gpu) == "full"
+    assert dataclasses.replace(plan, checkpointing="none").recomputes(gpu) == "none"
+
+
 def test_checkpointing_changes_no_number(tiny: Tiny, tmp_path: Path) -> None:
     student, teacher = pair(tiny, tmp_path)
     plan = dataclasses.replace(PLAN, steps=3)

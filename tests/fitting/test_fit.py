@@ -204,7 +204,7 @@ def test_a_chain_is_pruned_healed_and_quantized_layer_by_layer(
     design = Design(
         replace(whole, layers=3), (1,), formats | {EMBEDDING_PART: "int4", KV_PART: "fp8"}, steps=2
     )
-    effort = Effort(windows=2, length=64, batch=2, micro_batch=2, training_length=64, align=64)
+    effort = Effort(windows=2, length=64, batch=2, training_length=64, align=64)
     variants = variants_of(design, "chain", geometry, effort)
     assert list(variants) == ["3L", "3L-healed2", "chain"]
     recipe = Recipe(

@@ -32,8 +32,11 @@ def distill(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option("--batch", help="Windows per step (global batch).")] = 64,
     micro_batch: Annotated[
-        int, typer.Option("--micro-batch", help="Windows computed at once.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--micro-batch", help="Windows computed at once; default by device and length."
+        ),
+    ] = None,
     length: options.Length = 512,
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 7e-5,
     min_lr: Annotated[float, typer.Option("--min-lr", help="Learning rate at the end.")] = 1e-5,

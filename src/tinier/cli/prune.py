@@ -1,6 +1,5 @@
 """`tinier prune`"""
 
-from math import gcd
 from typing import Annotated
 
 import typer
@@ -146,7 +145,7 @@ def prune(
     heal = None
     if heal_steps is not None:
         distil = DistillPlan(
-            steps=heal_steps, batch=heal_batch, micro_batch=gcd(4, heal_batch), length=length,
+            steps=heal_steps, batch=heal_batch, length=length,
             lr=heal_lr, min_lr=heal_lr / 10, warmup_steps=heal_steps // 10,
         )  # fmt: skip
         heal = HealPlan(distill=distil, rounds=rounds, finalists=finalists)

@@ -242,7 +242,9 @@ def _stored(
     for part, tokens in windows.items():
         path = stored_path(store, teacher, tokens, plan.top_k)
         if ranks.writes and not path.exists():
-            store_top_k(live, tokens, plan.top_k, path, plan.micro_batch, device)
+            store_top_k(
+                live, tokens, plan.top_k, path, plan.windows_at_once(plan.batch, device), device
+            )
         files[part] = path
     ranks.wait()
     return StoredTeacher(files)

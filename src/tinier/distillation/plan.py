@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tinier.calibration import check_attention_window
@@ -30,6 +31,8 @@ from tinier.text import (
 from tinier.tokenizer import check_same_tokens, load_tokenizer
 
 HELDOUT_WINDOWS = 8
+# windows that are computed at once unless the plan says how many
+_TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
 # a trained parameter: float32 weights and gradients and Adam's two moments
 _TRAINING_BYTES = 16
 
@@ -40,8 +43,9 @@ class DistillPlan:
     """Optimizer steps."""
     batch: int = 64
     """Windows in one optimizer step (global batch, over all processes)."""
-    micro_batch: int = 4
-    """Windows that one process computes at once; gradients accumulate up to `batch`."""
+    micro_batch: int | None = None
+    """Windows that one process computes at once; gradients accumulate up to `batch`. None: as many as
+    have 8,192 tokens on a GPU, 2,048 on a CPU."""
     length: int = 512
     """Tokens in one window."""
     lr: float = 7e-5
@@ -74,7 +78,8 @@ class DistillPlan:
     """Quantize the student first and train it on that grid."""
     checkpointing: Literal["none", "selective", "full"] | None = None
     """What is computed again in the backward pass: nothing, all but matrix products, or everything
-    inside a decoder layer. None: selective on a GPU, nothing on a CPU."""
+    inside a decoder layer. None: nothing on a CPU; on a GPU selective, or full on a grid, where each
+    rounding is many small operations and `selective` looks at every one of them in Python."""
     compile: bool = False
     """Compile the decoder layers (torch.compile): minutes of start, then faster steps on a GPU."""
     precision: Literal["auto", "float32"] = "auto"
@@ -88,13 +93,14 @@ class DistillPlan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "length", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}. Use 1 or more.")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise InputError(f"{name}={getattr(self, name)!r}. Use one of {words}.")
-        if self.batch % self.micro_batch:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
             divisors = [d for d in range(1, self.batch + 1) if self.batch % d == 0]
             raise InputError(
                 f"micro_batch={self.micro_batch} does not divide batch={self.batch}. "
@@ -134,6 +140,19 @@ class DistillPlan:
                 "loss='forward-kl', temperature=1 and hidden_weight=0."
             )
 
+    def windows_at_once(self, share: int, device: torch.device) -> int:
+        """The micro-batch of a process that has `share` windows of each batch; it divides them."""
+        most = self.micro_batch or _TOKENS_AT_ONCE[device.type] // self.length
+        return largest_divisor(share, most)
+
+    def recomputes(self, device: torch.device) -> Literal["none", "selective", "full"]:
+        """What the backward pass computes again on this device."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        if device.type != "cuda":
+            return "none"
+        return "selective" if self.quantize is None else "full"
+
     @property
     def evaluations(self) -> int:
         """Steps between two looks at the held-out text."""
@@ -147,6 +166,11 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "checkpointing": ("none", "selective", "full", None),
     "precision": ("auto", "float32"),
 }
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is not over `most`; 1 at least."""
+    return next(size for size in range(max(1, most), 0, -1) if number % size == 0)
 
 
 def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tinier.checkpoint import TensorWriter, check_disk, new_file, sync_folder, write_atomically
 from tinier.device import release_memory
 from tinier.distillation.losses import IGNORED, Hard, Mixed, RowsLoss
-from tinier.distillation.plan import DistillPlan, learning_rate
+from tinier.distillation.plan import DistillPlan, largest_divisor, learning_rate
 from tinier.distillation.student import Student
 from tinier.distillation.teacher import Teacher
 from tinier.engine import Decoder
@@ -90,11 +90,10 @@ class Trainer:
         self.heldout: dict[int, float] = {}
         """Held-out KL by steps done."""
         self.tokens_per_s: list[float] = []
-        self.micro_batch = _fitting(plan.micro_batch, plan.batch // ranks.size)
+        self.micro_batch = plan.windows_at_once(plan.batch // ranks.size, device)
         layer_class = type(model.model.layers[0]).__name__
         self._accelerator = _accelerator(device, ranks, layer_class)
         dtype = training_dtype(plan, device)
-        mode = plan.checkpointing or ("selective" if device.type == "cuda" else "none")
         if plan.compile:
             # a parametrized linear is its own class, so every layer of a student on a grid is compiled
             # for itself; past the limit torch would leave the rest uncompiled
@@ -103,7 +102,7 @@ class Trainer:
             )
             for layer in model.model.layers:
                 layer.compile()
-        student = Student(model.train(), plan, dtype, mode)
+        student = Student(model.train(), plan, dtype, plan.recomputes(device))
         self._stays_whole = _fits_whole(student, device)
         trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -293,7 +292,7 @@ class Trainer:
                 f"out of memory with {self.micro_batch} windows at once. Use {smaller}a shorter "
                 "--length, --checkpointing full or --train lora."
             )
-        self.micro_batch = _fitting(self.micro_batch // 2, share)
+        self.micro_batch = largest_divisor(share, self.micro_batch // 2)
         self.warnings.append(
             f"out of memory: micro-batch halved to {self.micro_batch}, the batch is still {share}"
         )
@@ -474,11 +473,6 @@ def _accelerator(device: torch.device, ranks: Ranks, layer_class: str) -> Any:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = sharding
     return accelerator
-
-
-def _fitting(micro_batch: int, share: int) -> int:
-    """The largest number of windows up to `micro_batch` that divides a process's share."""
-    return next(size for size in range(max(1, micro_batch), 0, -1) if share % size == 0)
 
 
 def _batch_indices(num_windows: int, step: int, plan: DistillPlan) -> Tensor:

@@ -26,7 +26,6 @@ class Effort:
     length: int
     batch: int
     """Windows of a training step"""
-    micro_batch: int
     training_length: int
     align: int
     """Widths are multiples of this: what matrix units are fast at"""
@@ -98,7 +97,7 @@ def _prune(design: Design, whole: Sizes, effort: Effort) -> Prune:
 
 def _distill(steps: int, rate: float, effort: Effort, quantize: Quantize | None = None) -> Distill:
     return Distill(
-        steps=steps, batch=effort.batch, micro_batch=effort.micro_batch, length=effort.training_length,
+        steps=steps, batch=effort.batch, length=effort.training_length,
         lr=rate, min_lr=rate / 10, warmup_steps=min(10, steps // 5), quantize=quantize,
     )  # fmt: skip
 

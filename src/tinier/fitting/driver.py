@@ -674,6 +674,6 @@ def _effort(plan: FitPlan, device: torch.device) -> Effort:
     on_gpu = device.type == "cuda"
     return Effort(
         windows=plan.windows, length=plan.length, batch=32 if on_gpu else 8,
-        align=256 if on_gpu else 64, micro_batch=4 if on_gpu else 8,
+        align=256 if on_gpu else 64,
         training_length=plan.length if on_gpu else min(256, plan.length),
     )  # fmt: skip

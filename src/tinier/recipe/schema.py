@@ -70,7 +70,7 @@ class Distill(_Strict):
     """A variant, or the base."""
     steps: int = 100
     batch: int = 64
-    micro_batch: int = 4
+    micro_batch: int | None = None
     length: int = 512
     lr: float = 7e-5
     min_lr: float = 1e-5
