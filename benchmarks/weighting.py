@@ -34,9 +34,9 @@ from tinier.tokenizer import load_tokenizer
 
 WINDOWS, LENGTH, HELD, OTHER = 64, 512, 24, 16
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "fisher": {"weighting": "fisher"},
-    "drift": {"drift": "corrected"},
+    "plain": {"weighting": "none", "drift": "ignored"},
+    "fisher": {"weighting": "fisher", "drift": "ignored"},
+    "drift": {"weighting": "none", "drift": "corrected"},
     "both": {"weighting": "fisher", "drift": "corrected"},
 }
 
