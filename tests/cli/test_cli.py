@@ -351,9 +351,10 @@ def test_a_dry_run_checks_the_healing(
     ("option", "value"),
     [("--teacher-store", "a file"), ("--tensorboard", "a file"), ("--top-k", 265)],
 )
+@pytest.mark.parametrize("dry", [True, False])
 def test_distill_refuses_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path,
-    option: str, value: object,
+    option: str, value: object, dry: bool,
 ) -> None:  # fmt: skip
     source = tiny().folder
     (tmp_path / "a file").write_text("x")
@@ -362,6 +363,7 @@ def test_distill_refuses_before_it_starts(
     code, _, stderr = in_process(
         monkeypatch, capsys, "distill", source, "--teacher", source, "--steps", "2", "--batch", "4",
         "--warmup-steps", "0", "--length", "32", "--out", tmp_path / "o", option, value, *more,
+        *(["--dry-run"] if dry else []),
     )  # fmt: skip
     assert code == 2
     assert ("is more than the 264 tokens" if option == "--top-k" else "is a file. Give") in stderr
@@ -378,6 +380,19 @@ def test_a_teacher_store_goes_with_top_k(
     )  # fmt: skip
     assert code == 2
     assert "--teacher-store keeps what --top-k stores. Add --top-k 64" in stderr
+
+
+def test_healing_s_options_go_with_heal_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tiny().folder
+    for option, value in (("--heal-batch", "8"), ("--heal-lr", "1e-4"), ("--heal-text", "x.txt")):
+        code, _, stderr = in_process(
+            monkeypatch, capsys, "prune", folder, "--keep-layers", "2", "--out", tmp_path / "o",
+            option, value,
+        )  # fmt: skip
+        assert code == 2
+        assert "are for healing. Give --heal-steps 100" in stderr
 
 
 def test_eval_takes_options_of_mmlu_with_it(

@@ -479,10 +479,12 @@ def test_layers_are_paired_as_pruning_left_them(tiny: Tiny, tmp_path: Path) -> N
     assert layer_pairs(student, teacher, PLAN) == ((0, 0), (1, 1), (2, 3))
     other = tiny(name="other", num_hidden_layers=2)
     assert layer_pairs(other, teacher, PLAN) == ((0, 1), (1, 3))
-    asked = dataclasses.replace(PLAN, hidden_layers=parse_pairs("1:2, 0:1"))
+    asked = dataclasses.replace(PLAN, hidden_weight=1.0, hidden_layers=parse_pairs("1:2, 0:1"))
     assert layer_pairs(other, teacher, asked) == ((0, 1), (1, 2))
     with pytest.raises(InputError, match="layers 5:1 do not exist"):
-        layer_pairs(other, teacher, dataclasses.replace(PLAN, hidden_layers=((5, 1),)))
+        layer_pairs(
+            other, teacher, dataclasses.replace(PLAN, hidden_weight=1.0, hidden_layers=((5, 1),))
+        )
     with pytest.raises(InputError, match="'5' is no pair"):
         parse_pairs("5")
     narrow = tiny(name="narrow", hidden_size=32)

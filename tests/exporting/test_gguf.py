@@ -125,7 +125,10 @@ def test_a_tokenizer_without_a_model_is_refused(tiny: Tiny, tmp_path: Path) -> N
     source = tiny(dtype=torch.bfloat16)
     (source.folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has no model of a tokenizer"):
+        plan_export(source, "gguf")
+    with pytest.raises(CheckpointError, match="has no model of a tokenizer"):
         export(source, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ollama_gets_a_modelfile(tiny: Tiny, tmp_path: Path) -> None:

@@ -320,6 +320,29 @@ def test_no_more_is_made_than_there_is_time_for(
 
 
 @pytest.mark.slow
+def test_the_winner_is_rounded_with_more_care_where_there_is_time(
+    source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
+    monkeypatch.setattr(driver_module, "_SPREAD", ())
+    plan = plan_for(source, text_file, max_size=Amount(0.4, relative=True))
+    found = fit(replace(plan, prune=False), tmp_path / "run", command="test")
+    (name,) = [name for name in found.candidates if name.endswith("-fisher")]
+    for made, weighting, drift in (
+        (name, "fisher", "corrected"),
+        (name.removesuffix("-fisher"), "none", "ignored"),
+    ):
+        manifest = json.loads((tmp_path / "run/variants" / made / "tinier.json").read_text())
+        assert manifest["parameters"]["weighting"] == weighting
+        assert manifest["parameters"]["drift"] == drift
+    rows = {row.name: row for row in load_results(tmp_path / "run").variants}
+    assert rows[name].disk_bytes == rows[name.removesuffix("-fisher")].disk_bytes
+
+    monkeypatch.setattr(driver_module, "_FISHER_TIMES", {"cpu": 1e9})
+    found = fit(replace(plan, prune=False), tmp_path / "short", command="test")
+    assert not [name for name in found.candidates if name.endswith("-fisher")]
+
+
+@pytest.mark.slow
 def test_the_winner_is_trained_shortly_and_then_as_long_as_there_is_time(
     source: Checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
 ) -> None:

@@ -125,7 +125,7 @@ def distill(
           --text hub:Salesforce/wikitext:wikitext-103-raw-v1 --length 2048 --out llama-21-healed
     """
     from tinier.checkpoint import check_output
-    from tinier.distillation import DistillPlan, parse_pairs, plan_distill
+    from tinier.distillation import DistillPlan, check_folders, parse_pairs, plan_distill
     from tinier.distillation import distill as run_distill
     from tinier.errors import InputError
     from tinier.families import open_model
@@ -183,6 +183,7 @@ def distill(
         )
     small, original = open_model(student), open_model(teacher)
     training, held = () if text == "self" else text, heldout or "builtin"
+    check_folders(teacher_store, tensorboard)
     if dry_run:
         summary, data = stage_text(plan_distill(small, original, plan, training, held), out, device)
         output.result(summary, data, as_json=json)

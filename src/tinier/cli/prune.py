@@ -77,11 +77,16 @@ def prune(
             "--heal-steps", help="Distil from the original afterwards, for so many steps."
         ),
     ] = None,
-    heal_batch: Annotated[int, typer.Option("--heal-batch", help="Windows per step.")] = 64,
-    heal_lr: Annotated[float, typer.Option("--heal-lr", help="Highest learning rate.")] = 1e-3,
+    heal_batch: Annotated[
+        int | None, typer.Option("--heal-batch", help="Windows per step; default 64.")
+    ] = None,
+    heal_lr: Annotated[
+        float | None, typer.Option("--heal-lr", help="Highest learning rate; default 1e-3.")
+    ] = None,
     heal_text: Annotated[
-        str, typer.Option("--heal-text", help="Text to distil on, as --text.")
-    ] = "builtin",
+        str | None,
+        typer.Option("--heal-text", help="Text to distil on, as --text; default builtin."),
+    ] = None,
     rounds: Annotated[
         int, typer.Option("--rounds", help="Drop the layers in so many rounds, each healed.")
     ] = 1,
@@ -144,18 +149,25 @@ def prune(
     )
     heal = None
     if heal_steps is not None:
+        rate = 1e-3 if heal_lr is None else heal_lr
         distil = DistillPlan(
-            steps=heal_steps, batch=heal_batch, length=length,
-            lr=heal_lr, min_lr=heal_lr / 10, warmup_steps=heal_steps // 10,
+            steps=heal_steps, batch=64 if heal_batch is None else heal_batch, length=length,
+            lr=rate, min_lr=rate / 10, warmup_steps=heal_steps // 10,
         )  # fmt: skip
         heal = HealPlan(distill=distil, rounds=rounds, finalists=finalists)
     elif rounds != 1 or finalists != 1:
         raise InputError("--rounds and --finalists heal in between. Give --heal-steps 100.")
+    elif any(value is not None for value in (heal_batch, heal_lr, heal_text)):
+        raise InputError(
+            "--heal-batch, --heal-lr and --heal-text are for healing. Give --heal-steps 100, or leave them "
+            "out."
+        )
+    healing_text = "builtin" if heal_text is None else heal_text
     if dry_run:
         if heal is None:
             stage = plan_prune(source, plan, text)
         else:
-            stage = plan_prune_and_heal(source, plan, heal, text, heal_text)
+            stage = plan_prune_and_heal(source, plan, heal, text, healing_text)
         summary, data = stage_text(stage, out, device)
         output.result(summary, data, as_json=json)
         return
@@ -163,7 +175,7 @@ def prune(
         made = run_prune(source, plan, out, text=text, device=device)
     else:
         made = prune_and_heal(
-            source, plan, heal, out, text=text, heal_text=heal_text, device=device
+            source, plan, heal, out, text=text, heal_text=healing_text, device=device
         )
     summary, data = made_text(made, source)
     output.result(summary, data, as_json=json)

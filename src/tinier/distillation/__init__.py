@@ -5,7 +5,7 @@ written, teacher.py what is learned from, losses.py the chunked losses. `prune_a
 alternates pruning and distillation.
 """
 
-from tinier.distillation.driver import distill
+from tinier.distillation.driver import check_folders, distill
 from tinier.distillation.healing import HealPlan, plan_prune_and_heal, prune_and_heal
 from tinier.distillation.losses import Hard, Mixed, Soft, TopK, chunked_loss, hidden_loss
 from tinier.distillation.plan import DistillPlan, parse_pairs, plan_distill
@@ -17,6 +17,7 @@ __all__ = [
     "Mixed",
     "Soft",
     "TopK",
+    "check_folders",
     "chunked_loss",
     "distill",
     "hidden_loss",

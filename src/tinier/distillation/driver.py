@@ -86,10 +86,7 @@ def distill(
     )
     if finished_checkpoint(last, stage.key) is None:
         check_output(last)
-    _check_tensorboard(tensorboard)
-    for name, folder in (("--teacher-store", teacher_store), ("--tensorboard", tensorboard)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise InputError(f"{name} {folder} is a file. Give a folder, or a name that is free.")
+    check_folders(teacher_store, tensorboard)
     place = pick_device(device)
     ranks = join_ranks(place)
     reset_peak_memory(place)
@@ -142,6 +139,14 @@ def distill(
     del run
     release_memory()
     return open_checkpoint(out)
+
+
+def check_folders(teacher_store: Path | None, tensorboard: Path | None) -> None:
+    """Raises InputError where one is a file, or TensorBoard is not installed."""
+    _check_tensorboard(tensorboard)
+    for name, folder in (("--teacher-store", teacher_store), ("--tensorboard", tensorboard)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"{name} {folder} is a file. Give a folder, or a name that is free.")
 
 
 def _check_tensorboard(folder: Path | None) -> None:

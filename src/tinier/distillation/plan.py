@@ -122,6 +122,11 @@ class DistillPlan:
             raise InputError(f"temperature={self.temperature}. Use a number above 0, such as 1.")
         if not 0 <= self.ce_weight <= 1:
             raise InputError(f"ce_weight={self.ce_weight}. Use a share between 0 and 1.")
+        if self.hidden_layers and not self.hidden_weight:
+            raise InputError(
+                "hidden_layers pairs layers for the loss of hidden states, and hidden_weight is 0. Use "
+                "hidden_weight=1, or leave hidden_layers out."
+            )
         if self.eval_every is not None and self.eval_every < 1:
             raise InputError(f"eval_every={self.eval_every}. Use 1 or more.")
         if self.top_k is not None:

@@ -41,6 +41,7 @@ from tinier.exporting.check import (
     most_apart,
 )
 from tinier.exporting.gguf_model import MOST_APART, read_back, write_gguf
+from tinier.exporting.gguf_tokenizer import read_tokenizer
 from tinier.exporting.ollama import modelfile
 from tinier.exporting.onnx import build, check_builder
 from tinier.exporting.targets import TARGETS, refusal
@@ -59,6 +60,8 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     reason = refusal(source, to)
     if reason is not None:
         raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
+    if TARGETS[to].writes == "gguf":
+        read_tokenizer(source)  # what it refuses is known before the work
     config, layout = dict(source.config), _target_layout(source, to)
     config.pop("quantization_config", None)
     if layout is not None:

@@ -17,11 +17,9 @@ _LLAMA3 = (
 _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
-def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
-    """vocab: rows of the embedding, which may be more than there are tokens.
-
-    Raises SchemeError for a tokenizer that llama.cpp has no name for.
-    """
+def read_tokenizer(source: Checkpoint) -> dict[str, Any]:
+    """tokenizer.json. Raises SchemeError for a tokenizer that a GGUF file cannot hold or llama.cpp has no
+    name for, CheckpointError for a file that is none."""
     path = source.folder / "tokenizer.json"
     if not path.exists():
         raise SchemeError(
@@ -39,6 +37,18 @@ def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
             f"llama.cpp's tokenizer is made of byte pairs, and this one is {model.get('type')}. Choose "
             "another format: tinier export --matrix"
         )
+    if not model.get("byte_fallback"):
+        _split_name(values)
+    return values
+
+
+def add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocab: int) -> None:
+    """vocab: rows of the embedding, which may be more than there are tokens.
+
+    Raises what `read_tokenizer` raises.
+    """
+    values = read_tokenizer(source)
+    model = values["model"]
     tokens, types = _tokens(values, vocab)
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, values, tokens, types)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinier.checkpoint import Checkpoint
-from tinier.errors import SchemeError
-from tinier.exporting.driver import plan_export
 from tinier.exporting.planned import planned
-from tinier.exporting.targets import TARGETS
+from tinier.exporting.targets import TARGETS, refusal
 from tinier.quantization import QuantizePlan
 from tinier.schemes import PRESETS
 
@@ -58,11 +56,4 @@ def _checkpoint(plan: QuantizePlan | None) -> Checkpoint:
 
 
 def _reasons(source: Checkpoint) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for to in TARGETS:
-        try:
-            plan_export(source, to)
-            found[to] = None
-        except SchemeError as error:
-            found[to] = str(error).removeprefix(f"{source.folder} cannot go to {to}: ")
-    return found
+    return {to: refusal(source, to) for to in TARGETS}

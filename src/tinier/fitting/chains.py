@@ -129,4 +129,6 @@ def _quantize(design: Design, geometry: Geometry, effort: Effort) -> Quantize | 
         kv=None if kv == SIXTEEN_BIT else kv,  # type: ignore[arg-type]
         windows=effort.windows,
         length=effort.length,
+        weighting="fisher" if design.fisher else None,
+        drift="corrected" if design.fisher else None,
     )

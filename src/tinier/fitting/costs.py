@@ -44,6 +44,8 @@ class Design:
     """By part of the base (mixed.Part.name), and of EMBEDDING_PART and KV_PART"""
     steps: int = 0
     """Of healing after pruning"""
+    fisher: bool = False
+    """Rounded with tokens weighted by the Fisher information, and drift corrected"""
     grid_steps: int = 0
     """Of training on the grid"""
 

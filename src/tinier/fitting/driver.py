@@ -48,6 +48,7 @@ from tinier.quantization.plan import SIXTEEN_BIT
 from tinier.recipe import Recipe, RunResults, check_run_folder, run_recipe
 from tinier.recipe.plan import plan_recipe
 from tinier.recipe.schema import BASE, Measure, QualityMeasure, SpeedMeasure, Text, Variant
+from tinier.schemes import PRESETS
 from tinier.text import tensor_sha256, token_windows
 from tinier.tokenizer import load_tokenizer
 
@@ -60,6 +61,8 @@ _SPREAD: tuple[tuple[float | None, str], ...] = (
     (0.7, "smaller still"),
 )
 """Other points of the front: the share of the winner's size, and what they are"""
+_FISHER_TIMES = {"cuda": 3.0, "cpu": 7.0}
+"""Seconds of GPTQ with Fisher weights and corrected drift, in those without (docs/log.md)"""
 _STEP_FLOPS = 20.0
 """Of a parameter and token: 8 were too few by 2.5 for healing SmolLM2 on two cores"""
 # a pruned design whose predicted divergence is so many times the best other one's is not tried
@@ -174,6 +177,7 @@ class _Search:
         results = self._round("corrected", lambda: self._corrected(costs, known, limits(), results))
         self._learn_recovery(costs, results)
         results = self._round("healed", lambda: self._healed(costs, limits(), results))
+        results = self._round("rounded", lambda: self._rounded(limits(), results))
         for number, (part, why) in enumerate(_SPREAD):
             decide = partial(self._spread, part, why, costs, limits(), results)
             results = self._round(f"spread {number + 1}", decide)
@@ -501,6 +505,27 @@ class _Search:
             design = costs.solve(Limits(size=part * size), "divergence", pruned=False)
         return [] if design is None else [self._named(design, why, costs)]
 
+    def _rounded(self, limits: Limits, results: RunResults) -> list[Candidate]:
+        """The winner rounded with tokens weighted and drift corrected, where there is time."""
+        winner = self._best(limits, results)
+        if winner is None or _figures(results, winner).quality > _GOOD_ENOUGH:
+            return []
+        (candidate,) = [c for c in self._candidates if c.name == winner]
+        presets = {label.partition(":")[0] for label in candidate.design.formats.values()}
+        makes_up = any(
+            preset in PRESETS and PRESETS[preset].algorithm.rounding == "gptq" for preset in presets
+        )
+        if candidate.design.fisher or candidate.design.grid_steps or not makes_up:
+            return []
+        plain = sum(
+            made["seconds"] for made in self._manifests(candidate) if made["stage"] == "quantize"
+        )
+        if _FISHER_TIMES[self._device.type] * plain > 0.5 * self._left():
+            return []
+        design = replace(candidate.design, fisher=True)
+        why = "the winner, tokens weighted and drift corrected as it is rounded"
+        return [Candidate(f"{candidate.name}-fisher", design, why)]
+
     def _trained(self, limits: Limits, results: RunResults) -> list[Candidate]:
         """The winner trained on its grid, where there is time and something to better."""
         winner = self._best(limits, results)
@@ -549,7 +574,9 @@ class _Search:
         winner = self._best(limits, results)
         off: dict[str, list[float]] = {}
         for candidate in self._candidates:
-            if candidate.name in rows and not candidate.design.grid_steps:
+            if candidate.name in rows and not (
+                candidate.design.grid_steps or candidate.design.fisher
+            ):
                 predicted = costs.predicted(candidate.design)
                 for name, value in asdict(rows[candidate.name]).items():
                     off.setdefault(name, []).append(

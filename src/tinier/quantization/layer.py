@@ -22,11 +22,8 @@ from tinier.numerics import Quantized, dequantize, power_db, snr_db
 from tinier.quantization.awq import awq_factors
 from tinier.quantization.folding import fold, shared
 from tinier.quantization.gptq import DAMP, Inverse, gptq
-from tinier.quantization.scales import (
-    absmax_scales,
-    round_nearest,
-    searched_scales,
-)
+from tinier.quantization.rescale import can_rescale, rescaled
+from tinier.quantization.scales import absmax_scales, round_nearest, searched_scales
 from tinier.quantization.smoothquant import smooth_factors
 from tinier.ranks import ALONE, Ranks
 from tinier.schemes import Preset, Scheme
@@ -314,6 +311,9 @@ def _quantize_group(
     else:
         fit = absmax_scales(target, grid, dtype)
     weight = gptq(target, inverse, fit, grid) if inverse else round_nearest(target, fit, grid)
+    moments = None if seen is None or blind else seen.moments
+    if algorithm.scales == "error" and moments is not None and can_rescale(grid):
+        weight = rescaled(target, weight, moments, inverse.damp if inverse else DAMP)
     parts = _split(weight, [targets[name].shape[0] for name in names])
     linears = {
         name: QuantizedLinear(part, preset.scheme, input_scale)
