@@ -216,6 +216,7 @@ _NVFP4 = Grid(kind="float", bits=4, granularity="group", group_size=16, scale_fo
 _MXFP4 = Grid(kind="float", bits=4, granularity="group", group_size=32, scale_format="e8m0")
 _GPTQ = Algorithm(scales="error", rounding="gptq")
 _AWQ_GPTQ = Algorithm(equalize="awq", scales="error", rounding="gptq")
+_SMOOTH_GPTQ = Algorithm(equalize="smoothquant", scales="error", rounding="gptq")
 
 PRESETS: dict[str, Preset] = {
     "fp8": Preset(
@@ -228,7 +229,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "fp8-static": Preset(
         scheme=Scheme(weights=_FP8_TENSOR, activations=_FP8_TENSOR),
-        algorithm=Algorithm(scales="error"),
+        algorithm=_GPTQ,
     ),
     "fp8-block": Preset(
         scheme=Scheme(
@@ -247,7 +248,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "int8-sq": Preset(
         scheme=Scheme(weights=_INT8_CHANNEL, activations=_INT8_TOKEN),
-        algorithm=Algorithm(equalize="smoothquant", scales="error", rounding="gptq"),
+        algorithm=_SMOOTH_GPTQ,
     ),
     "int8-w8a16": Preset(
         scheme=Scheme(weights=_INT8_CHANNEL),
@@ -279,7 +280,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "nvfp4": Preset(
         scheme=Scheme(weights=_NVFP4, activations=_NVFP4),
-        algorithm=_GPTQ,
+        algorithm=_SMOOTH_GPTQ,
     ),
     "nvfp4-w4a16": Preset(
         scheme=Scheme(weights=_NVFP4),
@@ -287,7 +288,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "mxfp4": Preset(
         scheme=Scheme(weights=_MXFP4, activations=_MXFP4),
-        algorithm=_GPTQ,
+        algorithm=_SMOOTH_GPTQ,
     ),
     "mxfp4-w4a16": Preset(
         scheme=Scheme(weights=_MXFP4),

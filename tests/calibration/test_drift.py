@@ -16,6 +16,7 @@ from tinier.calibration import (
     KeysAndValues,
     LayerWeights,
     drift,
+    reaches,
 )
 from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.errors import SchemeError
@@ -75,7 +76,7 @@ def test_sums_are_those_of_whole_passes(tiny: Tiny, family: str, changes: bool) 
     )
     share = counts.flatten().unsqueeze(1) / counts.numel()
     for read in geometry.inputs:
-        assert found.reaches(read) == (read in reads)
+        assert reaches(geometry, read) == (read in reads)
     for read in reads:
         name = read.readers[0]
         factors = torch.linspace(0.5, 2, x[name].shape[1]) if changes else None

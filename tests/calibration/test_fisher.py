@@ -104,7 +104,7 @@ def test_weighted_moments(tiny: Tiny) -> None:
         hidden,
         7,
         ALONE,
-        moments=True,
+        moments=[name],
         weights=LayerWeights({name: weights}, weights, weights),
     )
     weighted = x * weights.flatten().unsqueeze(1)

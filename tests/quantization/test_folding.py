@@ -72,8 +72,9 @@ def statistics(tiny: Callable[..., Checkpoint]):  # type: ignore[no-untyped-def]
     walk = DecoderWalk(checkpoint, 32, CPU)
     windows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
     hidden = walk.embed(windows)
-    layer = walk.load(0)
-    seen, first = observe(walk, layer, geometry_of(checkpoint), hidden, 8, Ranks(), moments=True)
+    layer, geometry = walk.load(0), geometry_of(checkpoint)
+    names = [read.name for read in geometry.inputs]
+    seen, first = observe(walk, layer, geometry, hidden, 8, Ranks(), moments=names)
     return layer, hidden, seen, first
 
 

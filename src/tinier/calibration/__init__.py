@@ -5,7 +5,7 @@ and `mean_divergences` (divergence.py).
 """
 
 from tinier.calibration.divergence import mean_divergences, norm_and_head
-from tinier.calibration.drift import Drift, DriftSums
+from tinier.calibration.drift import Drift, DriftSums, reaches
 from tinier.calibration.fisher import LayerWeights, token_weights
 from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
 from tinier.calibration.walk import (
@@ -32,6 +32,7 @@ __all__ = [
     "mean_divergences",
     "norm_and_head",
     "observe",
+    "reaches",
     "second_moments",
     "token_weights",
     "turns",

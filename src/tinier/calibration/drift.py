@@ -57,6 +57,11 @@ class _Reached(Exception):
     """The inputs that were asked for are there; nothing behind them is computed."""
 
 
+def reaches(geometry: Geometry, read: Input) -> bool:
+    """Whether an input has the same tokens in both models: not where a router chose them."""
+    return geometry.expert_of(read.readers[0]) is None
+
+
 class Drift:
     """One layer's inputs in the original model beside those in the quantized one."""
 
@@ -70,10 +75,6 @@ class Drift:
         self._walk, self._original, self._cache = walk, original, cache
         self._exact, self._hidden = exact, hidden
         self._geometry, self._weights, self._ranks = geometry, weights, ranks
-
-    def reaches(self, read: Input) -> bool:
-        """Whether tokens are the same ones there in both models: not where a router chose them."""
-        return self._geometry.expert_of(read.readers[0]) is None
 
     @torch.no_grad()
     def at(

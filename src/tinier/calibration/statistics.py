@@ -3,7 +3,7 @@
 Start at `observe`. One forward pass over the calibration windows; sums, not activations, are kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ def observe(
     total_windows: int,
     ranks: Ranks,
     *,
-    moments: bool,
+    moments: Collection[str],
     cache: KeysAndValues | None = None,
     weights: LayerWeights | None = None,
 ) -> tuple[dict[str, InputStatistics], Tensor]:
@@ -113,7 +113,8 @@ def observe(
     batch.
 
     hidden: this rank's windows [n, length, hidden]. total_windows: of all ranks. Sums go over all
-    ranks. weights: of each token in mean squares and moments, by input (fisher.py); else all count alike.
+    ranks. moments: names of the inputs whose second moments are wanted. weights: of each token in mean
+    squares and moments, by input (fisher.py); else all count alike.
     """
     sums: dict[str, _Sums] = {}
     per_window = max(1, _SAMPLE_TOKENS // total_windows)
@@ -121,7 +122,7 @@ def observe(
     handles = []
     for read in geometry.inputs:
         columns = geometry.linears[read.readers[0]][1]
-        sums[read.name] = _empty(columns, walk.device, moments)
+        sums[read.name] = _empty(columns, walk.device, read.name in moments)
         weighted = weights.inputs.get(read.name) if weights else None
         counted = iter(weighted.split(walk.batch_windows)) if weighted is not None else None
 

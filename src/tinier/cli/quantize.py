@@ -104,7 +104,7 @@ def quantize(
     Presets:
       fp8          E4M3 weights per channel, activations per token; needs no text
       fp8-gptq     the same grid, codes chosen by GPTQ
-      fp8-static   E4M3 weights and activations with one calibrated scale per tensor
+      fp8-static   E4M3 weights and activations with one calibrated scale per tensor, GPTQ
       fp8-block    E4M3 weights in blocks of 128 x 128, activations in groups of 128; needs no text
       fp8-e5m2     E5M2 weights per channel, 16-bit activations; needs no text
       int8         INT8 weights per channel, activations per token, to nearest; needs no text
@@ -115,8 +115,9 @@ def quantize(
       int4-gptq    INT4 weights in groups, GPTQ
       int4-best    INT4 weights in groups, rounding and scales learned; slowest, most accurate
       w4a8         INT4 weights in groups, FP8 activations per token; w4a8-int8: INT8 activations
-      nvfp4        FP4 weights and activations in blocks of 16; nvfp4-w4a16: weights only
-      mxfp4        FP4 weights and activations in blocks of 32; mxfp4-w4a16: weights only
+      nvfp4        FP4 weights and activations in blocks of 16, SmoothQuant, GPTQ; nvfp4-w4a16: weights
+                   only, GPTQ
+      mxfp4        the same in blocks of 32; mxfp4-w4a16: weights only, GPTQ
       int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ
       mixed        the format of each layer that loses least within --bits, of --formats; mixed-best:
                    then learns the rounding of 2 to 4 bits, slower

@@ -25,6 +25,7 @@ from tinier.calibration import (
     KeysAndValues,
     LayerWeights,
     observe,
+    reaches,
     token_weights,
 )
 from tinier.checkpoint import (
@@ -300,6 +301,20 @@ class _Job:
         install(module, prefix, tensors, presets)
         self._walk.run(module, self._hidden, self._hidden, self._cache(prefix, tensors))
 
+    def _with_moments(self, presets: LayerPresets) -> set[str]:
+        """The inputs whose second moments are wanted of the first look at a layer; drift is corrected with
+        those of what the quantized part of the layer gives."""
+        wanted = set()
+        for read in self._geometry.inputs:
+            again = self._plan.corrects_drift and reaches(self._geometry, read)
+            algorithms = [presets[name].algorithm for name in read.readers if name in presets]
+            if any(
+                a.equalize == "awq" or (a.needs_data and not (again and a.rounding != "nearest"))
+                for a in algorithms
+            ):
+                wanted.add(read.name)
+        return wanted
+
     def _quantize(self, index: int, presets: LayerPresets) -> dict[str, Tensor]:
         """The tensors of a layer, quantized, and on their way to the disk; empty but at the first rank."""
         prefix, module = layer_name(index), self._walk.load(index)
@@ -309,7 +324,7 @@ class _Job:
         if self._hidden is not None and self._windows is not None:
             statistics, first = observe(
                 self._walk, module, self._geometry, self._hidden, len(self._windows), self._sharing,
-                moments=any(p.algorithm.needs_data for p in presets.values()), cache=cache,
+                moments=self._with_moments(presets), cache=cache,
                 weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
         scales: list[Tensor] = []

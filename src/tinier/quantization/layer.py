@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinier.calibration import Drift, InputStatistics
+from tinier.calibration import Drift, InputStatistics, reaches
 from tinier.checkpoint import pack_linear, unpack_linear
 from tinier.families import Geometry, Input
 from tinier.kernels import round_activations, static_scale
@@ -124,11 +124,11 @@ def quantize_layer(
     made = {}
     if drift is not None:
         folded_layer = _folded(layer, weights, dtype)
-        made = _in_turn(result, folded_layer, groups, presets, drift, dtype, ranks)
+        made = _in_turn(result, folded_layer, groups, presets, drift, geometry, dtype, ranks)
     left = {
         read.name: groups[read.name]
         for read in geometry.inputs
-        if drift is None or not drift.reaches(read)
+        if drift is None or not reaches(geometry, read)
     }
     owners = _owners({g: _work(targets, names) for g, names in left.items()}, ranks.size)
     made |= {
@@ -165,7 +165,7 @@ def _folded(layer: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) ->
 
 def _in_turn(
     result: QuantizedLayer, layer: nn.Module, groups: dict[str, list[str]], presets: LayerPresets,
-    drift: Drift, dtype: torch.dtype, ranks: Ranks,
+    drift: Drift, geometry: Geometry, dtype: torch.dtype, ranks: Ranks,
 ) -> dict[str, "_Group"]:  # fmt: skip
     """Quantize the groups whose inputs' drift is known, each on what those before it give; the first rank
     does, and all see it.
@@ -175,7 +175,7 @@ def _in_turn(
     made, targets, seen = {}, result.targets, result.statistics
     for read in result.inputs:
         names = groups[read.name]
-        if not names or not drift.reaches(read):
+        if not names or not reaches(geometry, read):
             continue
         preset = presets[names[0]]
         input_scale = _input_scale(preset, seen.get(read.name))

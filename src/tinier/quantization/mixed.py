@@ -152,7 +152,7 @@ class Rounded:
                     cache = KeysAndValues(None)
                     seen, _ = observe(
                         self.walk, layer, self.geometry, hidden, len(windows), ALONE,
-                        moments=True, cache=cache,
+                        moments=[read.name for read in self.geometry.inputs], cache=cache,
                     )  # fmt: skip
                     self._round(index, layer, seen, cache.absmax)
                 self.walk.run(layer, hidden, hidden)

@@ -15,6 +15,8 @@ from torch import Tensor
 from tinier.numerics import Quantized, expand, storable_scale
 from tinier.schemes import Grid
 
+# with 4 bits the divergence stays as it was (docs/log.md)
+_MOST_BITS = 3
 # added to the diagonal of A, in means of it: a group of zero codes leaves its scale open
 _RIDGE = 1e-6
 # numbers of A for the rows that are solved together
@@ -22,8 +24,10 @@ _NUMBERS = 2**26
 
 
 def can_rescale(grid: Grid) -> bool:
-    """Whether a grid's scales belong to one row each, and are stored finely enough to be moved a little."""
-    return grid.granularity in ("group", "channel") and grid.scale_format == "model"
+    """Whether a grid's scales belong to one row each, are stored finely enough to be moved a little, and
+    are worth it."""
+    fine = grid.granularity in ("group", "channel") and grid.scale_format == "model"
+    return fine and grid.bits <= _MOST_BITS
 
 
 def rescaled(weight: Tensor, quantized: Quantized, moments: Tensor, damp: float) -> Quantized:
