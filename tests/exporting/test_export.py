@@ -17,8 +17,11 @@ from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.errors import CheckpointError, InputError, MeasuredFailure, SchemeError
 from tinier.exporting import TARGETS, export, plan_export, suited
 from tinier.families import checkpoint_layout, geometry_of, open_model
+from tinier.kernels import static_scale
 from tinier.numerics import dequantize
 from tinier.quantization import QuantizePlan, quantize
+from tinier.quantization.scales import absmax_scales
+from tinier.schemes import PRESETS
 
 Tiny = Callable[..., Checkpoint]
 EXACT = [
@@ -89,6 +92,19 @@ def test_what_was_exported_is_imported(tiny: Tiny, tmp_path: Path, to: str, pres
         assert torch.equal(weight, theirs[name]), name
     if preset.startswith("int4"):
         export(foreign, "gguf", tmp_path / "gguf")
+
+
+def test_global_scales_survive_being_inverted() -> None:
+    """ModelOpt's layout has their inverse: the scale that comes back must be the same, to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    grid = PRESETS["nvfp4"].scheme.weights
+    for _ in range(200):
+        weight = torch.randn(16, 32, generator=generator)
+        scale = absmax_scales(weight, grid, torch.bfloat16).global_scale
+        assert scale is not None
+        inputs = static_scale(weight.abs().max(), grid)
+        for found in (scale, inputs):
+            assert torch.equal(1 / (1 / found), found)
 
 
 def test_zero_points_go_to_awq(tiny: Tiny, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tinier.numerics import (
     Quantized,
     cast_e4m3,
     dequantize,
+    invertible,
     quantize_tokens_e4m3,
     quantize_tokens_int8,
     round_groups_e4m3,
@@ -488,7 +489,7 @@ def static_scale(absmax: Tensor, grid: Grid) -> Tensor:
     """The input scale [1] for activations whose largest size is `absmax`, float32."""
     absmax = absmax.float().clamp(min=1e-12).reshape(1)
     if grid.scale_format == "e4m3":
-        return E4M3_MAX * E2M1_MAX / absmax
+        return invertible(E4M3_MAX * E2M1_MAX / absmax)
     return absmax / (E4M3_MAX if grid.kind == "float" else 127.5)
 
 

@@ -66,6 +66,12 @@ def in_blocks(weight: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return weight.reshape(blocks[0], rows // blocks[0], blocks[1], columns // blocks[1])
 
 
+def invertible(scale: Tensor) -> Tensor:
+    """The float32 number next to `scale` that its inverse gives back: other tools store the inverse."""
+    # of random numbers 17 % are not; the inverse of an inverse always is
+    return 1 / (1 / scale)
+
+
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as it is stored: 1 where it is 0, and the smallest number of its type where it would
     become 0 there."""

@@ -23,6 +23,7 @@ from tinier.numerics import (
     dequantize,
     expand,
     in_blocks,
+    invertible,
     mx_scale,
     round_to_float,
     storable_scale,
@@ -203,7 +204,7 @@ def _storer(largest: Tensor, grid: Grid, dtype: torch.dtype) -> Callable[[Tensor
     if grid.scale_format == "e4m3":
         # compressed-tensors' global scale: it brings the largest block scale to E4M3's end
         top = largest.max()
-        over = torch.where(top > 0, E4M3_MAX / top, torch.ones_like(top)).reshape(1)
+        over = invertible(torch.where(top > 0, E4M3_MAX / top, torch.ones_like(top)).reshape(1))
         return lambda scale: Fit(storable_block_scale(scale * over), None, over)
     return lambda scale: Fit(storable_scale(scale, dtype), None, None)
 
