@@ -335,7 +335,8 @@ def test_the_winner_is_rounded_with_more_care_where_there_is_time(
         assert manifest["parameters"]["weighting"] == weighting
         assert manifest["parameters"]["drift"] == drift
     rows = {row.name: row for row in load_results(tmp_path / "run").variants}
-    assert rows[name].disk_bytes == rows[name.removesuffix("-fisher")].disk_bytes
+    plain = rows[name.removesuffix("-fisher")]  # the manifests differ in length
+    assert abs(rows[name].disk_bytes - plain.disk_bytes) < 0.01 * plain.disk_bytes
 
     monkeypatch.setattr(driver_module, "_FISHER_TIMES", {"cpu": 1e9})
     found = fit(replace(plan, prune=False), tmp_path / "short", command="test")
