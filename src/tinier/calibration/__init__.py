@@ -7,7 +7,13 @@ and `mean_divergences` (divergence.py).
 from tinier.calibration.divergence import mean_divergences, norm_and_head
 from tinier.calibration.drift import Drift, DriftSums, reaches
 from tinier.calibration.fisher import LayerWeights, token_weights
-from tinier.calibration.statistics import InputStatistics, KeysAndValues, observe, second_moments
+from tinier.calibration.statistics import (
+    InputStatistics,
+    KeysAndValues,
+    damped,
+    observe,
+    second_moments,
+)
 from tinier.calibration.walk import (
     DecoderWalk,
     LayerStep,
@@ -28,6 +34,7 @@ __all__ = [
     "LayerWeights",
     "cache_keyword",
     "check_attention_window",
+    "damped",
     "load_whole",
     "mean_divergences",
     "norm_and_head",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinier.calibration.fisher import LayerWeights
-from tinier.calibration.statistics import KeysAndValues
+from tinier.calibration.statistics import KeysAndValues, damped
 from tinier.calibration.walk import DecoderWalk
 from tinier.errors import InputError
 from tinier.families import Geometry, Input
@@ -40,11 +40,8 @@ class DriftSums(NamedTuple):
         change = weight @ self.cross
         if self.stream is not None:
             change += self.stream
-        mean = self.moments.diagonal().mean()
         for damp in (DAMP, 10 * DAMP, 100 * DAMP):  # the last is nearly a multiple of the identity
-            damped = self.moments.clone()
-            damped.diagonal().add_(damp * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            lower, failed = torch.linalg.cholesky_ex(damped(self.moments, damp))
             if not failed:
                 return weight + STRENGTH * torch.cholesky_solve(change.t(), lower).t()
         raise InputError(

@@ -191,6 +191,13 @@ def second_moments(x: Tensor) -> Tensor:
     return x.t() @ x
 
 
+def damped(moments: Tensor, share: float) -> Tensor:
+    """Second moments [in, in] with a share of their mean diagonal added to it."""
+    raised = moments.clone()
+    raised.diagonal().add_(share * moments.diagonal().mean())
+    return raised
+
+
 def _finish(sums: _Sums, ranks: Ranks) -> InputStatistics:
     seen = int(ranks.sum_(torch.tensor(sums.tokens)))
     tokens = max(1, seen)

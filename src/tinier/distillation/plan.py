@@ -31,7 +31,7 @@ from tinier.text import (
 from tinier.tokenizer import check_same_tokens, load_tokenizer
 
 HELDOUT_WINDOWS = 8
-# windows that are computed at once unless the plan says how many
+# computed at once, in whole windows, unless the plan says how many
 _TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
 # a trained parameter: float32 weights and gradients and Adam's two moments
 _TRAINING_BYTES = 16

@@ -31,7 +31,7 @@ from tinier.checkpoint import (
 )
 from tinier.checkpoint.modelopt import modelopt_name
 from tinier.device import pick_device, reset_peak_memory
-from tinier.errors import InputError, MeasuredFailure, SchemeError
+from tinier.errors import InputError, MeasuredFailure
 from tinier.exporting.check import (
     CHECKED_TOKENS,
     MOST_ROUNDED,
@@ -44,7 +44,7 @@ from tinier.exporting.gguf_model import MOST_APART, read_back, write_gguf
 from tinier.exporting.gguf_tokenizer import read_tokenizer
 from tinier.exporting.ollama import modelfile
 from tinier.exporting.onnx import build, check_builder
-from tinier.exporting.targets import TARGETS, refusal
+from tinier.exporting.targets import TARGETS, check_target
 from tinier.exporting.triton import weights_folder
 from tinier.families import Geometry, checkpoint_layout, geometry_of, module_names, open_model
 from tinier.numerics import dequantize
@@ -57,9 +57,7 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     cannot read: why, and which preset would work."""
     if to not in TARGETS:
         raise InputError(f"--to {to} is not known. Targets: {', '.join(TARGETS)}.")
-    reason = refusal(source, to)
-    if reason is not None:
-        raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
+    check_target(source, to)
     if TARGETS[to].writes == "gguf":
         read_tokenizer(source)  # what it refuses is known before the work
     config, layout = dict(source.config), _target_layout(source, to)

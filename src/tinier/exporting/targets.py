@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from tinier.checkpoint import Checkpoint
 from tinier.checkpoint.modelopt import hf_quant_config
+from tinier.errors import SchemeError
 from tinier.exporting.gguf_model import gguf_refusal
 from tinier.exporting.onnx import onnx_refusal
 from tinier.exporting.triton import engine_repository, tensorrt_repository, vllm_repository
@@ -36,6 +37,13 @@ class Target(NamedTuple):
     """Text files beside the weights, by name, from the config.json that is written"""
     repository: Callable[[str], dict[str, str]] | None = None
     """Text files of a model repository around the weights, by path, from the model's name"""
+
+
+def check_target(source: Checkpoint, to: str) -> None:
+    """Raises SchemeError for a checkpoint that one of TARGETS cannot take: why, and what would work."""
+    reason = refusal(source, to)
+    if reason is not None:
+        raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
 
 
 def refusal(source: Checkpoint, to: str) -> str | None:

@@ -62,7 +62,7 @@ _SPREAD: tuple[tuple[float | None, str], ...] = (
 )
 """Other points of the front: the share of the winner's size, and what they are"""
 _FISHER_TIMES = {"cuda": 3.0, "cpu": 7.0}
-"""Seconds of GPTQ with Fisher weights and corrected drift, in those without (docs/log.md)"""
+"""Seconds of GPTQ with Fisher weights and corrected drift, in those of GPTQ alone (docs/log.md)"""
 _STEP_FLOPS = 20.0
 """Of a parameter and token: 8 were too few by 2.5 for healing SmolLM2 on two cores"""
 # a pruned design whose predicted divergence is so many times the best other one's is not tried
@@ -505,17 +505,21 @@ class _Search:
             design = costs.solve(Limits(size=part * size), "divergence", pruned=False)
         return [] if design is None else [self._named(design, why, costs)]
 
-    def _rounded(self, limits: Limits, results: RunResults) -> list[Candidate]:
-        """The winner rounded with tokens weighted and drift corrected, where there is time."""
+    def _to_better(self, limits: Limits, results: RunResults) -> Candidate | None:
+        """The winner, unless it was trained on its grid or hardly anything is lost."""
         winner = self._best(limits, results)
         if winner is None or _figures(results, winner).quality > _GOOD_ENOUGH:
-            return []
+            return None
         (candidate,) = [c for c in self._candidates if c.name == winner]
-        presets = {label.partition(":")[0] for label in candidate.design.formats.values()}
-        makes_up = any(
-            preset in PRESETS and PRESETS[preset].algorithm.rounding == "gptq" for preset in presets
-        )
-        if candidate.design.fisher or candidate.design.grid_steps or not makes_up:
+        return None if candidate.design.grid_steps else candidate
+
+    def _rounded(self, limits: Limits, results: RunResults) -> list[Candidate]:
+        """The winner rounded with tokens weighted and drift corrected, where there is time."""
+        candidate = self._to_better(limits, results)
+        if candidate is None or candidate.design.fisher:
+            return []
+        names = {label.partition(":")[0] for label in candidate.design.formats.values()}
+        if all(PRESETS[name].algorithm.rounding != "gptq" for name in names & PRESETS.keys()):
             return []
         plain = sum(
             made["seconds"] for made in self._manifests(candidate) if made["stage"] == "quantize"
@@ -528,11 +532,8 @@ class _Search:
 
     def _trained(self, limits: Limits, results: RunResults) -> list[Candidate]:
         """The winner trained on its grid, where there is time and something to better."""
-        winner = self._best(limits, results)
-        if winner is None or not self._plan.train:
-            return []
-        (candidate,) = [c for c in self._candidates if c.name == winner]
-        if _figures(results, winner).quality > _GOOD_ENOUGH or candidate.design.grid_steps:
+        candidate = self._to_better(limits, results)
+        if candidate is None or not self._plan.train:
             return []
         if self._steps(candidate, 0.7) < _SHORT_STEPS:
             return []

@@ -11,6 +11,7 @@ from tinier.kernels.layer import Layer
 from tinier.kernels.linear import (
     Linear,
     StoredLinear,
+    calibrated_scale,
     make_linear,
     round_activations,
     static_scale,
@@ -53,6 +54,7 @@ __all__ = [
     "Table",
     "add_rms_norm",
     "cached_attention",
+    "calibrated_scale",
     "captures",
     "embed",
     "gated",

@@ -493,6 +493,15 @@ def static_scale(absmax: Tensor, grid: Grid) -> Tensor:
     return absmax / (E4M3_MAX if grid.kind == "float" else 127.5)
 
 
+def calibrated_scale(scheme: Scheme, absmax: Tensor | None) -> Tensor | None:
+    """The input scale [1] that a checkpoint of the scheme has, None where it has none. absmax: [in], what
+    calibration saw of each channel."""
+    if scheme.activations is None or not scheme.input_scale_name:
+        return None
+    assert absmax is not None
+    return static_scale(absmax.max(), scheme.activations)
+
+
 def _whole_rows(codes: Tensor) -> Tensor:
     """8-bit codes [out, in] with rows of zeros up to a multiple of 16 on a GPU: cuBLASLt wants that."""
     missing = -len(codes) % 16

@@ -25,7 +25,6 @@ from tinier.calibration import (
     KeysAndValues,
     LayerWeights,
     observe,
-    reaches,
     token_weights,
 )
 from tinier.checkpoint import (
@@ -63,7 +62,13 @@ from tinier.families import (
 from tinier.kernels import static_scale
 from tinier.numerics import Quantized, snr_db
 from tinier.progress import bar, say, warn
-from tinier.quantization.layer import LayerPresets, QuantizedLayer, install, quantize_layer
+from tinier.quantization.layer import (
+    LayerPresets,
+    QuantizedLayer,
+    first_moments,
+    install,
+    quantize_layer,
+)
 from tinier.quantization.learned import Importance, learn_rounding
 from tinier.quantization.mixed import Found, mix
 from tinier.quantization.plan import (
@@ -301,36 +306,22 @@ class _Job:
         install(module, prefix, tensors, presets)
         self._walk.run(module, self._hidden, self._hidden, self._cache(prefix, tensors))
 
-    def _with_moments(self, presets: LayerPresets) -> set[str]:
-        """The inputs whose second moments are wanted of the first look at a layer; drift is corrected with
-        those of what the quantized part of the layer gives."""
-        wanted = set()
-        for read in self._geometry.inputs:
-            again = self._plan.corrects_drift and reaches(self._geometry, read)
-            algorithms = [presets[name].algorithm for name in read.readers if name in presets]
-            if any(
-                a.equalize == "awq" or (a.needs_data and not (again and a.rounding != "nearest"))
-                for a in algorithms
-            ):
-                wanted.add(read.name)
-        return wanted
-
     def _quantize(self, index: int, presets: LayerPresets) -> dict[str, Tensor]:
         """The tensors of a layer, quantized, and on their way to the disk; empty but at the first rank."""
         prefix, module = layer_name(index), self._walk.load(index)
         statistics: dict[str, InputStatistics] = {}
         first = None
+        corrected = self._plan.corrects_drift
         cache, kv = KeysAndValues(None) if self._plan.kv else None, kv_grid(self._plan.kv)
         if self._hidden is not None and self._windows is not None:
             statistics, first = observe(
                 self._walk, module, self._geometry, self._hidden, len(self._windows), self._sharing,
-                moments=self._with_moments(presets), cache=cache,
+                moments=first_moments(self._geometry, presets, corrects_drift=corrected), cache=cache,
                 weights=self._weights[index] if self._weights else None,
             )  # fmt: skip
         scales: list[Tensor] = []
         if cache is not None and kv is not None:
             scales = [static_scale(most, kv) for most in cache.absmax]
-        corrected = self._plan.corrects_drift
         result = quantize_layer(
             module, presets, statistics, self._geometry, self._source.dtype, self._ranks,
             self._drift(index, scales) if corrected else None,

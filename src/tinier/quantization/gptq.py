@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinier.calibration import damped
 from tinier.errors import InputError
 from tinier.numerics import Quantized, expand
 from tinier.quantization.scales import Fit, round_scaled, stored_codes
@@ -33,11 +34,8 @@ class Inverse:
         self.dead = diagonal <= 0
         h = hessian[self.order][:, self.order].clone()
         h.diagonal()[self.dead[self.order]] = 1.0
-        mean = h.diagonal().mean()
         for damp in _DAMPS:
-            damped = h.clone()
-            damped.diagonal().add_(damp * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            lower, failed = torch.linalg.cholesky_ex(damped(h, damp))
             if failed:
                 continue
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

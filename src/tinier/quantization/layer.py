@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tinier.calibration import Drift, InputStatistics, reaches
 from tinier.checkpoint import pack_linear, unpack_linear
 from tinier.families import Geometry, Input
-from tinier.kernels import round_activations, static_scale
+from tinier.kernels import calibrated_scale, round_activations
 from tinier.numerics import Quantized, dequantize, power_db, snr_db
 from tinier.quantization.awq import awq_factors
 from tinier.quantization.folding import fold, shared
@@ -26,7 +26,7 @@ from tinier.quantization.rescale import can_rescale, rescaled
 from tinier.quantization.scales import absmax_scales, round_nearest, searched_scales
 from tinier.quantization.smoothquant import smooth_factors
 from tinier.ranks import ALONE, Ranks
-from tinier.schemes import Preset, Scheme
+from tinier.schemes import Algorithm, Preset, Scheme
 
 LayerPresets = dict[str, Preset]
 """Preset by name of the linear layer inside the decoder layer; layers left out stay in 16 bit."""
@@ -82,6 +82,23 @@ class QuantizedLayer:
                 if name in self.linears:
                     measured[name] = _measure(self.targets[name], self.linears[name].weight, seen)
         return measured
+
+
+def first_moments(geometry: Geometry, presets: LayerPresets, *, corrects_drift: bool) -> set[str]:
+    """The inputs of a layer whose second moments the first look at it must find, by name."""
+    wanted = set()
+    for read in geometry.inputs:
+        for algorithm in {presets[name].algorithm for name in read.readers if name in presets}:
+            anew = corrects_drift and _seen_anew(geometry, read, algorithm)
+            if algorithm.equalize == "awq" or (algorithm.needs_data and not anew):
+                wanted.add(read.name)
+    return wanted
+
+
+def _seen_anew(geometry: Geometry, read: Input, algorithm: Algorithm) -> bool:
+    """Whether, with drift corrected, an input's second moments are those of what the part of the layer that
+    is quantized already gives."""
+    return reaches(geometry, read) and algorithm.rounding != "nearest"
 
 
 @torch.no_grad()
@@ -179,7 +196,7 @@ def _in_turn(
             continue
         preset = presets[names[0]]
         input_scale = _input_scale(preset, seen.get(read.name))
-        if preset.algorithm.rounding != "nearest":
+        if _seen_anew(geometry, read, preset.algorithm):
             grid = preset.scheme.activations
             rounding = (
                 None
@@ -324,11 +341,7 @@ def _quantize_group(
 
 def _input_scale(preset: Preset, seen: InputStatistics | None) -> Tensor | None:
     """The calibrated scale of an input, where the scheme has one."""
-    activations = preset.scheme.activations
-    if activations is None or not preset.scheme.input_scale_name:
-        return None
-    assert seen is not None
-    return static_scale(seen.absmax.max(), activations)
+    return calibrated_scale(preset.scheme, None if seen is None else seen.absmax)
 
 
 def _split(weight: Quantized, rows: list[int]) -> list[Quantized]:

@@ -12,6 +12,7 @@ is least where A s = b, with A_gh = c_gᵀ H c_h and b_g = c_gᵀ H w: as many u
 import torch
 from torch import Tensor
 
+from tinier.calibration import damped
 from tinier.numerics import Quantized, expand, storable_scale
 from tinier.schemes import Grid
 
@@ -36,8 +37,7 @@ def rescaled(weight: Tensor, quantized: Quantized, moments: Tensor, damp: float)
     weight: [out, in]. moments: [in, in], the mean of x xᵀ over the inputs. damp: added to its diagonal, in
     means of it. Scales are compared as they are stored, and keep their signs.
     """
-    hessian = moments.float().clone()
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    hessian = damped(moments.float(), damp)
     groups = quantized.scale.shape[1]
     scale = quantized.scale.clone()
     for rows in torch.arange(len(weight), device=weight.device).split(

@@ -9,7 +9,7 @@ input takes the a of least error in its layers' output, with weights and activat
 import torch
 from torch import Tensor
 
-from tinier.kernels import round_activations, static_scale
+from tinier.kernels import calibrated_scale, round_activations
 from tinier.quantization.awq import normalized
 from tinier.quantization.scales import to_nearest
 from tinier.schemes import Scheme
@@ -34,11 +34,8 @@ def smooth_factors(weight: Tensor, absmax: Tensor, sample: Tensor, scheme: Schem
         if step:
             factors = normalized(absmax.pow(strength) / column_max.pow(1 - strength))
         rounded = to_nearest(weight * factors, scheme.weights)
-        divided = sample / factors
-        scale = None
-        if scheme.input_scale_name:
-            scale = static_scale((absmax / factors).max(), scheme.activations)
-        inputs = round_activations(divided, scheme.activations, scale)
+        scale = calibrated_scale(scheme, absmax / factors)
+        inputs = round_activations(sample / factors, scheme.activations, scale)
         total = (inputs @ rounded.t() - exact).square().sum().item()
         if total < least:
             best, least = factors, total
