@@ -188,6 +188,8 @@ def test_a_quantization_for_a_target_fits_it(tiny: Tiny, tmp_path: Path) -> None
     assert suited(source, QuantizePlan(preset="int8"), "gguf").group_size is None
     with pytest.raises(SchemeError, match="no type for the numbers of FP8"):
         suited(source, QuantizePlan(preset="fp8"), "gguf")
+    with pytest.raises(SchemeError, match="GPTQ"):
+        suited(source, QuantizePlan(preset="fp8"), "gptq")
     with pytest.raises(SchemeError, match="E5M2"):
         suited(source, QuantizePlan(preset="fp8-e5m2"), "vllm")
     with pytest.raises(InputError, match="--for trt is not known"):

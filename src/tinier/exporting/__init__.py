@@ -8,7 +8,7 @@ with its source.
 from tinier.exporting.driver import export, plan_export
 from tinier.exporting.matrix import matrix, matrix_text
 from tinier.exporting.planned import planned, suited
-from tinier.exporting.targets import TARGETS, Target, refusal
+from tinier.exporting.targets import TARGETS, Target
 
 __all__ = [
     "TARGETS",
@@ -18,6 +18,5 @@ __all__ = [
     "matrix_text",
     "plan_export",
     "planned",
-    "refusal",
     "suited",
 ]

@@ -7,7 +7,6 @@ same is asked for again.
 import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from tinier.checkpoint import (
     copy_side_files,
     new_file,
     pack_linear,
-    quantization_config,
     resumable_folder,
     unpack_linear,
     write_atomically,
@@ -44,9 +42,9 @@ from tinier.exporting.gguf_model import MOST_APART, read_back, write_gguf
 from tinier.exporting.gguf_tokenizer import read_tokenizer
 from tinier.exporting.ollama import modelfile
 from tinier.exporting.onnx import build, check_builder
-from tinier.exporting.targets import TARGETS, check_target
+from tinier.exporting.targets import TARGETS, target_config, target_layout
 from tinier.exporting.triton import weights_folder
-from tinier.families import Geometry, checkpoint_layout, geometry_of, module_names, open_model
+from tinier.families import Geometry, checkpoint_layout, geometry_of, open_model
 from tinier.numerics import dequantize
 from tinier.progress import bar, warn
 from tinier.schemes import HEAD_LINEAR, Layout
@@ -57,15 +55,9 @@ def plan_export(source: Checkpoint, to: str) -> StagePlan:
     cannot read: why, and which preset would work."""
     if to not in TARGETS:
         raise InputError(f"--to {to} is not known. Targets: {', '.join(TARGETS)}.")
-    check_target(source, to)
+    config = target_config(source, to)
     if TARGETS[to].writes == "gguf":
         read_tokenizer(source)  # what it refuses is known before the work
-    config, layout = dict(source.config), _target_layout(source, to)
-    config.pop("quantization_config", None)
-    if layout is not None:
-        config["quantization_config"] = quantization_config(
-            layout, module_names(geometry_of(source))
-        )
     return StagePlan(
         stage="export",
         parameters={"to": to},
@@ -119,7 +111,7 @@ def _write_folder(
 ) -> dict[str, float]:
     to = stage.parameters["to"]
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(source, _target_layout(source, to), folder)
+    _write_tensors(source, target_layout(source, to), folder)
     write_config(folder, stage.output_config)
     copy_side_files(source, folder)
     _write_texts(folder, TARGETS[to].files(stage.output_config))
@@ -188,12 +180,6 @@ def _memory_bytes(geometry: Geometry, to: str) -> int:
     if TARGETS[to].writes == "onnx":
         return 3 * (geometry.layers * layer + 4 * table)
     return 8 * (table + layer) + 12 * CHECKED_TOKENS * geometry.vocab
-
-
-def _target_layout(source: Checkpoint, to: str) -> Layout | None:
-    """How the export stores the layers; None: in 16 bit, or as blocks of a GGUF file."""
-    layout, storage = checkpoint_layout(source), TARGETS[to].storage
-    return None if layout is None or storage is None else replace(layout, storage=storage)
 
 
 def _write_tensors(source: Checkpoint, layout: Layout | None, folder: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinier.checkpoint import Checkpoint
+from tinier.errors import SchemeError
 from tinier.exporting.planned import planned
-from tinier.exporting.targets import TARGETS, refusal
+from tinier.exporting.targets import TARGETS, target_config
 from tinier.quantization import QuantizePlan
 from tinier.schemes import PRESETS
 
@@ -56,4 +57,11 @@ def _checkpoint(plan: QuantizePlan | None) -> Checkpoint:
 
 
 def _reasons(source: Checkpoint) -> dict[str, str | None]:
-    return {to: refusal(source, to) for to in TARGETS}
+    found: dict[str, str | None] = {}
+    for to in TARGETS:
+        try:
+            target_config(source, to)
+            found[to] = None
+        except SchemeError as error:
+            found[to] = str(error).removeprefix(f"{source.folder} cannot go to {to}: ")
+    return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tinier.checkpoint import Checkpoint, TensorInfo, quantization_config
 from tinier.errors import InputError, SchemeError
-from tinier.exporting.targets import TARGETS, check_target
+from tinier.exporting.targets import TARGETS, target_config
 from tinier.families import geometry_of, linear_names, module_names
 from tinier.quantization import QuantizePlan
 from tinier.quantization.plan import chosen_presets, kv_grid
@@ -44,5 +44,5 @@ def suited(source: Checkpoint, plan: QuantizePlan, to: str) -> QuantizePlan:
     )
     if size is not None and plan.group_size is None and takes_size:
         plan = replace(plan, group_size=size)
-    check_target(planned(source, plan), to)
+    target_config(planned(source, plan), to)
     return plan

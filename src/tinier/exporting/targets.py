@@ -7,15 +7,16 @@ Versions that the rules were read from or seen with: docs/loading.md.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from tinier.checkpoint import Checkpoint
+from tinier.checkpoint import Checkpoint, quantization_config
 from tinier.checkpoint.modelopt import hf_quant_config
 from tinier.errors import SchemeError
 from tinier.exporting.gguf_model import gguf_refusal
 from tinier.exporting.onnx import onnx_refusal
 from tinier.exporting.triton import engine_repository, tensorrt_repository, vllm_repository
-from tinier.families import checkpoint_layout, geometry_of
+from tinier.families import checkpoint_layout, geometry_of, module_names
 from tinier.schemes import Layout, Storage
 
 Rule = Callable[[Checkpoint, Layout], str | None]
@@ -39,15 +40,28 @@ class Target(NamedTuple):
     """Text files of a model repository around the weights, by path, from the model's name"""
 
 
-def check_target(source: Checkpoint, to: str) -> None:
-    """Raises SchemeError for a checkpoint that one of TARGETS cannot take: why, and what would work."""
-    reason = refusal(source, to)
+def target_config(source: Checkpoint, to: str) -> dict[str, Any]:
+    """The config.json of a checkpoint that is exported to one of TARGETS. Raises SchemeError for one that
+    the target's loader, or the format of its tensors, cannot take: why, and what would work."""
+    reason = _refusal(source, to)
     if reason is not None:
         raise SchemeError(f"{source.folder} cannot go to {to}: {reason}")
+    config, layout = dict(source.config), target_layout(source, to)
+    config.pop("quantization_config", None)
+    if layout is not None:
+        config["quantization_config"] = quantization_config(
+            layout, module_names(geometry_of(source))
+        )
+    return config
 
 
-def refusal(source: Checkpoint, to: str) -> str | None:
-    """Why a checkpoint cannot be exported to one of TARGETS, and what would work; None: it can."""
+def target_layout(source: Checkpoint, to: str) -> Layout | None:
+    """How the export stores the layers; None: in 16 bit, or as blocks of a GGUF file."""
+    layout, storage = checkpoint_layout(source), TARGETS[to].storage
+    return None if layout is None or storage is None else replace(layout, storage=storage)
+
+
+def _refusal(source: Checkpoint, to: str) -> str | None:
     target, layout = TARGETS[to], checkpoint_layout(source)
     if target.writes == "gguf":
         return gguf_refusal(source)
