@@ -1,4 +1,4 @@
-"""Our presets against llm-compressor, ModelOpt and AutoRound: same model, same tokens, same measure.
+"""Our presets against four peers': same model, same tokens, same measure.
 
 Every row is a process of its own in its own environment; all are judged by benchmarks/peers/measure.py
 (transformers, float32, KL against the bf16 base in nats per token). Calibration: the first 32 × 512
@@ -7,6 +7,7 @@ Peers' environments are made once, each with `pip install torch==2.13.0` first:
 
     python3 -m venv ENVS/llmcompressor   # then llmcompressor==0.14.0.1
     python3 -m venv ENVS/modelopt        # then nvidia-modelopt[hf]==0.47.0
+    python3 -m venv ENVS/gptqmodel       # then gptqmodel==7.7.0
     python3 -m venv ENVS/autoround       # then auto-round==0.16.1
 
     python -m benchmarks.quantization_peers --envs ENVS --text wikitext-2/valid.txt --work DIR
@@ -67,6 +68,8 @@ ROWS = (
     Row("INT4 group 64", "llmcompressor", "int4-gptq"),
     Row("INT4 group 64", "llmcompressor", "int4-awq"),
     Row("INT4 group 64", "modelopt", "int4-awq"),
+    Row("INT4 group 64", "gptqmodel", "int4-gptq"),
+    Row("INT4 group 64", "gptqmodel", "int4-gptaq"),
     Row("INT4 group 64", "autoround", "int4-light"),
     Row("INT4 group 64", "ours", "int4", ("--group-size", "64")),
     Row("INT4 group 64", "ours", "int4-awq", ("--group-size", "64")),
@@ -75,8 +78,12 @@ ROWS = (
     # its 100 steps a layer take an hour on two cores; these are ten minutes
     Row("INT4 group 64", "ours", "int4-best", ("--group-size", "64", "--iterations", "20")),
     Row("INT4 group 64, zero points", "llmcompressor", "int4-awq-asym"),
+    Row("INT3 group 64", "gptqmodel", "int3-gptq"),
+    Row("INT3 group 64", "gptqmodel", "int3-gptaq"),
     Row("INT3 group 64", "autoround", "int3-light"),
     Row("INT3 group 64", "ours", "int3", _BETTER),
+    Row("INT2 group 64", "gptqmodel", "int2-gptq"),
+    Row("INT2 group 64", "gptqmodel", "int2-gptaq"),
     Row("INT2 group 64", "autoround", "int2-light"),
     Row("INT2 group 64", "ours", "int2", _BETTER),
 )

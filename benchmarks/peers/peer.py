@@ -1,4 +1,4 @@
-"""What the three peer scripts share: arguments, the clock around quantization, the report."""
+"""What the peer scripts share: arguments, the clock around quantization, the report."""
 
 import argparse
 import json

@@ -48,17 +48,22 @@ variants:
         ("from: pruned", "from: healed", "'healed' starts from itself|in a circle"),
         ("prune: {", "from: healed, prune: {", "pruned, healed need each other in a circle"),
         ("{prune: {keep_layers: 75%}}", "{}", "has exactly one stage"),
-        ("{steps: 4,", "{steps: x,", r"variants\.healed\.distill\.steps: Input should be a valid integer"),
+        ("{steps: 4,", "{steps: x,", r"variants\.healed\.distill\.steps: 'x' is not allowed. Use a whole number\."),
         ("base: model", "bse: model", "bse: unknown key. Did you mean 'base'"),
         ("  small:", "  base:", "are not 'base', which is the base model"),
         ("  small:", "  a/b:", "names have letters"),
         ("base: model", "base: model\nmeasure: {quality: {windws: 3}}", r"measure\.quality\.windws: unknown key. Did you mean 'windows'"),
-        ("base: model", "base: model\nmeasure: {speed: {repeats: 0}}", "greater than or equal to 1"),
-        ("base: model", "base: model\nmeasure: {speed: {concurrency: []}}", "at least 1 item"),
-        ("base: model", "base: model\nseed: -1", "greater than or equal to 0"),
-        ("base: model", "base: model\nseed: 99999999999999999999", "less than 9223372036854775808"),
+        ("base: model", "base: model\nmeasure: {speed: {repeats: 0}}", "repeats: 0 is not allowed. Use 1 or more"),
+        ("base: model", "base: model\nmeasure: {speed: {concurrency: []}}", r"concurrency: \[\] is not allowed. Use at least one entry"),
+        ("base: model", "base: model\nseed: -1", "seed: -1 is not allowed. Use 0 or more"),
+        ("base: model", "base: model\nseed: 99999999999999999999", "Use a number below 9223372036854775808"),
         ("base: model", "base: model\ndate: 2026-13-45", "not valid YAML: month must be in 1..12"),
-        ("base: model", "base: model\nmeasure: 3", "measure: Input should be a valid dictionary"),
+        ("base: model", "base: model\nmeasure: 3", "measure: 3 is not allowed. Use keys with values"),
+        ("base: model", "", "base: missing, and must be given"),
+        ("base: model", "base: 3", "base: 3 is not allowed. Use text"),
+        ("preset: fp8", "preset: fp8, symmetric: maybe", "'maybe' is not allowed. Use true or false"),
+        ("preset: fp8", "preset: fp8, drift: much", "'much' is not allowed. Use 'ignored' or 'corrected'"),
+        ("{keep_layers: 75%}", "{keep_layers: [1]}", r"prune\.keep_layers: \[1\] is not allowed. Use a whole number or text"),
         ("base: model", "base: model\ntext: {heldot: x}", "heldot: unknown key. Did you mean 'heldout'"),
     ],
 )  # fmt: skip
@@ -77,7 +82,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         load(tmp_path, "- a")
     path = tmp_path / "number.yaml"
     path.write_text(f"{GOOD}\nmeasure: 3")
-    with pytest.raises(RecipeError, match="measure: Input should be a valid dictionary"):
+    with pytest.raises(RecipeError, match="measure: 3 is not allowed. Use keys with values"):
         load_recipe(path, tensor_parallel=2)
 
 

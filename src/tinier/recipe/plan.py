@@ -5,7 +5,8 @@ write, so that a group size that does not divide or a layer out of range in the 
 now. `describe` estimates memory, disk and time of the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,23 +95,34 @@ def plan_recipe(recipe: Recipe) -> PlannedRun:
         )
     mmlu = load_mmlu(mmlu_plan(recipe)) if recipe.measure.mmlu else None
     tasks = _tasks(recipe)
-    workloads = tuple(
-        Workload(
-            concurrency=concurrency,
-            input_length=speed.input_length,
-            output_length=speed.output_length,
+    with _located("measure.speed"):
+        workloads = tuple(
+            Workload(
+                concurrency=concurrency,
+                input_length=speed.input_length,
+                output_length=speed.output_length,
+            )
+            for concurrency in sorted(set(speed.concurrency))  # the table shows the first and last
         )
-        for concurrency in sorted(set(speed.concurrency))  # the table shows the first and the last
-    )
     planned: dict[str, StagePlan] = {}
     models = {BASE: base}
     for name in recipe.order():
-        planned[name] = stage_of(recipe, name, models, parts).plan()
+        with _located(f"variants.{name}"):
+            planned[name] = stage_of(recipe, name, models, parts).plan()
         models[name] = replace(base, config=planned[name].output_config)
     check_shared(models, recipe.measure.tensor_parallel, recipe.device)
     return PlannedRun(
         recipe, base, parts, windows, long_windows, mmlu, tasks, workloads, loads, planned
     )
+
+
+@contextmanager
+def _located(place: str) -> Iterator[None]:
+    """Errors within say where in the recipe they are."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{place}: {error}") from None
 
 
 def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: str) -> None:

@@ -269,20 +269,76 @@ def load_recipe(path: Path | str, tensor_parallel: int | None = None) -> Recipe:
             values["measure"] = {**measure, "tensor_parallel": tensor_parallel}
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        places: dict[tuple[int | str, ...], list[Any]] = {}
+        for one in error.errors():
+            places.setdefault(_place(values, one), []).append(one)
+        # of a value that may be of several types, the one that it fits best has the errors inside it
+        outer = {place[:i] for place in places for i in range(len(place))}
+        problems = "\n".join(
+            f"  {_explain(place, found)}"
+            for place, found in places.items()
+            if place not in outer or found[0]["type"] == "value_error"
+        )
         raise RecipeError(f"recipe {path}:\n{problems}") from None
     return recipe
 
 
-def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
+def _place(values: Any, error: Any) -> tuple[int | str, ...]:
+    """An error's location in the recipe: without pydantic's names of the types that it tried."""
+    place: list[int | str] = []
+    for part in error["loc"]:
+        inside = isinstance(values, dict) and part in values
+        if inside or (isinstance(values, list) and isinstance(part, int)):
+            place.append(part)
+            values = values[part]
+    return (*place, error["loc"][-1]) if error["type"] == "missing" else tuple(place)
+
+
+def _explain(place: tuple[int | str, ...], errors: list[Any]) -> str:
+    """What is wrong at a place of the recipe; several errors: of each type that is allowed there."""
+    path, error = ".".join(str(part) for part in place), errors[0]
+    if error["type"] == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
-    known = _known_keys(error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-    return f"{path}: unknown key. {hint}"
+    if error["type"] == "missing":
+        return f"{path}: missing, and must be given."
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+        return f"{path}: unknown key. {hint}"
+    wanted = " or ".join(dict.fromkeys(_wanted(one) for one in errors))
+    return f"{path}: {error['input']!r} is not allowed. Use {wanted}."
+
+
+def _wanted(error: Any) -> str:
+    """What pydantic asks for, in the words of the other messages."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "int_type" | "int_parsing" | "int_from_float":
+            return "a whole number"
+        case "float_type" | "float_parsing":
+            return "a number"
+        case "finite_number":
+            return "a finite number"
+        case "string_type":
+            return "text in quotes"
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+        case "tuple_type" | "list_type":
+            return "a list: [...]"
+        case "dict_type" | "model_type":
+            return "keys with values: {KEY: VALUE}"
+        case "too_short":
+            return "at least one entry"
+        case "literal_error":
+            return str(limits["expected"])
+        case "greater_than_equal":
+            return f"{limits['ge']} or more"
+        case "less_than":
+            return f"a number below {limits['lt']}"
+        case _:
+            return f"what pydantic asks for ({error['msg']})"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
