@@ -307,6 +307,13 @@ def test_tensors_that_the_model_does_not_have_are_left_out(tiny: Tiny, tmp_path:
     assert not torch.equal(after["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
 
 
+def test_a_short_run_warms_up_shortly_and_a_low_rate_ends_lower() -> None:
+    assert DistillPlan(steps=100).warmup == 10
+    assert DistillPlan(steps=4).warmup == 0
+    assert DistillPlan(steps=12, lr=7e-6).last_lr == pytest.approx(1e-6)
+    assert DistillPlan(lr=3e-4).last_lr == 1e-5
+
+
 def test_learning_rate_warms_up_and_ends_at_the_minimum() -> None:
     rates = [learning_rate(PLAN, step) for step in range(PLAN.steps)]
     assert rates[0] == PLAN.lr / 2

@@ -39,8 +39,14 @@ def distill(
     ] = None,
     length: options.Length = 512,
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 7e-5,
-    min_lr: Annotated[float, typer.Option("--min-lr", help="Learning rate at the end.")] = 1e-5,
-    warmup_steps: Annotated[int, typer.Option("--warmup-steps", help="Linear warm-up.")] = 10,
+    min_lr: Annotated[
+        float | None,
+        typer.Option("--min-lr", help="Learning rate at the end; default 1e-5, or lr / 7 if less."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option("--warmup-steps", help="Linear warm-up; default 10, or steps / 5 if less."),
+    ] = None,
     loss: Annotated[
         str, typer.Option("--loss", help="forward-kl, reverse-kl or js (Jensen-Shannon).")
     ] = "forward-kl",

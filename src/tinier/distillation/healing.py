@@ -148,10 +148,7 @@ def _best_finalist(
     windows = calibration_windows(source, plan, documents)
     choices = choose(source, plan, windows, place)[: heal.finalists]
     steps = heal.finalist_steps
-    short = replace(
-        heal.distill, steps=steps, warmup_steps=min(heal.distill.warmup_steps, steps // 4),
-        eval_every=steps,
-    )  # fmt: skip
+    short = replace(heal.distill, steps=steps, warmup_steps=None, eval_every=steps)
     results: list[tuple[float, int]] = []
     for number, choice in enumerate(choices):
         started = time.monotonic()

@@ -50,10 +50,11 @@ class DistillPlan:
     """Tokens in one window."""
     lr: float = 7e-5
     """Highest learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate of the last step; cosine in between."""
-    warmup_steps: int = 10
-    """Steps of linear warm-up from 0."""
+    min_lr: float | None = None
+    """Learning rate of the last step; cosine in between. None: 1e-5, or a seventh of `lr` where that is
+    less."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 0. None: 10, or a fifth of `steps` where that is less."""
     loss: Kind = "forward-kl"
     """Divergence from the teacher's distribution."""
     temperature: float = 1.0
@@ -108,14 +109,16 @@ class DistillPlan:
             )
         if not 0 <= self.lr < math.inf:
             raise InputError(f"lr={self.lr}. Use a number from 0 on, such as 7e-5.")
-        if not 0 <= self.min_lr <= self.lr:
+        if not 0 <= self.last_lr <= self.lr:
             raise InputError(f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
-        if self.warmup_steps >= self.steps:
+        if self.warmup >= self.steps:
             raise InputError(
                 f"warmup_steps={self.warmup_steps} leaves no step of {self.steps}. Use 0 to "
                 f"{self.steps - 1}."
             )
-        for name in ("seed", "hidden_weight", "generated", "warmup_steps"):
+        if self.warmup < 0:
+            raise InputError(f"warmup_steps={self.warmup_steps}. Use 0 or more.")
+        for name in ("seed", "hidden_weight", "generated"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}. Use 0 or more.")
         if not 0 < self.temperature < math.inf:
@@ -159,6 +162,16 @@ class DistillPlan:
         return "selective" if self.quantize is None else "full"
 
     @property
+    def last_lr(self) -> float:
+        """Learning rate of the last step."""
+        return min(1e-5, self.lr / 7) if self.min_lr is None else self.min_lr
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return min(10, self.steps // 5) if self.warmup_steps is None else self.warmup_steps
+
+    @property
     def evaluations(self) -> int:
         """Steps between two looks at the held-out text."""
         return self.eval_every or max(1, self.steps // 5)
@@ -191,10 +204,10 @@ def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 def learning_rate(plan: DistillPlan, step: int) -> float:
     """Learning rate of step 0, 1, …: linear warm-up, then cosine from `lr` to `min_lr`."""
-    if step < plan.warmup_steps:
-        return plan.lr * (step + 1) / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(1, plan.steps - 1 - plan.warmup_steps)
-    return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    if step < plan.warmup:
+        return plan.lr * (step + 1) / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.steps - 1 - plan.warmup)
+    return plan.last_lr + (plan.lr - plan.last_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def plan_distill(

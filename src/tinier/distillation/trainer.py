@@ -302,7 +302,7 @@ class Trainer:
     def _fail(self, what: str) -> None:
         raise MeasuredFailure(
             f"{what}. Lower the learning rate (--lr {self._plan.lr / 3:.1e}) or lengthen the "
-            f"warm-up (--warmup-steps {2 * self._plan.warmup_steps + 1})."
+            f"warm-up (--warmup-steps {2 * self._plan.warmup + 1})."
         )
 
     def _save(self) -> None:

@@ -98,7 +98,7 @@ def _prune(design: Design, whole: Sizes, effort: Effort) -> Prune:
 def _distill(steps: int, rate: float, effort: Effort, quantize: Quantize | None = None) -> Distill:
     return Distill(
         steps=steps, batch=effort.batch, length=effort.training_length,
-        lr=rate, min_lr=rate / 10, warmup_steps=min(10, steps // 5), quantize=quantize,
+        lr=rate, min_lr=rate / 10, quantize=quantize,
     )  # fmt: skip
 
 

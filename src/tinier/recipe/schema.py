@@ -73,8 +73,8 @@ class Distill(_Strict):
     micro_batch: int | None = None
     length: int = 512
     lr: float = 7e-5
-    min_lr: float = 1e-5
-    warmup_steps: int = 10
+    min_lr: float | None = None
+    warmup_steps: int | None = None
     loss: Literal["forward-kl", "reverse-kl", "js"] = "forward-kl"
     temperature: float = 1.0
     ce_weight: float = 0.0
