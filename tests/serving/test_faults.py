@@ -269,3 +269,12 @@ def test_fuzzed_bodies_never_break_the_server(
     assert answer.status_code < 500 or answer.status_code == 504, answer.text
     assert "Traceback" not in answer.text
     assert "site-packages" not in answer.text
+
+
+def test_a_worker_whose_server_has_gone_while_it_loaded_ends_in_silence(
+    model_folders: dict[str, Path],
+) -> None:
+    here, there = multiprocessing.Pipe()
+    engine = Engine(open_model(str(model_folders["one"])), ENGINE)
+    here.close()
+    serve(there, engine)

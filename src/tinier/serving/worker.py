@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,7 +108,8 @@ def run(connection: Connection, spec: WorkerSpec) -> None:
     try:
         engine = spec.engine()
     except TinierError as error:
-        connection.send(Failed(None, str(error)))
+        with suppress(OSError):  # the server is gone
+            connection.send(Failed(None, str(error)))
         return
     engine.warm_up()
     serve(connection, engine)
@@ -118,10 +120,11 @@ def serve(connection: Connection, engine: Engine) -> None:
     paths = engine.decoder.paths.items()
     notes = [path if fast else f"{path} (no fast path on this device)" for path, fast in paths]
     decoder = engine.decoder
-    connection.send(
-        Ready(engine.limits, engine.num_blocks, engine.cache_bytes, decoder.weight_bytes, notes)
-    )
-    _Worker(connection, engine).run()
+    with suppress(EOFError, OSError):  # the server is gone
+        connection.send(
+            Ready(engine.limits, engine.num_blocks, engine.cache_bytes, decoder.weight_bytes, notes)
+        )
+        _Worker(connection, engine).run()
 
 
 class _Worker:
@@ -134,11 +137,8 @@ class _Worker:
         """Tokens of each output that the server has"""
 
     def run(self) -> None:
-        try:
-            while self._receive():
-                self._step()
-        except (EOFError, OSError):  # the server is gone
-            return
+        while self._receive():
+            self._step()
 
     def _receive(self) -> bool:
         """Take all messages that are there; wait for one if there is nothing to compute.
