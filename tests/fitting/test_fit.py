@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from tinier.fitting import Amount, Budget, Figures, FitPlan, Limits, describe, f
 from tinier.fitting import driver as driver_module
 from tinier.fitting import speed as speed_module
 from tinier.fitting.chains import Effort, variants_of
+from tinier.fitting.choices import default_formats, least_bytes
 from tinier.fitting.costs import Costs, Design
 from tinier.fitting.speed import SpeedTable, Times, between
 from tinier.kernels.machine import Machine
@@ -285,9 +287,13 @@ def test_a_budget_that_cannot_be_kept(
     capsys: pytest.CaptureFixture[str], clock: Any,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
+    geometry = geometry_of(source)
+    # what is not refused beforehand, and less than tokenizer, scales and norms leave room for
+    formats = default_formats(FORMATS, geometry, CPU)
+    least = math.ceil(least_bytes(geometry, formats, 64)) + 1
     arguments = ["fit", str(source.folder), "--text", str(text_file), "--device", "cpu", "--out", str(out),
                  "--windows", "4", "--length", "64", "--load", "8/4@2", "--time", "10m", "--quiet",
-                 "--formats", ",".join(FORMATS), "--no-train", "--max-size", "1KB"]  # fmt: skip
+                 "--formats", ",".join(FORMATS), "--no-train", "--max-size", f"{least}B"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["tinier", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -367,4 +373,8 @@ def test_bad_input_is_refused_before_any_work(
     plan = plan_for(source, text_file, min_quality=0.9)
     with pytest.raises(InputError, match="Presets"):
         fit(replace(plan, formats=("int5",)), tmp_path / "run", command="test")
+    for option in ("max_size", "max_memory"):
+        small = plan_for(source, text_file, **{option: Amount(1000, relative=False)})
+        with pytest.raises(InputError, match=rf"--{option.replace('_', '-')} 0.0MB cannot be kept"):
+            fit(small, tmp_path / "run", command="test")
     assert not (tmp_path / "run").exists()

@@ -262,9 +262,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
+        inside = sorted(folder.glob("*.gguf"))
         raise CheckpointError(
             f"{folder} has no config.json, so it is not a Hugging Face model folder. "
-            "Give the folder that holds config.json and *.safetensors."
+            + (
+                f"Give its GGUF file: {inside[0]}"
+                if inside
+                else "Give the folder that holds config.json and *.safetensors."
+            )
         )
     config = read_json(path)
     if "auto_map" in config:

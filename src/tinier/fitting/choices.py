@@ -7,7 +7,7 @@ import torch
 from tinier.families import Geometry
 from tinier.kernels.machine import machine_of
 from tinier.pruning import PrunePlan, Sizes
-from tinier.pruning.plan import possible_sizes
+from tinier.pruning.plan import possible_sizes, resized
 from tinier.quantization.plan import format_named
 from tinier.schemes import Preset
 
@@ -35,6 +35,22 @@ def default_formats(
         for name, shape in geometry.linears.items():
             preset.scheme.check_fits(f"{label}: {name}", shape)
     return found
+
+
+def least_bytes(geometry: Geometry, formats: Mapping[str, Preset], align: int | None) -> float:
+    """Fewer bytes than any model has that `fit` may choose: the codes alone of its narrowest formats, at
+    the smallest sizes. align: of pruned widths; None: sizes stay."""
+    sizes = [Sizes.of(geometry)]
+    if align is not None:
+        sizes = list(possible_sizes(geometry, PrunePlan(target="1B", align=align)))
+    bits = min(preset.scheme.weights.bits for preset in formats.values())
+
+    def of(one: Geometry) -> float:
+        linear = one.layers * sum(rows * columns for rows, columns in one.linears.values())
+        head = 0 if one.tied_head else 16
+        return (linear * bits + one.vocab * one.hidden * (4 + head)) / 8
+
+    return min(of(resized(geometry, one)) for one in sizes)
 
 
 def possible_widths(geometry: Geometry, formats: Mapping[str, Preset], align: int) -> list[Sizes]:

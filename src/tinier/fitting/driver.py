@@ -34,7 +34,7 @@ from tinier.errors import InputError
 from tinier.families import check_length, geometry_of, open_model
 from tinier.fitting.budget import AT_LEAST, Budget, Figures, Limits
 from tinier.fitting.chains import Effort, name_of, variants_of
-from tinier.fitting.choices import default_formats, first_tries, measured_widths
+from tinier.fitting.choices import default_formats, first_tries, least_bytes, measured_widths
 from tinier.fitting.costs import Costs, Design
 from tinier.fitting.results import RESULT, SCHEMA, Alternative, FitResults, Point, Tried
 from tinier.fitting.sensitivity import Sensitivity, measure
@@ -142,6 +142,7 @@ class _Search:
         self._device = pick_device(plan.device)
         self._formats = default_formats(plan.formats, self._geometry, self._device)
         self._effort = _effort(plan, self._device)
+        self._check_least()
         planned = plan_recipe(self._recipe(self._uniform()))
         self._windows = token_windows(
             load_tokenizer(self._source),
@@ -157,6 +158,22 @@ class _Search:
         self._spent = 0.0
         self._per_variant = 60.0
         self._named_before: set[str] = set()
+
+    def _check_least(self) -> None:
+        """Raise InputError for bytes that no model would keep."""
+        budget, align = self._plan.budget, self._effort.align if self._plan.prune else None
+        least = least_bytes(self._geometry, self._formats, align)
+        asked = {"--max-size": budget.max_size, "--max-memory": budget.max_memory}
+        for option, amount in asked.items():
+            if amount is None or (amount.relative and option == "--max-memory"):
+                continue  # the base's memory is not known yet
+            allowed = amount.of(self._source.disk_bytes)
+            if allowed < least:
+                raise InputError(
+                    f"{option} {allowed / 1e6:.1f}MB cannot be kept: the smallest model that fit could "
+                    f"choose has over {least / 1e6:.1f}MB. Allow more"
+                    + (", or give narrower --formats, such as int2." if self._plan.formats else ".")
+                )
 
     # --- the whole
 
@@ -209,6 +226,11 @@ class _Search:
             f"about {rounding / 60:.1f} minutes to round all parts, {parts / 60:.1f} to measure each alone;"
             " then candidates, each made and measured, and training, until the time is spent",
         ]
+        if rounding + parts > budget.seconds and not any((self._out / "fit").glob("measures-*")):
+            lines.append(
+                "that is more than --time: it will be overrun, and no more than the first candidates made. "
+                f"Give --time {3 * (rounding + parts) / 60:.0f}m, or fewer --formats"
+            )
         return {
             "lines": lines, "rounding_seconds": rounding, "parts_seconds": parts, "seconds": budget.seconds,
             "uniform": [candidate.name for candidate in self._uniform()], "formats": list(self._formats),
