@@ -21,7 +21,8 @@ MODEL = "smollm2-135m"
 WINDOWS, LENGTH = 4, 128
 NO_DATA = ("fp8", "fp8-e5m2", "int8", "nvfp4-w4a16", "mxfp4-w4a16")
 CALIBRATED = ("fp8-gptq", "fp8-static", "int8-sq", "int8-w8a16", "nvfp4", "mxfp4")
-GROUPED = ("int4", "int4-awq", "int4-gptq", "int4-best", "w4a8", "w4a8-int8", "int3", "int2")
+GROUPED = ("int4", "int4-awq", "int4-gptq", "int4-best", "w4a8", "w4a8-int8", "int3",
+           "int3-best", "int2")  # fmt: skip
 FEW = ("--windows", "8")
 """Whether it loads and agrees does not depend on how good the codes are."""
 GROUPS = ("--group-size", "64")
@@ -33,7 +34,8 @@ def commands() -> dict[str, tuple[str, ...]]:
     made |= {name: ("quantize", "--preset", name) for name in NO_DATA}
     made |= {name: ("quantize", "--preset", name, *FEW) for name in CALIBRATED}
     made |= {name: ("quantize", "--preset", name, *GROUPS, *FEW) for name in GROUPED}
-    made["int4-best"] += ("--iterations", "2")
+    for name in ("int4-best", "int3-best"):
+        made[name] += ("--iterations", "2")
     made["fp8-block"] = ("quantize", "--preset", "fp8-block", *GROUPS)  # 128 does not divide 576
     made["int4, zero points"] = ("quantize", "--preset", "int4", "--asymmetric", *GROUPS)
     made["mixed, 5 bits"] = (

@@ -32,7 +32,9 @@ DRAWN = {
     4000: ["qwen3-moe", "mixtral"],
 }
 """Families of the draws from 1,000 on"""
-NAMES = [None, *(name for name in PRESETS if name != "int4-best"), "int4-best"]
+LATER = ("int4-best", "int3-best")
+"""Presets that came when the draws were there"""
+NAMES = [None, *(name for name in PRESETS if name not in LATER), *LATER]
 
 
 @dataclass(frozen=True)

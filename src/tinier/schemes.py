@@ -298,6 +298,10 @@ PRESETS: dict[str, Preset] = {
         scheme=Scheme(weights=replace(_INT4, bits=3)),
         algorithm=_AWQ_GPTQ,
     ),
+    "int3-best": Preset(
+        scheme=Scheme(weights=replace(_INT4, bits=3)),
+        algorithm=replace(_AWQ_GPTQ, rounding="learned"),
+    ),
     "int2": Preset(
         scheme=Scheme(weights=replace(_INT4, bits=2)),
         algorithm=_AWQ_GPTQ,

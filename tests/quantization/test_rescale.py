@@ -87,4 +87,4 @@ def test_a_group_of_zero_codes_keeps_its_scale() -> None:
 
 def test_which_scales_are_solved_for() -> None:
     can = {name for name, preset in PRESETS.items() if can_rescale(preset.scheme.weights)}
-    assert can == {"int3", "int2"}
+    assert can == {"int3", "int3-best", "int2"}

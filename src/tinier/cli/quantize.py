@@ -118,7 +118,7 @@ def quantize(
       nvfp4        FP4 weights and activations in blocks of 16, SmoothQuant, GPTQ; nvfp4-w4a16: weights
                    only, GPTQ
       mxfp4        the same in blocks of 32; mxfp4-w4a16: weights only, GPTQ
-      int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ
+      int3, int2   INT3, INT2 weights in groups, AWQ and GPTQ; int3-best: rounding and scales learned
       mixed        the format of each layer that loses least within --bits, of --formats; mixed-best:
                    then learns the rounding of 2 to 4 bits, slower
       null         no quantization: every weight as it is
