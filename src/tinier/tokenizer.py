@@ -8,6 +8,7 @@ end token that the tokenizer would like to append.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
@@ -89,11 +90,20 @@ class Tokenizer:
                 "tokenizer that belongs to the model, or a text without this token."
             )
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, opens_reply: bool) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, opens_reply: bool, continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """A conversation as the model's template writes it, BOS included where it does.
 
-        opens_reply: with the opening of the assistant's turn. Raises TextError.
+        opens_reply: with the opening of the assistant's turn. continues: the last message is left open.
+        variables: more of what the template knows, such as enable_thinking. Raises TextError.
         """
+        taken = signature(self.inner.apply_chat_template).parameters
+        for name in (variables or {}).keys() & taken:
+            raise TextError(
+                f"{name!r} is no variable of a chat template. Leave it out of its variables."
+            )
         if not self.has_template:
             raise TextError(
                 "the model has no chat template, and this is a conversation. Use a model that has one, or "
@@ -101,7 +111,11 @@ class Tokenizer:
             )
         try:
             text: str = self.inner.apply_chat_template(
-                list(messages), add_generation_prompt=opens_reply, tokenize=False
+                list(messages),
+                add_generation_prompt=opens_reply,
+                continue_final_message=continues,
+                tokenize=False,
+                **(variables or {}),
             )
         except Exception as error:  # a template is a program: it may raise anything
             # the template's own words are meant for the user; what else fails in it is not

@@ -11,6 +11,7 @@ import openai
 import pytest
 from tests.serving.conftest import ENGINE
 
+import tinier
 from tinier.cli.serve import serve
 from tinier.engine import Engine, SamplingParams
 from tinier.errors import InputError
@@ -84,6 +85,168 @@ def test_chat_goes_through_the_template(client: openai.OpenAI) -> None:
     chunks: list[Any] = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == plain.choices[0].text
+
+
+def asked(service: Service, path: str, **body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{service.url}{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def told(service: Service, path: str, **body: Any) -> str:
+    """What a refusal says."""
+    answer = httpx.post(f"{service.url}{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    return str(answer.json()["error"]["message"])
+
+
+def test_an_answer_goes_on_with_its_own_beginning(service: Service) -> None:
+    greedy = {"model": "one", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    question, begun = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, I"}
+    chat = asked(service, "/v1/chat/completions", **greedy, messages=[question, begun],
+                 continue_final_message=True)  # fmt: skip
+    plain = asked(service, "/v1/completions", **greedy, prompt="<user>Hi<assistant>Well, I")
+    assert chat["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    assert "Leave one of them out" in told(
+        service, "/v1/chat/completions", **greedy, messages=[question, begun], **both
+    )
+    assert "the last message is the user's" in told(
+        service, "/v1/chat/completions", **greedy, messages=[question], continue_final_message=True
+    )
+
+
+def test_a_template_s_variables(service: Service) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+
+    def text(**more: Any) -> str:
+        made = asked(service, "/tokenize", model="one", messages=messages, **more)
+        return str(asked(service, "/detokenize", model="one", tokens=made["tokens"])["prompt"])
+
+    assert text() == "<user>Hi<assistant>"
+    assert text(add_generation_prompt=False) == "<user>Hi"
+    assert text(chat_template_kwargs={"thinks": True}) == "<user>Hi<assistant><think>"
+    for name in ("chat_template", "tokenize", "add_generation_prompt"):
+        refused = told(service, "/v1/chat/completions", model="one", messages=messages,
+                       chat_template_kwargs={name: "x"})  # fmt: skip
+        assert f"'{name}' is no variable of a chat template" in refused
+
+
+def test_text_to_ids_and_back(service: Service, model_folders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(open_model(str(model_folders["one"])))
+    made = asked(service, "/tokenize", model="one", prompt="Hi é", return_token_strs=True)
+    assert made["tokens"] == tokenizer.encode("Hi é")
+    assert (made["count"], made["max_model_len"]) == (len(made["tokens"]), 256)
+    assert len(made["token_strs"]) == made["count"]
+    assert asked(service, "/detokenize", model="one", tokens=made["tokens"]) == {"prompt": "Hi é"}
+    assert "this server has one, two" in told(service, "/tokenize", prompt="Hi")
+    assert "either prompt or messages" in told(service, "/tokenize", model="one")
+    assert "knows 264 tokens" in told(service, "/detokenize", model="one", tokens=[999])
+    assert httpx.get(f"{service.url}/version").json() == {"version": tinier.__version__}
+    assert httpx.get(f"{service.url}/ping").status_code == 200
+
+
+def test_as_many_tokens_as_fit(service: Service) -> None:
+    room = asked(service, "/tokenize", model="one", prompt="x")["max_model_len"]
+    endless = {"temperature": 0, "ignore_eos": True, "model": "one"}
+    prompt, messages = "x" * (room - 20), [{"role": "user", "content": "x" * (room - 40)}]
+    for most in (-1, None):
+        made = asked(service, "/v1/completions", **endless, prompt=prompt, max_tokens=most)
+        assert made["usage"]["total_tokens"] == room
+        for name in ("max_tokens", "max_completion_tokens"):
+            made = asked(
+                service, "/v1/chat/completions", **endless, messages=messages, **{name: most}
+            )
+            assert made["usage"]["total_tokens"] == room
+    made = asked(service, "/v1/completions", **endless, prompt="x")
+    assert made["usage"]["completion_tokens"] == 16  # OpenAI's, where nothing is said
+    assert "asks for no answer" in told(
+        service, "/v1/chat/completions", **endless, messages=messages, max_tokens=0
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_alone_is_scored(service: Service, stream: bool) -> None:
+    scored = {"model": "one", "prompt": PROMPT, "echo": True, "logprobs": 2, "temperature": 0}
+    whole = asked(service, "/v1/completions", **scored, max_tokens=3)
+    if stream:
+        answer = httpx.post(f"{service.url}/v1/completions",
+                            json={**scored, "max_tokens": 0, "stream": True,
+                                  "stream_options": {"include_usage": True}})  # fmt: skip
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if "{" in line]
+        *pieces, last = events
+        choice = pieces[0]["choices"][0]
+        choice |= {"text": "".join(piece["choices"][0]["text"] for piece in pieces),
+                   "finish_reason": pieces[-1]["choices"][0]["finish_reason"]}  # fmt: skip
+        usage = last["usage"]
+    else:
+        made = asked(service, "/v1/completions", **scored, max_tokens=0)
+        choice, usage = made["choices"][0], made["usage"]
+    assert choice["text"] == PROMPT
+    assert choice["finish_reason"] == "length"
+    assert usage["completion_tokens"] == 0
+    known = whole["choices"][0]["logprobs"]
+    assert choice["logprobs"]["tokens"] == known["tokens"][: len(PROMPT)]
+    assert choice["logprobs"]["token_logprobs"] == known["token_logprobs"][: len(PROMPT)]
+    assert "asks for nothing but the prompt" in told(
+        service, "/v1/completions", model="one", prompt="x", max_tokens=0
+    )
+
+
+def test_ids_of_tokens_are_given_where_asked_for(service: Service) -> None:
+    greedy = {"model": "one", "max_tokens": 6, "temperature": 0, "ignore_eos": True,
+              "return_token_ids": True}  # fmt: skip
+    made = asked(service, "/v1/completions", **greedy, prompt=PROMPT)["choices"][0]
+    assert (
+        made["prompt_token_ids"]
+        == asked(service, "/tokenize", model="one", prompt=PROMPT)["tokens"]
+    )
+    assert len(made["token_ids"]) == 6
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = asked(service, "/v1/chat/completions", **greedy, messages=messages)
+    assert (
+        chat["prompt_token_ids"]
+        == asked(service, "/tokenize", model="one", messages=messages)["tokens"]
+    )
+    for path, body in (
+        ("completions", {"prompt": PROMPT}),
+        ("chat/completions", {"messages": messages}),
+    ):
+        answer = httpx.post(f"{service.url}/v1/{path}", json={**greedy, **body, "stream": True})
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if "{" in line]
+        ids = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+        with_prompt = [
+            i for i, chunk in enumerate(chunks) if "prompt_token_ids" in json.dumps(chunk)
+        ]
+        assert with_prompt == [0]
+        assert ids == (made if path == "completions" else chat["choices"][0])["token_ids"]
+
+
+def test_special_tokens_and_stop_strings_are_shown_where_asked_for(
+    service: Service, model_folders: dict[str, Path]
+) -> None:
+    greedy = {
+        "model": "one",
+        "prompt": PROMPT,
+        "max_tokens": 30,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    special = load_tokenizer(open_model(str(model_folders["one"]))).special_ids
+    name, token = next(iter(special.items()))
+    pushed = {**greedy, "logit_bias": {str(token): 100}, "max_tokens": 2}
+    for shown, text in ((False, name * 2), (True, "")):
+        made = asked(service, "/v1/completions", **pushed, skip_special_tokens=shown)
+        assert made["choices"][0]["text"] == text
+    text = asked(service, "/v1/completions", **greedy)["choices"][0]["text"]
+    stop = text[5:8]
+    before = text[: text.index(stop)]
+    for included, ends in ((False, before), (True, before + stop)):
+        made = asked(
+            service, "/v1/completions", **greedy, stop=stop, include_stop_str_in_output=included
+        )
+        assert made["choices"][0]["text"] == ends
 
 
 def test_several_prompts_and_outputs(client: openai.OpenAI) -> None:

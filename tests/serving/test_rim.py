@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -195,11 +194,10 @@ def test_origins_that_are_none() -> None:
 
 def test_a_prompt_longer_than_the_server_takes_is_told_its_own_limit() -> None:
     limits = Limits(vocab=264, max_input_len=4, room=100)
-    model: Any = SimpleNamespace(ready=SimpleNamespace(limits=limits))
     with pytest.raises(ApiError, match="takes prompts of 4 tokens at most. However, yours has 5"):
-        _check_length(model, [1] * 5, 8)
+        _check_length(limits, [1] * 5, 8)
     with pytest.raises(ApiError, match="maximum context length is 100 tokens. .* requested 104"):
-        _check_length(model, [1] * 4, 100)
+        _check_length(limits, [1] * 4, 100)
 
 
 def test_times_that_are_no_numbers() -> None:

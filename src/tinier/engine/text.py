@@ -52,16 +52,22 @@ def stop_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, .
 class TextStream:
     """Turns a stream of token ids into text pieces, up to a stop string if there is one.
 
-    The pieces together are what the tokenizer makes of all ids, special tokens skipped. A piece holds no
+    The pieces together are what the tokenizer makes of all ids, special tokens skipped unless
+    `skip_special_tokens` is False. A piece holds no
     incomplete character and no text that may be the beginning of a stop string. The stop string that is
     complete first ends the text, however the tokens cut it; of several that end there, the longest. One
-    that is complete within the first `min_tokens` does not count.
+    that is complete within the first `min_tokens` does not count. The text ends before the stop string,
+    or, with `include_stop`, behind it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0, *,
+        skip_special_tokens: bool = True, include_stop: bool = False,
+    ) -> None:  # fmt: skip
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._held = ""
         self._early = 0
         """Characters of what is held that were there when stop strings did not count yet."""
@@ -113,8 +119,8 @@ class TextStream:
             if (at := text.find(s, max(0, self._early - len(s) + 1))) >= 0
         ]
         if found:
-            _, at, self.stopped = min(found)
-            return text[:at]
+            end, at, self.stopped = min(found)
+            return text[: end if self._include_stop else at]
         longest = max(len(s) for s in self._stop) - 1
         for at in range(max(0, len(text) - longest), len(text)):
             if any(s.startswith(text[at:]) for s in self._stop):
@@ -137,10 +143,12 @@ class Detokenizer:
     does not touch the new text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         added = tokenizer.added_tokens_decoder
-        self._special = {token for token, content in added.items() if content.special}
+        special = {token for token, content in added.items() if content.special}
+        self._special = special if skip_special_tokens else set()
         self._size = max(len(tokenizer), *(token + 1 for token in added), 0)
         self._ids: list[int] = []
         self._sent = 0
@@ -187,4 +195,4 @@ class Detokenizer:
                 return
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skips)

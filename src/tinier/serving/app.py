@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import tinier
 from tinier.errors import InputError, TinierError
 from tinier.serving.generation import Generation, start_chat, start_completion
 from tinier.serving.metrics import Metrics
@@ -33,17 +34,20 @@ from tinier.serving.protocol import (
     ApiError,
     ChatBody,
     CompletionBody,
+    DetokenizeBody,
     LoadBody,
+    TokenizeBody,
     UnloadBody,
     event,
 )
 from tinier.serving.store import ModelStore, Source
+from tinier.serving.tokens import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 Start = Callable[[Model, Any], Awaitable[Generation]]
-_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/metrics", "/")
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics", "/")
 _RETRY_AFTER = 1
 _LAST_WORDS_SECONDS = 10
 # of all requests together, while they are read: their number has no limit before the queue's
@@ -122,6 +126,17 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
         model = _find(server, request.path_params["name"])
         return JSONResponse(_model_entry(server.store, model))
 
+    async def tokens(request: Request) -> Response:
+        body = await _body(server, request, TokenizeBody)
+        return JSONResponse(await tokenize(_find_or_only(server, body.model), body))
+
+    async def text(request: Request) -> Response:
+        body = await _body(server, request, DetokenizeBody)
+        return JSONResponse(await detokenize(_find_or_only(server, body.model), body))
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": tinier.__version__})
+
     async def load(request: Request) -> Response:
         body = await _body(server, request, LoadBody)
         source = _allowed_source(server, body.model)
@@ -165,7 +180,11 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
             Route("/v1/models/load", load, methods=["POST"]),
             Route("/v1/models/unload", unload, methods=["POST"]),
             Route("/v1/models/{name:path}", one_model),
+            Route("/tokenize", tokens, methods=["POST"]),
+            Route("/detokenize", text, methods=["POST"]),
+            Route("/version", version),
             Route("/health", ready),
+            Route("/ping", ready, methods=["GET", "POST"]),
             Route("/health/ready", ready),
             Route("/health/live", live),
             Route("/metrics", metrics),
@@ -431,6 +450,20 @@ def _find(server: Server, label: str) -> Model:
     if model is None:
         raise _not_found(label)
     return model
+
+
+def _find_or_only(server: Server, label: str | None) -> Model:
+    """Raises ApiError where no model is named, and there are several."""
+    if label is not None:
+        return _find(server, label)
+    names = {model.name for model in server.store.models}
+    if len(names) != 1:
+        raise ApiError(
+            400,
+            f"Say which model: this server has {', '.join(sorted(names)) or 'none'}.",
+            param="model",
+        )
+    return _find(server, names.pop())
 
 
 def _not_found(label: str) -> ApiError:

@@ -6,16 +6,14 @@ and `Generation.events` then give the answer.
 
 import asyncio
 import json
-import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
-from tinier.engine import TokenLogprobs
+from tinier.engine import Limits, TokenLogprobs
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
 from tinier.serving.model import Delta, Job, Model, Unavailable
@@ -26,6 +24,7 @@ from tinier.serving.protocol import (
     CompletionBody,
     CompletionLogprobs,
     chat_logprobs,
+    conversation_text,
     event,
     usage,
 )
@@ -38,21 +37,26 @@ class Choice:
     """One output on its way to text."""
 
     def __init__(
-        self,
-        index: int,
-        job: Job,
-        model: Model,
-        stop: tuple[str, ...],
-        min_tokens: int,
-        prefix: str,
+        self, index: int, job: Job, model: Model, body: CompletionBody | ChatBody, prefix: str = ""
     ) -> None:
         self.index = index
         self.job = job
         self.prefix = prefix
         """What goes before the text: the prompt, where it is echoed"""
-        self._stop = stop
+        self._is_prompt_alone = body.max_tokens == 0
+        """Only the prompt was asked about: the token that is computed behind it is not given"""
+        self._stop = job.params.stop
         self._tokenizer = model.tokenizer
-        self._stream = TextStream(model.tokenizer, stop, min_tokens)
+        self._skips = body.skip_special_tokens is not False
+        self._stream = TextStream(
+            model.tokenizer, self._stop, job.params.min_tokens, skip_special_tokens=self._skips,
+            include_stop=bool(body.include_stop_str_in_output),
+        )  # fmt: skip
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of the answer."""
+        return 0 if self._is_prompt_alone else self.job.num_tokens
 
     def push(self, delta: Delta) -> str:
         piece = self._stream.push(*delta.tokens)
@@ -61,17 +65,25 @@ class Choice:
         prefix, self.prefix = self.prefix, ""
         return prefix + piece
 
-    async def whole(self) -> tuple[str, list[TokenLogprobs]]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What comes of it."""
+        async for delta in self.job.deltas():
+            if self._is_prompt_alone:
+                delta = Delta([], [], "length" if delta.finished else None)
+            yield delta
+
+    async def whole(self) -> tuple[str, Delta]:
+        """The text, and all deltas as one."""
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
-        async for delta in self.job.deltas():
+        async for delta in self.deltas():
             tokens += delta.tokens
             logprobs += delta.logprobs
         if self._stop:
             text = self._stream.push(*tokens) + self._stream.close()
         else:
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return self.prefix + text, logprobs
+            text = self._tokenizer.decode(tokens, skip_special_tokens=self._skips)
+        return self.prefix + text, Delta(tokens, logprobs, delta.finished)
 
 
 class Generation(ABC):
@@ -82,14 +94,15 @@ class Generation(ABC):
     id_prefix = ""
 
     def __init__(
-        self, model: Model, label: str, choices: list[Choice], *, wants_usage: bool
+        self, model: Model, choices: list[Choice], body: CompletionBody | ChatBody
     ) -> None:
         self.model = model
         self.choices = choices
-        self._wants_usage = wants_usage
+        self._wants_usage = body.wants_usage
+        self._gives_ids = bool(body.return_token_ids)
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()),
-            "model": label,
+            "model": body.model,
         }  # fmt: skip
         head = json.dumps({**self.head, "object": self.chunk_name}, ensure_ascii=False)
         self._chunk_head = head[:-1] + ', "choices": [{"index": '
@@ -98,10 +111,11 @@ class Generation(ABC):
         """The answer as one object."""
         made = await asyncio.gather(*(choice.whole() for choice in self.choices))
         choices = [
-            self._choice(choice, text, logprobs)
-            for choice, (text, logprobs) in zip(self.choices, made, strict=True)
+            self._choice(choice, text, delta)
+            for choice, (text, delta) in zip(self.choices, made, strict=True)
         ]
-        return {**self.head, "object": self.object_name, "choices": choices, "usage": self._usage()}
+        answer = {**self.head, "object": self.object_name, "choices": choices}
+        return {**answer, "usage": self._usage(), **self._beside()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -109,7 +123,7 @@ class Generation(ABC):
             async for choice, delta in news:
                 piece = choice.push(delta)
                 # also where the text is empty, as of half a character: it says that a token came
-                yield self._chunk(choice, piece, delta.logprobs, delta.finished)
+                yield self._chunk(choice, piece, delta)
         if self._wants_usage:
             yield event(
                 {**self.head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
@@ -126,24 +140,27 @@ class Generation(ABC):
             jobs.setdefault(id(choice.job.prompt), choice.job)
         prompt = sum(len(job.prompt) for job in jobs.values())
         cached = sum(job.num_reused for job in jobs.values())
-        return usage(prompt, cached, sum(choice.job.num_tokens for choice in self.choices))
+        return usage(prompt, cached, sum(choice.num_tokens for choice in self.choices))
 
-    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
-        return {
-            "index": choice.index, **self._content(text), "logprobs": self._score(choice, logprobs),
-            "finish_reason": choice.job.finished,
-        }  # fmt: skip
+    def _choice(self, choice: Choice, text: str, delta: Delta) -> dict[str, Any]:
+        return {"index": choice.index, **self._content(text), **self._rest(choice, delta)}
 
-    def _chunk(
-        self, choice: Choice, piece: str, logprobs: list[TokenLogprobs], finished: str | None
-    ) -> bytes:
+    def _chunk(self, choice: Choice, piece: str, delta: Delta) -> bytes:
         # the head is the same for all of a stream, and made once
-        rest = {
-            **self._piece(choice, piece), "logprobs": self._score(choice, logprobs),
-            "finish_reason": finished,
-        }  # fmt: skip
-        tail = json.dumps(rest, ensure_ascii=False)[1:]
-        return f"data: {self._chunk_head}{choice.index}, {tail}]}}\n\n".encode()
+        rest = {**self._piece(choice, piece), **self._rest(choice, delta)}
+        tail = json.dumps(rest, ensure_ascii=False)[1:] + "]"
+        beside = self._beside()
+        tail += f", {json.dumps(beside)[1:]}" if beside else "}"
+        return f"data: {self._chunk_head}{choice.index}, {tail}\n\n".encode()
+
+    def _beside(self) -> dict[str, Any]:
+        """What the answer, or the first chunk of a stream, has beside its choices."""
+        return {}
+
+    def _rest(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """What a choice has beside its text."""
+        rest = {"logprobs": self._score(choice, delta.logprobs), "finish_reason": delta.finished}
+        return {**rest, "token_ids": delta.tokens} if self._gives_ids else rest
 
     @abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
@@ -162,12 +179,18 @@ class Completion(Generation):
     object_name = chunk_name = "text_completion"
     id_prefix = "cmpl"
 
-    def __init__(
-        self, model: Model, label: str, choices: list[Choice], body: CompletionBody
-    ) -> None:
-        super().__init__(model, label, choices, wants_usage=body.wants_usage)
+    def __init__(self, model: Model, choices: list[Choice], body: CompletionBody) -> None:
+        super().__init__(model, choices, body)
         self._scores = body.logprobs is not None
         self._logprobs = {choice: CompletionLogprobs(model.tokenizer) for choice in choices}
+        self._begun: set[Choice] = set()
+
+    def _rest(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        rest = super()._rest(choice, delta)
+        if self._gives_ids and choice not in self._begun:
+            self._begun.add(choice)
+            rest["prompt_token_ids"] = choice.job.prompt
+        return rest
 
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -189,10 +212,15 @@ class Chat(Generation):
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    def __init__(self, model: Model, label: str, choices: list[Choice], body: ChatBody) -> None:
-        super().__init__(model, label, choices, wants_usage=body.wants_usage)
+    def __init__(self, model: Model, choices: list[Choice], body: ChatBody) -> None:
+        super().__init__(model, choices, body)
         self._scores = bool(body.logprobs)
         self._begun: set[Choice] = set()
+        self._owes_prompt = self._gives_ids
+
+    def _beside(self) -> dict[str, Any]:
+        owes, self._owes_prompt = self._owes_prompt, False
+        return {"prompt_token_ids": self.choices[0].job.prompt} if owes else {}
 
     def _content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -217,28 +245,32 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             param="n",
         )
     prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
-    params = body.sampling(
-        16 if body.max_tokens is None else body.max_tokens, model.stop_token_ids, body.logprobs,
-        body.logprobs if body.echo else None,
-    )  # fmt: skip
-    for prompt in prompts:
-        _check_length(model, prompt, params.max_tokens)
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(
+            400,
+            "max_tokens=0 asks for nothing but the prompt. Add echo, and logprobs for its "
+            "log-probabilities; or use -1 for as many tokens as fit.",
+            param="max_tokens",
+        )
+    # behind a prompt that is only scored one token is computed, and not given
+    asked = 1 if body.max_tokens == 0 else body.max_tokens
+    counts = [_count(model, prompt, asked) for prompt in prompts]
     choices: list[Choice] = []
     try:
-        for given, prompt in zip(body.prompts, prompts, strict=True):
+        for given, prompt, count in zip(body.prompts, prompts, counts, strict=True):
             prefix = ""
             if body.echo:
                 prefix = given if isinstance(given, str) else model.tokenizer.decode(prompt)
             # without a seed each output draws for itself, those of equal prompts too
-            own = params if body.seed is not None else replace(params, seed=secrets.randbits(48))
-            for job in model.submit(prompt, own):
-                choice = Choice(len(choices), job, model, params.stop, params.min_tokens, prefix)
-                choices.append(choice)
+            scored = body.logprobs if body.echo else None
+            params = body.sampling(count, model.stop_token_ids, body.logprobs, scored)
+            for job in model.submit(prompt, params):
+                choices.append(Choice(len(choices), job, model, body, prefix))
     except BaseException:  # all or none
         for choice in choices:
             model.cancel(choice.job)
         raise
-    return Completion(model, body.model, choices, body)
+    return Completion(model, choices, body)
 
 
 async def start_chat(model: Model, body: ChatBody) -> Generation:
@@ -246,29 +278,23 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
     prompt = await _chat_prompt(model, body)
-    asked = body.max_completion_tokens or body.max_tokens
-    if model.ready is None:
-        raise Unavailable(f"{model.label} is not ready. Try again later.")
-    left = model.ready.limits.room - len(prompt)
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if asked == 0:
+        raise ApiError(400, "max_tokens=0 asks for no answer. Use 1 or more, or -1 for all that fit.",
+                       param="max_tokens")  # fmt: skip
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    _check_length(model, prompt, asked or 1)
-    params = body.sampling(asked or left, model.stop_token_ids, logprobs)
-    choices = [
-        Choice(i, job, model, params.stop, params.min_tokens, "")
-        for i, job in enumerate(model.submit(prompt, params))
-    ]
-    return Chat(model, body.model, choices, body)
+    params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
+    choices = [Choice(i, job, model, body) for i, job in enumerate(model.submit(prompt, params))]
+    return Chat(model, choices, body)
 
 
 async def _chat_prompt(model: Model, body: ChatBody) -> list[int]:
     if not model.tokenizer.has_template:
         raise ApiError(400, f"{model.label} has no chat template. Use /v1/completions.")
-    messages = [message.as_template_wants() for message in body.messages]
 
     def encode() -> list[int]:
-        text = model.tokenizer.chat(messages, opens_reply=True)
         # the template writes the BOS token itself
-        return model.tokenizer.encode(text, special=False)
+        return model.tokenizer.encode(conversation_text(model.tokenizer, body), special=False)
 
     # a template is a program of the model's, which may take its time
     return await asyncio.to_thread(encode)
@@ -280,10 +306,20 @@ async def _encode(model: Model, text: str) -> list[int]:
     return await asyncio.to_thread(model.tokenizer.encode, text)
 
 
-def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:
+def _count(model: Model, prompt: list[int], asked: int | None) -> int:
+    """How many tokens may follow a prompt: as asked; None or -1: all that fit. Raises InputError, ApiError,
+    Unavailable."""
     if model.ready is None:
-        return  # submit says why
+        raise Unavailable(f"{model.label} is not ready. Try again later.")
     limits = model.ready.limits
+    if asked is None or asked == -1:
+        _check_length(limits, prompt, 1)
+        return limits.room - len(prompt)
+    _check_length(limits, prompt, asked)
+    return asked
+
+
+def _check_length(limits: Limits, prompt: list[int], max_tokens: int) -> None:
     if not prompt:
         raise InputError("the prompt is empty. Give at least one token.")
     if len(prompt) > limits.max_input_len and len(prompt) + max_tokens <= limits.room:
@@ -306,14 +342,14 @@ def _check_length(model: Model, prompt: list[int], max_tokens: int) -> None:
 async def _merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
     """What comes for any of them, in the order that it comes."""
     if len(choices) == 1:
-        async for delta in choices[0].job.deltas():
+        async for delta in choices[0].deltas():
             yield choices[0], delta
         return
     news: asyncio.Queue[tuple[Choice, Delta | BaseException | None]] = asyncio.Queue()
 
     async def watch(choice: Choice) -> None:
         try:
-            async for delta in choice.job.deltas():
+            async for delta in choice.deltas():
                 news.put_nowait((choice, delta))
             news.put_nowait((choice, None))
         except Exception as error:

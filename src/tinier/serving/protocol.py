@@ -1,7 +1,9 @@
 """Bodies of OpenAI's completions and chat completions, in and out.
 
 Fields, defaults and limits are OpenAI's (https://platform.openai.com/docs/api-reference); those past them
-are vLLM's: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids; and `timeout`.
+are vLLM's: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, skip_special_tokens,
+include_stop_str_in_output, return_token_ids, add_generation_prompt, continue_final_message,
+chat_template_kwargs; and `timeout`.
 """
 
 import codecs
@@ -21,6 +23,8 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Biases = Annotated[dict[str, _Bias], Field(max_length=1024)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, max_length=2**20)]
+_MaxTokens = Annotated[int, Field(ge=-1, lt=2**31)]
+"""-1: as many as fit"""
 
 
 class ApiError(Exception):
@@ -45,10 +49,8 @@ _REQUEST: _Neutral = {
     "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "modalities": (["text"],), "audio": (None,), "prediction": (None,), "web_search_options": (None,),
     "store": (False,), "metadata": (), "user": (), "safety_identifier": (), "prompt_cache_key": (),
-    "prompt_cache_retention": (), "suffix": ("",), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
-    "use_beam_search": (False,), "length_penalty": (1, 1.0), "add_generation_prompt": (True,),
-    "continue_final_message": (False,), "chat_template": (None,), "chat_template_kwargs": ({},),
+    "prompt_cache_retention": (), "suffix": ("",), "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "chat_template": (None,),
     "logits_processors": ([],),
 }  # fmt: skip
 _MESSAGE: _Neutral = {
@@ -109,6 +111,9 @@ class _Generation(BaseModel):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=64)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds until the request is given up"""
 
@@ -167,7 +172,7 @@ _Prompt = (
 
 class CompletionBody(_Generation):
     prompt: _Prompt
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: _MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -225,6 +230,10 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+_Variables = Annotated[dict[str, Any], Field(max_length=64)]
+
+
 class ResponseFormat(BaseModel):
     type: Literal["text"]
 
@@ -241,12 +250,71 @@ class ResponseFormat(BaseModel):
 
 
 class ChatBody(_Generation):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    messages: _Messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: _Variables | None = None
+    max_tokens: _MaxTokens | None = None
+    max_completion_tokens: _MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+
+
+class TokenizeBody(BaseModel):
+    """Of `POST /tokenize`, as vLLM has it: a text, or a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(max_length=300)] | None = None
+    prompt: _Text | None = None
+    add_special_tokens: bool | None = None
+    """True for a text, whose BOS is set in front; False for a conversation, whose template writes it"""
+    return_token_strs: bool | None = None
+    messages: _Messages | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: _Variables | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "Give either prompt or messages.", param="prompt")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """Of `POST /detokenize`, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(max_length=300)] | None = None
+    tokens: Annotated[list[_Token], Field(max_length=2**20)]
+
+
+def conversation_text(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> str:
+    """The messages as the model's template writes them. Raises ApiError, TextError."""
+    messages = body.messages or []
+    continues = bool(body.continue_final_message)
+    opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    if continues and opens:
+        raise ApiError(
+            400,
+            "continue_final_message goes on with the last message, and add_generation_prompt opens "
+            "another. Leave one of them out.",
+            param="continue_final_message",
+        )
+    if continues and messages[-1].role != "assistant":
+        raise ApiError(
+            400,
+            "continue_final_message goes on with what the assistant said, and the last message is the "
+            f"{messages[-1].role}'s. Leave it out, or send the beginning of an answer last.",
+            param="messages",
+        )
+    return tokenizer.chat(
+        [message.as_template_wants() for message in messages],
+        opens_reply=opens, continues=continues, variables=body.chat_template_kwargs or {},
+    )  # fmt: skip
 
 
 class LoadBody(BaseModel):
