@@ -5,14 +5,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from scripts.run_docs import DOCS, PAGES, blocks_of, run, run_all, with_outputs
 from scripts.run_notebooks import NOTEBOOKS, run_notebook
 
 from tinier.checkpoint import Checkpoint
+from tinier.cli.main import app
+from tinier.schemes import PRESETS
 
 ROOT = DOCS.parent
 MARKDOWN = sorted({*DOCS.rglob("*.md"), *ROOT.glob("*.md")})
@@ -24,6 +29,35 @@ def test_links_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://", "mailto:", "#")):
             assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def shown_commands(text: str) -> list[str]:
+    """All that a page shows of `tinier …`, without the program's name, in blocks and within lines."""
+    fence = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
+    lines = [
+        line for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()
+    ]
+    lines += re.findall(r"`(tinier [^`]+)`", fence.sub("", text))
+    start = re.compile(r"(?:\$ )?(?:torchrun .*? )?(?:python -m )?tinier ([a-z]+ .*)")
+    return [re.split(r" #|[|>]", found[1])[0] for line in lines if (found := start.match(line))]
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_are_shown_are_the_program_s(path: Path) -> None:
+    """Also those that are not run: their verbs, options and presets exist."""
+    if path.name in ("log.md", "CHANGELOG.md"):  # of earlier versions too
+        return
+    verbs: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for line in shown_commands(path.read_text("utf-8")):
+        verb, *words = line.split()
+        assert verb in verbs, line
+        params = verbs[verb].params
+        known = {name for param in params for name in (*param.opts, *param.secondary_opts)}
+        given = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert given <= {*known, "--help"}, line
+        for option, value in pairwise(words):
+            if option == "--preset" and re.fullmatch(r"[a-z][a-z0-9-]*", value):
+                assert value in {*PRESETS, "mixed", "mixed-best", "null"}, line
 
 
 @pytest.mark.parametrize("page", sorted(path.stem for path in (DOCS / "guide").glob("*.md")))
