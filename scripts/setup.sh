@@ -39,4 +39,7 @@ constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 echo "torch==$installed" > "$constraints"
 $pip install -q -c "$constraints" -c constraints.txt -e '.[dev]'
+if ! command -v g++ > /dev/null && ! command -v clang++ > /dev/null; then
+    echo "no C++ compiler: on a CPU the engine runs step by step, slower. Type: sudo apt-get install g++"
+fi
 echo "ready: $VENV with torch $installed"

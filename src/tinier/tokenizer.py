@@ -99,11 +99,12 @@ class Tokenizer:
         opens_reply: with the opening of the assistant's turn. continues: the last message is left open.
         variables: more of what the template knows, such as enable_thinking. Raises TextError.
         """
-        taken = signature(self.inner.apply_chat_template).parameters
-        for name in (variables or {}).keys() & taken:
-            raise TextError(
-                f"{name!r} is no variable of a chat template. Leave it out of its variables."
-            )
+        if variables:
+            taken = signature(self.inner.apply_chat_template).parameters
+            for name in variables.keys() & taken:
+                raise TextError(
+                    f"{name!r} cannot be set as a variable of the chat template. Leave it out."
+                )
         if not self.has_template:
             raise TextError(
                 "the model has no chat template, and this is a conversation. Use a model that has one, or "
@@ -120,6 +121,11 @@ class Tokenizer:
         except Exception as error:  # a template is a program: it may raise anything
             # the template's own words are meant for the user; what else fails in it is not
             said = type(error) is TemplateError and error.message
+            if continues and isinstance(error, ValueError):
+                said = (
+                    "it does not keep the last message as it was sent. If that has thoughts between tags, "
+                    "send only what comes behind them"
+                )
             told = " ".join(str(said or type(error).__name__).split())
             raise TextError(f"the chat template refuses this conversation: {told:.300}") from None
         return text

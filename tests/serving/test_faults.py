@@ -151,7 +151,10 @@ def test_keys(model_folders: dict[str, Path]) -> None:
         assert httpx.get(f"{service.url}/metrics").status_code == 200  # scrapers have no key
         assert httpx.get(f"{service.url}/health").status_code == 200
         for body in ({"model": "one", "prompt": "x"}, {}):
-            assert httpx.post(f"{service.url}/v1/completions", json=body).status_code == 401
+            for path in ("v1/completions", "tokenize", "detokenize"):
+                assert httpx.post(f"{service.url}/{path}", json=body).status_code == 401
+        assert httpx.get(f"{service.url}/version").status_code == 401
+        assert httpx.get(f"{service.url}/ping").status_code == 200
 
 
 @pytest.mark.slow
@@ -243,12 +246,14 @@ _FIELDS = [
     "prompt", "messages", "max_tokens", "temperature", "top_p", "n", "stream", "stop", "logprobs",
     "top_logprobs", "logit_bias", "seed", "echo", "top_k", "min_p", "min_tokens", "stop_token_ids",
     "repetition_penalty", "stream_options", "best_of", "timeout", "response_format", "suffix",
+    "skip_special_tokens", "include_stop_str_in_output", "return_token_ids", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs", "tokens", "return_token_strs", "add_special_tokens",
 ]  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    path=st.sampled_from(["completions", "chat/completions"]),
+    path=st.sampled_from(["v1/completions", "v1/chat/completions", "tokenize", "detokenize"]),
     body=st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6),
     plain=st.booleans(),
 )
@@ -257,12 +262,16 @@ def test_fuzzed_bodies_never_break_the_server(
 ) -> None:
     if plain:  # so that the other fields are looked at
         body |= {"model": "one", "prompt": "x"}
-        body |= {"max_tokens": 2}
-        if path.startswith("chat"):
-            body |= {"messages": [{"role": "user", "content": "x"}]}
+        if path.startswith("v1"):
+            body |= {"max_tokens": 2}
+        if path == "detokenize":
+            body |= {"tokens": [1, 2]}
+        if path.endswith(("chat/completions", "detokenize")):
             body.pop("prompt")
+        if path.endswith("chat/completions"):
+            body |= {"messages": [{"role": "user", "content": "x"}]}
     answer = httpx.post(
-        f"{service.url}/v1/{path}",
+        f"{service.url}/{path}",
         content=json.dumps(body).encode("utf-8", "surrogatepass"),
         timeout=20,
     )

@@ -130,7 +130,7 @@ def test_a_template_s_variables(service: Service) -> None:
     for name in ("chat_template", "tokenize", "add_generation_prompt"):
         refused = told(service, "/v1/chat/completions", model="one", messages=messages,
                        chat_template_kwargs={name: "x"})  # fmt: skip
-        assert f"'{name}' is no variable of a chat template" in refused
+        assert f"'{name}' cannot be set as a variable of the chat template" in refused
 
 
 def test_text_to_ids_and_back(service: Service, model_folders: dict[str, Path]) -> None:
@@ -142,7 +142,12 @@ def test_text_to_ids_and_back(service: Service, model_folders: dict[str, Path]) 
     assert asked(service, "/detokenize", model="one", tokens=made["tokens"]) == {"prompt": "Hi é"}
     assert "this server has one, two" in told(service, "/tokenize", prompt="Hi")
     assert "either prompt or messages" in told(service, "/tokenize", model="one")
-    assert "knows 264 tokens" in told(service, "/detokenize", model="one", tokens=[999])
+    assert (
+        told(service, "/detokenize", model="one", tokens=[999]) == "tokens has 999. Use 0 to 263."
+    )
+    slow = told(service, "/tokenize", model="one", prompt="x", tools=[{"type": "function"}])
+    assert "'tools' asks for something that this server does not do" in slow
+    assert asked(service, "/tokenize", model="one", prompt="x", tools=None, chat_template=None)
     assert httpx.get(f"{service.url}/version").json() == {"version": tinier.__version__}
     assert httpx.get(f"{service.url}/ping").status_code == 200
 
@@ -161,9 +166,16 @@ def test_as_many_tokens_as_fit(service: Service) -> None:
             assert made["usage"]["total_tokens"] == room
     made = asked(service, "/v1/completions", **endless, prompt="x")
     assert made["usage"]["completion_tokens"] == 16  # OpenAI's, where nothing is said
-    assert "asks for no answer" in told(
-        service, "/v1/chat/completions", **endless, messages=messages, max_tokens=0
-    )
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert f"{name}=0 asks for no answer" in told(
+            service, "/v1/chat/completions", **endless, messages=messages, **{name: 0}
+        )
+    made = asked(service, "/v1/chat/completions", **endless, messages=messages, max_tokens=0,
+                 max_completion_tokens=5)  # fmt: skip
+    assert made["usage"]["completion_tokens"] == 5
+    # what asks for nothing passes, also where it is a chat's
+    assert asked(service, "/v1/completions", **endless, prompt="x", add_generation_prompt=True,
+                 continue_final_message=None, chat_template_kwargs={})  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -191,6 +203,12 @@ def test_a_prompt_alone_is_scored(service: Service, stream: bool) -> None:
     assert choice["logprobs"]["token_logprobs"] == known["token_logprobs"][: len(PROMPT)]
     assert "asks for nothing but the prompt" in told(
         service, "/v1/completions", model="one", prompt="x", max_tokens=0
+    )
+    assert "is scored has 255 tokens at most; yours has 256" in told(
+        service, "/v1/completions", model="one", prompt=[7] * 256, max_tokens=0, echo=True
+    )
+    assert "does not go with max_tokens=0" in told(
+        service, "/v1/completions", model="one", prompt="x", max_tokens=0, echo=True, min_tokens=2
     )
 
 
@@ -239,6 +257,13 @@ def test_special_tokens_and_stop_strings_are_shown_where_asked_for(
     for shown, text in ((False, name * 2), (True, "")):
         made = asked(service, "/v1/completions", **pushed, skip_special_tokens=shown)
         assert made["choices"][0]["text"] == text
+    # a stop string that has one ends the work, too, and offsets count what is shown
+    made = asked(service, "/v1/completions", **pushed | {"max_tokens": 50}, logprobs=0,
+                 skip_special_tokens=False, stop=name * 3, include_stop_str_in_output=True)  # fmt: skip
+    assert made["choices"][0]["text"] == name * 3
+    assert made["choices"][0]["finish_reason"] == "stop"
+    assert made["usage"]["completion_tokens"] == 3
+    assert made["choices"][0]["logprobs"]["text_offset"] == [i * len(name) for i in range(3)]
     text = asked(service, "/v1/completions", **greedy)["choices"][0]["text"]
     stop = text[5:8]
     before = text[: text.index(stop)]

@@ -152,7 +152,7 @@ def prune(
         rate = 1e-3 if heal_lr is None else heal_lr
         distil = DistillPlan(
             steps=heal_steps, batch=64 if heal_batch is None else heal_batch, length=length,
-            lr=rate, min_lr=rate / 10,
+            lr=rate, min_lr=rate / 10, warmup_steps=heal_steps // 10,
         )  # fmt: skip
         heal = HealPlan(distill=distil, rounds=rounds, finalists=finalists)
     elif rounds != 1 or finalists != 1:

@@ -148,7 +148,8 @@ def _best_finalist(
     windows = calibration_windows(source, plan, documents)
     choices = choose(source, plan, windows, place)[: heal.finalists]
     steps = heal.finalist_steps
-    short = replace(heal.distill, steps=steps, warmup_steps=None, eval_every=steps)
+    warmup = min(heal.distill.warmup, steps // 4)
+    short = replace(heal.distill, steps=steps, warmup_steps=warmup, eval_every=steps)
     results: list[tuple[float, int]] = []
     for number, choice in enumerate(choices):
         started = time.monotonic()

@@ -148,7 +148,11 @@ class Engine:
         self._check(prompt, params)
         given, stream = params, None
         if params.stop:
-            stream = TextStream(self._tokenizer, params.stop, params.min_tokens)
+            stream = TextStream(
+                self._tokenizer, params.stop, params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+            )  # fmt: skip
+        if params.stop and params.skip_special_tokens:
             # a special token is no part of the text, so it is known by its number
             special = self._tokenizer.special_ids
             ends = {special[text] for text in params.stop if text in special}

@@ -59,6 +59,8 @@ class SamplingParams:
     """Strings that end the output; they are not part of it. One that is a special token's ends it there."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output; they are not part of it."""
+    skip_special_tokens: bool = True
+    """The text that `stop` is looked for in has no special tokens."""
 
     def __post_init__(self) -> None:
         pairs = tuple(sorted(dict(self.logit_bias).items()))

@@ -111,7 +111,7 @@ class TextStream:
         return piece
 
     def _before_stop(self, text: str) -> str:
-        """The part of `text` that is certainly before a stop string."""
+        """The part of `text` that certainly belongs to the output."""
         found = [
             (at + len(s), at, s)
             for s in self._stop

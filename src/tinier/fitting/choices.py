@@ -40,13 +40,14 @@ def default_formats(
 def least_bytes(geometry: Geometry, formats: Mapping[str, Preset], align: int | None) -> float:
     """Fewer bytes than any model has that `fit` may choose: the codes alone of its narrowest formats, at
     the smallest sizes. align: of pruned widths; None: sizes stay."""
-    sizes = [Sizes.of(geometry)]
+    sizes, layers = [Sizes.of(geometry)], geometry.layers
     if align is not None:
-        sizes = list(possible_sizes(geometry, PrunePlan(target="1B", align=align)))
+        sizes = list(possible_sizes(geometry, PrunePlan(target="1B", shrink="width", align=align)))
+        layers = (geometry.layers + 1) // 2  # no fewer stay
     bits = min(preset.scheme.weights.bits for preset in formats.values())
 
     def of(one: Geometry) -> float:
-        linear = one.layers * sum(rows * columns for rows, columns in one.linears.values())
+        linear = layers * sum(rows * columns for rows, columns in one.linears.values())
         head = 0 if one.tied_head else 16
         return (linear * bits + one.vocab * one.hidden * (4 + head)) / 8
 

@@ -170,7 +170,7 @@ class _Search:
             allowed = amount.of(self._source.disk_bytes)
             if allowed < least:
                 raise InputError(
-                    f"{option} {allowed / 1e6:.1f}MB cannot be kept: the smallest model that fit could "
+                    f"{option} {allowed / 1e6:.3g}MB cannot be kept: the smallest model that fit could "
                     f"choose has over {least / 1e6:.1f}MB. Allow more"
                     + (", or give narrower --formats, such as int2." if self._plan.formats else ".")
                 )

@@ -308,7 +308,8 @@ def _explain(place: tuple[int | str, ...], errors: list[Any]) -> str:
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
         return f"{path}: unknown key. {hint}"
     wanted = " or ".join(dict.fromkeys(_wanted(one) for one in errors))
-    return f"{path}: {error['input']!r} is not allowed. Use {wanted}."
+    given = "null" if error["input"] is None else repr(error["input"])
+    return f"{path}: {given} is not allowed. Use {wanted}."
 
 
 def _wanted(error: Any) -> str:
@@ -321,7 +322,7 @@ def _wanted(error: Any) -> str:
             return "a number"
         case "finite_number":
             return "a finite number"
-        case "string_type":
+        case "string_type" | "path_type" | "invalid_key":
             return "text in quotes"
         case "bool_type" | "bool_parsing":
             return "true or false"

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 Start = Callable[[Model, Any], Awaitable[Generation]]
-_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics", "/")
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/metrics", "/")
 _RETRY_AFTER = 1
 _LAST_WORDS_SECONDS = 10
 # of all requests together, while they are read: their number has no limit before the queue's
@@ -318,12 +318,7 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
     server.num_active += 1
     streams = False
     try:
-        try:
-            async with server.within(server.timeout):
-                body: Any = await _body(server, request, kind)
-        except TimeoutError:
-            text = f"The body did not come within {server.timeout:g} s. Send it again."
-            raise ApiError(408, text, kind="timeout", code="timeout") from None
+        body: Any = await _body(server, request, kind)
         model = _find(server, body.model)
         try:
             generation = await start(model, body)
@@ -375,7 +370,16 @@ async def _unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
 
 
 async def _body(server: Server, request: Request, kind: type[Body]) -> Body:
-    """The request's body, checked. Raises ApiError."""
+    """The request's body, checked. Raises ApiError, also for one that does not come in time."""
+    try:
+        async with server.within(server.timeout):
+            return await _body_in_time(server, request, kind)
+    except TimeoutError:
+        text = f"The body did not come within {server.timeout:g} s. Send it again."
+        raise ApiError(408, text, kind="timeout", code="timeout") from None
+
+
+async def _body_in_time(server: Server, request: Request, kind: type[Body]) -> Body:
     length = request.headers.get("content-length", "")
     too_large = ApiError(
         413,

@@ -16,7 +16,7 @@ from typing import Any
 from tinier.engine import Limits, TokenLogprobs
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
-from tinier.serving.model import Delta, Job, Model, Unavailable
+from tinier.serving.model import Delta, Job, Model
 from tinier.serving.protocol import (
     DONE,
     ApiError,
@@ -37,20 +37,21 @@ class Choice:
     """One output on its way to text."""
 
     def __init__(
-        self, index: int, job: Job, model: Model, body: CompletionBody | ChatBody, prefix: str = ""
-    ) -> None:
+        self, index: int, job: Job, model: Model, *, includes_stop: bool = False, prefix: str = "",
+        is_prompt_alone: bool = False,
+    ) -> None:  # fmt: skip
         self.index = index
         self.job = job
         self.prefix = prefix
         """What goes before the text: the prompt, where it is echoed"""
-        self._is_prompt_alone = body.max_tokens == 0
+        self._is_prompt_alone = is_prompt_alone
         """Only the prompt was asked about: the token that is computed behind it is not given"""
         self._stop = job.params.stop
         self._tokenizer = model.tokenizer
-        self._skips = body.skip_special_tokens is not False
+        self._skips = job.params.skip_special_tokens
         self._stream = TextStream(
             model.tokenizer, self._stop, job.params.min_tokens, skip_special_tokens=self._skips,
-            include_stop=bool(body.include_stop_str_in_output),
+            include_stop=includes_stop,
         )  # fmt: skip
 
     @property
@@ -182,7 +183,8 @@ class Completion(Generation):
     def __init__(self, model: Model, choices: list[Choice], body: CompletionBody) -> None:
         super().__init__(model, choices, body)
         self._scores = body.logprobs is not None
-        self._logprobs = {choice: CompletionLogprobs(model.tokenizer) for choice in choices}
+        skips = body.skip_special_tokens is not False
+        self._logprobs = {choice: CompletionLogprobs(model.tokenizer, skips) for choice in choices}
         self._begun: set[Choice] = set()
 
     def _rest(self, choice: Choice, delta: Delta) -> dict[str, Any]:
@@ -244,17 +246,20 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             f"{len(body.prompts)} prompts times n={body.n or 1} are more than 128. Ask for fewer at once.",
             param="n",
         )
-    prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
-    if body.max_tokens == 0 and not body.echo:
+    is_prompt_alone = body.max_tokens == 0
+    if is_prompt_alone and not body.echo:
         raise ApiError(
             400,
             "max_tokens=0 asks for nothing but the prompt. Add echo, and logprobs for its "
             "log-probabilities; or use -1 for as many tokens as fit.",
             param="max_tokens",
         )
-    # behind a prompt that is only scored one token is computed, and not given
-    asked = 1 if body.max_tokens == 0 else body.max_tokens
-    counts = [_count(model, prompt, asked) for prompt in prompts]
+    if is_prompt_alone and body.min_tokens:
+        raise ApiError(
+            400, "min_tokens does not go with max_tokens=0. Leave it out.", param="min_tokens"
+        )
+    prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
+    counts = [_count(model, prompt, body.max_tokens) for prompt in prompts]
     choices: list[Choice] = []
     try:
         for given, prompt, count in zip(body.prompts, prompts, counts, strict=True):
@@ -265,7 +270,12 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             scored = body.logprobs if body.echo else None
             params = body.sampling(count, model.stop_token_ids, body.logprobs, scored)
             for job in model.submit(prompt, params):
-                choices.append(Choice(len(choices), job, model, body, prefix))
+                choices.append(
+                    Choice(
+                        len(choices), job, model, prefix=prefix, is_prompt_alone=is_prompt_alone,
+                        includes_stop=bool(body.include_stop_str_in_output),
+                    )
+                )  # fmt: skip
     except BaseException:  # all or none
         for choice in choices:
             model.cancel(choice.job)
@@ -277,14 +287,21 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
     """Raises InputError, ApiError, Overloaded or Unavailable."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
-    prompt = await _chat_prompt(model, body)
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    newer = body.max_completion_tokens is not None
+    asked = body.max_completion_tokens if newer else body.max_tokens
     if asked == 0:
-        raise ApiError(400, "max_tokens=0 asks for no answer. Use 1 or more, or -1 for all that fit.",
-                       param="max_tokens")  # fmt: skip
+        name = "max_completion_tokens" if newer else "max_tokens"
+        raise ApiError(
+            400, f"{name}=0 asks for no answer. Use 1 or more, or -1 for all that fit.", param=name
+        )
+    prompt = await _chat_prompt(model, body)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
-    choices = [Choice(i, job, model, body) for i, job in enumerate(model.submit(prompt, params))]
+    includes_stop = bool(body.include_stop_str_in_output)
+    choices = [
+        Choice(i, job, model, includes_stop=includes_stop)
+        for i, job in enumerate(model.submit(prompt, params))
+    ]
     return Chat(model, choices, body)
 
 
@@ -307,11 +324,18 @@ async def _encode(model: Model, text: str) -> list[int]:
 
 
 def _count(model: Model, prompt: list[int], asked: int | None) -> int:
-    """How many tokens may follow a prompt: as asked; None or -1: all that fit. Raises InputError, ApiError,
-    Unavailable."""
-    if model.ready is None:
-        raise Unavailable(f"{model.label} is not ready. Try again later.")
-    limits = model.ready.limits
+    """How many tokens to compute behind a prompt: as asked; None or -1: all that fit; 0: one, since logits
+    come with a token. Raises InputError, ApiError, Unavailable."""
+    limits = model.check_ready().limits
+    if asked == 0:
+        if len(prompt) >= limits.room:
+            raise ApiError(
+                400,
+                f"A prompt that is scored has {limits.room - 1} tokens at most; yours has {len(prompt)}. "
+                "Shorten it.",
+                code="context_length_exceeded",
+            )
+        asked = 1
     if asked is None or asked == -1:
         _check_length(limits, prompt, 1)
         return limits.room - len(prompt)

@@ -70,6 +70,16 @@ class Model:
     def num_jobs(self) -> int:
         return sum(replica.num_jobs for replica in self.replicas)
 
+    def check_ready(self) -> Ready:
+        """What an engine that is up can take. Raises Unavailable where none is."""
+        ready = self.ready
+        if ready is None or self._closing:
+            state = (
+                "failed: see the server's log" if self.failure else "is not ready. Try again later"
+            )
+            raise Unavailable(f"{self.label} {state}.")
+        return ready
+
     async def start(self) -> None:
         """Start the processes and wait until all are ready. Raises Unavailable if one cannot be."""
         await asyncio.gather(*(replica.start() for replica in self.replicas))
@@ -79,13 +89,7 @@ class Model:
 
         Raises InputError for one that can never be computed, Overloaded past the queue's end, Unavailable.
         """
-        ready = self.ready
-        if ready is None or self._closing:
-            state = (
-                "failed: see the server's log" if self.failure else "is not ready. Try again later"
-            )
-            raise Unavailable(f"{self.label} {state}.")
-        ready.limits.check(prompt, params)
+        self.check_ready().limits.check(prompt, params)
         if self.num_jobs + params.n > self._max_jobs:
             raise Overloaded(f"{self.label} has {self.num_jobs} requests, and room for no more")
         now = time.perf_counter()

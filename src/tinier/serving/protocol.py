@@ -53,6 +53,9 @@ _REQUEST: _Neutral = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "chat_template": (None,),
     "logits_processors": ([],),
 }  # fmt: skip
+_OF_CHATS: _Neutral = {
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
+}  # fmt: skip
 _MESSAGE: _Neutral = {
     "tool_calls": ([],), "function_call": (None,), "audio": (None,), "annotations": (),
     "reasoning": (), "reasoning_content": (),
@@ -154,6 +157,7 @@ class _Generation(BaseModel):
             prompt_logprobs=prompt_logprobs,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(sorted(ends)),
+            skip_special_tokens=self.skip_special_tokens is not False,
         )
 
     @property
@@ -171,6 +175,11 @@ _Prompt = (
 
 
 class CompletionBody(_Generation):
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return _settle(values, _OF_CHATS)
+
     prompt: _Prompt
     max_tokens: _MaxTokens | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -276,6 +285,11 @@ class TokenizeBody(BaseModel):
     continue_final_message: bool | None = None
     chat_template_kwargs: _Variables | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return _settle(values, _REQUEST)
+
     @model_validator(mode="after")
     def _one(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
@@ -350,9 +364,11 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 class CompletionLogprobs:
     """The `logprobs` of a completion, made token by token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skips: bool = True) -> None:
+        """skips: special tokens are no part of the text; else only the one that begins a prompt."""
         self._tokenizer = tokenizer
-        self._skipped = frozenset(tokenizer.special_ids.values())
+        self._skips = skips
+        self._special = frozenset(tokenizer.special_ids.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
         """Characters that were complete before the next token"""
@@ -369,7 +385,8 @@ class CompletionLogprobs:
             made["token_logprobs"].append(None if bare else _finite(one.logprob))
             made["top_logprobs"].append(None if bare else self._top(one.top))
             made["text_offset"].append(self._offset)
-            self._advance(one.token)
+            if one.token not in self._special or not (self._skips or bare):
+                self._advance(one.token)
         return made
 
     def _top(self, top: dict[int, float]) -> dict[str, float]:
@@ -381,8 +398,6 @@ class CompletionLogprobs:
         return made
 
     def _advance(self, token: int) -> None:
-        if token in self._skipped:
-            return  # it is no part of the text
         raw = self._tokenizer.token_bytes(token)
         if not self._begun:
             self._begun = True
