@@ -27,6 +27,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _with_formulas(_LINK.sub(link, markdown))
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """MkDocs' event. Korean pages say that they are Korean: screen readers and search engines go by it."""
+    if not page.file.src_uri.startswith("ko/"):
+        return output
+    return output.replace('<html lang="en"', '<html lang="ko"', 1)
+
+
 def _with_formulas(markdown: str) -> str:
     parts = _CODE.split(markdown)
     for i in range(0, len(parts), 2):  # what is not code

@@ -44,6 +44,36 @@ print(json.dumps([str(load_library()), engine.runner._native is not None, texts]
 """
 
 
+def _install_and_quantize(environment: Path, built: Path, model: Path) -> None:
+    """Install a built file with pip where tinier is not, and run it there as a user does."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment],
+        check=True,
+        capture_output=True,
+    )
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # its dependencies are these; a path, so that the editable tinier among them is not found
+    (packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", "--no-deps",
+         "--no-index", "--no-build-isolation", built],
+        cwd=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    out = environment / "made"
+    done = subprocess.run(
+        [environment / "bin" / "tinier", "quantize", model, "--preset", "int8", "--out", out],
+        cwd=environment, env=alone, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (out / "tinier.json").exists()
+    found = subprocess.run(
+        [environment / "bin" / "python", "-c", "import tinier; print(tinier.__file__)"],
+        cwd=environment, env=alone, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.startswith(str(packages))
+
+
 def test_the_wheel_decodes_natively_without_a_compiler(
     tmp_path: Path, tiny: Callable[..., Checkpoint]
 ) -> None:
@@ -75,6 +105,8 @@ def test_the_wheel_decodes_natively_without_a_compiler(
     }
 
     model, prompts = tiny(dtype=torch.bfloat16), [[1, 2, 3], [7]]
+    for number, built in enumerate((wheel, tmp_path / sources)):
+        _install_and_quantize(tmp_path / f"env-{number}", built, model.folder)
     command = [sys.executable, "-c", _ANSWER, str(model.folder), json.dumps(prompts)]
     # nothing is found but Python: no compiler, and none that CXX names
     environment = os.environ | {"PYTHONPATH": str(installed), "CXX": "no-such-compiler"}

@@ -132,4 +132,5 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site/explained/quantization/index.html").read_text("utf-8")
     assert "<math" in page
+    assert '<html lang="ko"' in (tmp_path / "site/ko/guide/why/index.html").read_text("utf-8")
     assert "$" not in re.sub(r"<(code|script).*?</\1>", "", page, flags=re.DOTALL)
