@@ -17,6 +17,7 @@ from scripts.run_notebooks import NOTEBOOKS, run_notebook
 
 from tinier.checkpoint import Checkpoint
 from tinier.cli.main import app
+from tinier.families import geometry_of
 from tinier.schemes import PRESETS
 
 ROOT = DOCS.parent
@@ -108,6 +109,47 @@ def test_every_command_of_the_guide_runs(
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     (source.folder / "chat_template.jinja").write_text(template)
     assert run_all(str(source.folder), tmp_path)
+
+
+SMALLER = {
+    "MODEL": "{model}", "smollm2-135m": "{model}", "books/": "{text}", "2688": "64", "2.4B": "{target}",
+    "400": "2", "--batch 64": "--batch 2 --length 64", "2.4GB": "2.4GB --no-train", "512/128@4": "8/4@2",
+    "2h": "1m --formats int4-gptq:32 --windows 4 --length 64",
+}  # fmt: skip
+"""What the guide's examples for a large model are for a tiny one"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_examples_for_large_models_run_on_a_tiny_one(
+    tiny: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All of the guide's commands that are not run with their output, but load tests, which
+    tests/benchmark runs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    source = tiny(hidden_size=128, intermediate_size=256, max_position_embeddings=2048,
+                  dtype=torch.bfloat16)  # fmt: skip
+    text_file = tmp_path / "prose.txt"
+    text_file.write_text("The ship sailed on, and nobody spoke of the storm. " * 400)
+    target = f"{0.8 * geometry_of(source).parameters / 1e6:.3f}M"
+    ran = []
+    for page in sorted((DOCS / "guide").glob("*.md")):
+        fences = re.findall(r"```(\w*)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+        for _, block in (fence for fence in fences if not fence[0]):
+            for command in shown_commands(f"```\n{block}```"):
+                if command.startswith("bench http"):
+                    continue
+                for given, small in SMALLER.items():
+                    command = re.sub(rf"(?<!\S){re.escape(given)}(?!\S)", small, command)
+                command = command.format(model=source.folder, text=text_file, target=target)
+                done = subprocess.run(
+                    [sys.executable, "-m", "tinier", *command.split()],
+                    cwd=tmp_path, capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                # a budget that no model keeps ends with 1, and says which limit
+                assert done.returncode in (0, 1 if command.startswith("fit") else 0), done.stderr
+                ran.append(command.split()[0])
+    assert ran == ["distill", "prune", "prune", "prune", "fit"]
 
 
 @pytest.mark.slow
