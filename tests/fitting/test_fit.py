@@ -375,6 +375,8 @@ def test_bad_input_is_refused_before_any_work(
         fit(replace(plan, formats=("int5",)), tmp_path / "run", command="test")
     for option in ("max_size", "max_memory"):
         small = plan_for(source, text_file, **{option: Amount(1000, relative=False)})
-        with pytest.raises(InputError, match=rf"--{option.replace('_', '-')} 0.0MB cannot be kept"):
+        with pytest.raises(
+            InputError, match=rf"--{option.replace('_', '-')} 0.001MB cannot be kept"
+        ):
             fit(small, tmp_path / "run", command="test")
     assert not (tmp_path / "run").exists()

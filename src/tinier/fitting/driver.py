@@ -171,7 +171,7 @@ class _Search:
             if allowed < least:
                 raise InputError(
                     f"{option} {allowed / 1e6:.3g}MB cannot be kept: the smallest model that fit could "
-                    f"choose has over {least / 1e6:.1f}MB. Allow more"
+                    f"choose has over {least / 1e6:.3g}MB. Allow more"
                     + (", or give narrower --formats, such as int2." if self._plan.formats else ".")
                 )
 
