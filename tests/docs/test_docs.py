@@ -22,6 +22,8 @@ from tinier.schemes import PRESETS
 
 ROOT = DOCS.parent
 MARKDOWN = sorted({*DOCS.rglob("*.md"), *ROOT.glob("*.md")})
+FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+"""A block: its language, and what is in it"""
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,11 +36,10 @@ def test_links_lead_to_files(path: Path) -> None:
 
 def shown_commands(text: str) -> list[str]:
     """All that a page shows of `tinier …`, without the program's name, in blocks and within lines."""
-    fence = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
     lines = [
-        line for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()
+        line for _, block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()
     ]
-    lines += re.findall(r"`(tinier [^`]+)`", fence.sub("", text))
+    lines += re.findall(r"`(tinier [^`]+)`", FENCE.sub("", text))
     start = re.compile(r"(?:\$ )?(?:torchrun .*? )?(?:python -m )?tinier ([a-z]+ .*)")
     return [re.split(r" #|[|>]", found[1])[0] for line in lines if (found := start.match(line))]
 
@@ -134,7 +135,7 @@ def test_examples_for_large_models_run_on_a_tiny_one(
     target = f"{0.8 * geometry_of(source).parameters / 1e6:.3f}M"
     ran = []
     for page in sorted((DOCS / "guide").glob("*.md")):
-        fences = re.findall(r"```(\w*)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+        fences = FENCE.findall(page.read_text("utf-8"))
         for _, block in (fence for fence in fences if not fence[0]):
             for command in shown_commands(f"```\n{block}```"):
                 if command.startswith("bench http"):

@@ -131,10 +131,8 @@ def check_shared(models: dict[str, Checkpoint], tensor_parallel: int, device: st
         return
     crew_devices(tensor_parallel, pick_device(device))
     for name, model in models.items():
-        try:
+        with _located(name):
             Share(0, tensor_parallel).geometry(geometry_of(model))
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
 
 
 class Stage(NamedTuple):

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -66,12 +66,13 @@ class Choice:
         prefix, self.prefix = self.prefix, ""
         return prefix + piece
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
+    def deltas(self) -> AsyncIterator[Delta]:
         """What comes of it."""
+        return self._of_prompt() if self._is_prompt_alone else self.job.deltas()
+
+    async def _of_prompt(self) -> AsyncIterator[Delta]:
         async for delta in self.job.deltas():
-            if self._is_prompt_alone:
-                delta = Delta([], [], "length" if delta.finished else None)
-            yield delta
+            yield Delta([], [], "length" if delta.finished else None)
 
     async def whole(self) -> tuple[str, Delta]:
         """The text, and all deltas as one."""
