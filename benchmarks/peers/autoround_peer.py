@@ -1,4 +1,4 @@
-"""AutoRound on the CPU, on given calibration tokens. Run inside its own environment:
+"""AutoRound, on the GPU where there is one, on given calibration tokens. Run inside its own environment:
 
     ENV/bin/python benchmarks/peers/autoround_peer.py MODEL TOKENS.safetensors METHOD
 
@@ -33,6 +33,8 @@ class Tuning:
 
 METHODS = {
     "int4": Tuning(200, None),
+    "int3": Tuning(200, None, bits=3),
+    "int2": Tuning(200, None, bits=2),
     "int4-light": Tuning(50, 5e-3),
     "int3-light": Tuning(50, 5e-3, bits=3),
     "int2-light": Tuning(50, 5e-3, bits=2),
@@ -68,11 +70,11 @@ def main() -> None:
         nsamples=count,
         seqlen=length,
         batch_size=BATCH,
-        device_map="cpu",
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
     )
     (model, _), cost = timed(rounder.quantize)
     check_coverage(model, lambda module: hasattr(module, "scale"))
-    quantized = copy.deepcopy(model)
+    quantized = copy.deepcopy(model).cpu()
     if job.out:
         rounder.save_quantized(job.out, format="auto_round")  # packs `model` in place
     dequantize_in_float32(quantized)
