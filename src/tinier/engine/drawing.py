@@ -1,13 +1,19 @@
-"""Draws tokens from logits: temperature, min-p, top-k and top-p, with one uniform number per row.
+"""Draws tokens from logits: temperature, min-p, top-k and top-p, then a race of random numbers.
 
-Start at `draw`. In: logits [R, vocab], limits and uniform numbers [R, 1]. Out: tokens [R]. Nothing waits
-for the device, nothing is sorted, and a row's draw is the same bit for bit whatever the other rows are:
-probabilities are whole multiples of 2^-40 of the likeliest token's, and sums of integers do not depend
-on their order.
+Start at `draw`. In: logits [R, vocab], limits and keys [R, 2]. Out: tokens [R]. Nothing waits for the
+device, nothing is sorted, and a row's draw does not depend on the other rows: what the limits keep is
+counted in whole multiples of 2^-40 of the likeliest token's probability, and sums of integers do not
+depend on their order.
+
+Of the tokens that are kept the one with the greatest logit / temperature + noise is drawn, where the noise
+of each follows Gumbel's distribution: this draws by probability. The noise depends on seed, position and
+token alone, so two models that are nearly of one mind draw the same token nearly always: a draft is right
+more often (drafts.py) than where both would look up one number in their cumulative probabilities.
 
 Among equally likely tokens those with the lowest ids count as the most likely ones.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,36 +40,67 @@ class Limits(NamedTuple):
     """float64"""
 
 
-def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each seed and position: those of splitmix64, started at the mixed seed."""
+def keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """[n, 2] random bits for each seed and position: those of splitmix64, started at the mixed seed."""
     step = np.uint64(0x9E3779B97F4A7C15)
     start = _mixed(seeds + step)
     bits = _mixed(start + (positions + np.uint64(1)) * step)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.ascontiguousarray(bits).view(np.int32).reshape(-1, 2)
 
 
-def draw(logits: Tensor, limits: Limits, uniform: Tensor) -> Tensor:
-    """The token at which a row's cumulative probability, in order of ids, passes its uniform number.
+def draw(logits: Tensor, limits: Limits, row_keys: Tensor) -> Tensor:
+    """A token of each row, by probability.
 
-    logits: [R, vocab] float32; uniform: [R, 1] float64. Returns [R] int64.
+    logits: [R, vocab] float32; row_keys: [R, 2] int32, of `keys`. Returns [R] int64.
     """
     gaps = logits.amax(dim=-1, keepdim=True) - logits
     gaps = torch.where(gaps >= 0, gaps, torch.inf)  # what is not a number is not drawn
+    scaled = gaps / limits.temperature
+    kept = _within(gaps, scaled, limits)
+    scores = noise(row_keys, logits.shape[-1]).sub_(scaled)
+    return (scores if kept is None else scores.masked_fill_(~kept, -torch.inf)).argmax(dim=-1)
+
+
+def noise(row_keys: Tensor, vocab: int) -> Tensor:
+    """[R, vocab] float32 of Gumbel's distribution, -log(-log(u)) for u uniform between 0 and 1."""
+    mix, add = row_keys[:, :1] | 1, row_keys[:, 1:]
+    bits = _scrambled((_token_bits(vocab, row_keys.device) * mix).bitwise_xor_(add))
+    # 31 bits, of which float32 keeps the first 24: all that small ones have, and those win a race
+    below = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return below.neg_().log1p_().neg_().log_().neg_()
+
+
+@lru_cache(maxsize=8)
+def _token_bits(vocab: int, device: torch.device) -> Tensor:
+    """[1, vocab] int32: random bits of each token's own."""
+    tokens = torch.arange(vocab, dtype=torch.int32, device=device)
+    return _scrambled(tokens.mul_(-1640531527)).unsqueeze(0)
+
+
+def _scrambled(bits: Tensor) -> Tensor:
+    """int32 in place through the finalizer of MurmurHash3, in which each bit changes all others."""
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(-2048144789)
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(-1028477387)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def _within(gaps: Tensor, scaled: Tensor, limits: Limits) -> Tensor | None:
+    """Marks what min-p, top-k and top-p keep; None: all. gaps: to the greatest logit; scaled: over the
+    temperature. [R, vocab] float32."""
+    if limits.min_p is None and limits.top_k is None and limits.top_p is None:
+        return None
     ranks = gaps.view(torch.int32)  # in the same order, since no gap is negative
-    weights = torch.exp(-gaps / limits.temperature)
+    weights = torch.exp(-scaled)
     if limits.min_p is not None:
         weights = torch.where(weights >= limits.min_p, weights, 0)
     if limits.top_k is not None:
         kept = most_likely(ranks, (weights > 0).long(), limits.top_k)
         weights = torch.where(kept, weights, 0)
+    if limits.top_p is None:
+        return weights > 0
     masses = (weights * _MASS).long()
-    if limits.top_p is not None:
-        need = (masses.sum(dim=-1, keepdim=True) * limits.top_p).ceil().long()
-        masses = torch.where(most_likely(ranks, masses, need), masses, 0)
-    upto = masses.cumsum(dim=-1)
-    total = upto[:, -1:]
-    target = torch.minimum((total * uniform).long(), total - 1)
-    return torch.searchsorted(upto, target, right=True).squeeze(1)
+    need = (masses.sum(dim=-1, keepdim=True) * limits.top_p).ceil().long()
+    return most_likely(ranks, masses, need) & (masses > 0)
 
 
 def most_likely(ranks: Tensor, masses: Tensor, need: Tensor) -> Tensor:

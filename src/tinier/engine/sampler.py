@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinier.device import upload
-from tinier.engine.drawing import Limits, draw, uniforms
+from tinier.engine.drawing import Limits, draw, keys
 from tinier.engine.penalties import Penalties, Strengths
 from tinier.engine.request import Request
 from tinier.kernels.reference import greedy
@@ -156,20 +156,22 @@ class Sampler:
 
     def _choose(self, logits: Tensor, plan: Plan, positions: list[int]) -> Tensor:
         """The tokens of the busy rows, from their final logits."""
-        uniform = self._uniforms(plan, positions) if plan.drawn else None
+        row_keys = self._keys(plan, positions) if plan.drawn else None
         tokens = []
         first = len(plan.busy) - len(plan.drawn)
         for start, end, limits in plan.groups:
-            if limits is None or uniform is None:
+            if limits is None or row_keys is None:
                 tokens.append(logits[start:end].argmax(dim=-1))
             else:
-                tokens.append(draw(logits[start:end], limits, uniform[start - first : end - first]))
+                tokens.append(
+                    draw(logits[start:end], limits, row_keys[start - first : end - first])
+                )
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
-    def _uniforms(self, plan: Plan, positions: list[int]) -> Tensor:
-        """For the drawn rows, [D, 1]."""
+    def _keys(self, plan: Plan, positions: list[int]) -> Tensor:
+        """For the drawn rows, [D, 2]."""
         at = np.array([positions[row] for row in plan.drawn], dtype=np.uint64)
-        return self._upload(uniforms(plan.seeds, at), torch.float64).unsqueeze(1)
+        return self._upload(keys(plan.seeds, at), torch.int32)
 
     def _make_plan(self, requests: list[Request], positions: list[int]) -> Plan:
         early = [
