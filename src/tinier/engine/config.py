@@ -26,6 +26,9 @@ class EngineConfig:
     (on a CPU half of it)."""
     overlap: bool | None = None
     """Launch a step before the tokens of the one before are read; None: on a GPU."""
+    max_draft_tokens: int = 8
+    """Tokens that an engine with a draft lets it propose at once; how many it asks for follows from what is
+    right and from what steps cost."""
     tensor_parallel: int = 1
     """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
     and ends its own if one of them ends."""
@@ -41,6 +44,7 @@ class EngineConfig:
             "max_seq_len",
             "max_step_tokens",
             "block_size",
+            "max_draft_tokens",
             "tensor_parallel",
         ):
             if getattr(self, name) < 1:

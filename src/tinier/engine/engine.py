@@ -12,7 +12,8 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
+from tinier.engine.drafts import Drafter, DraftModel, PromptLookup
+from tinier.engine.pace import Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampled, Sampler, scores
@@ -45,6 +48,17 @@ class InFlight(NamedTuple):
     done: torch.cuda.Event | None
 
 
+class Check(NamedTuple):
+    """A request's draft, beside what the model says."""
+
+    request: Request
+    first: int
+    """Row of the logits before the draft"""
+    draft: list[int]
+    accepted: int
+    """Tokens of its drafts that were right before"""
+
+
 class Engine:
     def __init__(
         self,
@@ -52,14 +66,19 @@ class Engine:
         config: EngineConfig | None = None,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
+        draft: Checkpoint | Decoder | Literal["prompt"] | None = None,
     ) -> None:
         """Load the model, unless it is loaded, and make room for the cache.
 
-        dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone.
+        dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone. draft: a smaller
+        model with the same tokens that proposes the next ones, or `prompt`: what followed the same words
+        earlier is proposed. The text stays the same, and comes sooner (drafts.py).
         """
         self.config = config or EngineConfig()
         self._crew: Crew | None = None
         self._added = 0
+        self.num_drafted = self.num_accepted = 0
+        """Tokens that drafts proposed and the model checked, and those that were right"""
         if isinstance(model, Decoder):
             decoder = model
         else:
@@ -69,6 +88,7 @@ class Engine:
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         self._tokenizer = tokenizer
+        self._draft_decoder = self._load_draft(draft, dtype)
         self.num_blocks = self._num_blocks()
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
@@ -76,7 +96,29 @@ class Engine:
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self.drafter: Drafter | None = None
+        if draft is not None:
+            self.drafter = self._drafter()
         self._clear()
+
+    def _load_draft(
+        self, draft: Checkpoint | Decoder | Literal["prompt"] | None, dtype: torch.dtype | None
+    ) -> Decoder | None:
+        if isinstance(draft, Decoder) or draft is None or draft == "prompt":
+            return None if draft == "prompt" else draft
+        made = load_decoder(
+            draft, device=self.decoder.device, dtype=dtype, int4_inputs=self.config.int4_inputs
+        )
+        _log_paths(draft.folder.name, made)
+        return made
+
+    def _drafter(self) -> Drafter:
+        if self._draft_decoder is None:
+            return PromptLookup()
+        vocab = self.decoder.geometry.vocab
+        return DraftModel(
+            self._draft_decoder, self.config, self.max_seq_len, self.num_blocks, vocab
+        )
 
     def _load(self, model: Checkpoint, dtype: torch.dtype | None, tokenizer: Any) -> Decoder:
         """The model, or where several processes share it this one's part; the others load theirs."""
@@ -114,6 +156,11 @@ class Engine:
         )  # fmt: skip
         self._sampler = Sampler(self.decoder.geometry.vocab, self.decoder.device)
         self._in_flight: InFlight | None = None
+        if self.drafter is not None:
+            self.drafter.forget()
+            drafts, own = self._draft_decoder, self.decoder.weight_bytes
+            share = 0.0 if drafts is None else drafts.weight_bytes / own
+            self._pace = Pace(self.config.max_draft_tokens, share)
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +186,8 @@ class Engine:
         """Capture the graphs of all steps now, so that no request waits for one; a CPU has none."""
         self._tell("warm_up")
         self.runner.capture_all()
+        if isinstance(self.drafter, DraftModel):
+            self.drafter.runner.capture_all()
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this
@@ -189,11 +238,48 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one step; returns the requests that got a token, or reached their end."""
+        drafts = self._propose() if self.drafter is not None else {}
         if self._crew is None:
-            return self._step()
-        self._tell("step")
+            return self.compute(drafts)
+        self._tell("compute", drafts)
         with self._crew.together():
-            return self._step()
+            return self.compute(drafts)
+
+    def _propose(self) -> dict[int, list[int]] | None:
+        """Drafts by their request's number; None: they would pay, but steps in flight must end first."""
+        assert self.drafter is not None
+        # those that a step computes one token of
+        requests = [
+            r
+            for r in self._scheduler.running
+            if not r.finished and r.num_tokens - r.num_computed <= 1
+        ]
+        wanted = self._pace.lengths(requests) if requests else {}
+        if not wanted:
+            return {}
+        if self._in_flight is not None:
+            return None
+        started = time.perf_counter()
+        found = self.drafter.propose(wanted)
+        depth = max(map(len, found.values()), default=0)
+        if depth and self._draft_decoder is not None:
+            self._pace.drafting_took(time.perf_counter() - started, depth)
+        return {request.number: tokens for request, tokens in found.items() if tokens}
+
+    def compute(self, drafts: dict[int, list[int]] | None) -> list[Request]:
+        """One step, in each process of a shared model; see `step`. drafts: of `_propose`."""
+        if drafts is None:
+            launched, self._in_flight = self._in_flight, None
+            return self._read(launched) if launched else []
+        started = time.perf_counter()
+        waiting, running = len(self._scheduler.waiting), self._scheduler.running
+        rows = sum(r.num_tokens - r.num_computed for r in running)
+        decodes = rows == len(running) > 0
+        changed = self._check_drafts(drafts) if drafts else self._step()
+        if self.drafter is not None and decodes and waiting == len(self._scheduler.waiting):
+            rows += sum(map(len, drafts.values()))
+            self._pace.step_took(time.perf_counter() - started, rows)
+        return changed
 
     def _step(self) -> list[Request]:
         launched = self._launch()
@@ -256,12 +342,20 @@ class Engine:
     @torch.inference_mode()
     def _sample(self, output: Output, rows: list[int], requests: list[Request]) -> Sampled:
         """The next token of the requests whose chunks these are."""
+        sampled = self._pick(output, rows, requests, [r.num_sampled for r in requests])
+        if not all(request.params.plain for request in requests):
+            self.runner.keep(requests, sampled.tokens)
+        return sampled
+
+    @torch.inference_mode()
+    def _pick(
+        self, output: Output, rows: list[int], requests: list[Request], positions: list[int]
+    ) -> Sampled:
+        """The tokens of some rows, each of its request at its place in the output."""
         logits, tokens = self.runner.rows(output, rows)
         if all(request.params.plain for request in requests):
             return Sampled(tokens, None, None, None)
-        sampled = self._sampler.sample(logits, requests, [r.num_sampled for r in requests])
-        self.runner.keep(requests, sampled.tokens)
-        return sampled
+        return self._sampler.sample(logits, requests, positions)
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
         """Start to copy what was sampled to the host."""
@@ -284,15 +378,85 @@ class Engine:
             request.num_pending -= 1
             if request.finished:  # stopped or cancelled while this token was on its way
                 continue
-            if token < 0:  # logits that are no numbers have no likeliest token
-                self._end(request, "error")
-                changed.append(request)
-                continue
-            if request.params.logprobs is not None:
-                request.logprobs.append(_logprobs(step.sampled, i, token, request.params.logprobs))
-            self._append(request, token, now)
+            self._take(request, step.sampled, i, token, now)
             changed.append(request)
         return changed
+
+    def _take(self, request: Request, sampled: Sampled, row: int, token: int, now: float) -> None:
+        """Give a request the token that was sampled in a row."""
+        if token < 0:  # logits that are no numbers have no likeliest token
+            self._end(request, "error")
+            return
+        if request.params.logprobs is not None:
+            request.logprobs.append(_logprobs(sampled, row, token, request.params.logprobs))
+        self._append(request, token, now)
+
+    def _check_drafts(self, drafts: dict[int, list[int]]) -> list[Request]:
+        """A step that computes drafts too, and whose tokens are read at once: of each request those of its
+        draft that are right, and the one after."""
+        assert self._in_flight is None
+        for request in self._scheduler.running:
+            request.draft = drafts.get(request.number, [])
+        chunks = self._scheduler.schedule()
+        output = self.runner.run(chunks)
+        self._keep_prompt_logits(chunks, output)
+        firsts = accumulate((1 + chunk.drafts for chunk in chunks), initial=0)
+        checks = []
+        for chunk, first in zip(chunks, firsts, strict=False):
+            self._scheduler.computed(chunk)
+            if chunk.samples:
+                draft = chunk.request.draft[: chunk.drafts]
+                checks.append(Check(chunk.request, first, draft, chunk.request.num_accepted))
+        for request in [*self._scheduler.waiting, *self._scheduler.running]:
+            request.draft = []
+        # tokens with penalties depend on those before them, so they are picked one after the other
+        self._compare(output, [c for c in checks if not c.request.params.penalized])
+        for check in checks:
+            if check.request.params.penalized:
+                self._compare_in_turn(output, check)
+        for request, _, draft, before in checks:
+            request.num_drafted += len(draft)
+            self.num_drafted += len(draft)
+            self.num_accepted += request.num_accepted - before
+            if draft and self.drafter is not None and request.finished is None:
+                self._pace.agreed(request, request.num_accepted - before, len(draft))
+        return [check.request for check in checks]
+
+    def _compare(self, output: Output, checks: list[Check]) -> None:
+        rows = [(c, depth) for c in checks for depth in range(1 + len(c.draft))]
+        if not rows:
+            return
+        sampled = self._pick(
+            output, [c.first + depth for c, depth in rows], [c.request for c, _ in rows],
+            [c.request.num_sampled + depth for c, depth in rows],
+        )  # fmt: skip
+        now, at = time.perf_counter(), 0
+        tokens = sampled.tokens.tolist()
+        for check in checks:
+            for depth in range(1 + len(check.draft)):
+                if not self._agrees(check, depth, sampled, at + depth, tokens[at + depth], now):
+                    break
+            at += 1 + len(check.draft)
+
+    def _compare_in_turn(self, output: Output, check: Check) -> None:
+        request = check.request
+        for depth in range(1 + len(check.draft)):
+            sampled = self._pick(output, [check.first + depth], [request], [request.num_sampled])
+            now = time.perf_counter()
+            if not self._agrees(check, depth, sampled, 0, int(sampled.tokens), now):
+                break
+
+    def _agrees(
+        self, check: Check, depth: int, sampled: Sampled, row: int, token: int, now: float
+    ) -> bool:
+        """Take a token that the model picked; whether it is the draft's, so that what follows counts."""
+        request = check.request
+        self._take(request, sampled, row, token, now)
+        if depth == len(check.draft) or token != check.draft[depth]:
+            return False
+        request.num_accepted += 1
+        request.num_computed += 1  # its keys and values are in the cache since this step
+        return request.finished is None
 
     def _append(self, request: Request, token: int, now: float) -> None:
         if token in request.params.stop_token_ids:
@@ -315,6 +479,8 @@ class Engine:
         if request.queued:
             self._scheduler.finish(request)
         self._sampler.forget(request)
+        if self.drafter is not None:
+            self._pace.forget(request)
 
     @torch.inference_mode()
     def _keep_prompt_logits(self, chunks: list[Chunk], output: Output) -> None:
@@ -347,11 +513,16 @@ class Engine:
 
     @property
     def _block_bytes(self) -> int:
-        numbers = self.decoder.geometry.cached_numbers
-        return numbers * self.decoder.cache_dtype.itemsize * self.config.block_size
+        return self._block_bytes_of(self.decoder)
+
+    def _block_bytes_of(self, decoder: Decoder) -> int:
+        numbers = decoder.geometry.cached_numbers
+        return numbers * decoder.cache_dtype.itemsize * self.config.block_size
 
     def _num_blocks(self) -> int:
         block_bytes = self._block_bytes
+        if self._draft_decoder is not None:
+            block_bytes += self._block_bytes_of(self._draft_decoder)
         per_request = -(-self.max_seq_len // self.config.block_size)
         if self.config.kv_cache_bytes is not None:
             blocks = self.config.kv_cache_bytes // block_bytes

@@ -77,8 +77,8 @@ class _Engine:
             self._requests[request.number] = request
         elif call.method == "cancel":
             self._engine.cancel(self._requests.pop(*call.arguments))
-        elif call.method == "step":
-            for request in self._engine.step():
+        elif call.method == "compute":
+            for request in self._engine.compute(*call.arguments):
                 if request.finished:
                     del self._requests[request.number]
         else:

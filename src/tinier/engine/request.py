@@ -177,6 +177,12 @@ class Request:
     stream: TextStream | None = None
     """The output as text, where stop strings are watched for."""
     output: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    """Tokens that may come next, which the step in hand checks (drafts.py)."""
+    num_drafted: int = 0
+    """Tokens that were checked, in all."""
+    num_accepted: int = 0
+    """Of those, the ones that were right."""
     num_pending: int = 0
     """Tokens that are sampled but not known yet: their step is still in flight."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -231,12 +237,13 @@ class Request:
         return self.params.prompt_logprobs is None and not self.params.prompt_logits
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """`count` token ids of prompt and output from position `start`."""
+        """`count` token ids of prompt, output and draft from position `start`."""
         end = start + count
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
-        return self.prompt[start:] + self.output[max(0, start - split) : end - split]
+        known = self.prompt[start:] + self.output[max(0, start - split) : end - split]
+        return known + self.draft[max(0, start - self.num_known) : max(0, end - self.num_known)]
 
     def add_block(self, block: int) -> None:
         self.table[len(self.blocks)] = block

@@ -25,6 +25,7 @@ from tinier.kernels import (
     cached_attention,
     captures,
     greedy,
+    reference,
 )
 from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 
@@ -35,10 +36,11 @@ class Output(NamedTuple):
     """What a step computed; it holds until the next one."""
 
     logits: Tensor
-    """[chunks, vocab] after each chunk's last token"""
+    """[chunks, vocab] after each chunk's last token; where a chunk ends in a draft, after each token of it
+    and the one before, too"""
     tokens: Tensor
-    """[chunks] int64: the likeliest of each, -1 where the logits are no numbers; the next step finds them
-    at their request's seat"""
+    """The likeliest of each, int64, -1 where the logits are no numbers; the next step finds them at their
+    request's seat, unless that has a draft"""
     hidden: Tensor | None
     """[T, hidden] after every token; None: the step made logits alone"""
 
@@ -129,6 +131,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Output:
         """Compute the chunks and write their keys and values. On a GPU it returns before that is done."""
+        if any(chunk.drafts for chunk in chunks):
+            return self._run_with_drafts(chunks)
         counts = [chunk.count for chunk in chunks]
         longest = max(chunk.start + chunk.count for chunk in chunks)
         rows, count = sum(counts), len(chunks)
@@ -150,6 +154,22 @@ class Runner:
             wants_hidden = any(map(_scores_prompt, chunks))
             return self._compute_natively(inputs, rows, count, hidden=wants_hidden)
         return self._compute(inputs, counts, longest)
+
+    def _run_with_drafts(self, chunks: list[Chunk]) -> Output:
+        """The same with logits inside the chunks that end in a draft."""
+        if self.decoder.device.type == "cpu":
+            # a token of its own each: what is computed for it is what it is without drafts
+            return self.run([part for chunk in chunks for part in _apart(chunk)])
+        output = self.run([Chunk(chunk.request, chunk.start, chunk.count) for chunk in chunks])
+        assert output.hidden is not None
+        rows: list[int] = []
+        first = 0
+        for chunk in chunks:
+            first += chunk.count
+            rows += range(first - 1 - chunk.drafts, first)
+        index = upload(rows, torch.int64, self.decoder.device)
+        logits = self.decoder.logits(output.hidden.index_select(0, index))
+        return Output(logits, reference.greedy(logits), output.hidden)
 
     @torch.inference_mode()
     def capture_all(self) -> None:
@@ -330,9 +350,15 @@ def _scores_prompt(chunk: Chunk) -> bool:
     return chunk.start < len(chunk.request.prompt) and not chunk.request.may_reuse
 
 
+def _apart(chunk: Chunk) -> list[Chunk]:
+    """The tokens of a draft as chunks of their own, after what comes before them."""
+    drafts = [Chunk(chunk.request, chunk.end + i, 1) for i in range(chunk.drafts)]
+    return [Chunk(chunk.request, chunk.start, chunk.count - chunk.drafts), *drafts]
+
+
 def _last_token(chunk: Chunk) -> int:
     """Of a chunk of one token; -1 - seat if its value is in flight."""
-    if chunk.start == chunk.request.num_known:
+    if chunk.request.num_pending and chunk.start == chunk.request.num_known:
         return -1 - _seat(chunk.request)
     return chunk.request.tokens(chunk.start, 1)[0]
 

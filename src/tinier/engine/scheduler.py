@@ -23,11 +23,18 @@ class Chunk:
     request: Request
     start: int
     count: int
+    drafts: int = 0
+    """Of those, the last ones, which are the request's draft."""
+
+    @property
+    def end(self) -> int:
+        """Where its tokens that are no draft end."""
+        return self.start + self.count - self.drafts
 
     @property
     def samples(self) -> bool:
-        """Whether this chunk ends at the last token, so that the next one can be sampled."""
-        return self.start + self.count == self.request.num_tokens
+        """Whether this chunk reaches the last token, so that the next one can be sampled."""
+        return self.end == self.request.num_tokens
 
 
 class Scheduler:
@@ -56,8 +63,9 @@ class Scheduler:
                 continue  # preempted a moment ago
             count = min(budget, request.num_tokens - request.num_computed)
             if count and self._make_room(request, request.num_computed + count):
-                chunks.append(Chunk(request, request.num_computed, count))
-                budget -= count
+                drafts = self._drafts(request, request.num_computed + count, budget - count)
+                chunks.append(Chunk(request, request.num_computed, count + drafts, drafts))
+                budget -= count + drafts
         chunks = [chunk for chunk in chunks if chunk.request.seat is not None]
         while self.waiting and budget and self._seats:
             request = self.waiting[0]
@@ -86,7 +94,7 @@ class Scheduler:
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk's step is on its way to the device: whatever comes later will find it computed."""
-        chunk.request.num_computed = chunk.start + chunk.count
+        chunk.request.num_computed = chunk.end
         self._remember(chunk.request)
 
     def finish(self, request: Request) -> None:
@@ -101,6 +109,11 @@ class Scheduler:
     def _remember(self, request: Request) -> None:
         if self._reuse_prefixes:
             self._pool.remember(request)
+
+    def _drafts(self, request: Request, end: int, budget: int) -> int:
+        """Tokens of a request's draft that are computed after those up to `end`; none gives way to them."""
+        count = min(len(request.draft), budget) if end == request.num_tokens else 0
+        return count if count and self._pool.extend(request, end + count) else 0
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens`, taken from the latest arrivals if need be; False if `request`

@@ -1,0 +1,213 @@
+"""Drafts: tokens that something cheap proposes and the model checks, several of them in one step.
+
+Start at `Drafter`. A proposed token counts if it is the one that the model itself picks at that place, the
+likeliest or the one that the request's seed draws (drawing.py), so the text is the one without drafts, and
+the distribution the model's own. Speculative decoding: arXiv 2211.17192, with drafts that are drawn with
+the model's own random numbers in place of its acceptance rule, so that a seed's text does not depend on
+them. Prompt look-up: copying what followed the same words earlier.
+"""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from tinier.engine.blocks import BlockPool
+from tinier.engine.config import EngineConfig
+from tinier.engine.decoder import Decoder
+from tinier.engine.request import Request
+from tinier.engine.runner import Output, Runner
+from tinier.engine.sampler import Sampler
+from tinier.engine.scheduler import Chunk
+
+# tokens that must be the same for what followed them to be proposed, the most telling first
+_MATCHED = (4, 3, 2)
+
+
+class Drafter(Protocol):
+    """Proposes tokens. Every process of a shared model is told what the first one's drafter proposed."""
+
+    def propose(self, wanted: dict[Request, int]) -> dict[Request, list[int]]:
+        """At most so many tokens for each request, all of whose tokens are known; requests without a
+        proposal may be left out."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is kept about all requests."""
+        ...
+
+
+class PromptLookup:
+    """Proposes what followed the last few tokens where they stood before, in the prompt or the output."""
+
+    def __init__(self) -> None:
+        self._texts: dict[Request, _Text] = {}
+
+    def propose(self, wanted: dict[Request, int]) -> dict[Request, list[int]]:
+        self._texts = {r: text for r, text in self._texts.items() if r.seat is not None}
+        found = {}
+        for request, most in wanted.items():
+            text = self._texts.setdefault(request, _Text())
+            known = len(text.tokens)
+            text.extend(request.tokens(known, request.num_known - known))
+            if tokens := text.continuation(most):
+                found[request] = tokens
+        return found
+
+    def forget(self) -> None:
+        self._texts.clear()
+
+
+class _Text:
+    """Tokens, and where each few of them stood last."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}
+        """Where the token after these is"""
+
+    def extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            at = len(self.tokens)
+            for count in _MATCHED:
+                if at >= count:
+                    self._next[tuple(self.tokens[at - count :])] = at
+            self.tokens.append(token)
+
+    def continuation(self, most: int) -> list[int]:
+        """What came after the last few tokens before; past the end of the text that goes on as it began."""
+        for count in _MATCHED:
+            start = self._next.get(tuple(self.tokens[-count:]))
+            if start is not None:
+                period = len(self.tokens) - start
+                return [self.tokens[start + i % period] for i in range(most)]
+        return []
+
+
+class DraftModel:
+    """Proposes what a smaller model writes. It reads the same tokens and has a cache of its own."""
+
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, max_seq_len: int, num_blocks: int, vocab: int
+    ) -> None:
+        """num_blocks: as many as the model itself has, of as many tokens. vocab: of the model."""
+        self.decoder = decoder
+        self._vocab = vocab
+        self._longest = min(max_seq_len, decoder.geometry.max_positions)
+        self._config = config
+        self._num_blocks = num_blocks
+        self.runner = Runner(
+            decoder, num_blocks, config.block_size, config.max_batch_size, self._longest,
+            config.max_step_tokens,
+        )  # fmt: skip
+        self.forget()
+
+    def forget(self) -> None:
+        self._pool = BlockPool(self._num_blocks, self._config.block_size)
+        self._sampler = Sampler(self.decoder.geometry.vocab, self.decoder.device)
+        self._copies: dict[Request, Request] = {}
+
+    def propose(self, wanted: dict[Request, int]) -> dict[Request, list[int]]:
+        for request in [r for r in self._copies if r.seat is None]:
+            self._drop(request)
+        found: dict[Request, list[int]] = {}
+        left = {}
+        for request, most in wanted.items():
+            if request.num_known + most <= self._longest and request.num_known <= self._fits(
+                request
+            ):
+                left[request] = most
+                found[request] = []
+        for request in left:
+            self._follow(request)
+        while left:
+            for request, token in self._next(list(left)):
+                if token is not None:
+                    found[request].append(token)
+                    self._copies[request].output.append(token)
+                    left[request] -= 1
+                ends = token is None or token in request.params.stop_token_ids
+                if ends or not left[request]:
+                    del left[request]
+        return found
+
+    def _fits(self, request: Request) -> int:
+        """Tokens of the request that this model can read: a token that it does not know ends them."""
+        known = self.decoder.geometry.vocab
+        if known >= self._vocab:
+            return request.num_known
+        tokens = request.prompt + request.output
+        return next((i for i, token in enumerate(tokens) if token >= known), len(tokens))
+
+    def _follow(self, request: Request) -> None:
+        """Bring the copy of a request to the tokens that it has by now."""
+        copy = self._copies.get(request)
+        if copy is None:
+            params = replace(
+                request.params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+                logprobs=None, prompt_logprobs=None, prompt_logits=False, stop=(),
+            )  # fmt: skip
+            copy = Request(
+                request.number, request.prompt, params, request.arrived, self.runner.width
+            )
+            copy.output = list(request.output)
+            copy.num_computed = self._pool.reuse(copy) if self._config.reuse_prefixes else 0
+            self._copies[request] = copy
+        copy.seat = request.seat
+        pairs = zip(copy.output, request.output, strict=False)
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if same is None:
+            same = min(len(copy.output), len(request.output))
+        copy.output[same:] = request.output[same:]
+        copy.num_computed = min(copy.num_computed, len(request.prompt) + same, copy.num_known - 1)
+        if self._config.reuse_prefixes:
+            self._pool.remember(
+                copy
+            )  # what is proposed from here on may be wrong, and is not remembered
+
+    def _next(self, requests: list[Request]) -> list[tuple[Request, int | None]]:
+        """The next token of each request's copy; None where there is no room for it."""
+        waiting = {request: self._copies[request] for request in requests}
+        found: list[tuple[Request, int | None]] = []
+        while waiting:
+            chunks, budget = {}, self._config.max_step_tokens
+            for request, copy in list(waiting.items()):
+                count = min(budget, copy.num_known - copy.num_computed)
+                if count and not self._pool.extend(copy, copy.num_computed + count):
+                    del waiting[request]
+                    self._drop(request)
+                    found.append((request, None))
+                elif count:
+                    chunks[request] = Chunk(copy, copy.num_computed, count)
+                    budget -= count
+            if not chunks:
+                break
+            ordered = sorted(chunks, key=lambda request: chunks[request].count > 1)
+            output = self.runner.run([chunks[request] for request in ordered])
+            for request in ordered:
+                copy = waiting[request]
+                copy.num_computed += chunks[request].count
+            ends = [
+                i for i, r in enumerate(ordered) if waiting[r].num_computed == waiting[r].num_known
+            ]
+            done = [ordered[i] for i in ends]
+            tokens = self._picked(output, ends, [waiting[request] for request in done])
+            for request, token in zip(done, tokens, strict=True):
+                del waiting[request]
+                found.append((request, token if 0 <= token < self._vocab else None))
+        return found
+
+    @torch.inference_mode()
+    def _picked(self, output: Output, rows: list[int], copies: list[Request]) -> list[int]:
+        if not copies:
+            return []
+        logits, tokens = self.runner.rows(output, rows)
+        if not all(copy.params.plain for copy in copies):
+            tokens = self._sampler.sample(logits, copies, [len(c.output) for c in copies]).tokens
+        picked: list[int] = tokens.tolist()
+        return picked
+
+    def _drop(self, request: Request) -> None:
+        copy = self._copies.pop(request)
+        self._pool.release(copy)
+        self._sampler.forget(copy)
