@@ -7,6 +7,7 @@ the model's own random numbers in place of its acceptance rule, so that a seed's
 them. Prompt look-up: copying what followed the same words earlier.
 """
 
+import time
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import torch
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder
+from tinier.engine.pace import Pace
 from tinier.engine.request import Request
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampler
@@ -30,6 +32,10 @@ class Drafter(Protocol):
     def propose(self, wanted: dict[Request, int]) -> dict[Request, list[int]]:
         """At most so many tokens for each request, all of whose tokens are known; requests without a
         proposal may be left out."""
+        ...
+
+    def unread(self, request: Request) -> int:
+        """Tokens of a request that must be read before anything is proposed."""
         ...
 
     def forget(self) -> None:
@@ -53,6 +59,9 @@ class PromptLookup:
             if tokens := text.continuation(most):
                 found[request] = tokens
         return found
+
+    def unread(self, request: Request) -> int:
+        return 0
 
     def forget(self) -> None:
         self._texts.clear()
@@ -88,11 +97,18 @@ class DraftModel:
     """Proposes what a smaller model writes. It reads the same tokens and has a cache of its own."""
 
     def __init__(
-        self, decoder: Decoder, config: EngineConfig, max_seq_len: int, num_blocks: int, vocab: int
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        max_seq_len: int,
+        num_blocks: int,
+        vocab: int,
+        pace: Pace,
     ) -> None:
-        """num_blocks: as many as the model itself has, of as many tokens. vocab: of the model."""
+        """num_blocks: as many as the model itself has, of as many tokens. vocab: of the model. pace: is
+        told what drafting takes."""
         self.decoder = decoder
-        self._vocab = vocab
+        self._vocab, self._pace = vocab, pace
         self._longest = min(max_seq_len, decoder.geometry.max_positions)
         self._config = config
         self._num_blocks = num_blocks
@@ -121,7 +137,16 @@ class DraftModel:
         for request in left:
             self._follow(request)
         while left:
-            for request, token in self._next(list(left)):
+            started = time.perf_counter()
+            unread = sum(c.num_known - c.num_computed for c in map(self._copies.__getitem__, left))
+            reads = unread > 2 * len(left)
+            proposed = self._next(list(left))
+            seconds = time.perf_counter() - started
+            if reads:
+                self._pace.reading_took(seconds, unread)
+            else:
+                self._pace.drafting_took(seconds)
+            for request, token in proposed:
                 if token is not None:
                     found[request].append(token)
                     self._copies[request].output.append(token)
@@ -130,6 +155,10 @@ class DraftModel:
                 if ends or not left[request]:
                     del left[request]
         return found
+
+    def unread(self, request: Request) -> int:
+        copy = self._copies.get(request)
+        return request.num_tokens - (copy.num_computed if copy else 0)
 
     def _fits(self, request: Request) -> int:
         """Tokens of the request that this model can read: a token that it does not know ends them."""

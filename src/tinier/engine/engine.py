@@ -96,6 +96,7 @@ class Engine:
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self._pace = Pace(self.config.max_draft_tokens, model=self._draft_decoder is not None)
         self.drafter: Drafter | None = None
         if draft is not None:
             self.drafter = self._drafter()
@@ -117,7 +118,7 @@ class Engine:
             return PromptLookup()
         vocab = self.decoder.geometry.vocab
         return DraftModel(
-            self._draft_decoder, self.config, self.max_seq_len, self.num_blocks, vocab
+            self._draft_decoder, self.config, self.max_seq_len, self.num_blocks, vocab, self._pace
         )
 
     def _load(self, model: Checkpoint, dtype: torch.dtype | None, tokenizer: Any) -> Decoder:
@@ -156,11 +157,9 @@ class Engine:
         )  # fmt: skip
         self._sampler = Sampler(self.decoder.geometry.vocab, self.decoder.device)
         self._in_flight: InFlight | None = None
+        self._pace.clear()
         if self.drafter is not None:
             self.drafter.forget()
-            drafts, own = self._draft_decoder, self.decoder.weight_bytes
-            share = 0.0 if drafts is None else drafts.weight_bytes / own
-            self._pace = Pace(self.config.max_draft_tokens, share)
 
     @property
     def has_work(self) -> bool:
@@ -254,16 +253,12 @@ class Engine:
             for r in self._scheduler.running
             if not r.finished and r.num_tokens - r.num_computed <= 1
         ]
-        wanted = self._pace.lengths(requests) if requests else {}
+        wanted = self._pace.lengths({request: self.drafter.unread(request) for request in requests})
         if not wanted:
             return {}
         if self._in_flight is not None:
             return None
-        started = time.perf_counter()
         found = self.drafter.propose(wanted)
-        depth = max(map(len, found.values()), default=0)
-        if depth and self._draft_decoder is not None:
-            self._pace.drafting_took(time.perf_counter() - started, depth)
         return {request.number: tokens for request, tokens in found.items() if tokens}
 
     def compute(self, drafts: dict[int, list[int]] | None) -> list[Request]:

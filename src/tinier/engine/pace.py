@@ -1,77 +1,119 @@
-"""How many tokens to draft: as many as pay, by what steps have cost and what was agreed on.
+"""How many tokens to draft: as many as pay, by what steps have cost and what was right.
 
 Start at `Pace.lengths`. A token that is drafted at depth j is worth the probability that it and all before
 it are right, agreement^j; it costs its row in the model's step and its share of the draft's. What pays is
-what brings more tokens a second than the step without it.
+what brings more tokens a second than the step without it. A draft model also has to read what it has not
+read of a request, which must pay by the request's end.
 """
 
 import math
+from bisect import bisect
 
 from tinier.engine.request import Request
 
-# steps without drafts before some are tried again: what they cost is lost among them
-_TRIED_EVERY = 64
 # weight of what was seen before, against one more step, or one more token
-_STEP_MEMORY, _TOKEN_MEMORY = 0.95, 0.95
-_FIRST_AGREEMENT = 0.7
+_STEP_MEMORY, _TOKEN_MEMORY = 0.9, 0.95
+# until tokens were compared
+_AGREEMENT = 0.7
 # drafts must promise this much more
-_MARGIN = 1.02
+_MARGIN = 1.03
+# of the time, at most, goes to trying drafts that did not pay before
+_TRYING = 0.01
+# of steps that have drafts, one has none, so that what it costs stays known
+_PLAIN_EVERY = 32
+# of a step: what one more row in it costs, and a token of the draft, before they were measured
+_ROW = 0.1
+# measured so often before anything is decided by it
+_MEASURED = 3
 
 
 class Pace:
-    def __init__(self, most: int, draft_share: float) -> None:
-        """most: tokens drafted at once. draft_share: a drafted token's cost for as long as it is not known,
-        of a step's."""
-        self._most, self._draft_share = most, draft_share
-        self._steps = _Line()
-        self._drafting: float | None = None
-        """Seconds to draft one token more for every request"""
-        self._typical = _FIRST_AGREEMENT
+    def __init__(self, most: int, *, model: bool) -> None:
+        """most: tokens drafted at once. model: whether drafting itself takes time."""
+        self._most = most
+        self._steps = _Costs()
+        self._drafting, self._reading = _Mean(), _Mean()
+        if not model:
+            self._drafting.add(0.0, _MEASURED)
+            self._reading.add(0.0, _MEASURED)
+        self._typical = _AGREEMENT
         self._agreement: dict[Request, float] = {}
-        self._since = 0
+        self._since_plain = 0
+        self._credit = 0.0
+        """Seconds that may be spent on trying"""
 
-    def lengths(self, requests: list[Request]) -> dict[Request, int]:
+    def lengths(self, unread: dict[Request, int]) -> dict[Request, int]:
         """Tokens to draft for each of some requests, whose next tokens a step computes; those that get
-        none are left out."""
-        most = {r: min(self._most, r.params.max_tokens - r.num_sampled - 1) for r in requests}
+        none are left out. unread: tokens that the draft has to read first."""
+        most = {r: min(self._most, r.params.max_tokens - r.num_sampled - 1) for r in unread}
         most = {request: count for request, count in most.items() if count > 0}
-        if not most:
+        step = self._steps.at(len(unread))
+        if not most or step is None:
             return {}
-        found = self._paying(most, len(requests))
-        self._since = 0 if found else self._since + 1
-        if not found and self._since >= _TRIED_EVERY:
-            self._since = 0
-            return {request: min(2, count) for request, count in most.items()}
+        found = self._paying(most, unread, step) if self._drafting.count >= _MEASURED else {}
+        self._since_plain = self._since_plain + 1 if found else 0
+        if self._since_plain == _PLAIN_EVERY:
+            self._since_plain = 0
+            return {}
+        if not found:
+            return self._trial(most, unread, step)
         return found
 
-    def _paying(self, most: dict[Request, int], rows: int) -> dict[Request, int]:
-        step = self._steps.at(rows)
-        if step is None:  # nothing is known yet
-            return {request: min(2, count) for request, count in most.items()}
-        row = self._steps.slope
-        drafting = step * self._draft_share if self._drafting is None else self._drafting
-        plain = rows / step
-        rate = plain
+    def _trial(
+        self, most: dict[Request, int], unread: dict[Request, int], step: float
+    ) -> dict[Request, int]:
+        """Two tokens for the request that has the fewest to read, if there is credit for it."""
+        request = min(most, key=lambda r: unread[r])
+        first = self._drafting.count < _MEASURED
+        reading = unread[request] * (_ROW * step if first else self._reading.value)
+        self._credit += _TRYING * step
+        cost = (
+            reading + 2 * _ROW * step + 2 * (self._drafting.value if self._drafting.count else step)
+        )
+        if not first and cost > self._credit:
+            return {}
+        self._credit = 0.0
+        return {request: min(2, most[request])}
+
+    def _paying(
+        self, most: dict[Request, int], unread: dict[Request, int], step: float
+    ) -> dict[Request, int]:
+        """As many for each as make the most tokens a second, of all requests together."""
+        rows, drafting = len(unread), self._drafting.value
+        plain = rate = rows / step
+        lengths: dict[Request, int] = {}
+        row = self._steps.slope(rows, rows + sum(most.values()))
         for _ in range(
             4
         ):  # the best rate is the one at which what is worth its cost brings just that
-            worth = min(rate * (row + drafting / len(most)), 1.0)
+            worth = rate * (row + drafting / len(most))
             lengths = {r: _longest(self._of(r), worth, count) for r, count in most.items()}
+            drafted = sum(lengths.values())
             tokens = rows + sum(_more(self._of(r), count) for r, count in lengths.items())
-            seconds = step + row * sum(lengths.values()) + drafting * max(lengths.values())
+            seconds = (self._steps.at(rows + drafted) or step) + drafting * max(lengths.values())
             rate = max(tokens / seconds, plain)
         if rate < _MARGIN * plain:
             return {}
-        return {request: count for request, count in lengths.items() if count}
+        saved = step * (1 - plain / rate)  # for each token that is still to come
+        return {
+            request: count
+            for request, count in lengths.items()
+            if count
+            and (unread[request] <= 2 * self._most
+                 or unread[request] * self._reading.value < 0.5 * saved * _left(request))
+        }  # fmt: skip
 
     def step_took(self, seconds: float, rows: int) -> None:
         """A step of the model alone, with no prompt in it. rows: tokens that it computed."""
         self._steps.add(rows, seconds)
 
-    def drafting_took(self, seconds: float, depth: int) -> None:
-        each = seconds / depth
-        known = self._drafting
-        self._drafting = each if known is None else known + (1 - _STEP_MEMORY) * (each - known)
+    def drafting_took(self, seconds: float) -> None:
+        """One token for every request that has a draft."""
+        self._drafting.add(seconds)
+
+    def reading_took(self, seconds: float, tokens: int) -> None:
+        """The draft read what came before."""
+        self._reading.add(seconds / tokens)
 
     def agreed(self, request: Request, accepted: int, drafted: int) -> None:
         """What came of a draft."""
@@ -81,11 +123,19 @@ class Pace:
             self._typical += (1 - _TOKEN_MEMORY) / 4 * (right - self._typical)
         self._agreement[request] = known
 
+    def clear(self) -> None:
+        """Forget all requests, not what steps cost."""
+        self._agreement.clear()
+
     def forget(self, request: Request) -> None:
         self._agreement.pop(request, None)
 
     def _of(self, request: Request) -> float:
         return self._agreement.get(request, self._typical)
+
+
+def _left(request: Request) -> int:
+    return request.params.max_tokens - request.num_sampled
 
 
 def _longest(agreement: float, worth: float, most: int) -> int:
@@ -102,30 +152,55 @@ def _more(agreement: float, count: int) -> float:
     return float(sum(agreement**j for j in range(1, count + 1)))
 
 
-class _Line:
-    """Seconds of a step by its rows: a line through those seen, the later ones weighing more."""
+class _Mean:
+    """Of what was seen, the later the more."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5
+        self.value, self.count = 0.0, 0
+
+    def add(self, value: float, times: int = 1) -> None:
+        if self.count >= _MEASURED:  # what something else held up says little
+            value = min(value, 3 * self.value)
+        memory = min(_STEP_MEMORY, self.count / (self.count + 1))
+        self.value = memory * self.value + (1 - memory) * value
+        self.count += times
+
+
+class _Costs:
+    """Seconds of a step by its rows."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Mean] = {}
 
     def add(self, rows: int, seconds: float) -> None:
-        expected = self.at(rows)
-        if expected is not None:  # a step that something else held up says little
-            seconds = min(seconds, 3 * expected)
-        new = (1.0, rows, rows * rows, seconds, rows * seconds)
-        self._sums = [_STEP_MEMORY * old + one for old, one in zip(self._sums, new, strict=True)]
-
-    @property
-    def slope(self) -> float:
-        """Of one row more; a tenth of a step's mean, where all steps were alike."""
-        count, rows, squares, seconds, products = self._sums
-        spread = count * squares - rows * rows
-        if spread < 1e-3 * rows * rows:
-            return 0.1 * seconds / rows
-        return max((count * products - rows * seconds) / spread, 0.0)
+        self._seen.setdefault(rows, _Mean()).add(seconds)
 
     def at(self, rows: int) -> float | None:
-        count, total, _, seconds, _ = self._sums
-        if not count:
+        """Between and beyond what was seen on a line; None: nothing was."""
+        if rows in self._seen:
+            return self._seen[rows].value
+        known = sorted(self._seen)
+        if not known:
             return None
-        return max((seconds + self.slope * (count * rows - total)) / count, 1e-6)
+        if len(known) == 1:
+            (one,) = known
+            return self._seen[one].value * max(1 + _ROW * (rows - one) / one, 0.5)
+        at = min(max(bisect(known, rows), 1), len(known) - 1)
+        low, high = known[at - 1], known[at]
+        first, last = self._seen[low].value, self._seen[high].value
+        if rows < low or rows > high:
+            # beyond: by the whole range, since two neighbours differ by chance as well
+            low, high = known[0], known[-1]
+            first, last = self._seen[low].value, self._seen[high].value
+            slope = max(last - first, 0.0) / (high - low)
+            return max(
+                last + slope * (rows - high) if rows > high else first - slope * (low - rows), 1e-6
+            )
+        return first + (last - first) * (rows - low) / (high - low)
+
+    def slope(self, low: int, high: int) -> float:
+        """Of one row more, between two numbers of them."""
+        first, last = self.at(low), self.at(high)
+        assert first is not None
+        assert last is not None
+        return max(last - first, 0.0) / (high - low)
