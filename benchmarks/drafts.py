@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,9 @@ def main() -> None:
     plain = Engine(decoder, config, tokenizer=tokenizer)
     ready(plain)
     for name in arguments.drafts:
-        draft: Any = "prompt"
         if name != "prompt":
-            small = open_model(name)
-            check_same_tokens(base, small)
-            draft = load_decoder(small, device=device, int4_inputs=config.int4_inputs)
-        drafting = Engine(decoder, config, tokenizer=tokenizer, draft=draft)
+            check_same_tokens(base, open_model(name))
+        drafting = Engine(decoder, replace(config, draft=name), tokenizer=tokenizer)
         ready(drafting)
         for task in arguments.tasks:
             for batch in arguments.batches:

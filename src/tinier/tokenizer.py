@@ -231,8 +231,7 @@ def check_same_tokens(one: Checkpoint, other: Checkpoint) -> int:
         if mine is not None and theirs is not None and mine != theirs:
             raise InputError(
                 f"{one.folder.name} and {other.folder.name} have different tokenizers: token {token} is "
-                f"{mine!r} in one and {theirs!r} in the other. They are compared token by token. Use "
-                "models of the same family."
+                f"{mine!r} in one and {theirs!r} in the other. Use models of the same family."
             )
     shared = sum(i < common for i in names[0].keys() & names[1].keys())
     if 2 * shared < max(len(known) for known in names):

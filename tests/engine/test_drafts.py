@@ -37,9 +37,10 @@ def run(
 ) -> tuple[list[Request], int, Engine]:
     """The requests when they are done, and the steps that it took. always: drafts of this length in every
     step, whether they pay or not."""
-    draft = options.pop("draft", None)
+    if isinstance(options.get("draft"), Checkpoint):
+        options["draft"] = str(options["draft"].folder)
     config = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4} | options
-    engine = Engine(model, EngineConfig(device="cpu", **config), draft=draft)
+    engine = Engine(model, EngineConfig(device="cpu", **config))
     if always:
         engine._pace.lengths = lambda unread: {  # type: ignore[method-assign]
             r: min(always, r.params.max_tokens - r.num_sampled - 1)
@@ -79,7 +80,13 @@ def test_the_text_is_that_without_drafts(
     }  # fmt: skip
     for name, draft in drafts.items():
         for length in (1, 3, 8):
-            got, steps, engine = run(model, asked, draft=draft, always=length, overlap=overlap)
+            got, steps, engine = run(
+                model,
+                asked,
+                draft=draft,
+                always=length,
+                overlap=overlap,
+            )
             check_same(got, plain, name, length)
             assert engine.num_drafted == sum(r.num_drafted for r in got)
             assert engine.num_accepted == sum(r.num_accepted for r in got) <= engine.num_drafted
@@ -106,7 +113,12 @@ def test_with_too_little_room_requests_give_way_and_drafts_first(tiny: Tiny) -> 
     one = run(model, asked[:1])[2]._block_bytes
     for draft, room in ((model, 2), ("prompt", 1)):
         got, _, engine = run(
-            model, asked, draft=draft, always=4, kv_cache_bytes=24 * one * room, max_step_tokens=9
+            model,
+            asked,
+            draft=draft,
+            always=4,
+            kv_cache_bytes=24 * one * room,
+            max_step_tokens=9,
         )
         assert engine.num_preemptions
         check_same(got, plain)
@@ -137,7 +149,7 @@ def test_two_processes_check_drafts_as_one(tiny: Tiny) -> None:
 
 def test_cancelled_and_reset_requests_leave_nothing(tiny: Tiny) -> None:
     model = tiny()
-    engine = Engine(model, EngineConfig(device="cpu", max_seq_len=64), draft=model)
+    engine = Engine(model, EngineConfig(device="cpu", max_seq_len=64, draft=str(model.folder)))
     requests = [engine.add(prompt, SamplingParams(max_tokens=30)) for prompt in prompts(3)]
     for _ in range(4):
         engine.step()

@@ -39,6 +39,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
     ] = None,
+    draft: options.Draft = None,
     tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -56,6 +57,7 @@ def generate(
       tinier generate smollm2-135m --prompt "The capital of France is"
       tinier generate smollm2-int4 --chat --prompt "Why is the sky blue?" --temperature 0.7
       tinier generate smollm2-135m --prompt "Red, green," --stop . --repetition-penalty 1.1
+      tinier generate smollm2-135m --draft smollm2-int4 --prompt "Hello"
       tinier generate MODEL --tensor-parallel 2 --prompt "Hello"
     """
     from tinier.engine import SamplingParams
@@ -78,12 +80,15 @@ def generate(
     made = run_generate(
         open_model(model, revision), _standard_input() if prompt == "-" else prompt, params,
         chat=chat, tensor_parallel=tensor_parallel, device=device, int4_inputs=int4_inputs,
+        draft=draft,
     )  # fmt: skip
     for piece in made:
         if not json:
             print(piece, end="", flush=True)
     data = {"model": model, "prompt_tokens": made.prompt_tokens, "output_tokens": made.output_tokens,
             "text": made.text}  # fmt: skip
+    if draft:
+        data |= dict(zip(("drafted_tokens", "accepted_tokens"), made.drafted, strict=True))
     output.result("", data, as_json=json)
 
 

@@ -43,6 +43,14 @@ Int4Inputs = Annotated[
         "blocks of 32, which is faster; 16bit leaves them.",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="A smaller MODEL with the same tokens that proposes the next ones, or prompt: what followed "
+        "the same words earlier. The text stays the same.",
+    ),
+]
 Weighting = Annotated[
     str | None,
     typer.Option(

@@ -26,9 +26,12 @@ class EngineConfig:
     (on a CPU half of it)."""
     overlap: bool | None = None
     """Launch a step before the tokens of the one before are read; None: on a GPU."""
+    draft: str | None = None
+    """A smaller model with the same tokens that proposes the next ones, or `prompt`: what followed the same
+    words earlier is proposed. The model checks several at once; its text stays the same (drafts.py)."""
     max_draft_tokens: int = 8
-    """Tokens that an engine with a draft lets it propose at once; how many it asks for follows from what is
-    right and from what steps cost."""
+    """Tokens that `draft` proposes at once, at most: how many follows from what was right and what steps
+    cost."""
     tensor_parallel: int = 1
     """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
     and ends its own if one of them ends."""

@@ -22,6 +22,8 @@ from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampler
 from tinier.engine.scheduler import Chunk
 
+PROMPT = "prompt"
+"""EngineConfig.draft: no model, but PromptLookup"""
 # tokens that must be the same for what followed them to be proposed, the most telling first
 _MATCHED = (4, 3, 2)
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
-from tinier.engine.drafts import Drafter, DraftModel, PromptLookup
+from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup
 from tinier.engine.pace import Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
@@ -32,6 +32,8 @@ from tinier.engine.sampler import Sampled, Sampler, scores
 from tinier.engine.scheduler import Chunk, Scheduler
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
+from tinier.families import open_model
+from tinier.tokenizer import check_same_tokens
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +68,17 @@ class Engine:
         config: EngineConfig | None = None,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
-        draft: Checkpoint | Decoder | Literal["prompt"] | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         """Load the model, unless it is loaded, and make room for the cache.
 
-        dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone. draft: a smaller
-        model with the same tokens that proposes the next ones, or `prompt`: what followed the same words
-        earlier is proposed. The text stays the same, and comes sooner (drafts.py).
+        dtype: None computes in the checkpoint's. tokenizer: needed for stop strings alone. draft: what
+        config.draft names, where it is loaded already. Raises InputError for a draft with other tokens.
         """
         self.config = config or EngineConfig()
         self._crew: Crew | None = None
         self._added = 0
+        draft_model = self._draft_model(model) if draft is None else None
         self.num_drafted = self.num_accepted = 0
         """Tokens that drafts proposed and the model checked, and those that were right"""
         if isinstance(model, Decoder):
@@ -88,7 +90,12 @@ class Engine:
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         self._tokenizer = tokenizer
-        self._draft_decoder = self._load_draft(draft, dtype)
+        self._draft_decoder = draft
+        if draft_model is not None:
+            self._draft_decoder = load_decoder(
+                draft_model, device=decoder.device, dtype=dtype, int4_inputs=self.config.int4_inputs
+            )
+            _log_paths(draft_model.folder.name, self._draft_decoder)
         self.num_blocks = self._num_blocks()
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
@@ -98,20 +105,18 @@ class Engine:
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
         self._pace = Pace(self.config.max_draft_tokens, model=self._draft_decoder is not None)
         self.drafter: Drafter | None = None
-        if draft is not None:
+        if self._draft_decoder is not None or self.config.draft is not None:
             self.drafter = self._drafter()
         self._clear()
 
-    def _load_draft(
-        self, draft: Checkpoint | Decoder | Literal["prompt"] | None, dtype: torch.dtype | None
-    ) -> Decoder | None:
-        if isinstance(draft, Decoder) or draft is None or draft == "prompt":
-            return None if draft == "prompt" else draft
-        made = load_decoder(
-            draft, device=self.decoder.device, dtype=dtype, int4_inputs=self.config.int4_inputs
-        )
-        _log_paths(draft.folder.name, made)
-        return made
+    def _draft_model(self, model: Checkpoint | Decoder) -> Checkpoint | None:
+        """What config.draft names, if it is a model."""
+        if self.config.draft in (None, PROMPT):
+            return None
+        draft = open_model(self.config.draft)
+        if isinstance(model, Checkpoint):
+            check_same_tokens(model, draft)
+        return draft
 
     def _drafter(self) -> Drafter:
         if self._draft_decoder is None:

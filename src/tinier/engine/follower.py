@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -59,7 +60,8 @@ def _build(
     if not isinstance(pipe.recv(), Go):
         return None
     try:
-        return _Engine(Engine(decoder, message.config, tokenizer=message.tokenizer))
+        config = replace(message.config, draft=None)  # the leader's drafts come with each step
+        return _Engine(Engine(decoder, config, tokenizer=message.tokenizer))
     except TinierError:  # the leader has it too, and says it
         return None
 

@@ -17,6 +17,7 @@ class Generation:
 
     def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, stream: TextStream):
         self._pieces, self._stream = self._written(engine.stream(ids, params)), stream
+        self._engine = engine
         self.prompt_tokens = len(ids)
 
     def __iter__(self) -> Iterator[str]:
@@ -33,6 +34,11 @@ class Generation:
         return self._stream.num_tokens
 
     @property
+    def drafted(self) -> tuple[int, int]:
+        """Tokens so far that a draft proposed, and those of them that were right."""
+        return self._engine.num_drafted, self._engine.num_accepted
+
+    @property
     def text(self) -> str:
         """The text so far."""
         return self._stream.text
@@ -47,18 +53,20 @@ def generate(
     tensor_parallel: int = 1,
     device: str = "auto",
     int4_inputs: Int4Inputs = "int8",
+    draft: str | None = None,
 ) -> Generation:
     """The model's continuation of `prompt`, as an iterable of pieces of text; `"".join(…)` is all of it.
 
     params: how tokens are picked; those that end a text are the model's. chat: the prompt is one message of
-    the model's chat template. Raises InputError for an empty prompt, or one longer than the model reads.
+    the model's chat template. draft: EngineConfig's; the text comes sooner. Raises InputError for an empty
+    prompt, or one longer than the model reads.
     """
     tokenizer = load_tokenizer(model)
     params = replace(params or SamplingParams(), stop_token_ids=stop_token_ids(model, tokenizer))
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     config = EngineConfig(
         max_batch_size=1, max_seq_len=len(ids) + params.max_tokens, tensor_parallel=tensor_parallel,
-        device=device, int4_inputs=int4_inputs,
+        device=device, int4_inputs=int4_inputs, draft=draft,
     )  # fmt: skip
     engine = Engine(model, config, tokenizer=tokenizer)
     return Generation(engine, ids, params, TextStream(tokenizer, params.stop, params.min_tokens))
