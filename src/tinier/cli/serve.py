@@ -91,6 +91,7 @@ def serve(
     backend: Annotated[
         str, typer.Option("--backend", help="tinier, or vllm: start vLLM on the same model.")
     ] = "tinier",
+    draft: options.Draft = None,
     tensor_parallel: options.TensorParallel = 1,
     replicas: Annotated[
         int,
@@ -122,6 +123,7 @@ def serve(
       tinier serve base=smollm2-135m small=./smollm2-int4 --port 9000 --api-key SECRET
       tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
       tinier serve smollm2-135m --triton
+      tinier serve smollm2-135m --draft ./smollm2-int4
       tinier serve ./llama-fp8 --replicas 2
       tinier serve ./llama --tensor-parallel 2
       tinier serve ./llama-fp8 --backend vllm --tensor-parallel 4 --pipeline-parallel 2 --ray
@@ -140,16 +142,16 @@ def serve(
         raise InputError(f"backend {backend!r} is not known. Use tinier or vllm.")
     if backend == "tinier" and (ray or pipeline_parallel > 1):
         raise InputError("--ray and --pipeline-parallel are vLLM's. Type: --backend vllm")
-    if backend == "vllm" and (triton or uds or len(models) > 1 or replicas > 1):
+    if backend == "vllm" and (triton or uds or len(models) > 1 or replicas > 1 or draft):
         raise InputError(
-            "--backend vllm serves one model once, on a port. Leave out --triton, --uds, --replicas and "
-            "further models."
+            "--backend vllm serves one model once, on a port. Leave out --triton, --uds, --replicas, "
+            "--draft and further models."
         )
     sources = [Source.parse(model) for model in models]
     engine = EngineConfig(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
         max_step_tokens=max(max_step_tokens, max_batch_size), device=device,
-        int4_inputs=int4_inputs,
+        int4_inputs=int4_inputs, draft=draft,
         tensor_parallel=1 if backend == "vllm" else tensor_parallel,
     )  # fmt: skip
     config = ServeConfig(

@@ -508,8 +508,16 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the KV cache, in all processes together."""
-        return self.num_blocks * self._block_bytes * self.decoder.share.size
+        """Of the KV cache, in all processes together, and of the draft's."""
+        draft = self._draft_decoder
+        whole = self._block_bytes * self.decoder.share.size
+        return self.num_blocks * (whole + (self._block_bytes_of(draft) if draft else 0))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model in this process, and of the draft."""
+        draft = self._draft_decoder
+        return self.decoder.weight_bytes + (draft.weight_bytes if draft else 0)
 
     @property
     def _block_bytes(self) -> int:

@@ -142,7 +142,10 @@ class Generation(ABC):
             jobs.setdefault(id(choice.job.prompt), choice.job)
         prompt = sum(len(job.prompt) for job in jobs.values())
         cached = sum(job.num_reused for job in jobs.values())
-        return usage(prompt, cached, sum(choice.num_tokens for choice in self.choices))
+        every = [choice.job for choice in self.choices]
+        drafted, accepted = sum(j.num_drafted for j in every), sum(j.num_accepted for j in every)
+        output = sum(choice.num_tokens for choice in self.choices)
+        return usage(prompt, cached, output, drafted, accepted)
 
     def _choice(self, choice: Choice, text: str, delta: Delta) -> dict[str, Any]:
         return {"index": choice.index, **self._content(text), **self._rest(choice, delta)}

@@ -31,6 +31,8 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Tokens of their prompts")
         self._cached_tokens = counter("cached_prompt_tokens", "Of those, found in the cache")
         self._output_tokens = counter("output_tokens", "Tokens that were generated")
+        self._drafted = counter("draft_tokens", "Tokens that drafts proposed")
+        self._accepted = counter("accepted_draft_tokens", "Of those, the ones that were right")
         self._restarts = counter("engine_restarts", "Engines that ended and were started again")
         self._preemptions = gauge("preemptions", "Requests that gave their cache back, so far")
         self._running = gauge("requests_running", "Requests in the batch")
@@ -52,6 +54,8 @@ class Metrics:
         self._prompt_tokens.labels(model).inc(len(job.prompt))
         self._cached_tokens.labels(model).inc(job.num_reused)
         self._output_tokens.labels(model).inc(job.num_tokens)
+        self._drafted.labels(model).inc(job.num_drafted)
+        self._accepted.labels(model).inc(job.num_accepted)
         self._whole.labels(model).observe(now - job.arrived)
         if job.first_token is not None and job.num_tokens > 1:
             self._itl.labels(model).observe((now - job.first_token) / (job.num_tokens - 1))

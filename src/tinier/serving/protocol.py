@@ -345,11 +345,18 @@ class UnloadBody(BaseModel):
     model: Annotated[str, Field(min_length=1, max_length=300)]
 
 
-def usage(prompt: int, cached: int, output: int) -> dict[str, Any]:
-    return {
+def usage(
+    prompt: int, cached: int, output: int, drafted: int = 0, accepted: int = 0
+) -> dict[str, Any]:
+    counts = {
         "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
+    if drafted:  # OpenAI's names for what a prediction did
+        counts["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted,
+        }  # fmt: skip
+    return counts
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -61,6 +61,9 @@ class Job:
     output: list[int] = field(default_factory=list)
     num_reused: int = 0
     """Tokens of the prompt that were cached"""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    """Tokens that a draft proposed so far, and those of them that were right"""
     prompt_logprobs: list[TokenLogprobs] | None = None
     first_token: float | None = None
     error: TinierError | None = None
@@ -254,6 +257,7 @@ class Replica:
                 job.first_token = now
                 self._metrics.first_token(self.model, now - job.arrived)
             job.num_reused = update.num_reused
+            job.num_drafted, job.num_accepted = update.num_drafted, update.num_accepted
             if update.prompt_logprobs is not None:
                 job.prompt_logprobs = update.prompt_logprobs
             job.finished = update.finished

@@ -16,6 +16,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine import EngineConfig
 from tinier.engine.crew import crew_devices
+from tinier.engine.drafts import PROMPT
 from tinier.engine.parallel import Share
 from tinier.engine.text import stop_token_ids
 from tinier.errors import InputError
@@ -23,7 +24,7 @@ from tinier.families import checkpoint_layout, geometry_of, open_model
 from tinier.serving.metrics import Metrics
 from tinier.serving.model import Model
 from tinier.serving.worker import WorkerSpec
-from tinier.tokenizer import load_tokenizer
+from tinier.tokenizer import check_same_tokens, load_tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 # a model's KV cache on a CPU where nothing is said: the memory is shared with all else that runs there
@@ -116,7 +117,7 @@ class ModelStore:
                     f"{label} is there twice. Use two versions, such as NAME@1 and NAME@2."
                 )
         checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
-        needs = [self._need(checkpoint) for checkpoint in checkpoints]
+        needs = [await asyncio.to_thread(self._need, checkpoint) for checkpoint in checkpoints]
         room = self.free_bytes - sum(fixed for fixed, _, _ in needs)
         caches = [min(most, room // len(sources)) for _, _, most in needs]
         for source, cache, (fixed, least, _) in zip(sources, caches, needs, strict=True):
@@ -130,7 +131,7 @@ class ModelStore:
         """Load one more model. Raises InputError: no such model, no room, a version that is there."""
         async with self._loading:
             checkpoint = await asyncio.to_thread(open_model, source.model)
-            fixed, least, most = self._need(checkpoint)
+            fixed, least, most = await asyncio.to_thread(self._need, checkpoint)
             cache = min(most, self.free_bytes - fixed)
             self._check_room(source, fixed, least, cache)
             return await self._load(source, checkpoint, fixed, cache)
@@ -153,22 +154,41 @@ class ModelStore:
         self._reserved.clear()
 
     def _need(self, checkpoint: Checkpoint) -> tuple[int, int, int]:
-        """Bytes of weights and work; of the smallest useful cache; and of the largest."""
-        least = self._request_bytes(checkpoint)
+        """Bytes of weights and work; of the smallest useful cache; and of the largest.
+
+        Raises InputError for a draft with other tokens.
+        """
+        draft = self._draft_of(checkpoint)
+        if draft is not None:
+            check_same_tokens(checkpoint, draft)
+        least = self._request_bytes(checkpoint, draft)
         most = least * self._config.max_batch_size
         if self._is_modest:
             most = min(most, max(least, _CPU_CACHE_BYTES))
         weights = checkpoint.weight_bytes // self._config.tensor_parallel
+        weights += draft.weight_bytes if draft is not None else 0
         return weights + _WORKING_BYTES[self._device.type], least, most
 
-    def _request_bytes(self, checkpoint: Checkpoint) -> int:
-        """Of the longest request's cache, in one process."""
+    def _draft_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The model that proposes this one's tokens: none does its own."""
+        name = self._config.draft
+        if name in (None, PROMPT):
+            return None
+        draft = open_model(name)
+        return None if draft.folder == checkpoint.folder else draft
+
+    def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
+        """Of the longest request's cache, in one process, which has all of the draft."""
+        own = self._model_bytes(checkpoint) // self._config.tensor_parallel
+        return own if draft is None else own + self._model_bytes(draft)
+
+    def _model_bytes(self, checkpoint: Checkpoint) -> int:
+        """Of the longest request's cache in one model."""
         geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
         positions = min(self._config.max_seq_len, geometry.max_positions)
         blocks = -(-positions // self._config.block_size)
-        numbers = geometry.cached_numbers // self._config.tensor_parallel
-        return numbers * item * blocks * self._config.block_size
+        return geometry.cached_numbers * item * blocks * self._config.block_size
 
     def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
         if cache < least:
@@ -185,8 +205,10 @@ class ModelStore:
         if key in self._models:
             raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
         Share(0, self._config.tensor_parallel).geometry(geometry_of(checkpoint))
-        config = self._config
-        if cache < self._request_bytes(checkpoint) * config.max_batch_size:
+        config, draft = self._config, self._draft_of(checkpoint)
+        if draft is None and config.draft != PROMPT:
+            config = dataclasses.replace(config, draft=None)
+        if cache < self._request_bytes(checkpoint, draft) * config.max_batch_size:
             config = dataclasses.replace(config, kv_cache_bytes=cache)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         specs = [

@@ -57,6 +57,9 @@ class Update(NamedTuple):
     logprobs: list[TokenLogprobs]
     finished: str | None
     num_reused: int
+    num_drafted: int
+    num_accepted: int
+    """Tokens that a draft proposed so far, and those of them that were right"""
     prompt_logprobs: list[TokenLogprobs] | None
     """With its first tokens, where asked for"""
 
@@ -119,10 +122,9 @@ def serve(connection: Connection, engine: Engine) -> None:
     """Compute what comes through the pipe until its other end is closed."""
     paths = engine.decoder.paths.items()
     notes = [path if fast else f"{path} (no fast path on this device)" for path, fast in paths]
-    decoder = engine.decoder
     with suppress(EOFError, OSError):  # the server is gone
         connection.send(
-            Ready(engine.limits, engine.num_blocks, engine.cache_bytes, decoder.weight_bytes, notes)
+            Ready(engine.limits, engine.num_blocks, engine.cache_bytes, engine.weight_bytes, notes)
         )
         _Worker(connection, engine).run()
 
@@ -216,6 +218,7 @@ class _Worker:
         self._sent[id_] = max(sent, len(request.output))
         update = Update(
             id_, request.output[sent:], request.logprobs[sent:], request.finished, request.num_reused,
+            request.num_drafted, request.num_accepted,
             # none at all of a prompt of one token, which nothing predicts
             request.prompt_logprobs
             if sent == 0 and request.params.prompt_logprobs is not None
