@@ -11,9 +11,9 @@ from tinier.cli.main import VERBS
 PUBLIC = [
     "Budget", "Checkpoint", "DistillPlan", "Engine", "EngineConfig", "FitPlan", "FitResults", "HealPlan",
     "InputError", "MeasuredFailure", "MmluPlan", "PrunePlan", "Quality", "QuantizePlan", "Recipe",
-    "RunResults", "SamplingParams", "TinierError", "Workload", "bench", "compare", "distill", "evaluate",
-    "export", "fit", "generate", "load_recipe", "load_results", "open_model", "prune", "prune_and_heal",
-    "quantize", "run_recipe", "write_report",
+    "RunResults", "SamplingParams", "TinierError", "Workload", "bench", "compare", "compare_draft",
+    "distill", "evaluate", "export", "fit", "generate", "load_recipe", "load_results", "open_model",
+    "prune", "prune_and_heal", "quantize", "run_recipe", "write_report",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ neither a warm cache nor a slow minute favours one of them.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,11 @@ from tinier.errors import InputError
 from tinier.families import check_length
 from tinier.progress import bar
 from tinier.schemes import Int4Inputs
+from tinier.text import BUILTIN, documents_of, token_windows
+from tinier.tokenizer import load_tokenizer
+
+DRAFTED = "{} with the draft"
+"""What a model is called where it has one"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +103,14 @@ def bench(
     device: str,
     tensor_parallel: int = 1,
     int4_inputs: Int4Inputs = "int8",
+    draft: str | None = None,
 ) -> dict[str, SpeedResult]:
     """Load the models side by side and measure them by turns; they are freed before this returns.
 
-    models: by name, the one called `base` among them. Raises InputError for no repeats, or a
-    workload longer than a model has positions for, before anything is loaded.
+    models: by name, the one called `base` among them. draft: EngineConfig's; the base is measured with it
+    too, as DRAFTED says, and all prompts are text, which a draft can know, and not random.
+    Raises InputError for no repeats, or a workload longer than a model has positions for, before anything
+    is loaded.
     """
     if repeats < 1:
         raise InputError(f"repeats={repeats}. Use 1 or more.")
@@ -112,20 +120,28 @@ def bench(
         name: Engine(checkpoint, engine_for(workload, device, tensor_parallel, int4_inputs))
         for name, checkpoint in models.items()
     }
-    results = compare_speed(engines, workload, repeats=repeats, seed=seed, base=base)
+    prompts = None
+    if draft is not None:
+        config = engine_for(workload, device, tensor_parallel, int4_inputs)
+        engines[DRAFTED.format(base)] = Engine(models[base], replace(config, draft=draft))
+        prompts = text_prompts(models[base], workload)
+    results = compare_speed(
+        engines, workload, repeats=repeats, seed=seed, base=base, prompts=prompts
+    )
     del engines
     release_memory()
     return results
 
 
 def compare_speed(
-    engines: dict[str, Engine], workload: Workload, *, repeats: int, seed: int, base: str
-) -> dict[str, SpeedResult]:
+    engines: dict[str, Engine], workload: Workload, *, repeats: int, seed: int, base: str,
+    prompts: list[list[int]] | None = None,
+) -> dict[str, SpeedResult]:  # fmt: skip
     """Measure each engine `repeats` times in turns, after one warm-up round.
 
-    engines: by name, the one called `base` among them.
+    engines: by name, the one called `base` among them. prompts: the workload's; None: random ones.
     """
-    prompts = random_prompts(engines[base], workload, seed)
+    prompts = prompts or random_prompts(engines[base], workload, seed)
     names = list(engines)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     label = f"speed, {workload.concurrency} at once"
@@ -157,6 +173,15 @@ def random_prompts(engine: Engine, workload: Workload, seed: int) -> list[list[i
         0, engine.decoder.geometry.vocab, shape, generator=generator
     ).tolist()
     return ids
+
+
+def text_prompts(model: Checkpoint, workload: Workload) -> list[list[int]]:
+    """The workload's prompts from the built-in held-out text, again from its start where it ends."""
+    documents = documents_of(BUILTIN, "heldout")
+    found: list[list[int]] = token_windows(
+        load_tokenizer(model), documents, length=workload.input_length, count=workload.concurrency
+    ).tolist()
+    return [found[i % len(found)] for i in range(workload.concurrency)]
 
 
 def _run(engine: Engine, prompts: list[list[int]], workload: Workload) -> Sample:

@@ -49,6 +49,7 @@ def bench(
         Path | None,
         typer.Option("--run", help="URL: run folder whose report gets the figures too."),
     ] = None,
+    draft: options.Draft = None,
     tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -69,6 +70,7 @@ def bench(
     Examples:
       tinier bench smollm2-135m
       tinier bench smollm2-int8 --against smollm2-135m --concurrency 1,8 --output-length 128
+      tinier bench smollm2-135m --draft smollm2-int4
       tinier bench http://127.0.0.1:8000 --tokenizer smollm2-135m --concurrency 4 --input-length 512
       tinier bench http://127.0.0.1:8001 --tokenizer smollm2-135m --request-rate 1,2,4 --run runs/demo
     """
@@ -78,8 +80,11 @@ def bench(
     if model.startswith(("http://", "https://")):
         from tinier.benchmark import base_url
 
-        if against is not None:
-            raise InputError("--against is for a model, and not for a server's URL. Leave it out.")
+        for option, name_of in {"--against": against, "--draft": draft}.items():
+            if name_of is not None:
+                raise InputError(
+                    f"{option} is for a model, and not for a server's URL. Leave it out."
+                )
         shape = {"input_length": input_length, "output_length": output_length}
         loads = _loads(concurrency, request_rate, shape | {"requests": requests, "seed": seed})
         asked = _endpoint(base_url(model), name, tokenizer, endpoint, api_key)
@@ -96,7 +101,7 @@ def bench(
             )
     _bench_model(
         model, against, _numbers(concurrency, "concurrency"), input_length, output_length, repeats,
-        seed, revision, device, tensor_parallel, int4_inputs, as_json=json,
+        seed, revision, device, tensor_parallel, int4_inputs, draft, as_json=json,
     )  # fmt: skip
 
 
@@ -164,7 +169,7 @@ def _bench_server(
 def _bench_model(
     model: str, against: str | None, concurrency: list[int], input_length: int, output_length: int,
     repeats: int, seed: int, revision: str | None, device: str, tensor_parallel: int,
-    int4_inputs: options.Int4Inputs, *, as_json: bool,
+    int4_inputs: options.Int4Inputs, draft: str | None, *, as_json: bool,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
@@ -192,6 +197,7 @@ def _bench_model(
             device=device,
             tensor_parallel=tensor_parallel,
             int4_inputs=int4_inputs,
+            draft=draft,
         )
         speed.append({name: asdict(result) for name, result in measured.items()})
     largest = max(workloads, key=lambda w: w.concurrency)
@@ -200,7 +206,7 @@ def _bench_model(
         for name, checkpoint in checkpoints.items()
     }
     data = {
-        "model": model, "against": against, "tensor_parallel": tensor_parallel,
+        "model": model, "against": against, "draft": draft, "tensor_parallel": tensor_parallel,
         "environment": environment(pick_device(device)), "speed": speed, "memory": memory,
     }  # fmt: skip
     output.result(bench_text(data), data, as_json=as_json)

@@ -8,6 +8,7 @@ two models' answers.
 """
 
 from tinier.evaluation.comparison import Comparison, LayerDifference
+from tinier.evaluation.drafting import DraftForecast, compare_draft
 from tinier.evaluation.mmlu import MmluPlan, MmluResult, evaluate_mmlu, load_mmlu
 from tinier.evaluation.models import compare, evaluate, heldout_windows
 from tinier.evaluation.paired import PairedChange, compare_answers
@@ -23,6 +24,7 @@ from tinier.evaluation.tasks import Metric, TaskResult, TasksPlan, task_changes
 
 __all__ = [
     "Comparison",
+    "DraftForecast",
     "LayerDifference",
     "Metric",
     "MmluPlan",
@@ -34,6 +36,7 @@ __all__ = [
     "TasksPlan",
     "compare",
     "compare_answers",
+    "compare_draft",
     "evaluate",
     "evaluate_mmlu",
     "evaluate_mmlu_served",

@@ -11,7 +11,7 @@ from rich.table import Table
 from tinier.advice import Advice, Finding
 from tinier.checkpoint import Checkpoint, Manifest, StagePlan
 from tinier.device import model_flops, pick_device
-from tinier.evaluation import Comparison
+from tinier.evaluation import Comparison, DraftForecast
 from tinier.evaluation.paired import NOISE
 from tinier.families import geometry_of
 from tinier.recipe import EndpointResult, RunResults
@@ -202,6 +202,20 @@ def comparison_text(comparison: Comparison, first: str, second: str) -> str:
             f"{100 * quality.top1_agreement:.2f} % over {quality.tokens} tokens"
         )
     return "\n".join(lines)
+
+
+def draft_text(forecast: DraftForecast, draft: str) -> str:
+    """How often a draft is right, and what it gains."""
+    right = "it was not asked, since it does not pay"
+    if forecast.accepted is not None:
+        right = f"{100 * forecast.accepted:.0f} % of what it proposed was right"
+    return (
+        f"{draft} says the same: greedy {100 * forecast.greedy:.1f} %, drawn at temperature 1 "
+        f"{100 * forecast.drawn:.1f} % of {forecast.tokens} tokens (at most "
+        f"{100 * forecast.overlap:.1f} %, one minus total variation)\n"
+        f"as a draft, one greedy text at a time: {forecast.gain:.2f} × of "
+        f"{forecast.tokens_per_s:.0f} tokens/s; {right}"
+    )
 
 
 def _decibels(value: float | None) -> str:
