@@ -86,6 +86,7 @@ def recipe_of(values: dict[str, Any], tmp_path: Path) -> Recipe:
 def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
     values["measure"]["mmlu"] = {"folder": str(tmp_path / "mmlu"), "shots": 1, "sample": 6}
     values["measure"]["quality"] |= {"long": 128, "own_text": 16}
+    values["measure"]["draft"] = True
     recipe = recipe_of(values, tmp_path)
     out = tmp_path / "run"
     results = run_recipe(recipe, out, command="tinier run recipe.yaml")
@@ -107,6 +108,8 @@ def test_the_whole_run(values: dict[str, Any], tmp_path: Path) -> None:
         assert row.memory.peak_bytes > 0
         if row.name != "base":
             assert row.own_text.tokens == 2 * 16
+            assert 0 < row.draft.drawn <= 1
+            assert row.draft.gain > 0
             assert row.own_text.kl > 0
             assert row.changes["mmlu"].lost + row.changes["mmlu"].gained <= 6
     assert results.environment["versions"]["torch"] == torch.__version__

@@ -8,7 +8,7 @@ two models' answers.
 """
 
 from tinier.evaluation.comparison import Comparison, LayerDifference
-from tinier.evaluation.drafting import DraftForecast, compare_draft
+from tinier.evaluation.drafting import DraftForecast, compare_draft, measure_draft
 from tinier.evaluation.mmlu import MmluPlan, MmluResult, evaluate_mmlu, load_mmlu
 from tinier.evaluation.models import compare, evaluate, heldout_windows
 from tinier.evaluation.paired import PairedChange, compare_answers
@@ -44,6 +44,7 @@ __all__ = [
     "evaluate_windows",
     "heldout_windows",
     "load_mmlu",
+    "measure_draft",
     "measure_served",
     "reference_states",
     "task_changes",

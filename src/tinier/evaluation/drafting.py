@@ -61,10 +61,15 @@ def compare_draft(
     first, second = (
         load_decoder(checkpoint, device=place, int4_inputs="int8") for checkpoint in (model, draft)
     )
-    greedy, drawn, overlap = _agreement(first, second, held)
-    gains, rates, drafted, accepted = _gains(first, second, held)
+    return measure_draft(first, second, held)
+
+
+def measure_draft(model: Decoder, draft: Decoder, windows: Tensor) -> DraftForecast:
+    """The same of loaded models on windows [n, length] of token ids."""
+    greedy, drawn, overlap = _agreement(model, draft, windows)
+    gains, rates, drafted, accepted = _gains(model, draft, windows)
     return DraftForecast(
-        greedy=greedy, drawn=drawn, overlap=overlap, tokens=held.numel(),
+        greedy=greedy, drawn=drawn, overlap=overlap, tokens=windows.numel(),
         tokens_per_s=statistics.median(rates), gain=statistics.median(gains),
         accepted=accepted / drafted if drafted else None,
     )  # fmt: skip
@@ -106,16 +111,18 @@ def _gains(
 ) -> tuple[list[float], list[float], int, int]:
     """Seconds without over seconds with the draft and tokens/s without it, of each text; tokens that were
     drafted and right."""
+    room = min(model.geometry.max_positions, draft.geometry.max_positions)
+    given = min(_PROMPT, windows.shape[1], room // 2)
+    output = min(_OUTPUT, room - given)
     config = EngineConfig(
-        max_batch_size=1, max_seq_len=_PROMPT + _OUTPUT, device=str(model.device),
-        reuse_prefixes=False,
-    )  # fmt: skip
+        max_batch_size=1, max_seq_len=given + output, device=str(model.device), reuse_prefixes=False
+    )
     plain, drafting = Engine(model, config), Engine(model, config, draft=draft)
-    params = SamplingParams(max_tokens=_OUTPUT)
+    params = SamplingParams(max_tokens=output)
     gains, rates = [], []
     with bar("texts", _TEXTS) as advance:
         for turn in range(_TEXTS):
-            prompt = windows[turn % len(windows)][:_PROMPT].tolist()
+            prompt = windows[turn % len(windows)][:given].tolist()
             seconds = {}
             for engine in (plain, drafting) if turn % 2 else (drafting, plain):
                 started = time.perf_counter()
@@ -123,6 +130,6 @@ def _gains(
                 seconds[engine] = time.perf_counter() - started
             if turn:
                 gains.append(seconds[plain] / seconds[drafting])
-                rates.append(_OUTPUT / seconds[plain])
+                rates.append(output / seconds[plain])
             advance(1)
     return gains, rates, drafting.num_drafted, drafting.num_accepted

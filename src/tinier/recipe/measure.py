@@ -33,12 +33,14 @@ from tinier.device import pick_device, release_memory
 from tinier.engine import Decoder, Engine, EngineConfig, load_decoder
 from tinier.errors import TinierError
 from tinier.evaluation import (
+    DraftForecast,
     MmluResult,
     Quality,
     Reference,
     TaskResult,
     evaluate_mmlu,
     evaluate_windows,
+    measure_draft,
     reference_states,
     written_text,
 )
@@ -62,13 +64,14 @@ _MEASURED_BY = {
     "serving": ("tinier.serving.server", "tinier.benchmark.load"),
     "tasks": ("tinier.evaluation.harness",), "long": ("tinier.evaluation.quality",),
     "own_text": ("tinier.evaluation.quality", "tinier.engine"),
+    "draft": ("tinier.evaluation.drafting",),
 }  # fmt: skip
 _SECTIONS: dict[str, TypeAdapter[Any]] = {
     "quality": TypeAdapter(Quality), "mmlu": TypeAdapter(MmluResult),
     "memory": TypeAdapter(ServingMemory), "speed": TypeAdapter(Turns),
     "serving": TypeAdapter(tuple[LoadResult, ...]),
     "tasks": TypeAdapter(tuple[TaskResult, ...]), "long": TypeAdapter(Quality),
-    "own_text": TypeAdapter(Quality),
+    "own_text": TypeAdapter(Quality), "draft": TypeAdapter(DraftForecast),
 }  # fmt: skip
 
 
@@ -144,6 +147,8 @@ class Measurements:
             sections["tasks"] = lambda: self._tasks(name)
         if name != BASE:
             sections["speed"] = lambda: self._speed(name)
+        if self._run.recipe.measure.draft and name != BASE:
+            sections["draft"] = lambda: self._draft(name)
         return sections
 
     def _server_sections(self, name: str) -> dict[str, Measure]:
@@ -194,6 +199,8 @@ class Measurements:
         elif section == "long":
             assert self._run.long_windows is not None
             inputs += [tensor_sha256(self._run.long_windows)]
+        elif section == "draft":
+            inputs += [tensor_sha256(self._run.windows), *hardware]
         elif section == "mmlu":
             inputs += [asked["mmlu"]["shots"], repr(self._run.mmlu)]
         elif section == "tasks":
@@ -248,6 +255,9 @@ class Measurements:
         windows = written_text(engine, self._run.windows, length)
         reference = reference_states(self._decoder(BASE), windows)
         return evaluate_windows(engine.decoder, windows, reference, given=OWN_PROMPT)
+
+    def _draft(self, name: str) -> DraftForecast:
+        return measure_draft(self._decoder(BASE), self._decoder(name), self._run.windows)
 
     def _mmlu(self, name: str) -> MmluResult:
         mmlu, asked = self._run.mmlu, self._run.recipe.measure.mmlu

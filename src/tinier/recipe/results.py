@@ -20,6 +20,7 @@ from tinier.benchmark import LoadResult, ServingMemory, SpeedResult, Statistic
 from tinier.checkpoint import Checkpoint, hold, write_atomically
 from tinier.errors import InputError
 from tinier.evaluation import (
+    DraftForecast,
     MmluResult,
     PairedChange,
     Quality,
@@ -68,6 +69,7 @@ class Measured:
     tasks: tuple[TaskResult, ...] = ()
     speed: Turns | None = None
     """None for the base, whose speed is measured beside each variant"""
+    draft: DraftForecast | None = None
     serving: tuple[LoadResult, ...] | None = None
 
 
@@ -108,6 +110,8 @@ class VariantResult:
     """On longer windows"""
     own_text: Quality | None = None
     """Along what this model writes greedily, from the base's predictions there"""
+    draft: DraftForecast | None = None
+    """What it gains as the base's draft"""
     tasks: tuple[TaskResult, ...] = ()
     changes: dict[str, PairedChange] = field(default_factory=dict)
     """Of answers against the base's, in pairs: by `mmlu`, and `TASK/METRIC`"""
@@ -334,6 +338,7 @@ def _row(
         ),
         long=measured.long,
         own_text=measured.own_text,
+        draft=measured.draft,
         tasks=measured.tasks,
         changes={} if is_base else _changes(measurements[BASE], measured),
     )

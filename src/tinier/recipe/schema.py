@@ -170,6 +170,8 @@ class Measure(_Strict):
     tasks: TasksMeasure | None = None
     speed: SpeedMeasure = SpeedMeasure()
     serving: ServingMeasure | None = None
+    draft: bool = False
+    """What each variant gains as the base's draft, too."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that share each layer where memory, speed and serving are measured."""
     int4_inputs: Int4Inputs = "int8"

@@ -15,10 +15,12 @@ def table_rows(results: RunResults) -> tuple[list[str], list[list[str]]]:
     speed = results.base.speed
     alone, busy = (speed[i].workload.concurrency for i in (0, -1))
     asked, extra = answered_names(results), extra_divergences(results)
+    drafts = ["×base as draft"] if any(row.draft for row in results.variants) else []
     head = ["variant", "precision", "layers", "bits/weight", "size MB", "size %", "perplexity", "KL",
             "top-1 %", *extra, *asked.values(),
-            f"tok/s at {busy}", "×base", f"latency ms at {alone}", "weights MB", "peak MB"]  # fmt: skip
-    rows = [_row(row, extra, list(asked)) for row in results.variants]
+            f"tok/s at {busy}", "×base", *drafts, f"latency ms at {alone}", "weights MB",
+            "peak MB"]  # fmt: skip
+    rows = [_row(row, extra, list(asked), drafts=bool(drafts)) for row in results.variants]
     failed = dict.fromkeys(failure.variant for failure in results.failed)
     return head, rows + [[name, "failed", *["–"] * (len(head) - 2)] for name in failed]
 
@@ -195,7 +197,9 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _row(row: VariantResult, extra: Sequence[str], names: Sequence[str]) -> list[str]:
+def _row(
+    row: VariantResult, extra: Sequence[str], names: Sequence[str], *, drafts: bool
+) -> list[str]:
     quality, alone, busy = row.quality, row.speed[0], row.speed[-1]
     mark = " †" if row.collapsed else ""
     slow = " *" if row.notes else ""
@@ -224,6 +228,7 @@ def _row(row: VariantResult, extra: Sequence[str], names: Sequence[str]) -> list
         *cells,
         f"{busy.output_tokens_per_s.median:.1f}{slow}",
         f"{row.speedup:.2f}",
+        *([_number(row.draft.gain if row.draft else None, 2)] if drafts else []),
         f"{alone.latency_ms.median:.0f}",
         f"{row.memory.weights_bytes / 1e6:.0f}",
         f"{row.memory.peak_bytes / 1e6:.0f}",
