@@ -194,7 +194,8 @@ def measured(row: float, drafting: float, *, reading: float = 0.0) -> Pace:
     pace = Pace(8, model=True)
     for rows in (1, 2, 4, 8, 16, 32, 72) * 4:
         pace.step_took(1.0 + row * rows, rows)
-        pace.drafting_took(drafting)
+        pace.drafting_took(drafting, 1)
+        pace.drafting_took(drafting, 8)
         pace.reading_took(reading, 1)
     return pace
 
@@ -254,3 +255,13 @@ def test_what_does_not_pay_is_tried_now_and_then() -> None:
     pays = measured(0.0, 0.0)
     pays._agreement[one] = 0.9
     assert [bool(pays.lengths({one: 1})) for _ in range(320)].count(False) == 10
+
+
+def test_a_machine_that_became_slower_is_no_reason_to_draft_otherwise() -> None:
+    one = request([1], [], max_tokens=100)
+    pace = measured(0.1, 0.2)
+    pace._agreement[one] = 0.8
+    before = pace.lengths({one: 1})
+    for _ in range(200):  # only steps without drafts are seen, and take three times as long
+        pace.step_took(3.3, 1)
+    assert pace.lengths({one: 1}) == before

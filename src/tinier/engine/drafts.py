@@ -147,7 +147,7 @@ class DraftModel:
             if reads:
                 self._pace.reading_took(seconds, unread)
             else:
-                self._pace.drafting_took(seconds)
+                self._pace.drafting_took(seconds, len(left))
             for request, token in proposed:
                 if token is not None:
                     found[request].append(token)

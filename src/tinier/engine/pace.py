@@ -19,23 +19,23 @@ _AGREEMENT = 0.7
 _MARGIN = 1.03
 # of the time, at most, goes to trying drafts that did not pay before
 _TRYING = 0.01
+# of what a draft saves by a request's end, at most, goes to what it reads first: the request may end sooner
+_SURELY = 0.7
 # of steps that have drafts, one has none, so that what it costs stays known
 _PLAIN_EVERY = 32
 # of a step: what one more row in it costs, and a token of the draft, before they were measured
 _ROW = 0.1
 # measured so often before anything is decided by it
-_MEASURED = 3
+_MEASURED = 4
 
 
 class Pace:
     def __init__(self, most: int, *, model: bool) -> None:
         """most: tokens drafted at once. model: whether drafting itself takes time."""
         self._most = most
-        self._steps = _Costs()
-        self._drafting, self._reading = _Mean(), _Mean()
-        if not model:
-            self._drafting.add(0.0, _MEASURED)
-            self._reading.add(0.0, _MEASURED)
+        self._steps, self._drafting, self._reading = _Costs(), _Costs(), _Costs()
+        self._known = not model
+        """Whether drafting was measured, or costs nothing"""
         self._typical = _AGREEMENT
         self._agreement: dict[Request, float] = {}
         self._since_plain = 0
@@ -50,7 +50,7 @@ class Pace:
         step = self._steps.at(len(unread))
         if not most or step is None:
             return {}
-        found = self._paying(most, unread, step) if self._drafting.count >= _MEASURED else {}
+        found = self._paying(most, unread, step) if self._known else {}
         self._since_plain = self._since_plain + 1 if found else 0
         if self._since_plain == _PLAIN_EVERY:
             self._since_plain = 0
@@ -64,13 +64,11 @@ class Pace:
     ) -> dict[Request, int]:
         """Two tokens for the request that has the fewest to read, if there is credit for it."""
         request = min(most, key=lambda r: unread[r])
-        first = self._drafting.count < _MEASURED
-        reading = unread[request] * (_ROW * step if first else self._reading.value)
+        drafting, reading = self._drafting.at(1), self._reading.at(1)
+        cost = 2 * (_ROW * step + (step if drafting is None else drafting))
+        cost += unread[request] * (_ROW * step if reading is None else reading)
         self._credit += _TRYING * step
-        cost = (
-            reading + 2 * _ROW * step + 2 * (self._drafting.value if self._drafting.count else step)
-        )
-        if not first and cost > self._credit:
+        if self._known and cost > self._credit:
             return {}
         self._credit = 0.0
         return {request: min(2, most[request])}
@@ -79,13 +77,12 @@ class Pace:
         self, most: dict[Request, int], unread: dict[Request, int], step: float
     ) -> dict[Request, int]:
         """As many for each as make the most tokens a second, of all requests together."""
-        rows, drafting = len(unread), self._drafting.value
+        rows, drafting = len(unread), self._drafting.at(len(most)) or 0.0
+        reading = self._reading.at(1) or 0.0
         plain = rate = rows / step
         lengths: dict[Request, int] = {}
         row = self._steps.slope(rows, rows + sum(most.values()))
-        for _ in range(
-            4
-        ):  # the best rate is the one at which what is worth its cost brings just that
+        for _ in range(4):  # at the best rate the last token drafted is just worth its cost
             worth = rate * (row + drafting / len(most))
             lengths = {r: _longest(self._of(r), worth, count) for r, count in most.items()}
             drafted = sum(lengths.values())
@@ -100,20 +97,23 @@ class Pace:
             for request, count in lengths.items()
             if count
             and (unread[request] <= 2 * self._most
-                 or unread[request] * self._reading.value < 0.5 * saved * _left(request))
+                 or unread[request] * reading < _SURELY * saved * _left(request))
         }  # fmt: skip
 
     def step_took(self, seconds: float, rows: int) -> None:
         """A step of the model alone, with no prompt in it. rows: tokens that it computed."""
-        self._steps.add(rows, seconds)
+        level = self._steps.add(rows, seconds)
+        self._drafting.scale(level)  # a machine that is busier is so for all
+        self._reading.scale(level)
 
-    def drafting_took(self, seconds: float) -> None:
-        """One token for every request that has a draft."""
-        self._drafting.add(seconds)
+    def drafting_took(self, seconds: float, requests: int) -> None:
+        """One token for each of some requests."""
+        self._drafting.add(requests, seconds)
+        self._known = self._drafting.count >= _MEASURED
 
     def reading_took(self, seconds: float, tokens: int) -> None:
         """The draft read what came before."""
-        self._reading.add(seconds / tokens)
+        self._reading.add(1, seconds / tokens)
 
     def agreed(self, request: Request, accepted: int, drafted: int) -> None:
         """What came of a draft."""
@@ -153,17 +153,17 @@ def _more(agreement: float, count: int) -> float:
 
 
 class _Mean:
-    """Of what was seen, the later the more."""
+    """Of what was seen, the later the more; the least of the first few, which something is slow in."""
 
     def __init__(self) -> None:
-        self.value, self.count = 0.0, 0
+        self.value, self.count = math.inf, 0
 
-    def add(self, value: float, times: int = 1) -> None:
-        if self.count >= _MEASURED:  # what something else held up says little
-            value = min(value, 3 * self.value)
-        memory = min(_STEP_MEMORY, self.count / (self.count + 1))
-        self.value = memory * self.value + (1 - memory) * value
-        self.count += times
+    def add(self, value: float) -> None:
+        if self.count < _MEASURED:
+            self.value = min(self.value, value)
+        else:  # what something else held up says little
+            self.value += (1 - _STEP_MEMORY) * (min(value, 3 * self.value) - self.value)
+        self.count += 1
 
 
 class _Costs:
@@ -171,9 +171,24 @@ class _Costs:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Mean] = {}
+        self.count = 0
 
-    def add(self, rows: int, seconds: float) -> None:
-        self._seen.setdefault(rows, _Mean()).add(seconds)
+    def add(self, rows: int, seconds: float) -> float:
+        """Returns by how much steps take longer now than before: the others are taken to do so too."""
+        mean = self._seen.setdefault(rows, _Mean())
+        before, settled = mean.value, mean.count >= _MEASURED
+        mean.add(seconds)
+        self.count += 1
+        if not settled or not before:
+            return 1.0
+        level = mean.value / before
+        self.scale(level)
+        mean.value /= level
+        return level
+
+    def scale(self, level: float) -> None:
+        for mean in self._seen.values():
+            mean.value *= level
 
     def at(self, rows: int) -> float | None:
         """Between and beyond what was seen on a line; None: nothing was."""
