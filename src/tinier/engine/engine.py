@@ -162,6 +162,8 @@ class Engine:
         )  # fmt: skip
         self._sampler = Sampler(self.decoder.geometry.vocab, self.decoder.device)
         self._in_flight: InFlight | None = None
+        self._plain_steps = 0
+        """Since drafts were checked"""
         self._pace.clear()
         if self.drafter is not None:
             self.drafter.forget()
@@ -268,6 +270,7 @@ class Engine:
 
     def compute(self, drafts: dict[int, list[int]] | None) -> list[Request]:
         """One step, in each process of a shared model; see `step`. drafts: of `_propose`."""
+        self._plain_steps = 0 if drafts or drafts is None else self._plain_steps + 1
         if drafts is None:
             launched, self._in_flight = self._in_flight, None
             return self._read(launched) if launched else []
@@ -276,7 +279,9 @@ class Engine:
         rows = sum(r.num_tokens - r.num_computed for r in running)
         decodes = rows == len(running) > 0
         changed = self._check_drafts(drafts) if drafts else self._step()
-        if self.drafter is not None and decodes and waiting == len(self._scheduler.waiting):
+        # the first steps that overlap begin before the one before ends, so they seem short
+        whole = bool(drafts) or not self._overlap or self._plain_steps > 2
+        if self.drafter and whole and decodes and waiting == len(self._scheduler.waiting):
             rows += sum(map(len, drafts.values()))
             self._pace.step_took(time.perf_counter() - started, rows)
         return changed

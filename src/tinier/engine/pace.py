@@ -21,8 +21,9 @@ _MARGIN = 1.03
 _TRYING = 0.01
 # of what a draft saves by a request's end, at most, goes to what it reads first: the request may end sooner
 _SURELY = 0.7
-# of steps that have drafts, one has none, so that what it costs stays known
-_PLAIN_EVERY = 32
+# after so many steps with drafts some have none, so that what those cost stays known: a few, for the first
+# two say nothing where a step is launched before the one before is read
+_DRAFTED, _PLAIN = 96, 3
 # of a step: what one more row in it costs, and a token of the draft, before they were measured
 _ROW = 0.1
 # measured so often before anything is decided by it
@@ -38,7 +39,8 @@ class Pace:
         """Whether drafting was measured, or costs nothing"""
         self._typical = _AGREEMENT
         self._agreement: dict[Request, float] = {}
-        self._since_plain = 0
+        self._turn = 0
+        """Steps with drafts, then without, of a round"""
         self._credit = 0.0
         """Seconds that may be spent on trying"""
 
@@ -51,13 +53,11 @@ class Pace:
         if not most or step is None:
             return {}
         found = self._paying(most, unread, step) if self._known else {}
-        self._since_plain = self._since_plain + 1 if found else 0
-        if self._since_plain == _PLAIN_EVERY:
-            self._since_plain = 0
-            return {}
         if not found:
+            self._turn = 0
             return self._trial(most, unread, step)
-        return found
+        self._turn = (self._turn + 1) % (_DRAFTED + _PLAIN)
+        return found if self._turn < _DRAFTED else {}
 
     def _trial(
         self, most: dict[Request, int], unread: dict[Request, int], step: float
