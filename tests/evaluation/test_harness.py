@@ -88,6 +88,9 @@ def test_figures_are_those_of_lm_eval_s_own_model(
     AutoTokenizer.from_pretrained(smollm2.folder).save_pretrained(exact)
     names = ("capitals", "prose", "written")
     ours = harness.run_tasks(str(exact), plan(tasks, *names, shots=1), device="cpu")
+    asked = plan(tasks, *names, shots=1)
+    drafted = harness.run_tasks(str(exact), asked, device="cpu", draft="prompt")
+    assert [task.metrics for task in drafted] == [task.metrics for task in ours]
     theirs = lm_eval.simple_evaluate(
         "hf", {"pretrained": str(exact), "dtype": "float32"}, list(names), num_fewshot=1,
         device="cpu", bootstrap_iters=0, task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),

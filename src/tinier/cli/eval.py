@@ -61,6 +61,7 @@ def eval_(
     engine: Annotated[
         bool, typer.Option("--engine", help="Send requests to the serving engine instead.")
     ] = False,
+    draft: options.Draft = None,
     tensor_parallel: options.TensorParallel = 1,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -117,8 +118,11 @@ def eval_(
     if mmlu is None and (subject or sample is not None):
         raise InputError("--subject and --sample are for --mmlu. Add it, or leave them out.")
     asked = None
-    if tasks is None and (include or chat or limit is not None or task_shots is not None):
-        raise InputError("--task-shots, --limit, --include and --chat are for --tasks. Add it.")
+    for_tasks = include or chat or draft or limit is not None or task_shots is not None
+    if tasks is None and for_tasks:
+        raise InputError(
+            "--task-shots, --limit, --include, --chat and --draft are for --tasks. Add it."
+        )
     if tasks is not None:
         from tinier.evaluation.harness import check_tasks, run_tasks
 
@@ -161,7 +165,13 @@ def eval_(
     if asked is not None:
         folders = [checkpoint.folder, *([original.folder] if original else [])]
         own, *others = (
-            run_tasks(str(folder), asked, device=device, int4_inputs=int4_inputs)
+            run_tasks(
+                str(folder),
+                asked,
+                device=device,
+                int4_inputs=int4_inputs,
+                draft=draft if folder == checkpoint.folder else None,
+            )  # fmt: skip
             for folder in folders
         )
         found = [asdict(task) for task in own]

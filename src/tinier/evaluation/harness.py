@@ -55,6 +55,7 @@ class TinierLM(TemplateLM):  # type: ignore[misc]
         self, pretrained: str, revision: str | None = None, device: str | None = None,
         batch_size: int | str | None = None, max_batch_size: int | None = None,
         max_length: int = 4096, max_gen_toks: int = 256, int4_inputs: Int4Inputs = "int8",
+        draft: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         at_once = max_batch_size or 32
@@ -66,7 +67,7 @@ class TinierLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = self.tokenizer_wrapper.inner
         config = EngineConfig(
             max_batch_size=at_once, max_seq_len=min(max_length, geometry_of(source).max_positions),
-            device=device or "auto", int4_inputs=int4_inputs,
+            device=device or "auto", int4_inputs=int4_inputs, draft=draft,
         )  # fmt: skip
         self._engine = Engine(source, config, tokenizer=self.tokenizer_wrapper)
         self._device = self._engine.decoder.device
@@ -197,11 +198,14 @@ class TinierLM(TemplateLM):  # type: ignore[misc]
 
 def run_tasks(
     model: str, plan: TasksPlan, *, revision: str | None = None, device: str = "auto",
-    int4_inputs: Int4Inputs = "int8",
+    int4_inputs: Int4Inputs = "int8", draft: str | None = None,
 ) -> tuple[TaskResult, ...]:  # fmt: skip
-    """Measure the tasks, or groups of tasks, of a plan. Raises InputError for one that lm-eval lacks."""
+    """Measure the tasks, or groups of tasks, of a plan; draft: EngineConfig's, for those that write texts.
+    Raises InputError for a task that lm-eval lacks."""
     manager = _manager(plan)
-    lm = TinierLM(model, revision, device, max_length=plan.max_length, int4_inputs=int4_inputs)
+    lm = TinierLM(
+        model, revision, device, max_length=plan.max_length, int4_inputs=int4_inputs, draft=draft
+    )
     found = simple_evaluate(
         lm, tasks=list(plan.names), num_fewshot=plan.shots, limit=plan.limit, task_manager=manager,
         apply_chat_template=plan.chat, bootstrap_iters=0, random_seed=plan.seed,
