@@ -171,7 +171,7 @@ def eval_(
                 device=device,
                 int4_inputs=int4_inputs,
                 draft=draft if folder == checkpoint.folder else None,
-            )  # fmt: skip
+            )
             for folder in folders
         )
         found = [asdict(task) for task in own]
