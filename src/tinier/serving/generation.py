@@ -28,6 +28,7 @@ from tinier.serving.protocol import (
     event,
     usage,
 )
+from tinier.serving.thinking import OPEN, Thoughts
 
 # texts above this are tokenized beside the event loop
 _LONG_TEXT = 4096
@@ -148,11 +149,12 @@ class Generation(ABC):
         return usage(prompt, cached, output, drafted, accepted)
 
     def _choice(self, choice: Choice, text: str, delta: Delta) -> dict[str, Any]:
-        return {"index": choice.index, **self._content(text), **self._rest(choice, delta)}
+        return {"index": choice.index, **self._content(choice, text), **self._rest(choice, delta)}
 
     def _chunk(self, choice: Choice, piece: str, delta: Delta) -> bytes:
         # the head is the same for all of a stream, and made once
-        rest = {**self._piece(choice, piece), **self._rest(choice, delta)}
+        ends = delta.finished is not None
+        rest = {**self._piece(choice, piece, ends=ends), **self._rest(choice, delta)}
         tail = json.dumps(rest, ensure_ascii=False)[1:] + "]"
         beside = self._beside()
         tail += f", {json.dumps(beside)[1:]}" if beside else "}"
@@ -168,12 +170,12 @@ class Generation(ABC):
         return {**rest, "token_ids": delta.tokens} if self._gives_ids else rest
 
     @abstractmethod
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, choice: Choice, text: str) -> dict[str, Any]:
         """The field of a whole choice that has its text."""
 
     @abstractmethod
-    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
-        """The field of a chunk that has its text."""
+    def _piece(self, choice: Choice, piece: str, *, ends: bool) -> dict[str, Any]:
+        """The field of a chunk that has its text; ends: it is the last one."""
 
     @abstractmethod
     def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
@@ -198,10 +200,10 @@ class Completion(Generation):
             rest["prompt_token_ids"] = choice.job.prompt
         return rest
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, choice: Choice, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
+    def _piece(self, choice: Choice, piece: str, *, ends: bool) -> dict[str, Any]:
         return {"text": piece}
 
     def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
@@ -218,8 +220,12 @@ class Chat(Generation):
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    def __init__(self, model: Model, choices: list[Choice], body: ChatBody) -> None:
+    def __init__(
+        self, model: Model, choices: list[Choice], body: ChatBody, thoughts: list[Thoughts]
+    ) -> None:
+        """thoughts: of each choice; empty: the model does not think."""
         super().__init__(model, choices, body)
+        self._thoughts = thoughts
         self._scores = bool(body.logprobs)
         self._begun: set[Choice] = set()
         self._owes_prompt = self._gives_ids
@@ -228,13 +234,27 @@ class Chat(Generation):
         owes, self._owes_prompt = self._owes_prompt, False
         return {"prompt_token_ids": self.choices[0].job.prompt} if owes else {}
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _content(self, choice: Choice, text: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._thoughts:
+            thoughts, answer = self._parted(choice, text, ends=True)
+            message["content"] = answer
+            message["reasoning_content"] = thoughts or None
+        return {"message": message}
 
-    def _piece(self, choice: Choice, piece: str) -> dict[str, Any]:
-        role = {} if choice in self._begun else {"role": "assistant"}
+    def _piece(self, choice: Choice, piece: str, *, ends: bool) -> dict[str, Any]:
+        delta: dict[str, Any] = {} if choice in self._begun else {"role": "assistant"}
         self._begun.add(choice)
-        return {"delta": {**role, "content": piece}}
+        if self._thoughts:
+            thoughts, piece = self._parted(choice, piece, ends=ends)
+            delta |= {"reasoning_content": thoughts} if thoughts else {}
+        return {"delta": {**delta, "content": piece}}
+
+    def _parted(self, choice: Choice, text: str, *, ends: bool) -> tuple[str, str]:
+        """Thoughts and answer in a piece of text."""
+        thoughts = self._thoughts[choice.index]
+        parts = [thoughts.push(text), *([thoughts.close()] if ends else [])]
+        return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
 
     def _score(self, choice: Choice, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(self.model.tokenizer, logprobs) if self._scores else None
@@ -298,7 +318,7 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
         raise ApiError(
             400, f"{name}=0 asks for no answer. Use 1 or more, or -1 for all that fit.", param=name
         )
-    prompt = await _chat_prompt(model, body)
+    prompt, opened = await _chat_prompt(model, body)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
     includes_stop = bool(body.include_stop_str_in_output)
@@ -306,16 +326,19 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
         Choice(i, job, model, includes_stop=includes_stop)
         for i, job in enumerate(model.submit(prompt, params))
     ]
-    return Chat(model, choices, body)
+    thoughts = [Thoughts(opened=opened) for _ in choices] if model.thinks else []
+    return Chat(model, choices, body, thoughts)
 
 
-async def _chat_prompt(model: Model, body: ChatBody) -> list[int]:
+async def _chat_prompt(model: Model, body: ChatBody) -> tuple[list[int], bool]:
+    """Tokens of the conversation, and whether they end within the model's thinking."""
     if not model.tokenizer.has_template:
         raise ApiError(400, f"{model.label} has no chat template. Use /v1/completions.")
 
-    def encode() -> list[int]:
+    def encode() -> tuple[list[int], bool]:
+        text = conversation_text(model.tokenizer, body)
         # the template writes the BOS token itself
-        return model.tokenizer.encode(conversation_text(model.tokenizer, body), special=False)
+        return model.tokenizer.encode(text, special=False), text.rstrip().endswith(OPEN)
 
     # a template is a program of the model's, which may take its time
     return await asyncio.to_thread(encode)

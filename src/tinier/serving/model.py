@@ -15,6 +15,7 @@ from tinier.engine import SamplingParams
 from tinier.errors import TinierError
 from tinier.serving.metrics import Metrics
 from tinier.serving.replica import Delta, EngineFailure, Job, Replica, Unavailable
+from tinier.serving.thinking import thinks
 from tinier.serving.worker import Ready, WorkerSpec
 from tinier.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class Model:
         self.name = name
         self.version = version
         self.tokenizer = tokenizer
+        self.thinks = thinks(tokenizer)
         self.stop_token_ids = stop_token_ids
         self.created = int(time.time())
         self._batch_size = specs[0].config.max_batch_size

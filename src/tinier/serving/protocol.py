@@ -219,6 +219,8 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[TextPart], Field(max_length=1000)]
     name: Annotated[str, Field(max_length=100)] | None = None
+    reasoning_content: _Text | None = None
+    """What an earlier answer thought, for templates that show it"""
 
     @model_validator(mode="before")
     @classmethod
@@ -236,7 +238,11 @@ class Message(BaseModel):
         content = self.content
         if not isinstance(content, str):  # joined as vLLM joins them
             content = "\n".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": content}
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
 
 
 _Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
