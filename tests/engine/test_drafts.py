@@ -42,7 +42,7 @@ def run(
     config = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4} | options
     engine = Engine(model, EngineConfig(device="cpu", **config))
     if always:
-        engine._pace.lengths = lambda unread: {  # type: ignore[method-assign]
+        engine._pace.lengths = lambda unread, rows: {  # type: ignore[method-assign]
             r: min(always, r.params.max_tokens - r.num_sampled - 1)
             for r in unread
             if r.params.max_tokens - r.num_sampled > 1
@@ -216,7 +216,7 @@ def test_as_many_tokens_are_drafted_as_pay(
         tokens = count * sum(agreement**j for j in range(length + 1))
         return tokens / (1 + row * count * (1 + length) + drafting * length)
 
-    found = pace.lengths(dict.fromkeys(requests, 1))
+    found = pace.lengths(dict.fromkeys(requests, 1), count)
     if len(found) < count:  # none, or a trial
         assert max(map(rate, range(9))) < 1.04 * rate(0)
     else:
@@ -232,7 +232,7 @@ def test_each_request_drafts_by_its_own_agreement() -> None:
     pace.agreed(unsure, 0, 1)
     for _ in range(30):
         pace.agreed(unsure, 0, 1)
-    found = pace.lengths(dict.fromkeys((sure, unsure, ending), 1))
+    found = pace.lengths(dict.fromkeys((sure, unsure, ending), 1), 3)
     assert found[sure] == 8
     assert found.get(unsure, 0) <= 1
     assert found[ending] == 2  # one of the three that are left comes with the draft's
@@ -243,25 +243,81 @@ def test_what_the_draft_must_read_first_has_to_pay() -> None:
         one = request([1] * 1000, [], max_tokens=left)
         pace = measured(0.02, 0.1, reading=0.03)
         pace._agreement[one] = 0.9
-        assert bool(pace.lengths({one: 1000})) == reads
+        assert bool(pace.lengths({one: 1000}, 1)) == reads
 
 
 def test_what_does_not_pay_is_tried_now_and_then() -> None:
     one = request([1], [], max_tokens=1000)
     pace = measured(0.5, 2.0)
-    tried = [bool(pace.lengths({one: 1})) for _ in range(4000)]
+    tried = [bool(pace.lengths({one: 1}, 1)) for _ in range(4000)]
     # 1 % of 1.5 s a step, for trials of 4.3 s
     assert 8 <= sum(tried) <= 20
     pays = measured(0.0, 0.0)
     pays._agreement[one] = 0.9
-    assert [bool(pays.lengths({one: 1})) for _ in range(297)].count(False) == 9
+    assert [bool(pays.lengths({one: 1}, 1)) for _ in range(297)].count(False) == 9
 
 
 def test_a_machine_that_became_slower_is_no_reason_to_draft_otherwise() -> None:
     one = request([1], [], max_tokens=100)
     pace = measured(0.1, 0.2)
     pace._agreement[one] = 0.8
-    before = pace.lengths({one: 1})
+    before = pace.lengths({one: 1}, 1)
     for _ in range(200):  # only steps without drafts are seen, and take three times as long
         pace.step_took(3.3, 1)
-    assert pace.lengths({one: 1}) == before
+    assert pace.lengths({one: 1}, 1) == before
+
+
+def test_every_request_gets_its_token_before_any_draft(tiny: Tiny) -> None:
+    model = tiny(initializer_range=0.2)
+    asked = [([i], SamplingParams(max_tokens=20)) for i in range(4)]
+    for most, drafts in ((4, False), (6, True)):
+        _, steps, engine = run(model, asked, draft=model, always=8, max_step_tokens=most)
+        assert (engine.num_drafted > 0) == drafts
+        assert (steps < 20) == drafts
+    # as many blocks as the tokens need, and no more: a draft takes none from another request
+    room = sum(-(-(len(prompt) + 20) // 4) for prompt, _ in asked) * engine._block_bytes
+    _, _, full = run(model, asked, draft="prompt", always=8, kv_cache_bytes=room)
+    assert full.num_preemptions == 0
+
+
+def test_processes_agree_on_room_where_one_has_the_draft(tiny: Tiny) -> None:
+    model = tiny(initializer_range=0.2)
+    asked = [(prompt, SamplingParams(max_tokens=40)) for prompt in prompts(5)]
+    block = run(model, asked[:1])[2]._block_bytes
+    plain, _, _ = run(model, asked)
+    got, _, engine = run(
+        model, asked, draft=model, always=3, tensor_parallel=2, kv_cache_bytes=40 * block
+    )
+    check_same(got, plain)
+    assert engine.num_preemptions
+
+
+def test_biases_of_tokens_that_a_draft_lacks_are_the_model_s_alone(tiny: Tiny) -> None:
+    model = tiny(initializer_range=0.2)
+    small = tiny(name="small", vocab_size=200, initializer_range=0.2)
+    prompt = [token % 190 for token in prompts(1)[0]]
+    asked = [(prompt, SamplingParams(max_tokens=16, logit_bias={230: -5.0, 7: 2.0}))]
+    plain, _, _ = run(model, asked)
+    got, _, engine = run(model, asked, draft=small, always=4)
+    check_same(got, plain)
+    assert engine.num_drafted
+
+
+def test_trials_go_on_where_steps_overlap_and_cost_nothing_where_nothing_repeats(
+    tiny: Tiny,
+) -> None:
+    model = tiny(initializer_range=0.2, max_position_embeddings=4096)
+    asked = [(prompts(1)[0], SamplingParams(max_tokens=900))]
+    for overlap in (False, True):
+        engine = Engine(
+            model,
+            EngineConfig(device="cpu", max_seq_len=1000, overlap=overlap, draft=str(model.folder)),
+        )
+        engine._pace.agreed = lambda *_: None  # type: ignore[method-assign]
+        engine._pace._typical = 0.01
+        engine.generate([asked[0][0]], asked[0][1])
+        assert 4 < engine.num_drafted < 100
+    drawn = [(asked[0][0], SamplingParams(max_tokens=300, temperature=3.0))]
+    _, steps, looking = run(model, drawn, draft="prompt", overlap=True, max_seq_len=1000)
+    assert looking.num_drafted < 60
+    assert steps < 300 + 60

@@ -36,8 +36,8 @@ class Drafter(Protocol):
         proposal may be left out."""
         ...
 
-    def unread(self, request: Request) -> int:
-        """Tokens of a request that must be read before anything is proposed."""
+    def unread(self, request: Request) -> int | None:
+        """Tokens of a request that must be read before anything is proposed; None: nothing can be."""
         ...
 
     def forget(self) -> None:
@@ -55,15 +55,20 @@ class PromptLookup:
         self._texts = {r: text for r, text in self._texts.items() if r.seat is not None}
         found = {}
         for request, most in wanted.items():
-            text = self._texts.setdefault(request, _Text())
-            known = len(text.tokens)
-            text.extend(request.tokens(known, request.num_known - known))
-            if tokens := text.continuation(most):
+            if tokens := self._text(request).continuation(most):
                 found[request] = tokens
         return found
 
-    def unread(self, request: Request) -> int:
-        return 0
+    def _text(self, request: Request) -> "_Text":
+        """All that is known of it."""
+        text = self._texts.setdefault(request, _Text())
+        known = len(text.tokens)
+        text.extend(request.tokens(known, request.num_known - known))
+        return text
+
+    def unread(self, request: Request) -> int | None:
+        # a step in flight is not waited for where nothing repeats
+        return 0 if self._text(request).continuation(1) else None
 
     def forget(self) -> None:
         self._texts.clear()
@@ -131,10 +136,8 @@ class DraftModel:
         found: dict[Request, list[int]] = {}
         left = {}
         for request, most in wanted.items():
-            if request.num_known + most <= self._longest and request.num_known <= self._fits(
-                request
-            ):
-                left[request] = most
+            if self.unread(request) is not None:
+                left[request] = min(most, self._longest - request.num_known)
                 found[request] = []
         for request in left:
             self._follow(request)
@@ -158,25 +161,23 @@ class DraftModel:
                     del left[request]
         return found
 
-    def unread(self, request: Request) -> int:
-        copy = self._copies.get(request)
+    def unread(self, request: Request) -> int | None:
+        copy, known = self._copies.get(request), self.decoder.geometry.vocab
+        if request.num_tokens >= self._longest:
+            return None
+        if known < self._vocab and max(request.prompt + request.output) >= known:
+            return None
         return request.num_tokens - (copy.num_computed if copy else 0)
-
-    def _fits(self, request: Request) -> int:
-        """Tokens of the request that this model can read: a token that it does not know ends them."""
-        known = self.decoder.geometry.vocab
-        if known >= self._vocab:
-            return request.num_known
-        tokens = request.prompt + request.output
-        return next((i for i, token in enumerate(tokens) if token >= known), len(tokens))
 
     def _follow(self, request: Request) -> None:
         """Bring the copy of a request to the tokens that it has by now."""
         copy = self._copies.get(request)
         if copy is None:
+            vocab = self.decoder.geometry.vocab
             params = replace(
                 request.params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
                 logprobs=None, prompt_logprobs=None, prompt_logits=False, stop=(),
+                logit_bias={t: b for t, b in dict(request.params.logit_bias).items() if t < vocab},
             )  # fmt: skip
             copy = Request(
                 request.number, request.prompt, params, request.arrived, self.runner.width

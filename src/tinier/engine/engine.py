@@ -164,6 +164,8 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._plain_steps = 0
         """Since drafts were checked"""
+        self._wanted: dict[Request, int] | None = None
+        """Drafts that wait for the step in flight"""
         self._pace.clear()
         if self.drafter is not None:
             self.drafter.forget()
@@ -260,11 +262,17 @@ class Engine:
             for r in self._scheduler.running
             if not r.finished and r.num_tokens - r.num_computed <= 1
         ]
-        wanted = self._pace.lengths({request: self.drafter.unread(request) for request in requests})
+        wanted, self._wanted = self._wanted, None
+        if wanted is None:
+            unread = {request: self.drafter.unread(request) for request in requests}
+            can = {request: count for request, count in unread.items() if count is not None}
+            wanted = self._pace.lengths(can, len(requests))
         if not wanted:
             return {}
         if self._in_flight is not None:
+            self._wanted = wanted
             return None
+        wanted = {request: count for request, count in wanted.items() if request in requests}
         found = self.drafter.propose(wanted)
         return {request.number: tokens for request, tokens in found.items() if tokens}
 
@@ -543,7 +551,7 @@ class Engine:
             free = free_memory_bytes(self.decoder.device)
             room = free // 2 if self.decoder.device.type == "cpu" else free - self._working_bytes()
             blocks = min(per_request * self.config.max_batch_size, room // block_bytes)
-            blocks = self.decoder.share.least(blocks)
+        blocks = self.decoder.share.least(blocks)  # the first process has the draft's too
         if blocks < 1:
             raise InputError(
                 f"the KV cache has no room for one block of {block_bytes} bytes. "

@@ -44,15 +44,17 @@ class Pace:
         self._credit = 0.0
         """Seconds that may be spent on trying"""
 
-    def lengths(self, unread: dict[Request, int]) -> dict[Request, int]:
-        """Tokens to draft for each of some requests, whose next tokens a step computes; those that get
-        none are left out. unread: tokens that the draft has to read first."""
+    def lengths(self, unread: dict[Request, int], rows: int) -> dict[Request, int]:
+        """Tokens to draft for each of some requests; those that get none are left out.
+
+        unread: tokens that the draft has to read first. rows: requests whose next tokens the step computes.
+        """
         most = {r: min(self._most, r.params.max_tokens - r.num_sampled - 1) for r in unread}
         most = {request: count for request, count in most.items() if count > 0}
-        step = self._steps.at(len(unread))
+        step = self._steps.at(rows)
         if not most or step is None:
             return {}
-        found = self._paying(most, unread, step) if self._known else {}
+        found = self._paying(most, unread, step, rows) if self._known else {}
         if not found:
             self._turn = 0
             return self._trial(most, unread, step)
@@ -74,10 +76,10 @@ class Pace:
         return {request: min(2, most[request])}
 
     def _paying(
-        self, most: dict[Request, int], unread: dict[Request, int], step: float
+        self, most: dict[Request, int], unread: dict[Request, int], step: float, rows: int
     ) -> dict[Request, int]:
         """As many for each as make the most tokens a second, of all requests together."""
-        rows, drafting = len(unread), self._drafting.at(len(most)) or 0.0
+        drafting = self._drafting.at(len(most)) or 0.0
         reading = self._reading.at(1) or 0.0
         plain = rate = rows / step
         lengths: dict[Request, int] = {}

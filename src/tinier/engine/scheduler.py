@@ -63,9 +63,8 @@ class Scheduler:
                 continue  # preempted a moment ago
             count = min(budget, request.num_tokens - request.num_computed)
             if count and self._make_room(request, request.num_computed + count):
-                drafts = self._drafts(request, request.num_computed + count, budget - count)
-                chunks.append(Chunk(request, request.num_computed, count + drafts, drafts))
-                budget -= count + drafts
+                chunks.append(Chunk(request, request.num_computed, count))
+                budget -= count
         chunks = [chunk for chunk in chunks if chunk.request.seat is not None]
         while self.waiting and budget and self._seats:
             request = self.waiting[0]
@@ -89,6 +88,11 @@ class Scheduler:
                 # a step writes all keys and values of a layer before any is read, so the next prompt may
                 # use these already; single tokens are written while others read
                 self.computed(chunk)
+        for i, chunk in enumerate(chunks):  # last: no token waits, and none gives way, for a draft
+            drafts = self._drafts(chunk, budget)
+            if drafts:
+                chunks[i] = Chunk(chunk.request, chunk.start, chunk.count + drafts, drafts)
+                budget -= drafts
         chunks.sort(key=lambda chunk: chunk.count > 1)
         return chunks
 
@@ -110,10 +114,10 @@ class Scheduler:
         if self._reuse_prefixes:
             self._pool.remember(request)
 
-    def _drafts(self, request: Request, end: int, budget: int) -> int:
-        """Tokens of a request's draft that are computed after those up to `end`; none gives way to them."""
-        count = min(len(request.draft), budget) if end == request.num_tokens else 0
-        return count if count and self._pool.extend(request, end + count) else 0
+    def _drafts(self, chunk: Chunk, budget: int) -> int:
+        """Tokens of a request's draft that are computed behind its chunk: all, or what the step holds."""
+        count = min(len(chunk.request.draft), budget) if chunk.samples else 0
+        return count if count and self._pool.extend(chunk.request, chunk.end + count) else 0
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens`, taken from the latest arrivals if need be; False if `request`

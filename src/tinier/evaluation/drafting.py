@@ -39,7 +39,7 @@ class DraftForecast:
     gain: float
     """With the draft over that: median over texts that both write by turns."""
     accepted: float | None
-    """Share of the drafted tokens that were right there; None: drafting does not pay here."""
+    """Share of the drafted tokens that were right there; None: it does not pay, and was only tried."""
 
 
 def compare_draft(
@@ -119,7 +119,7 @@ def _gains(
     )
     plain, drafting = Engine(model, config), Engine(model, config, draft=draft)
     params = SamplingParams(max_tokens=output)
-    gains, rates = [], []
+    gains, rates, counts = [], [], [0, 0]
     with bar("texts", _TEXTS) as advance:
         for turn in range(_TEXTS):
             prompt = windows[turn % len(windows)][:given].tolist()
@@ -128,8 +128,12 @@ def _gains(
                 started = time.perf_counter()
                 engine.generate([prompt], params)
                 seconds[engine] = time.perf_counter() - started
-            if turn:
+            if not turn:  # it warms up, and drafting is measured
+                counts = [drafting.num_drafted, drafting.num_accepted]
+            else:
                 gains.append(seconds[plain] / seconds[drafting])
                 rates.append(output / seconds[plain])
             advance(1)
-    return gains, rates, drafting.num_drafted, drafting.num_accepted
+    drafted, accepted = drafting.num_drafted - counts[0], drafting.num_accepted - counts[1]
+    is_trial = drafted < 0.1 * len(gains) * output
+    return (gains, rates, 0, 0) if is_trial else (gains, rates, drafted, accepted)

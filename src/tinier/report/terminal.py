@@ -206,7 +206,7 @@ def comparison_text(comparison: Comparison, first: str, second: str) -> str:
 
 def draft_text(forecast: DraftForecast, draft: str) -> str:
     """How often a draft is right, and what it gains."""
-    right = "it was not asked, since it does not pay"
+    right = "it was only tried, since it does not pay here"
     if forecast.accepted is not None:
         right = f"{100 * forecast.accepted:.0f} % of what it proposed was right"
     return (

@@ -175,20 +175,19 @@ class ModelStore:
         if name in (None, PROMPT):
             return None
         draft = open_model(name)
-        return None if draft.folder == checkpoint.folder else draft
+        return None if draft.folder.resolve() == checkpoint.folder.resolve() else draft
 
     def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
         """Of the longest request's cache, in one process, which has all of the draft."""
-        own = self._model_bytes(checkpoint) // self._config.tensor_parallel
-        return own if draft is None else own + self._model_bytes(draft)
+        positions = min(self._config.max_seq_len, geometry_of(checkpoint).max_positions)
+        blocks = -(-positions // self._config.block_size)  # the draft has as many
+        own = self._block_bytes(checkpoint) // self._config.tensor_parallel
+        return blocks * (own + (self._block_bytes(draft) if draft else 0))
 
-    def _model_bytes(self, checkpoint: Checkpoint) -> int:
-        """Of the longest request's cache in one model."""
+    def _block_bytes(self, checkpoint: Checkpoint) -> int:
         geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
-        positions = min(self._config.max_seq_len, geometry.max_positions)
-        blocks = -(-positions // self._config.block_size)
-        return geometry.cached_numbers * item * blocks * self._config.block_size
+        return geometry.cached_numbers * item * self._config.block_size
 
     def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
         if cache < least:
@@ -205,7 +204,7 @@ class ModelStore:
         if key in self._models:
             raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
         Share(0, self._config.tensor_parallel).geometry(geometry_of(checkpoint))
-        config, draft = self._config, self._draft_of(checkpoint)
+        config, draft = self._config, await asyncio.to_thread(self._draft_of, checkpoint)
         if draft is None and config.draft != PROMPT:
             config = dataclasses.replace(config, draft=None)
         if cache < self._request_bytes(checkpoint, draft) * config.max_batch_size:
