@@ -192,10 +192,8 @@ class DraftModel:
             same = min(len(copy.output), len(request.output))
         copy.output[same:] = request.output[same:]
         copy.num_computed = min(copy.num_computed, len(request.prompt) + same, copy.num_known - 1)
-        if self._config.reuse_prefixes:
-            self._pool.remember(
-                copy
-            )  # what is proposed from here on may be wrong, and is not remembered
+        if self._config.reuse_prefixes:  # now: what is proposed from here on may be wrong
+            self._pool.remember(copy)
 
     def _next(self, requests: list[Request]) -> list[tuple[Request, int | None]]:
         """The next token of each request's copy; None where there is no room for it."""
