@@ -74,6 +74,20 @@ def test_encode_rows(dtype: torch.dtype, takes: str) -> None:
     check_row(fused.encode_rows(x, takes), x, takes)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [40, 5000])
+def test_scale_product(dtype: torch.dtype, biased: bool, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    product = torch.randint(-(2**24), 2**24, (5, size + 8), generator=generator).int().to(DEVICE)
+    scales, bias = random(size).abs() * 1e-3, random(size, dtype=dtype, seed=1) * 1e3
+    rows = random(5, 1, seed=2).abs()
+    made = fused.scale_product(product, rows, scales, bias if biased else None, dtype)
+    expected = product[:, :size].double() * rows.double() * scales.double()
+    assert apart(made, expected + bias if biased else expected) < limit(dtype)
+    assert made.dtype == dtype
+
+
 @pytest.mark.parametrize("takes", [None, "e4m3", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("with_delta", [False, True])

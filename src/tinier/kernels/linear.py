@@ -40,7 +40,7 @@ from tinier.schemes import Grid, Int4Inputs, Scheme
 
 if HAS_TRITON:
     from tinier.kernels import skinny
-    from tinier.kernels.fused import encode_rows
+    from tinier.kernels.fused import encode_rows, scale_product
 
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -168,6 +168,9 @@ class Int8Linear(Linear):
         tokens = self.prepared(x)
         if self.few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
             return skinny.matmul(tokens.codes, tokens.scale, self.few)
+        if tokens.codes.is_cuda and uses_triton(tokens.codes.device):
+            product = self._product(tokens.codes)
+            return scale_product(product, tokens.scale, self.scale, self.bias, self.dtype)
         out = self._scaled(tokens).to(self.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -177,15 +180,18 @@ class Int8Linear(Linear):
 
     def _scaled(self, tokens: Quantized) -> Tensor:
         """The product in float32, without the bias."""
-        codes = tokens.codes
+        product = self._product(tokens.codes)
+        return product[:, : len(self.scale)].float() * tokens.scale * self.scale
+
+    def _product(self, codes: Tensor) -> Tensor:
+        """[T, out or more] in integers."""
         rows = codes.shape[0]
         if codes.is_cuda and rows < self._CUDA_ROWS:
             codes = F.pad(codes, (0, 0, 0, self._CUDA_ROWS - rows))
         if codes.is_cuda or torch.cpu._is_vnni_supported():
-            product = torch._int_mm(codes, self.codes)[:rows]
-        else:  # four times as fast there; sums past 2^24 lose their last bit
-            product = codes.float() @ self.codes.float()
-        return product[:, : len(self.scale)].float() * tokens.scale * self.scale
+            return torch._int_mm(codes, self.codes)[:rows]
+        # four times as fast there; sums past 2^24 lose their last bit
+        return codes.float() @ self.codes.float()
 
 
 class Fp8Linear(Linear):
