@@ -14,6 +14,8 @@ from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.engine.drafts import PromptLookup
 from tinier.engine.pace import Pace
+from tinier.engine.runner import Shape
+from tinier.engine.scheduler import Chunk
 
 Tiny = Callable[..., Checkpoint]
 
@@ -145,6 +147,36 @@ def test_two_processes_check_drafts_as_one(tiny: Tiny) -> None:
         got, _, engine = run(model, asked, tensor_parallel=2, draft=draft, always=3)
         check_same(got, plain)
     assert engine.num_accepted
+
+
+def test_a_draft_computed_as_one_chunk_gives_the_same_logits(tiny: Tiny) -> None:
+    """As a GPU's graphs do, of more rows and sequences than there are."""
+    model = tiny(initializer_range=0.2)
+    config = EngineConfig(
+        max_batch_size=4, max_seq_len=64, block_size=4, device="cpu", draft="prompt"
+    )
+    engine = Engine(model, config)
+    requests = [engine.add(prompt, SamplingParams(max_tokens=20)) for prompt in prompts(2)]
+    while not all(request.output for request in requests):
+        engine.step()
+    for request, draft in zip(requests, ([1, 2, 3], [4]), strict=True):
+        request.draft = draft
+    chunks = engine._scheduler.schedule()
+    assert [chunk.drafts for chunk in chunks] == [3, 1]
+    expected = engine.runner.run(chunks)
+    whole = [Chunk(chunk.request, chunk.start, chunk.count) for chunk in chunks]
+    inputs = engine.runner._inputs(whole, 8, 4)
+    counts = [chunk.count for chunk in chunks]
+    longest = max(chunk.start + chunk.count for chunk in chunks)
+    assert engine.runner._draft_shape(sum(counts), len(chunks), longest) == Shape(8, 4, False, True)
+    tokens, positions, slots, contexts, seats, starts, decodes, tables = engine.runner._split(
+        inputs, 8, 4
+    )
+    rows, few = [tokens[:6], positions[:6], slots[:6]], [contexts[:2], seats[:2], starts[:3]]
+    cut = torch.cat([*rows, *few, decodes, tables[:2].flatten()])
+    made = engine.runner._compute(cut, counts, longest, every=True)
+    assert torch.allclose(made.logits, expected.logits, atol=1e-4)
+    assert torch.equal(made.tokens, expected.tokens)
 
 
 def test_cancelled_and_reset_requests_leave_nothing(tiny: Tiny) -> None:

@@ -100,6 +100,7 @@ class Engine:
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
             self.max_seq_len, self.config.max_step_tokens,
+            checks_drafts=self._draft_decoder is not None or self.config.draft is not None,
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap

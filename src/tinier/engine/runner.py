@@ -31,6 +31,9 @@ from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
 
 log = logging.getLogger(__name__)
 
+# numbers of tokens in steps that check drafts: half as many requests at most
+_DRAFT_ROWS = (8, 16, 32, 64)
+
 
 class Output(NamedTuple):
     """What a step computed; it holds until the next one."""
@@ -54,6 +57,8 @@ class Shape(NamedTuple):
     """As many as rows: each has one token. More rows: any mix, of any number up to this"""
     is_long: bool
     """Whether a context is"""
+    every: bool = False
+    """Logits after every token, not the last of each sequence: for steps that check drafts"""
 
 
 class Captured:
@@ -85,7 +90,10 @@ class Runner:
         max_batch_size: int,
         max_seq_len: int,
         max_step_tokens: int,
+        *,
+        checks_drafts: bool = False,
     ) -> None:
+        """checks_drafts: steps that do so are captured too."""
         self.decoder = decoder
         self._block_size = block_size
         self._num_blocks = num_blocks
@@ -113,6 +121,11 @@ class Runner:
             _batch_sizes(max_batch_size),
             _row_counts(max_batch_size, max_step_tokens),
         )
+        self._draft_rows = _DRAFT_ROWS if checks_drafts else ()
+        # rows whose likeliest token no later step looks for
+        self._nowhere = torch.full(
+            (_DRAFT_ROWS[-1],), max_batch_size, dtype=torch.int32, device=device
+        )
         self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
@@ -138,13 +151,7 @@ class Runner:
         rows, count = sum(counts), len(chunks)
         shape = self._shape(rows, count, longest) if self._captures else None
         if shape is not None:
-            captured = self._captured.get(shape) or self._capture(shape)
-            packed = self._inputs(chunks, shape.rows, shape.sequences)
-            captured.inputs.copy_(packed, non_blocking=True)
-            self._staging[-1].sent.record()
-            captured.graph.replay()
-            assert captured.output is not None
-            logits, tokens, hidden = captured.output
+            logits, tokens, hidden = self._replay(chunks, shape)
             assert hidden is not None
             return Output(logits[:count], tokens[:count], hidden[:rows])
         inputs = self._inputs(chunks, rows, count).to(self.decoder.device, non_blocking=True)
@@ -160,16 +167,31 @@ class Runner:
         if self.decoder.device.type == "cpu":
             # a token of its own each: what is computed for it is what it is without drafts
             return self.run([part for chunk in chunks for part in _apart(chunk)])
-        output = self.run([Chunk(chunk.request, chunk.start, chunk.count) for chunk in chunks])
-        assert output.hidden is not None
         rows: list[int] = []
-        first = 0
+        end = 0
         for chunk in chunks:
-            first += chunk.count
-            rows += range(first - 1 - chunk.drafts, first)
+            end += chunk.count
+            rows += range(end - 1 - chunk.drafts, end)
         index = upload(rows, torch.int64, self.decoder.device)
-        logits = self.decoder.logits(output.hidden.index_select(0, index))
-        return Output(logits, reference.greedy(logits), output.hidden)
+        longest = max(chunk.start + chunk.count for chunk in chunks)
+        shape = self._draft_shape(end, len(chunks), longest) if self._captures else None
+        if shape is not None:
+            logits, tokens, hidden = self._replay(chunks, shape)
+            return Output(logits.index_select(0, index), tokens.index_select(0, index), hidden)
+        whole = self.run([Chunk(chunk.request, chunk.start, chunk.count) for chunk in chunks])
+        assert whole.hidden is not None
+        logits = self.decoder.logits(whole.hidden.index_select(0, index))
+        return Output(logits, reference.greedy(logits), whole.hidden)
+
+    def _replay(self, chunks: list[Chunk], shape: Shape) -> Output:
+        """The step in its shape's graph, with what is computed for padding."""
+        captured = self._captured.get(shape) or self._capture(shape)
+        packed = self._inputs(chunks, shape.rows, shape.sequences)
+        captured.inputs.copy_(packed, non_blocking=True)
+        self._staging[-1].sent.record()
+        captured.graph.replay()
+        assert captured.output is not None
+        return captured.output
 
     @torch.inference_mode()
     def capture_all(self) -> None:
@@ -181,6 +203,7 @@ class Runner:
         for is_long in lengths:
             shapes = [Shape(size, size, is_long) for size in self._batch_sizes]
             shapes += [Shape(size, most, is_long) for size in self._row_counts]
+            shapes += [Shape(size, size // 2, is_long, every=True) for size in self._draft_rows]
             for shape in shapes:
                 if shape not in self._captured:
                     self._capture(shape)
@@ -206,6 +229,13 @@ class Runner:
             return Shape(size, size, is_long)
         size = next((size for size in self._row_counts if size >= rows), 0)
         return Shape(size, self._max_batch_size, is_long) if size else None
+
+    def _draft_shape(self, rows: int, count: int, longest: int) -> Shape | None:
+        """The same of a step that checks drafts."""
+        is_long = longest >= LONG_CONTEXT
+        fits = (size for size in self._draft_rows if size >= rows and size // 2 >= count)
+        size = next(fits, 0)
+        return Shape(size, size // 2, is_long, every=True) if size else None
 
     def _inputs(self, chunks: list[Chunk], rows: int, sequences: int) -> Tensor:
         """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
@@ -306,7 +336,9 @@ class Runner:
         *parts, tables = inputs.split(self._parts(rows, sequences))
         return *parts, tables.view(sequences, self.width)
 
-    def _compute(self, inputs: Tensor, counts: list[int], longest: int) -> Output:
+    def _compute(
+        self, inputs: Tensor, counts: list[int], longest: int, *, every: bool = False
+    ) -> Output:
         rows, sequences = sum(counts), len(counts)
         tokens, positions, slots, contexts, seats, starts, decodes, tables = self._split(
             inputs, rows, sequences
@@ -323,12 +355,15 @@ class Runner:
             )  # fmt: skip
 
         hidden = decoder.forward(decoder.embed(tokens, self._sampled), attend)
+        if every:
+            logits = decoder.logits(hidden)
+            return Output(logits, greedy(logits, self._nowhere[:rows], self._sampled), hidden)
         last = hidden if rows == sequences else hidden[starts[1:].long() - 1]
         logits = decoder.logits(last)
         return Output(logits, greedy(logits, seats, self._sampled), hidden)
 
     def _capture(self, shape: Shape) -> Captured:
-        rows, sequences, is_long = shape
+        rows, sequences, is_long, every = shape
         captured = Captured(self._inputs([], rows, sequences).to(self.decoder.device))
         counts = [1] * sequences
         counts[-1] += rows - sequences
@@ -336,10 +371,10 @@ class Runner:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels compile and libraries start outside the capture
-            self._compute(captured.inputs, *work)
+            self._compute(captured.inputs, *work, every=every)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(captured.graph, pool=self._memory):
-            captured.output = self._compute(captured.inputs, *work)
+            captured.output = self._compute(captured.inputs, *work, every=every)
         self._memory = captured.graph.pool()
         self._captured[shape] = captured
         return captured
