@@ -41,8 +41,8 @@ def run(
     step, whether they pay or not."""
     if isinstance(options.get("draft"), Checkpoint):
         options["draft"] = str(options["draft"].folder)
-    config = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4} | options
-    engine = Engine(model, EngineConfig(device="cpu", **config))
+    config = {"max_batch_size": 4, "max_seq_len": 128, "block_size": 4, "device": "cpu"} | options
+    engine = Engine(model, EngineConfig(**config))
     if always:
         engine._pace.lengths = lambda unread, rows: {  # type: ignore[method-assign]
             r: min(always, r.params.max_tokens - r.num_sampled - 1)
@@ -96,6 +96,27 @@ def test_the_text_is_that_without_drafts(
                 assert engine.num_accepted > 0.9 * engine.num_drafted
                 assert steps < plain_steps
             assert engine._pool.num_free == engine.num_blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_on_a_gpu_too(tiny: Tiny, sampling: str) -> None:
+    """In float32, where no two tokens are so near that another shape of a product decides between them."""
+    model = tiny(initializer_range=0.2, head_dim=64, hidden_size=128)
+    params = SamplingParams(max_tokens=24, **SAMPLINGS[sampling])
+    asked = [(prompt, replace(params, seed=params.seed + i)) for i, prompt in enumerate(prompts(7))]
+    plain, plain_steps, _ = run(model, asked, device="cuda", block_size=16)
+    for draft in (model, "prompt"):
+        for length in (1, 3, 8):
+            got, steps, engine = run(
+                model, asked, draft=draft, always=length, device="cuda", block_size=16
+            )
+            check_same(got, plain, length)
+            if draft is model and "penal" not in sampling:
+                assert engine.num_accepted > 0.9 * engine.num_drafted
+                assert steps < plain_steps
+                assert any(shape.every for shape in engine.runner._captured)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
