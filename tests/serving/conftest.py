@@ -11,7 +11,8 @@ from tinier.engine import EngineConfig
 from tinier.serving import ServeConfig, Service
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{% if thinks %}<think>{% endif %}"
 )
 ENGINE = EngineConfig(max_batch_size=8, max_seq_len=256, block_size=4, device="cpu")

@@ -75,3 +75,6 @@ def test_what_was_thought_may_be_sent_back(service: Service) -> None:
     ]
     asked = {"model": "one", "messages": history, "max_tokens": 2}
     assert httpx.post(f"{service.url}/v1/chat/completions", json=asked).status_code == 200
+    made = httpx.post(f"{service.url}/tokenize", json={"model": "one", "messages": history}).json()
+    text = httpx.post(f"{service.url}/detokenize", json={"model": "one", "tokens": made["tokens"]})
+    assert "<assistant>(a greeting)Hello<user>" in text.json()["prompt"]

@@ -505,10 +505,14 @@ class Engine:
             # one that was preempted computes its prompt again
             first = max(chunk.start, request.num_scored)
             last = min(chunk.start + chunk.count, len(request.prompt))
-            if output.hidden is not None and not request.may_reuse:
+            offset = row - chunk.start
+            if output.hidden is not None and params.pooling and first < last:
+                request.pool(output.hidden[offset + first : offset + last].float())
+            if output.hidden is not None and (
+                params.prompt_logits or params.prompt_logprobs is not None
+            ):
                 for at in range(first, last, _LOGIT_ROWS):
                     end = min(at + _LOGIT_ROWS, last)
-                    offset = row - chunk.start
                     logits = self.decoder.logits(output.hidden[offset + at : offset + end]).float()
                     if params.prompt_logits:
                         request.prompt_logits.append(logits.cpu())
@@ -517,7 +521,7 @@ class Engine:
                         request.prompt_logprobs += _prompt_logprobs(
                             logits, following, params.prompt_logprobs
                         )
-                    request.num_scored = end
+            request.num_scored = max(last, request.num_scored)
             row += chunk.count
 
     @property

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class SamplingParams:
     """The same for the tokens of the prompt."""
     prompt_logits: bool = False
     """Give the logits at every position of the prompt."""
+    pooling: Literal["mean", "last"] | None = None
+    """Give the prompt's hidden states after the final norm: their mean over its tokens, or the last one."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of it. One that is a special token's ends it there."""
     stop_token_ids: tuple[int, ...] = ()
@@ -107,6 +110,7 @@ class SamplingParams:
         yield "repetition_penalty", fits, "more than 0; 1 is none"
         yield "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2; 0 is none"
         yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is none"
+        yield "pooling", self.pooling in (None, "mean", "last"), "mean or last"
         yield "n", 1 <= self.n <= 128, "1 to 128"
         allowed = f"0 to {MAX_LOGPROBS}, or None for no log-probabilities"
         for name in ("logprobs", "prompt_logprobs"):
@@ -189,6 +193,8 @@ class Request:
     """Of each output token, where asked for."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each prompt token but the first, where asked for."""
+    pooled: Tensor | None = None
+    """[hidden] float32: what `pooling` asks for, of as much of the prompt as is computed."""
     prompt_logits: list[Tensor] = field(default_factory=list)
     """[n, vocab] each, in order: of all prompt positions, where asked for."""
     blocks: list[int] = field(default_factory=list)
@@ -232,9 +238,12 @@ class Request:
 
     @property
     def may_reuse(self) -> bool:
-        """Whether known blocks may stand in for computing: not where every position's logits are asked
-        for."""
-        return self.params.prompt_logprobs is None and not self.params.prompt_logits
+        """Whether known blocks may stand in for computing: not where every position's logits, or hidden
+        states, are asked for."""
+        params = self.params
+        return (
+            params.prompt_logprobs is None and not params.prompt_logits and params.pooling is None
+        )
 
     def tokens(self, start: int, count: int) -> list[int]:
         """`count` token ids of prompt, output and draft from position `start`."""
@@ -244,6 +253,14 @@ class Request:
             return self.prompt[start:end]
         known = self.prompt[start:] + self.output[max(0, start - split) : end - split]
         return known + self.draft[max(0, start - self.num_known) : max(0, end - self.num_known)]
+
+    def pool(self, hidden: Tensor) -> None:
+        """Take in hidden states [n, hidden] of the prompt's next tokens."""
+        if self.params.pooling == "last" or self.pooled is None:
+            self.pooled = torch.zeros_like(hidden[0])
+        self.pooled += (
+            hidden[-1] if self.params.pooling == "last" else hidden.sum(dim=0) / len(self.prompt)
+        )
 
     def add_block(self, block: int) -> None:
         self.table[len(self.blocks)] = block

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tinier
 from tinier.errors import InputError, TinierError
+from tinier.serving.embeddings import Embeddings, start_embeddings
 from tinier.serving.generation import Generation, start_chat, start_completion
 from tinier.serving.metrics import Metrics
 from tinier.serving.model import EngineFailure, Model, Overloaded, Unavailable
@@ -35,6 +36,7 @@ from tinier.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingsBody,
     LoadBody,
     TokenizeBody,
     UnloadBody,
@@ -46,7 +48,8 @@ from tinier.serving.tokens import detokenize, tokenize
 log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
-Start = Callable[[Model, Any], Awaitable[Generation]]
+Start = Callable[[Model, Any], Awaitable[Any]]
+"""A Generation or Embeddings"""
 _OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/metrics", "/")
 _RETRY_AFTER = 1
 _LAST_WORDS_SECONDS = 10
@@ -118,6 +121,9 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
     async def chat(request: Request) -> Response:
         return await _generate(server, request, ChatBody, start_chat)
 
+    async def embeddings(request: Request) -> Response:
+        return await _generate(server, request, EmbeddingsBody, start_embeddings)
+
     async def models(request: Request) -> Response:
         data = [_model_entry(server.store, model) for model in server.store.models]
         return JSONResponse({"object": "list", "data": data})
@@ -176,6 +182,7 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/embeddings", embeddings, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/load", load, methods=["POST"]),
             Route("/v1/models/unload", unload, methods=["POST"]),
@@ -336,7 +343,7 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
 
 
 async def _whole(
-    server: Server, request: Request, generation: Generation, timeout: float
+    server: Server, request: Request, generation: Generation | Embeddings, timeout: float
 ) -> Response:
     try:
         async with server.within(timeout):

@@ -9,7 +9,7 @@ chat_template_kwargs; and `timeout`.
 import codecs
 import json
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,7 +58,7 @@ _OF_CHATS: _Neutral = {
 }  # fmt: skip
 _MESSAGE: _Neutral = {
     "tool_calls": ([],), "function_call": (None,), "audio": (None,), "annotations": (),
-    "reasoning": (), "reasoning_content": (),
+    "reasoning": (),
 }  # fmt: skip
 _PART: _Neutral = {"cache_control": (), "prompt_cache_breakpoint": ()}
 _STREAM: _Neutral = {"include_obfuscation": (False,)}
@@ -188,9 +188,13 @@ class CompletionBody(_Generation):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        prompt: Any = self.prompt
-        alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-        return [prompt] if alone else prompt
+        return _several(self.prompt)
+
+
+def _several(prompt: Any) -> list[str | list[int]]:
+    """A text, ids or a list of either as a list."""
+    alone = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if alone else prompt
 
 
 class TextPart(BaseModel):
@@ -335,6 +339,31 @@ def conversation_text(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> st
         [message.as_template_wants() for message in messages],
         opens_reply=opens, continues=continues, variables=body.chat_template_kwargs or {},
     )  # fmt: skip
+
+
+class EmbeddingsBody(BaseModel):
+    """Of `POST /v1/embeddings`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(max_length=300)]
+    input: _Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    """Of the hidden states; None: mean"""
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    stream: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return _settle(
+            values, {"user": (), "dimensions": (None,), "truncate_prompt_tokens": (None,)}
+        )
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return _several(self.input)
 
 
 class LoadBody(BaseModel):

@@ -65,6 +65,8 @@ class Job:
     num_accepted: int = 0
     """Tokens that a draft proposed so far, and those of them that were right"""
     prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: list[float] | None = None
+    """Hidden states of the prompt, where asked for"""
     first_token: float | None = None
     error: TinierError | None = None
     _num_sent: int = 0
@@ -260,6 +262,8 @@ class Replica:
             job.num_drafted, job.num_accepted = update.num_drafted, update.num_accepted
             if update.prompt_logprobs is not None:
                 job.prompt_logprobs = update.prompt_logprobs
+            if update.pooled is not None:
+                job.pooled = update.pooled
             job.finished = update.finished
             job.output += update.tokens
             job._logprobs += update.logprobs

@@ -62,6 +62,8 @@ class Update(NamedTuple):
     """Tokens that a draft proposed so far, and those of them that were right"""
     prompt_logprobs: list[TokenLogprobs] | None
     """With its first tokens, where asked for"""
+    pooled: list[float] | None
+    """The same"""
 
 
 class Progress(NamedTuple):
@@ -223,6 +225,7 @@ class _Worker:
             request.prompt_logprobs
             if sent == 0 and request.params.prompt_logprobs is not None
             else None,
+            request.pooled.tolist() if sent == 0 and request.pooled is not None else None,
         )  # fmt: skip
         if request.finished is not None:
             self._forget(request)
