@@ -66,7 +66,7 @@ def test_known_fields_that_ask_for_nothing_are_taken(
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"), ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"store": True}, "store"), ({"modalities": ["text", "audio"]}, "modalities"),
         ({"service_tier": "flex"}, "service_tier"), ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"stream_options": {"include_obfuscation": True}}, "include_obfuscation"),

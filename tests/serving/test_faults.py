@@ -248,6 +248,7 @@ _FIELDS = [
     "repetition_penalty", "stream_options", "best_of", "timeout", "response_format", "suffix",
     "skip_special_tokens", "include_stop_str_in_output", "return_token_ids", "add_generation_prompt",
     "continue_final_message", "chat_template_kwargs", "tokens", "return_token_strs", "add_special_tokens",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from tinier.engine.config import EngineConfig
 from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
 from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup
+from tinier.engine.grammar import Grammars, Matcher
 from tinier.engine.pace import Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
@@ -60,6 +61,12 @@ class Check(NamedTuple):
     accepted: int
     """Tokens of its drafts that were right before"""
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether a token depends on the draft's before it by more than its logits."""
+        penalized = self.request.params.penalized or self.request.matcher is not None
+        return bool(self.draft) and penalized
+
 
 class Engine:
     def __init__(
@@ -90,6 +97,7 @@ class Engine:
         self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
         self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
         self._draft_decoder = draft
         if draft_model is not None:
             self._draft_decoder = load_decoder(
@@ -215,13 +223,22 @@ class Engine:
             special = self._tokenizer.special_ids
             ends = {special[text] for text in params.stop if text in special}
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends)))
+        matcher = self._matcher(params) if params.grammar is not None else None
         self._tell("add", prompt, given)
         self._added += 1
         request = Request(
-            self._added, prompt, params, time.perf_counter(), self.runner.width, stream
+            self._added, prompt, params, time.perf_counter(), self.runner.width, stream, matcher
         )
         self._scheduler.add(request)
         return request
+
+    def _matcher(self, params: SamplingParams) -> Matcher:
+        assert params.grammar is not None
+        if self._grammars is None:
+            if self._tokenizer is None:
+                raise InputError("a grammar needs the tokenizer. Use Engine(…, tokenizer=…).")
+            self._grammars = Grammars(self._tokenizer, self.decoder.geometry.vocab)
+        return self._grammars.matcher(params.grammar, params.stop_token_ids)
 
     def add_all(self, prompt: list[int], params: SamplingParams) -> list[Request]:
         """Queue `params.n` requests for one prompt, with the seeds `seed`, `seed` + 1 and so on. They
@@ -248,6 +265,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Compute one step; returns the requests that got a token, or reached their end."""
         drafts = self._propose() if self.drafter is not None else {}
+        if not drafts and self._in_flight is not None and self._follows_grammar:
+            drafts = None  # the next token's grammar depends on the one in flight
         if self._crew is None:
             return self.compute(drafts)
         self._tell("compute", drafts)
@@ -287,13 +306,20 @@ class Engine:
         waiting, running = len(self._scheduler.waiting), self._scheduler.running
         rows = sum(r.num_tokens - r.num_computed for r in running)
         decodes = rows == len(running) > 0
-        changed = self._check_drafts(drafts) if drafts else self._step()
+        at_once = drafts or self._follows_grammar
+        changed = self._check_drafts(drafts) if at_once else self._step()
         # the first steps that overlap begin before the one before ends, so they seem short
         whole = bool(drafts) or not self._overlap or self._plain_steps > 2
         if self.drafter and whole and decodes and waiting == len(self._scheduler.waiting):
             rows += sum(map(len, drafts.values()))
             self._pace.step_took(time.perf_counter() - started, rows)
         return changed
+
+    @property
+    def _follows_grammar(self) -> bool:
+        """Whether a text does: then each step's tokens are read before the next one is launched."""
+        scheduler = self._scheduler
+        return any(r.matcher is not None for r in [*scheduler.running, *scheduler.waiting])
 
     def _step(self) -> list[Request]:
         launched = self._launch()
@@ -369,7 +395,16 @@ class Engine:
         logits, tokens = self.runner.rows(output, rows)
         if all(request.params.plain for request in requests):
             return Sampled(tokens, None, None, None)
-        return self._sampler.sample(logits, requests, positions)
+        return self._sampler.sample(logits, requests, positions, self._allowed(requests))
+
+    def _allowed(self, requests: list[Request]) -> Tensor | None:
+        """[B, vocab] bool on the device, the tokens that grammars allow; None: none of these has one."""
+        if self._grammars is None or all(request.matcher is None for request in requests):
+            return None
+        rows = [i for i, request in enumerate(requests) if request.matcher is not None]
+        allowed = torch.ones(len(requests), self.decoder.geometry.vocab, dtype=torch.bool)
+        allowed[rows] = self._grammars.allowed([requests[i].matcher for i in rows])
+        return allowed.to(self.decoder.device, non_blocking=True)
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
         """Start to copy what was sampled to the host."""
@@ -412,6 +447,8 @@ class Engine:
         for request in self._scheduler.running:
             request.draft = drafts.get(request.number, [])
         chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
         output = self.runner.run(chunks)
         self._keep_prompt_logits(chunks, output)
         firsts = accumulate((1 + chunk.drafts for chunk in chunks), initial=0)
@@ -423,10 +460,9 @@ class Engine:
                 checks.append(Check(chunk.request, first, draft, chunk.request.num_accepted))
         for request in [*self._scheduler.waiting, *self._scheduler.running]:
             request.draft = []
-        # tokens with penalties depend on those before them, so they are picked one after the other
-        self._compare(output, [c for c in checks if not c.request.params.penalized])
+        self._compare(output, [check for check in checks if not check.in_turn])
         for check in checks:
-            if check.request.params.penalized:
+            if check.in_turn:
                 self._compare_in_turn(output, check)
         for request, _, draft, before in checks:
             request.num_drafted += len(draft)
@@ -480,6 +516,11 @@ class Engine:
             return
         request.output.append(token)
         request.token_times.append(now)
+        if request.matcher is not None:
+            request.matcher.consume_token(token)
+            if request.matcher.is_stopped():  # nothing may follow
+                self._end(request, "error" if request.matcher.is_error() else "stop")
+                return
         if request.stream is not None:
             request.stream.push(token)
             if request.stream.stopped is not None:

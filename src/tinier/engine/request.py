@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinier.engine.grammar import Matcher
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
 
@@ -56,6 +57,8 @@ class SamplingParams:
     """The same for the tokens of the prompt."""
     prompt_logits: bool = False
     """Give the logits at every position of the prompt."""
+    grammar: str | None = None
+    """What the output must follow, of `json_schema`, `regex`, `choice` or `lark` (grammar.py)."""
     pooling: Literal["mean", "last"] | None = None
     """Give the prompt's hidden states after the final norm: their mean over its tokens, or the last one."""
     stop: tuple[str, ...] = ()
@@ -90,6 +93,7 @@ class SamplingParams:
             and not self.logit_bias
             and not self.min_tokens
             and self.logprobs is None
+            and self.grammar is None
         )
 
     def check_vocab(self, vocab: int) -> None:
@@ -180,6 +184,8 @@ class Request:
     """Cache blocks at most."""
     stream: TextStream | None = None
     """The output as text, where stop strings are watched for."""
+    matcher: Matcher | None = None
+    """Where the output stands in its grammar."""
     output: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     """Tokens that may come next, which the step in hand checks (drafts.py)."""

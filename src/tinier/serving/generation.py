@@ -11,6 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from tinier.engine import Limits, TokenLogprobs
@@ -282,6 +283,7 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
         raise ApiError(
             400, "min_tokens does not go with max_tokens=0. Leave it out.", param="min_tokens"
         )
+    grammar = await asyncio.to_thread(body.grammar)
     prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
     counts = [_count(model, prompt, body.max_tokens) for prompt in prompts]
     choices: list[Choice] = []
@@ -293,6 +295,7 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             # without a seed each output draws for itself, those of equal prompts too
             scored = body.logprobs if body.echo else None
             params = body.sampling(count, model.stop_token_ids, body.logprobs, scored)
+            params = replace(params, grammar=grammar)
             for job in model.submit(prompt, params):
                 choices.append(
                     Choice(
@@ -318,15 +321,18 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
         raise ApiError(
             400, f"{name}=0 asks for no answer. Use 1 or more, or -1 for all that fit.", param=name
         )
+    grammar = await asyncio.to_thread(body.grammar)
     prompt, opened = await _chat_prompt(model, body)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
+    params = replace(params, grammar=grammar)
     includes_stop = bool(body.include_stop_str_in_output)
     choices = [
         Choice(i, job, model, includes_stop=includes_stop)
         for i, job in enumerate(model.submit(prompt, params))
     ]
-    thoughts = [Thoughts(opened=opened) for _ in choices] if model.thinks else []
+    # what follows a grammar has no thoughts
+    thoughts = [Thoughts(opened=opened and not grammar) for _ in choices] if model.thinks else []
     return Chat(model, choices, body, thoughts)
 
 

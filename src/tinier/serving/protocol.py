@@ -3,18 +3,22 @@
 Fields, defaults and limits are OpenAI's (https://platform.openai.com/docs/api-reference); those past them
 are vLLM's: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, skip_special_tokens,
 include_stop_str_in_output, return_token_ids, add_generation_prompt, continue_final_message,
-chat_template_kwargs; and `timeout`.
+chat_template_kwargs, structured_outputs, guided_json, guided_regex, guided_choice, guided_grammar; and
+`timeout`.
 """
 
 import codecs
 import json
 import secrets
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tinier.engine import SamplingParams, TokenLogprobs
+from tinier.engine.grammar import choice, json_schema, lark, regex
 from tinier.engine.request import MAX_LOGPROBS
+from tinier.errors import InputError
 from tinier.tokenizer import Tokenizer
 
 _Text = Annotated[str, Field(max_length=4_000_000)]
@@ -51,7 +55,7 @@ _REQUEST: _Neutral = {
     "store": (False,), "metadata": (), "user": (), "safety_identifier": (), "prompt_cache_key": (),
     "prompt_cache_retention": (), "suffix": ("",), "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "chat_template": (None,),
-    "logits_processors": ([],),
+    "logits_processors": ([],), "guided_decoding_backend": (), "guided_whitespace_pattern": (None,),
 }  # fmt: skip
 _OF_CHATS: _Neutral = {
     "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
@@ -92,6 +96,47 @@ class StreamOptions(BaseModel):
         return _settle(values, _STREAM, "stream_options.")
 
 
+class JsonSchema(BaseModel):
+    """Of a response_format."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=300)] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """The answer follows the schema, whatever this says"""
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ApiError(
+                400,
+                "response_format 'json_schema', and no other, has a json_schema.",
+                param="response_format",
+            )
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """As vLLM has them: one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: _Text | None = None
+    choice: Annotated[list[_Text], Field(min_length=1, max_length=1000)] | None = None
+    grammar: _Text | None = None
+
+
 class _Generation(BaseModel):
     """What completions and chat completions share."""
 
@@ -117,6 +162,12 @@ class _Generation(BaseModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: _Text | None = None
+    guided_choice: Annotated[list[_Text], Field(min_length=1, max_length=1000)] | None = None
+    guided_grammar: _Text | None = None
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds until the request is given up"""
 
@@ -124,6 +175,36 @@ class _Generation(BaseModel):
     @classmethod
     def _known(cls, values: Any) -> Any:
         return _settle(values, _REQUEST)
+
+    def grammar(self) -> str | None:
+        """What the text must follow; None: nothing. Raises ApiError. May take a second."""
+        form, output = self.response_format, self.structured_outputs or StructuredOutputs()
+        schema = form.json_schema.schema_ if form and form.json_schema else None
+        any_object = {"type": "object"}
+        given: list[tuple[str, Callable[[Any], str], Any]] = [
+            ("response_format", json_schema, schema),
+            ("response_format", json_schema, any_object if form and form.type == "json_object" else None),
+            ("structured_outputs", json_schema, output.json_),
+            ("structured_outputs", json_schema, any_object if output.json_object else None),
+            ("structured_outputs", regex, output.regex),
+            ("structured_outputs", choice, output.choice),
+            ("structured_outputs", lark, output.grammar),
+            ("guided_json", json_schema, self.guided_json),
+            ("guided_regex", regex, self.guided_regex),
+            ("guided_choice", choice, self.guided_choice),
+            ("guided_grammar", lark, self.guided_grammar),
+        ]  # fmt: skip
+        asked = [(name, make, value) for name, make, value in given if value is not None]
+        if len(asked) > 1:
+            names = " and ".join(sorted({name for name, *_ in asked}))
+            raise ApiError(400, f"{names} ask for more than one form. Use one.", param=asked[1][0])
+        if not asked:
+            return None
+        name, make, value = asked[0]
+        try:
+            return make(value)
+        except InputError as error:
+            raise ApiError(400, f"{name}: {error}", param=name) from None
 
     def sampling(
         self, max_tokens: int, end_ids: tuple[int, ...], logprobs: int | None,
@@ -253,21 +334,6 @@ _Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
 _Variables = Annotated[dict[str, Any], Field(max_length=64)]
 
 
-class ResponseFormat(BaseModel):
-    type: Literal["text"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("type") in ("json_object", "json_schema"):
-            raise ApiError(
-                400,
-                f"response_format {values['type']!r} is not supported. Leave it out, or use 'text'.",
-                param="response_format",
-            )
-        return values
-
-
 class ChatBody(_Generation):
     messages: _Messages
     add_generation_prompt: bool | None = None
@@ -277,7 +343,6 @@ class ChatBody(_Generation):
     max_completion_tokens: _MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
 
 
 class TokenizeBody(BaseModel):

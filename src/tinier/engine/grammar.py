@@ -1,0 +1,111 @@
+"""Texts that follow a grammar: JSON schemas, regular expressions, choices. Through llguidance (MIT).
+
+Start at `json_schema`, `regex` and `choice`, which give a grammar as SamplingParams takes it, and
+`Grammars`, which an engine has: before each token a matcher says which ones may come.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinier.errors import InputError
+from tinier.tokenizer import Tokenizer
+
+try:
+    import llguidance
+    from llguidance import LLMatcher
+    from llguidance.hf import from_tokenizer
+except ImportError:  # said where a grammar is asked for
+    llguidance = None  # type: ignore[assignment]
+
+# room for a line's indentation; without a limit a small model may write white space for ever
+_JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
+
+Matcher = Any
+"""llguidance.LLMatcher: where a text stands in its grammar"""
+
+
+def json_schema(schema: dict[str, Any] | str) -> str:
+    """The grammar of a JSON schema's instances; {"type": "object"} is any object. Raises InputError."""
+    _check_installed()
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, _JSON)
+    except ValueError as error:
+        raise InputError(f"this is no JSON schema: {error}.") from None
+    return checked(grammar, "schema")
+
+
+def regex(pattern: str) -> str:
+    """The grammar of texts that a regular expression (Rust's syntax) matches whole. Raises InputError."""
+    _check_installed()
+    return checked(LLMatcher.grammar_from_regex(pattern), "regular expression")
+
+
+def choice(texts: Sequence[str]) -> str:
+    """The grammar of a few texts. Raises InputError."""
+    _check_installed()
+    if not texts or not all(texts):
+        raise InputError("a choice needs texts that are not empty. Give at least one.")
+    lark = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    return checked(LLMatcher.grammar_from_lark(lark), "choice")
+
+
+def lark(text: str) -> str:
+    """A grammar in Lark's syntax, or llguidance's own JSON. Raises InputError."""
+    _check_installed()
+    return checked(
+        text if text.lstrip().startswith("{") else LLMatcher.grammar_from_lark(text), "grammar"
+    )
+
+
+def checked(grammar: str, what: str) -> str:
+    """The grammar. Raises InputError for one that cannot be followed, with the reason."""
+    failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        reason = " ".join(said[0].split())
+        raise InputError(f"this {what} cannot be followed: {reason:.300}")
+    return grammar
+
+
+def _check_installed() -> None:
+    if llguidance is None:
+        raise InputError(
+            "texts that follow a grammar need llguidance. Type: pip install llguidance"
+        )
+
+
+class Grammars:
+    """The matchers of one engine's requests, which share what they know about the tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        _check_installed()
+        self._tokenizer, self._vocab = tokenizer, vocab
+        self._known: dict[tuple[int, ...], Any] = {}
+
+    def matcher(self, grammar: str, ends: tuple[int, ...]) -> Matcher:
+        """At the start of a text. ends: tokens that end it, allowed where the grammar is satisfied.
+
+        Raises InputError for a grammar that cannot be followed.
+        """
+        if ends not in self._known:
+            self._known[ends] = from_tokenizer(
+                self._tokenizer.inner, n_vocab=max(self._vocab, len(self._tokenizer)),
+                eos_token=list(ends) or None,
+            )  # fmt: skip
+        found = LLMatcher(self._known[ends], grammar)
+        if found.is_error():
+            raise InputError(f"this grammar cannot be followed: {found.get_error():.300}")
+        return found
+
+    def allowed(self, matchers: Sequence[Matcher]) -> Tensor:
+        """[n, vocab] bool, on the host: the tokens that may come next."""
+        words = -(-max(self._vocab, len(self._tokenizer)) // 32)
+        bits = np.zeros((len(matchers), words), dtype=np.int32)
+        for row, matcher in zip(bits, matchers, strict=True):
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        single = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab]
+        return torch.from_numpy(single).bool()
