@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from dataclasses import replace
+from functools import cached_property
 
 from tinier.engine import SamplingParams
 from tinier.errors import TinierError
@@ -39,7 +40,6 @@ class Model:
         self.name = name
         self.version = version
         self.tokenizer = tokenizer
-        self.thinks = thinks(tokenizer)
         self.stop_token_ids = stop_token_ids
         self.created = int(time.time())
         self._batch_size = specs[0].config.max_batch_size
@@ -52,6 +52,11 @@ class Model:
             Replica(self.label, number, spec, metrics, self._stands, self._lost)
             for number, spec in zip(numbers, specs, strict=True)
         ]
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether its answers may have thoughts before them."""
+        return thinks(self.tokenizer)
 
     @property
     def label(self) -> str:
