@@ -395,16 +395,19 @@ class Engine:
         logits, tokens = self.runner.rows(output, rows)
         if all(request.params.plain for request in requests):
             return Sampled(tokens, None, None, None)
-        return self._sampler.sample(logits, requests, positions, self._allowed(requests))
+        return self._sampler.sample(logits, requests, positions, self._forbidden(requests))
 
-    def _allowed(self, requests: list[Request]) -> Tensor | None:
-        """[B, vocab] bool on the device, the tokens that grammars allow; None: none of these has one."""
+    def _forbidden(self, requests: list[Request]) -> Tensor | None:
+        """[B, vocab] bool on the device, the tokens that grammars forbid; None: none of these has one."""
         if self._grammars is None or all(request.matcher is None for request in requests):
             return None
         rows = [i for i, request in enumerate(requests) if request.matcher is not None]
-        allowed = torch.ones(len(requests), self.decoder.geometry.vocab, dtype=torch.bool)
-        allowed[rows] = self._grammars.allowed([requests[i].matcher for i in rows])
-        return allowed.to(self.decoder.device, non_blocking=True)
+        forbidden = self._grammars.forbidden([requests[i].matcher for i in rows])
+        if len(rows) < len(requests):
+            some = forbidden
+            forbidden = torch.zeros(len(requests), some.shape[1], dtype=torch.bool)
+            forbidden[rows] = some
+        return forbidden.to(self.decoder.device, non_blocking=True)
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
         """Start to copy what was sampled to the host."""

@@ -101,11 +101,11 @@ class Grammars:
             raise InputError(f"this grammar cannot be followed: {found.get_error():.300}")
         return found
 
-    def allowed(self, matchers: Sequence[Matcher]) -> Tensor:
-        """[n, vocab] bool, on the host: the tokens that may come next."""
+    def forbidden(self, matchers: Sequence[Matcher]) -> Tensor:
+        """[n, vocab] bool, on the host: the tokens that may not come next."""
         words = -(-max(self._vocab, len(self._tokenizer)) // 32)
         bits = np.zeros((len(matchers), words), dtype=np.int32)
         for row, matcher in zip(bits, matchers, strict=True):
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        single = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab]
-        return torch.from_numpy(single).bool()
+        each = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
+        return torch.from_numpy(each.view(np.bool_)[:, : self._vocab])

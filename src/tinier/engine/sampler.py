@@ -107,13 +107,13 @@ class Sampler:
     @torch.inference_mode()
     def sample(
         self, logits: Tensor, requests: list[Request], positions: list[int],
-        allowed: Tensor | None = None,
+        forbidden: Tensor | None = None,
     ) -> Sampled:  # fmt: skip
         """One token for each request.
 
         logits: [B, vocab], left as they are; positions: how many output tokens each request has had
-        before this one, those that are still on the device counted; allowed: [B, vocab] bool, None: all
-        tokens. A request's token depends on its own logits, parameters, tokens and position, never on the
+        before this one, those that are still on the device counted; forbidden: [B, vocab] bool, None: no
+        token. A request's token depends on its own logits, parameters, tokens and position, never on the
         rest of the batch. Log-probabilities are of all tokens.
         """
         plan = self._plan
@@ -121,9 +121,11 @@ class Sampler:
             plan = self._plan = self._make_plan(requests, positions)
         tokens = likeliest = greedy(logits)
         among = logits
-        if allowed is not None:
-            among = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-            tokens = likeliest = torch.where(likeliest < 0, -1, among.argmax(dim=-1))
+        if forbidden is not None:
+            among = logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
+            if len(plan.busy) < len(requests):
+                likeliest = torch.where(likeliest < 0, -1, among.argmax(dim=-1))
+            tokens = likeliest
         if plan.busy:
             tokens = chosen = self._pick(among, plan, positions)
             if plan.busy_rows is not None:
