@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from tinier.checkpoint import Checkpoint
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.decoder import Decoder
@@ -21,11 +22,17 @@ from tinier.engine.request import Request
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampler
 from tinier.engine.scheduler import Chunk
+from tinier.families import open_model
 
 PROMPT = "prompt"
 """EngineConfig.draft: no model, but PromptLookup"""
 # tokens that must be the same for what followed them to be proposed, the most telling first
 _MATCHED = (4, 3, 2)
+
+
+def draft_model(config: EngineConfig) -> Checkpoint | None:
+    """What config.draft names, if it is a model."""
+    return None if config.draft in (None, PROMPT) else open_model(config.draft)
 
 
 class Drafter(Protocol):
@@ -143,7 +150,7 @@ class DraftModel:
             self._follow(request)
         while left:
             started = time.perf_counter()
-            unread = sum(c.num_known - c.num_computed for c in map(self._copies.__getitem__, left))
+            unread = sum(_uncomputed(self._copies[request]) for request in left)
             reads = unread > 2 * len(left)
             proposed = self._next(list(left))
             seconds = time.perf_counter() - started
@@ -154,7 +161,7 @@ class DraftModel:
             for request, token in proposed:
                 if token is not None:
                     found[request].append(token)
-                    self._copies[request].output.append(token)
+                    self._copies[request].draft.append(token)
                     left[request] -= 1
                 ends = token is None or token in request.params.stop_token_ids
                 if ends or not left[request]:
@@ -176,7 +183,8 @@ class DraftModel:
             vocab = self.decoder.geometry.vocab
             params = replace(
                 request.params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-                logprobs=None, prompt_logprobs=None, prompt_logits=False, stop=(),
+                logprobs=None, prompt_logprobs=None, prompt_logits=False, pooling=None, grammar=None,
+                stop=(),
                 logit_bias={t: b for t, b in dict(request.params.logit_bias).items() if t < vocab},
             )  # fmt: skip
             copy = Request(
@@ -186,13 +194,15 @@ class DraftModel:
             copy.num_computed = self._pool.reuse(copy) if self._config.reuse_prefixes else 0
             self._copies[request] = copy
         copy.seat = request.seat
-        pairs = zip(copy.output, request.output, strict=False)
-        same = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
-        if same is None:
-            same = min(len(copy.output), len(request.output))
-        copy.output[same:] = request.output[same:]
-        copy.num_computed = min(copy.num_computed, len(request.prompt) + same, copy.num_known - 1)
-        if self._config.reuse_prefixes:  # now: what is proposed from here on may be wrong
+        new = request.output[len(copy.output) :]
+        right = 0
+        while right < min(len(copy.draft), len(new)) and copy.draft[right] == new[right]:
+            right += 1
+        copy.num_computed = min(copy.num_computed, copy.num_known + right)
+        copy.output += new
+        copy.draft = []
+        copy.num_computed = min(copy.num_computed, copy.num_known - 1)
+        if self._config.reuse_prefixes:
             self._pool.remember(copy)
 
     def _next(self, requests: list[Request]) -> list[tuple[Request, int | None]]:
@@ -202,7 +212,7 @@ class DraftModel:
         while waiting:
             chunks, budget = {}, self._config.max_step_tokens
             for request, copy in list(waiting.items()):
-                count = min(budget, copy.num_known - copy.num_computed)
+                count = min(budget, _uncomputed(copy))
                 if count and not self._pool.extend(copy, copy.num_computed + count):
                     del waiting[request]
                     self._drop(request)
@@ -217,9 +227,7 @@ class DraftModel:
             for request in ordered:
                 copy = waiting[request]
                 copy.num_computed += chunks[request].count
-            ends = [
-                i for i, r in enumerate(ordered) if waiting[r].num_computed == waiting[r].num_known
-            ]
+            ends = [i for i, request in enumerate(ordered) if not _uncomputed(waiting[request])]
             done = [ordered[i] for i in ends]
             tokens = self._picked(output, ends, [waiting[request] for request in done])
             for request, token in zip(done, tokens, strict=True):
@@ -233,7 +241,8 @@ class DraftModel:
             return []
         logits, tokens = self.runner.rows(output, rows)
         if not all(copy.params.plain for copy in copies):
-            tokens = self._sampler.sample(logits, copies, [len(c.output) for c in copies]).tokens
+            positions = [len(copy.output) + len(copy.draft) for copy in copies]
+            tokens = self._sampler.sample(logits, copies, positions).tokens
         picked: list[int] = tokens.tolist()
         return picked
 
@@ -241,3 +250,8 @@ class DraftModel:
         copy = self._copies.pop(request)
         self._pool.release(copy)
         self._sampler.forget(copy)
+
+
+def _uncomputed(copy: Request) -> int:
+    """Tokens of it, with its draft, whose keys and values are not in the cache."""
+    return copy.num_known + len(copy.draft) - copy.num_computed

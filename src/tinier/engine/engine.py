@@ -10,8 +10,9 @@ waits for the host: `step()` returns what the previous call launched.
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
-from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup
+from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup, draft_model
 from tinier.engine.grammar import Grammars, Matcher
 from tinier.engine.pace import Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
@@ -33,7 +34,6 @@ from tinier.engine.sampler import Sampled, Sampler, scores
 from tinier.engine.scheduler import Chunk, Scheduler
 from tinier.engine.text import TextStream
 from tinier.errors import InputError
-from tinier.families import open_model
 from tinier.tokenizer import check_same_tokens
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ class Engine:
         self.config = config or EngineConfig()
         self._crew: Crew | None = None
         self._added = 0
-        draft_model = self._draft_model(model) if draft is None else None
+        small = draft_model(self.config) if draft is None else None
+        if small is not None and isinstance(model, Checkpoint):
+            check_same_tokens(model, small)
         self.num_drafted = self.num_accepted = 0
         """Tokens that drafts proposed and the model checked, and those that were right"""
         if isinstance(model, Decoder):
@@ -99,37 +101,26 @@ class Engine:
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
         self._draft_decoder = draft
-        if draft_model is not None:
+        if small is not None:
             self._draft_decoder = load_decoder(
-                draft_model, device=decoder.device, dtype=dtype, int4_inputs=self.config.int4_inputs
+                small, device=decoder.device, dtype=dtype, int4_inputs=self.config.int4_inputs
             )
-            _log_paths(draft_model.folder.name, self._draft_decoder)
+            _log_paths(small.folder.name, self._draft_decoder)
         self.num_blocks = self._num_blocks()
+        self._pace = Pace(self.config.max_draft_tokens, model=self._draft_decoder is not None)
+        self.drafter = self._drafter()
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
             self.max_seq_len, self.config.max_step_tokens,
-            checks_drafts=self._draft_decoder is not None or self.config.draft is not None,
+            checks_drafts=self.drafter is not None,
         )  # fmt: skip
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
-        self._pace = Pace(self.config.max_draft_tokens, model=self._draft_decoder is not None)
-        self.drafter: Drafter | None = None
-        if self._draft_decoder is not None or self.config.draft is not None:
-            self.drafter = self._drafter()
         self._clear()
 
-    def _draft_model(self, model: Checkpoint | Decoder) -> Checkpoint | None:
-        """What config.draft names, if it is a model."""
-        if self.config.draft in (None, PROMPT):
-            return None
-        draft = open_model(self.config.draft)
-        if isinstance(model, Checkpoint):
-            check_same_tokens(model, draft)
-        return draft
-
-    def _drafter(self) -> Drafter:
+    def _drafter(self) -> Drafter | None:
         if self._draft_decoder is None:
-            return PromptLookup()
+            return PromptLookup() if self.config.draft == PROMPT else None
         vocab = self.decoder.geometry.vocab
         return DraftModel(
             self._draft_decoder, self.config, self.max_seq_len, self.num_blocks, vocab, self._pace
@@ -302,15 +293,22 @@ class Engine:
         if drafts is None:
             launched, self._in_flight = self._in_flight, None
             return self._read(launched) if launched else []
+        at_once = drafts or self._follows_grammar
+        step = partial(self._check_drafts, drafts) if at_once else self._step
+        return step() if self.drafter is None else self._timed(step, drafts)
+
+    def _timed(
+        self, step: Callable[[], list[Request]], drafts: dict[int, list[int]]
+    ) -> list[Request]:
+        """The step; what it took is told to the pace, unless it has a prompt in it."""
         started = time.perf_counter()
         waiting, running = len(self._scheduler.waiting), self._scheduler.running
         rows = sum(r.num_tokens - r.num_computed for r in running)
         decodes = rows == len(running) > 0
-        at_once = drafts or self._follows_grammar
-        changed = self._check_drafts(drafts) if at_once else self._step()
+        changed = step()
         # the first steps that overlap begin before the one before ends, so they seem short
         whole = bool(drafts) or not self._overlap or self._plain_steps > 2
-        if self.drafter and whole and decodes and waiting == len(self._scheduler.waiting):
+        if whole and decodes and waiting == len(self._scheduler.waiting):
             rows += sum(map(len, drafts.values()))
             self._pace.step_took(time.perf_counter() - started, rows)
         return changed
@@ -318,6 +316,8 @@ class Engine:
     @property
     def _follows_grammar(self) -> bool:
         """Whether a text does: then each step's tokens are read before the next one is launched."""
+        if self._grammars is None:
+            return False
         scheduler = self._scheduler
         return any(r.matcher is not None for r in [*scheduler.running, *scheduler.waiting])
 
@@ -471,7 +471,7 @@ class Engine:
             request.num_drafted += len(draft)
             self.num_drafted += len(draft)
             self.num_accepted += request.num_accepted - before
-            if draft and self.drafter is not None and request.finished is None:
+            if draft and request.finished is None:
                 self._pace.agreed(request, request.num_accepted - before, len(draft))
         return [check.request for check in checks]
 
@@ -537,8 +537,7 @@ class Engine:
         if request.queued:
             self._scheduler.finish(request)
         self._sampler.forget(request)
-        if self.drafter is not None:
-            self._pace.forget(request)
+        self._pace.forget(request)
 
     @torch.inference_mode()
     def _keep_prompt_logits(self, chunks: list[Chunk], output: Output) -> None:
@@ -549,24 +548,33 @@ class Engine:
             # one that was preempted computes its prompt again
             first = max(chunk.start, request.num_scored)
             last = min(chunk.start + chunk.count, len(request.prompt))
-            offset = row - chunk.start
-            if output.hidden is not None and params.pooling and first < last:
-                request.pool(output.hidden[offset + first : offset + last].float())
-            if output.hidden is not None and (
-                params.prompt_logits or params.prompt_logprobs is not None
-            ):
-                for at in range(first, last, _LOGIT_ROWS):
-                    end = min(at + _LOGIT_ROWS, last)
-                    logits = self.decoder.logits(output.hidden[offset + at : offset + end]).float()
-                    if params.prompt_logits:
-                        request.prompt_logits.append(logits.cpu())
-                    if params.prompt_logprobs is not None:
-                        following = request.prompt[at + 1 : end + 1]
-                        request.prompt_logprobs += _prompt_logprobs(
-                            logits, following, params.prompt_logprobs
-                        )
-            request.num_scored = max(last, request.num_scored)
+            if output.hidden is not None and not request.may_reuse and first < last:
+                offset = row - chunk.start
+                states = output.hidden[offset + first : offset + last]
+                if params.pooling:
+                    request.pool(states.float())
+                if params.prompt_logits or params.prompt_logprobs is not None:
+                    self._score_prompt(request, first, states)
+                request.num_scored = last
             row += chunk.count
+
+    def _score_prompt(self, request: Request, first: int, states: Tensor) -> None:
+        """Take down the logits, or log-probabilities, after a prompt's tokens from `first` on.
+
+        states: [n, hidden] after them.
+        """
+        params = request.params
+        for rows in states.split(_LOGIT_ROWS):
+            last = first + len(rows)
+            logits = self.decoder.logits(rows).float()
+            if params.prompt_logits:
+                request.prompt_logits.append(logits.cpu())
+            if params.prompt_logprobs is not None:
+                following = request.prompt[first + 1 : last + 1]
+                request.prompt_logprobs += _prompt_logprobs(
+                    logits, following, params.prompt_logprobs
+                )
+            first = last
 
     @property
     def cache_bytes(self) -> int:

@@ -15,13 +15,6 @@ from torch import Tensor
 from tinier.errors import InputError
 from tinier.tokenizer import Tokenizer
 
-try:
-    import llguidance
-    from llguidance import LLMatcher
-    from llguidance.hf import from_tokenizer
-except ImportError:  # said where a grammar is asked for
-    llguidance = None  # type: ignore[assignment]
-
 # room for a line's indentation; without a limit a small model may write white space for ever
 _JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
@@ -31,58 +24,56 @@ Matcher = Any
 
 def json_schema(schema: dict[str, Any] | str) -> str:
     """The grammar of a JSON schema's instances; {"type": "object"} is any object. Raises InputError."""
-    _check_installed()
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(schema, _JSON)
+        grammar: str = _library().LLMatcher.grammar_from_json_schema(schema, _JSON)
     except ValueError as error:
         raise InputError(f"this is no JSON schema: {error}.") from None
-    return checked(grammar, "schema")
+    return _checked(grammar, "schema")
 
 
 def regex(pattern: str) -> str:
     """The grammar of texts that a regular expression (Rust's syntax) matches whole. Raises InputError."""
-    _check_installed()
-    return checked(LLMatcher.grammar_from_regex(pattern), "regular expression")
+    return _checked(_library().LLMatcher.grammar_from_regex(pattern), "regular expression")
 
 
 def choice(texts: Sequence[str]) -> str:
     """The grammar of a few texts. Raises InputError."""
-    _check_installed()
     if not texts or not all(texts):
         raise InputError("a choice needs texts that are not empty. Give at least one.")
-    lark = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-    return checked(LLMatcher.grammar_from_lark(lark), "choice")
+    rule = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    return _checked(_library().LLMatcher.grammar_from_lark(rule), "choice")
 
 
 def lark(text: str) -> str:
     """A grammar in Lark's syntax, or llguidance's own JSON. Raises InputError."""
-    _check_installed()
-    return checked(
-        text if text.lstrip().startswith("{") else LLMatcher.grammar_from_lark(text), "grammar"
-    )
+    is_json = text.lstrip().startswith("{")
+    return _checked(text if is_json else _library().LLMatcher.grammar_from_lark(text), "grammar")
 
 
-def checked(grammar: str, what: str) -> str:
+def _checked(grammar: str, what: str) -> str:
     """The grammar. Raises InputError for one that cannot be followed, with the reason."""
-    failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
+    failed, said = _library().LLMatcher.validate_grammar_with_warnings(grammar)
     if failed:
         reason = " ".join(said[0].split())
         raise InputError(f"this {what} cannot be followed: {reason:.300}")
     return grammar
 
 
-def _check_installed() -> None:
-    if llguidance is None:
+def _library() -> Any:
+    """llguidance, imported where a grammar is asked for: it takes transformers along."""
+    try:
+        import llguidance.hf
+    except ImportError:
         raise InputError(
             "texts that follow a grammar need llguidance. Type: pip install llguidance"
-        )
+        ) from None
+    return llguidance
 
 
 class Grammars:
     """The matchers of one engine's requests, which share what they know about the tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
-        _check_installed()
         self._tokenizer, self._vocab = tokenizer, vocab
         self._known: dict[tuple[int, ...], Any] = {}
 
@@ -92,11 +83,11 @@ class Grammars:
         Raises InputError for a grammar that cannot be followed.
         """
         if ends not in self._known:
-            self._known[ends] = from_tokenizer(
+            self._known[ends] = _library().hf.from_tokenizer(
                 self._tokenizer.inner, n_vocab=max(self._vocab, len(self._tokenizer)),
                 eos_token=list(ends) or None,
             )  # fmt: skip
-        found = LLMatcher(self._known[ends], grammar)
+        found = _library().LLMatcher(self._known[ends], grammar)
         if found.is_error():
             raise InputError(f"this grammar cannot be followed: {found.get_error():.300}")
         return found

@@ -202,18 +202,17 @@ class _Costs:
         if len(known) == 1:
             (one,) = known
             return self._seen[one].value * max(1 + _ROW * (rows - one) / one, 0.5)
-        at = min(max(bisect(known, rows), 1), len(known) - 1)
-        low, high = known[at - 1], known[at]
+        low, high = known[0], known[-1]
+        inside = low < rows < high
+        if inside:  # beyond: by the whole range, since two neighbours differ by chance as well
+            at = bisect(known, rows)
+            low, high = known[at - 1], known[at]
         first, last = self._seen[low].value, self._seen[high].value
-        if rows < low or rows > high:
-            # beyond: by the whole range, since two neighbours differ by chance as well
-            low, high = known[0], known[-1]
-            first, last = self._seen[low].value, self._seen[high].value
-            slope = max(last - first, 0.0) / (high - low)
-            return max(
-                last + slope * (rows - high) if rows > high else first - slope * (low - rows), 1e-6
-            )
-        return first + (last - first) * (rows - low) / (high - low)
+        slope = (last - first) / (high - low)
+        near = high if rows > high else low
+        return max(
+            self._seen[near].value + (slope if inside else max(slope, 0.0)) * (rows - near), 1e-6
+        )
 
     def slope(self, low: int, high: int) -> float:
         """Of one row more, between two numbers of them."""
