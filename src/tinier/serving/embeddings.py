@@ -13,6 +13,7 @@ from typing import Any
 
 from tinier.engine import SamplingParams
 from tinier.errors import InputError
+from tinier.serving.generation import encode
 from tinier.serving.model import Job, Model
 from tinier.serving.protocol import EmbeddingsBody
 
@@ -52,19 +53,8 @@ class Embeddings:
 async def start_embeddings(model: Model, body: EmbeddingsBody) -> Embeddings:
     """Raises InputError, Overloaded or Unavailable."""
     params = SamplingParams(max_tokens=_ONE_TOKEN, pooling=body.pooling or "mean")
-    jobs: list[Job] = []
-    try:
-        for text in body.inputs:
-            ids = (
-                await asyncio.to_thread(model.tokenizer.encode, text)
-                if isinstance(text, str)
-                else text
-            )
-            jobs += model.submit(ids, params)
-    except BaseException:  # all or none
-        for job in jobs:
-            model.cancel(job)
-        raise
+    asked = [(await encode(model, given), params) for given in body.inputs]
+    jobs = [job for some in model.submit_all(asked) for job in some]
     return Embeddings(model, jobs, body)
 
 

@@ -284,29 +284,33 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
             400, "min_tokens does not go with max_tokens=0. Leave it out.", param="min_tokens"
         )
     grammar = await asyncio.to_thread(body.grammar)
-    prompts = [await _encode(model, p) if isinstance(p, str) else p for p in body.prompts]
-    counts = [_count(model, prompt, body.max_tokens) for prompt in prompts]
-    choices: list[Choice] = []
-    try:
-        for given, prompt, count in zip(body.prompts, prompts, counts, strict=True):
-            prefix = ""
-            if body.echo:
-                prefix = given if isinstance(given, str) else model.tokenizer.decode(prompt)
-            # without a seed each output draws for itself, those of equal prompts too
-            scored = body.logprobs if body.echo else None
-            params = body.sampling(count, model.stop_token_ids, body.logprobs, scored)
-            params = replace(params, grammar=grammar)
-            for job in model.submit(prompt, params):
-                choices.append(
-                    Choice(
-                        len(choices), job, model, prefix=prefix, is_prompt_alone=is_prompt_alone,
-                        includes_stop=bool(body.include_stop_str_in_output),
-                    )
-                )  # fmt: skip
-    except BaseException:  # all or none
-        for choice in choices:
-            model.cancel(choice.job)
-        raise
+    prompts = [await encode(model, given) for given in body.prompts]
+    asked = []
+    for prompt in prompts:
+        # without a seed each output draws for itself, those of equal prompts too
+        scored = body.logprobs if body.echo else None
+        count = _count(model, prompt, body.max_tokens)
+        params = body.sampling(count, model.stop_token_ids, body.logprobs, scored)
+        asked.append((prompt, replace(params, grammar=grammar)))
+    prefixes = [
+        (
+            ""
+            if not body.echo
+            else given
+            if isinstance(given, str)
+            else model.tokenizer.decode(given)
+        )
+        for given in body.prompts
+    ]
+    jobs = model.submit_all(asked)
+    outputs = [(job, prefix) for some, prefix in zip(jobs, prefixes, strict=True) for job in some]
+    choices = [
+        Choice(
+            i, job, model, prefix=prefix, is_prompt_alone=is_prompt_alone,
+            includes_stop=bool(body.include_stop_str_in_output),
+        )
+        for i, (job, prefix) in enumerate(outputs)
+    ]  # fmt: skip
     return Completion(model, choices, body)
 
 
@@ -350,10 +354,13 @@ async def _chat_prompt(model: Model, body: ChatBody) -> tuple[list[int], bool]:
     return await asyncio.to_thread(encode)
 
 
-async def _encode(model: Model, text: str) -> list[int]:
-    if len(text) <= _LONG_TEXT:
-        return model.tokenizer.encode(text)
-    return await asyncio.to_thread(model.tokenizer.encode, text)
+async def encode(model: Model, given: str | list[int]) -> list[int]:
+    """Token ids of a text; ids are as they are."""
+    if not isinstance(given, str):
+        return given
+    if len(given) <= _LONG_TEXT:
+        return model.tokenizer.encode(given)
+    return await asyncio.to_thread(model.tokenizer.encode, given)
 
 
 def _count(model: Model, prompt: list[int], asked: int | None) -> int:

@@ -9,6 +9,7 @@ ones that have no token yet are sent to another.
 import asyncio
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -105,6 +106,18 @@ class Model:
             for i in range(params.n)
         ]
         self._choose(prompt).submit(jobs, prompt, params)
+        return jobs
+
+    def submit_all(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[list[Job]]:
+        """The jobs of several requests, of all or none. Raises as `submit`."""
+        jobs: list[list[Job]] = []
+        try:
+            for prompt, params in asked:
+                jobs.append(self.submit(prompt, params))
+        except BaseException:
+            for job in itertools.chain(*jobs):
+                self.cancel(job)
+            raise
         return jobs
 
     def cancel(self, job: Job) -> None:

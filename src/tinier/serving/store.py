@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine import EngineConfig
 from tinier.engine.crew import crew_devices
-from tinier.engine.drafts import PROMPT
+from tinier.engine.drafts import draft_model
 from tinier.engine.parallel import Share
 from tinier.engine.text import stop_token_ids
 from tinier.errors import InputError
@@ -57,6 +58,19 @@ class Source:
         if at and not _is_version(version):
             raise InputError(f"{version!r} is no version. Use a number from 1: {name}@2={model}")
         return cls(name, int(version) if at else None, model)
+
+
+class Need(NamedTuple):
+    """What a model takes."""
+
+    config: EngineConfig
+    """Of its engine, without a draft where it is that itself"""
+    fixed: int
+    """Bytes of weights and work"""
+    least: int
+    """Bytes of the smallest useful cache, one request's"""
+    most: int
+    """Of the largest"""
 
 
 class ModelStore:
@@ -118,23 +132,23 @@ class ModelStore:
                 )
         checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
         needs = [await asyncio.to_thread(self._need, checkpoint) for checkpoint in checkpoints]
-        room = self.free_bytes - sum(fixed for fixed, _, _ in needs)
-        caches = [min(most, room // len(sources)) for _, _, most in needs]
-        for source, cache, (fixed, least, _) in zip(sources, caches, needs, strict=True):
-            self._check_room(source, fixed, least, cache)
-        for source, checkpoint, cache, (fixed, _, _) in zip(
+        room = self.free_bytes - sum(need.fixed for need in needs)
+        caches = [min(need.most, room // len(sources)) for need in needs]
+        for source, cache, need in zip(sources, caches, needs, strict=True):
+            self._check_room(source, need, cache)
+        for source, checkpoint, cache, need in zip(
             sources, checkpoints, caches, needs, strict=True
         ):
-            await self._load(source, checkpoint, fixed, cache)
+            await self._load(source, checkpoint, need, cache)
 
     async def load(self, source: Source) -> Model:
         """Load one more model. Raises InputError: no such model, no room, a version that is there."""
         async with self._loading:
             checkpoint = await asyncio.to_thread(open_model, source.model)
-            fixed, least, most = await asyncio.to_thread(self._need, checkpoint)
-            cache = min(most, self.free_bytes - fixed)
-            self._check_room(source, fixed, least, cache)
-            return await self._load(source, checkpoint, fixed, cache)
+            need = await asyncio.to_thread(self._need, checkpoint)
+            cache = min(need.most, self.free_bytes - need.fixed)
+            self._check_room(source, need, cache)
+            return await self._load(source, checkpoint, need, cache)
 
     async def unload(self, label: str) -> bool:
         """End a model; what it computes fails. False: there is none of this name."""
@@ -153,12 +167,12 @@ class ModelStore:
         self._models.clear()
         self._reserved.clear()
 
-    def _need(self, checkpoint: Checkpoint) -> tuple[int, int, int]:
-        """Bytes of weights and work; of the smallest useful cache; and of the largest.
-
-        Raises InputError for a draft with other tokens.
-        """
-        draft = self._draft_of(checkpoint)
+    def _need(self, checkpoint: Checkpoint) -> Need:
+        """Raises InputError for a draft with other tokens."""
+        config, draft = self._config, draft_model(self._config)
+        if draft is not None and draft.folder.resolve() == checkpoint.folder.resolve():
+            # none is its own
+            config, draft = dataclasses.replace(config, draft=None), None
         if draft is not None:
             check_same_tokens(checkpoint, draft)
         least = self._request_bytes(checkpoint, draft)
@@ -167,15 +181,7 @@ class ModelStore:
             most = min(most, max(least, _CPU_CACHE_BYTES))
         weights = checkpoint.weight_bytes // self._config.tensor_parallel
         weights += draft.weight_bytes if draft is not None else 0
-        return weights + _WORKING_BYTES[self._device.type], least, most
-
-    def _draft_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """The model that proposes this one's tokens: none does its own."""
-        name = self._config.draft
-        if name in (None, PROMPT):
-            return None
-        draft = open_model(name)
-        return None if draft.folder.resolve() == checkpoint.folder.resolve() else draft
+        return Need(config, weights + _WORKING_BYTES[self._device.type], least, most)
 
     def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
         """Of the longest request's cache, in one process, which has all of the draft."""
@@ -189,25 +195,23 @@ class ModelStore:
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
         return geometry.cached_numbers * item * self._config.block_size
 
-    def _check_room(self, source: Source, fixed: int, least: int, cache: int) -> None:
-        if cache < least:
+    def _check_room(self, source: Source, need: Need, cache: int) -> None:
+        if cache < need.least:
             raise InputError(
-                f"{source.model} needs {_gib(fixed)} and at least {_gib(least)} of cache; "
+                f"{source.model} needs {_gib(need.fixed)} and at least {_gib(need.least)} of cache; "
                 f"{_gib(self.free_bytes)} of {_gib(self.memory_bytes)} are free. Unload a model, lower "
                 "--max-seq-len, or raise --memory."
             )
 
-    async def _load(self, source: Source, checkpoint: Checkpoint, fixed: int, cache: int) -> Model:
+    async def _load(self, source: Source, checkpoint: Checkpoint, need: Need, cache: int) -> Model:
         newest = max((v for n, v in self._models if n == source.name), default=0)
         version = source.version or newest + 1
         key = source.name, version
         if key in self._models:
             raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
         Share(0, self._config.tensor_parallel).geometry(geometry_of(checkpoint))
-        config, draft = self._config, await asyncio.to_thread(self._draft_of, checkpoint)
-        if draft is None and config.draft != PROMPT:
-            config = dataclasses.replace(config, draft=None)
-        if cache < self._request_bytes(checkpoint, draft) * config.max_batch_size:
+        config = need.config
+        if cache < need.least * config.max_batch_size:
             config = dataclasses.replace(config, kv_cache_bytes=cache)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         specs = [
@@ -221,7 +225,7 @@ class ModelStore:
         model = Model(
             source.name, version, specs, tokenizer, ends, self._max_queue, self._metrics
         )  # fmt: skip
-        self._reserved[key] = fixed + cache
+        self._reserved[key] = need.fixed + cache
         try:
             await model.start()
         except BaseException:
@@ -230,7 +234,7 @@ class ModelStore:
             raise
         if model.ready:  # formats that the device has no arithmetic for were expanded
             loaded = model.ready.weight_bytes + _WORKING_BYTES[self._device.type]
-            self._reserved[key] = max(fixed, loaded) + cache
+            self._reserved[key] = max(need.fixed, loaded) + cache
         self._models[key] = model
         return model
 
