@@ -6,7 +6,7 @@ copy bandwidth measured in the same run. Prefill: 8 prompts of 2,048 tokens; `sh
 matrix product's peak measured in the same run. Requests/s: 512 tokens in, 128 out, so many in flight.
 `idle`: share of the time in which no kernel runs, decoding 64 requests, from the profiler's records.
 
-    python -m benchmarks.engine_speed --out RESULT.json [--models bf16 fp8 fp8-kv int4 bf16-21 fp8-21]
+    python -m benchmarks.engine_speed --out RESULT.json [--models bf16 fp8 fp8-kv int8 int4 bf16-21 fp8-21]
 """
 
 import argparse
@@ -51,14 +51,15 @@ def random_linear(rows: int, columns: int, scheme: Scheme | None) -> Linear:
         codes = cast_e4m3(torch.randn(rows, columns, device="cuda") * 100)
         scale = torch.full((rows, 1), size / 100, device="cuda")
     else:
-        codes = torch.randint(-8, 8, (rows, columns), device="cuda", dtype=torch.int8)
+        half = 1 << (scheme.weights.bits - 1)
+        codes = torch.randint(-half, half, (rows, columns), device="cuda", dtype=torch.int8)
         groups = columns // (scheme.weights.group_size or columns)
-        scale = torch.full((rows, groups), size / 4, device="cuda", dtype=torch.bfloat16)
+        scale = torch.full((rows, groups), 2 * size / half, device="cuda", dtype=torch.bfloat16)
     return make_linear([StoredLinear(Quantized(codes, scale), None, scheme)], torch.bfloat16)
 
 
 def random_decoder(name: str) -> Decoder:
-    """`bf16`, `fp8` or `int4` (both with an FP8 head), `-kv` with an FP8 cache, `-21` of 21 layers."""
+    """`bf16`, `fp8`, `int8` or `int4` (with an FP8 head), `-kv` with an FP8 cache, `-21` of 21 layers."""
     kind, *options = name.split("-")
     g = geometry(21 if "21" in options else 28)
     scheme, head_scheme = None, None
@@ -68,6 +69,8 @@ def random_decoder(name: str) -> Decoder:
     if kind == "int4":
         grid = Grid(kind="int", bits=4, granularity="group", group_size=128)
         scheme = Scheme(weights=grid)
+    if kind == "int8":
+        scheme = PRESETS["int8-sq"].scheme
     torch.manual_seed(0)
     ones = torch.ones(g.hidden, device="cuda", dtype=torch.bfloat16)
     step = torch.full((1,), 0.02, device="cuda")
@@ -266,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--repeats", type=int, default=3)
-    names = ["bf16", "fp8", "fp8-kv", "int4", "bf16-21", "fp8-21", "fp8-kv-21"]
+    names = ["bf16", "fp8", "fp8-kv", "int8", "int4", "bf16-21", "fp8-21", "fp8-kv-21"]
     parser.add_argument("--models", nargs="+", default=names)
     arguments = parser.parse_args()
     limits = ceilings()

@@ -21,7 +21,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and no triton package", allow_module_level=True)
 pytest.importorskip("triton")
-from tinier.kernels import attention, fused, skinny  # noqa: E402
+from tinier.kernels import attention, fused, int8, skinny  # noqa: E402
 
 if INTERPRETED:
     from tests.kernels.interpreter import round_as_a_gpu_does
@@ -76,15 +76,24 @@ def test_encode_rows(dtype: torch.dtype, takes: str) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("size", [40, 5000])
-def test_scale_product(dtype: torch.dtype, biased: bool, size: int) -> None:
+@pytest.mark.parametrize("by_descriptor", [False, True])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(70, 40, 80), (9, 300, 256)])
+def test_int8_product(
+    tokens: int, rows: int, columns: int, by_descriptor: bool, biased: bool, dtype: torch.dtype
+) -> None:
+    if by_descriptor and not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator")
     generator = torch.Generator().manual_seed(0)
-    product = torch.randint(-(2**24), 2**24, (5, size + 8), generator=generator).int().to(DEVICE)
-    scales, bias = random(size).abs() * 1e-3, random(size, dtype=dtype, seed=1) * 1e3
-    rows = random(5, 1, seed=2).abs()
-    made = fused.scale_product(product, rows, scales, bias if biased else None, dtype)
-    expected = product[:, :size].double() * rows.double() * scales.double()
-    assert apart(made, expected + bias if biased else expected) < limit(dtype)
+    x, codes = (
+        torch.randint(-128, 128, (n, columns), generator=generator).to(torch.int8).to(DEVICE)
+        for n in (tokens, rows)
+    )
+    x_scale, scale = random(tokens, 1, seed=2).abs(), random(rows).abs() * 1e-3
+    bias = random(rows, dtype=dtype, seed=1) if biased else None
+    tiling = int8.Tiling(64, 64, 4, 2, by_descriptor)
+    made = int8.matmul(x, x_scale, codes, scale, bias, dtype, tiling)
+    expected = (x.double() @ codes.double().t()) * x_scale.double() * scale.double()
+    assert apart(made, expected if bias is None else expected + bias) < limit(dtype)
     assert made.dtype == dtype
 
 

@@ -119,3 +119,14 @@ def test_the_model_writes_windows_of_exact_length(tiny: Callable[..., Checkpoint
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert (first[:, 0] == 256).all()  # the tokenizer's BOS
+
+
+def test_the_model_goes_on_from_pieces_of_a_text(tiny: Callable[..., Checkpoint]) -> None:
+    text = torch.arange(80).view(2, 40)
+    made = written_windows(tiny(), 5, 24, seed=0, device=torch.device("cpu"), text=text)
+    assert made.shape == (5, 24)
+    begun = made[:, :3]  # an eighth
+    assert (begun.diff() == 1).all()
+    # both windows before either comes again, from other places
+    assert {row.item() // 40 for row in begun[:2, 0]} == {0, 1}
+    assert len(begun[:, 0].unique()) == 5

@@ -27,7 +27,10 @@ def distill(
         typer.Option("--heldout", help="Text that decides which step was best; default builtin."),
     ] = None,
     generated: Annotated[
-        int, typer.Option("--generated", help="Windows that the teacher writes, beside the text's.")
+        int,
+        typer.Option(
+            "--generated", help="Windows that the teacher writes, going on from pieces of the text."
+        ),
     ] = 0,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option("--batch", help="Windows per step (global batch).")] = 64,

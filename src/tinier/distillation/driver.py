@@ -189,7 +189,7 @@ def _prepare_run(
             )  # fmt: skip
         quantized = open_model(folder)
     if plan.generated:
-        written = _written(teacher, plan, work, device, ranks)
+        written = _written(teacher, plan, training, work, device, ranks)
         training = written if training is None else torch.cat((training, written))
     assert training is not None
     windows = {"training": training, "heldout": held}
@@ -217,13 +217,14 @@ def _prepare_run(
 
 
 def _written(
-    teacher: Checkpoint, plan: DistillPlan, work: Path, device: torch.device, ranks: Ranks
-) -> Tensor:
-    """Windows that the teacher writes, once."""
+    teacher: Checkpoint, plan: DistillPlan, text: Tensor | None, work: Path, device: torch.device,
+    ranks: Ranks,
+) -> Tensor:  # fmt: skip
+    """Windows that the teacher writes, once; it goes on from pieces of the text, where there is one."""
     path = work / "written.json"
     if not path.exists() and ranks.writes:
         windows = written_windows(
-            teacher, plan.generated, plan.length, seed=plan.seed, device=device
+            teacher, plan.generated, plan.length, seed=plan.seed, device=device, text=text
         )
         write_atomically(path, json.dumps(windows.tolist()))
         release_memory()

@@ -74,7 +74,8 @@ class DistillPlan:
     top_k: int | None = None
     """Store the teacher's k most likely tokens once, and train from them without the teacher."""
     generated: int = 0
-    """Windows that the teacher writes, in addition to those of the text."""
+    """Windows that the teacher writes, in addition to those of the text; each goes on from a piece of the
+    text, where there is one."""
     quantize: QuantizePlan | None = None
     """Quantize the student first and train it on that grid."""
     checkpointing: Literal["none", "selective", "full"] | None = None

@@ -336,22 +336,6 @@ def _encode_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scale_product(  # type: ignore[no-untyped-def]
-    product, token_scales, scales, bias, out, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
-    y = tl.load(product + row * stride + at, mask=inside, other=0).to(tl.float32)
-    y = y * tl.load(token_scales + row) * tl.load(scales + at, mask=inside, other=0.0)
-    if BIAS:
-        y += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + at, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _normed(x, turn, q_norm, k_norm, at, there, is_q, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Half of each head times `turn` and the weights of its norm."""
     q_weight = tl.load(q_norm + at, mask=there, other=0.0)
@@ -557,21 +541,6 @@ def encode_rows(x: Tensor, takes: str) -> Quantized:
         LARGEST=LARGEST[takes], num_warps=_warps(size, tokens), **early_start(),
     )  # fmt: skip
     return Quantized(out, scales)
-
-
-def scale_product(
-    product: Tensor, token_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """A product of codes [T, N or more] int32 times the scales of its rows and columns, [T, 1] and [N]
-    float32, and the bias [N], in dtype."""
-    tokens, size = len(product), len(scales)
-    out = torch.empty(tokens, size, dtype=dtype, device=product.device)
-    block = min(4096, triton.next_power_of_2(size))
-    _scale_product[(tokens, triton.cdiv(size, block))](
-        product, token_scales, scales, scales if bias is None else bias, out, product.stride(0), SIZE=size,
-        BLOCK=block, BIAS=bias is not None, num_warps=8, **early_start(),
-    )  # fmt: skip
-    return out
 
 
 def rotate_and_store(

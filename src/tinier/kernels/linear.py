@@ -39,8 +39,8 @@ from tinier.numerics import (
 from tinier.schemes import Grid, Int4Inputs, Scheme
 
 if HAS_TRITON:
-    from tinier.kernels import skinny
-    from tinier.kernels.fused import encode_rows, scale_product
+    from tinier.kernels import int8, skinny
+    from tinier.kernels.fused import encode_rows
 
 # what the packed INT4 kernels take
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -156,10 +156,11 @@ class Int8Linear(Linear):
         self.dtype = dtype  # of the result
         self.codes = _whole_rows(quantized.codes).t()  # [in, out], a view of the stored rows
         self.scale = quantized.scale.float().squeeze(-1)  # [out]
-        if _has_skinny(quantized.codes.device) and dtype == torch.bfloat16:
-            codes = self.codes.t()[: len(self.scale)]
-            self.few = skinny.Weight(codes, self.scale, bias, _sides(codes))
-            self.path = f"INT8: Triton to {skinny.MOST_TOKENS} tokens, torch._int_mm above"
+        if _has_skinny(quantized.codes.device):
+            self.path = "INT8: Triton"
+            if dtype == torch.bfloat16:
+                codes = self.codes.t()[: len(self.scale)]
+                self.few = skinny.Weight(codes, self.scale, bias, _sides(codes))
 
     def prepared(self, x: Tensor | Quantized) -> Quantized:
         return x if isinstance(x, Quantized) else encode_tokens(x, "int8")
@@ -168,9 +169,9 @@ class Int8Linear(Linear):
         tokens = self.prepared(x)
         if self.few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
             return skinny.matmul(tokens.codes, tokens.scale, self.few)
-        if tokens.codes.is_cuda and uses_triton(tokens.codes.device):
-            product = self._product(tokens.codes)
-            return scale_product(product, tokens.scale, self.scale, self.bias, self.dtype)
+        if uses_triton(tokens.codes.device):
+            rows = self.codes.t()[: len(self.scale)]
+            return int8.matmul(tokens.codes, tokens.scale, rows, self.scale, self.bias, self.dtype)
         out = self._scaled(tokens).to(self.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -297,7 +298,8 @@ class WeightOnlyLinear(Linear):
     def __init__(self, weight: "skinny.Weight", label: str) -> None:
         super().__init__(weight.bias)
         self.weight = self.few = weight
-        self.path = f"{label}: Triton to {skinny.MOST_TOKENS} tokens, expanded for F.linear above"
+        self._most = skinny.MOST_INT4_TOKENS if weight.group_size else skinny.MOST_TOKENS
+        self.path = f"{label}: Triton to {self._most} tokens, expanded for F.linear above"
 
     @property
     def num_bytes(self) -> int:
@@ -306,7 +308,7 @@ class WeightOnlyLinear(Linear):
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         assert isinstance(x, Tensor)
-        if x.shape[0] <= skinny.MOST_TOKENS:
+        if x.shape[0] <= self._most:
             return skinny.matmul(x, None, self.weight)
         return F.linear(x, skinny.expand(self.weight), self.bias)
 

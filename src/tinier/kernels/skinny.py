@@ -25,6 +25,9 @@ from torch import Tensor
 from tinier.kernels.fused import begin, early_start
 
 MOST_TOKENS = 64
+# of INT4: from here on it is faster to expand the weight once for all tokens
+MOST_INT4_TOKENS = 384
+_INT4_TOKENS = 128  # computed with each reading of a weight, where there are more than 64
 _CHUNK = 128  # columns in 16 words of eight INT4 codes
 _ROWS = 64  # rows of INT4 that lie together
 
@@ -250,11 +253,12 @@ def _skinny_int4(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    split = tl.program_id(1)
+    # programs that read the same rows for other tokens are neighbours
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
     r = tl.arange(0, BLOCK_N)
     n = block * BLOCK_N + r
-    token = tl.arange(0, TOKENS)
     first = split * steps
     last = tl.minimum(chunks, first + steps)
     words += (block.to(tl.int64) * (BLOCK_N // 64) * chunks + first) * 1024
@@ -313,7 +317,8 @@ def tiling_for(weight: Weight, tokens: int) -> Tiling:
         block = 64 if few and rows < 8192 else 128
         wanted = processors * (2 if not few else 3 if block == 64 else 4)
         most = max(1, triton.cdiv(columns, _CHUNK) // 2)
-        splits = min(most, max(1, round(wanted / triton.cdiv(rows, block))), 12)
+        tiles = triton.cdiv(rows, block) * triton.cdiv(tokens, _INT4_TOKENS)
+        splits = min(most, max(1, round(wanted / tiles)), 12)
         return Tiling(block, _CHUNK, splits, 3, warps=4 if few else 8, ahead=0)
     widest = 256 // weight.codes.element_size()
     width = next((w for w in (widest, widest // 2) if columns % w == 0), widest)
@@ -342,21 +347,21 @@ def matmul(
         dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device,
     )  # fmt: skip
     options = {
-        "TOKENS": 16 if tokens <= 16 else triton.next_power_of_2(tokens),
+        "TOKENS": min(_INT4_TOKENS, 16 if tokens <= 16 else triton.next_power_of_2(tokens)),
         "LINES": triton.next_power_of_2(triton.cdiv(tiling.ahead, 128)) if tiling.ahead else 0,
         "HAS_BIAS": weight.bias is not None, "num_warps": tiling.warps, "num_stages": tiling.stages,
         **early_start(),
     }  # fmt: skip
-    grid = (triton.cdiv(rows, tiling.rows), splits)
+    blocks = triton.cdiv(rows, tiling.rows)
     if weight.group_size:
         chunks = triton.cdiv(columns, _CHUNK)
-        _skinny_int4[grid](
+        _skinny_int4[(triton.cdiv(tokens, options["TOKENS"]), blocks, splits)](
             x, weight.codes, weight.scale, weight.bias, out, tokens, rows, columns, chunks,
             triton.cdiv(chunks, splits), tiling.ahead, GROUP=weight.group_size,
             BLOCK_N=tiling.rows, RAGGED=columns % _CHUNK != 0, **options,
         )  # fmt: skip
         return out
-    _skinny[grid](
+    _skinny[(blocks, splits)](
         x, x_scale, weight.codes, weight.scale, weight.bias, out, tokens, rows, columns,
         triton.cdiv(triton.cdiv(columns, tiling.columns), splits), tiling.ahead,
         BLOCK_N=tiling.rows, BLOCK_K=tiling.columns, SCALED=weight.scale is not None,

@@ -1,7 +1,8 @@
-"""Calibration text that the model writes itself: it shows the quantizer what the model is used to.
+"""Text that the model writes itself, to calibrate and to train on.
 
-Start at `written_windows`. Every window starts as the model's own text would (an instruct model with
-the opening of a user's turn) and is sampled at temperature 1 to its full length.
+Start at `written_windows`. A window starts as the model's own text would (an instruct model with the
+opening of a user's turn), or goes on from a piece of another text, so that it is of that kind; it is
+sampled at temperature 1 to its full length.
 """
 
 import torch
@@ -12,19 +13,31 @@ from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.families import check_length
 from tinier.tokenizer import Tokenizer, load_tokenizer
 
-_IN_FLIGHT = 32
+_IN_FLIGHT = {"cpu": 32, "cuda": 256}
+# of a window are the text's that it goes on from
+_OPENING_SHARE = 8
 
 
 def written_windows(
-    checkpoint: Checkpoint, count: int, length: int, *, seed: int, device: torch.device
+    checkpoint: Checkpoint,
+    count: int,
+    length: int,
+    *,
+    seed: int,
+    device: torch.device,
+    text: Tensor | None = None,
 ) -> Tensor:
-    """Token ids [count, length] that the model samples. Raises InputError for too long a length."""
+    """Token ids [count, length] that the model samples. Raises InputError for too long a length.
+
+    text: windows [n, m]; given, an eighth of each window is a piece of them.
+    """
     check_length(checkpoint, length)
-    tokenizer = load_tokenizer(checkpoint)
-    opening = _opening(tokenizer)
-    config = EngineConfig(
-        max_batch_size=min(count, _IN_FLIGHT), max_seq_len=length, device=device.type
-    )
+    if text is None:
+        openings = [_opening(load_tokenizer(checkpoint))] * count
+    else:
+        openings = _pieces(text, count, max(1, length // _OPENING_SHARE), seed)
+    in_flight = min(count, _IN_FLIGHT[device.type])
+    config = EngineConfig(max_batch_size=in_flight, max_seq_len=length, device=device.type)
     engine = Engine(checkpoint, config)
     requests = [
         engine.add(
@@ -33,11 +46,24 @@ def written_windows(
                 max_tokens=length - len(opening), temperature=1.0, seed=seed + i, stop_token_ids=()
             ),
         )
-        for i in range(count)
+        for i, opening in enumerate(openings)
     ]
     while engine.has_work:
         engine.step()
-    return torch.tensor([opening + request.output for request in requests])
+    written = zip(openings, requests, strict=True)
+    return torch.tensor([opening + request.output for opening, request in written])
+
+
+def _pieces(text: Tensor, count: int, size: int, seed: int) -> list[list[int]]:
+    """Pieces of `size` tokens from places that the seed decides, of each window before any comes twice."""
+    random = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(text), generator=random) for _ in range(-(-count // len(text)))]
+    size = min(size, text.shape[1])
+    starts = torch.randint(text.shape[1] - size + 1, (count,), generator=random)
+    return [
+        text[row, start : start + size].tolist()
+        for row, start in zip(torch.cat(orders)[:count], starts.tolist(), strict=True)
+    ]
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
