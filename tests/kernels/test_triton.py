@@ -74,6 +74,19 @@ def test_encode_rows(dtype: torch.dtype, takes: str) -> None:
     check_row(fused.encode_rows(x, takes), x, takes)
 
 
+@pytest.mark.parametrize("rows", [64, 200, 320, 960])
+def test_int4_words_fill_the_tiles_that_are_read(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """960 rows, SmolLM2's q, k and v, ended in half a tile: the kernel read past the tensor."""
+    monkeypatch.setattr(skinny, "_processors", lambda device: 132)
+    weight = skinny.Weight(
+        skinny.pack_int4(torch.zeros(rows, 128)), None, None, (rows, 128), group_size=64
+    )
+    for tokens in (1, 16, 17, 64, 300):
+        assert len(weight.codes) * 64 % skinny.tiling_for(weight, tokens).rows == 0
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("by_descriptor", [False, True])

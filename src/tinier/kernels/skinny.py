@@ -30,6 +30,7 @@ MOST_INT4_TOKENS = 384
 _INT4_TOKENS = 128  # computed with each reading of a weight, where there are more than 64
 _CHUNK = 128  # columns in 16 words of eight INT4 codes
 _ROWS = 64  # rows of INT4 that lie together
+_MOST_ROWS = 128  # that a program reads: a weight is filled up to them
 
 
 class Weight(NamedTuple):
@@ -58,9 +59,10 @@ class Tiling(NamedTuple):
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """INT4 codes [N, K] of -8..7 as words [N/64, K/128, 64, 16], filled up with zeros to whole tiles."""
+    """INT4 codes [N, K] of -8..7 as words [N/64, K/128, 64, 16], filled up with zeros to whole tiles of any
+    `Tiling`."""
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % _CHUNK, 0, -rows % _ROWS))
+    padded = torch.nn.functional.pad(codes, (0, -columns % _CHUNK, 0, -rows % _MOST_ROWS))
     nibbles = (padded.int() + 8).view(-1, _ROWS, padded.shape[1] // _CHUNK, 8, 16)
     words = nibbles[:, :, :, 0].clone()
     for i in range(1, 8):
@@ -314,7 +316,7 @@ def tiling_for(weight: Weight, tokens: int) -> Tiling:
     processors = _processors(weight.codes.device)
     few = tokens <= 16
     if weight.group_size:
-        block = 64 if few and rows < 8192 else 128
+        block = _ROWS if few and rows < 8192 else _MOST_ROWS
         wanted = processors * (2 if not few else 3 if block == 64 else 4)
         most = max(1, triton.cdiv(columns, _CHUNK) // 2)
         tiles = triton.cdiv(rows, block) * triton.cdiv(tokens, _INT4_TOKENS)
