@@ -27,7 +27,7 @@ from tinier.engine.crew import Crew, crew_for
 from tinier.engine.decoder import Decoder, load_decoder
 from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup, draft_model
 from tinier.engine.grammar import Grammars, Matcher
-from tinier.engine.pace import Pace
+from tinier.engine.pace import MEASURED, Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
 from tinier.engine.runner import Output, Runner
 from tinier.engine.sampler import Sampled, Sampler, scores
@@ -107,15 +107,19 @@ class Engine:
             )
             _log_paths(small.folder.name, self._draft_decoder)
         self.num_blocks = self._num_blocks()
-        self._pace = Pace(self.config.max_draft_tokens, model=self._draft_decoder is not None)
+        on_gpu = decoder.device.type == "cuda"
+        self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
+        self._pace = Pace(
+            self.config.max_draft_tokens,
+            model=self._draft_decoder is not None,
+            overlaps=self._overlap,
+        )
         self.drafter = self._drafter()
         self.runner = Runner(
             decoder, self.num_blocks, self.config.block_size, self.config.max_batch_size,
             self.max_seq_len, self.config.max_step_tokens,
             checks_drafts=self.drafter is not None,
         )  # fmt: skip
-        on_gpu = decoder.device.type == "cuda"
-        self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
         self._clear()
 
     def _drafter(self) -> Drafter | None:
@@ -191,11 +195,35 @@ class Engine:
         return self._scheduler.num_preemptions
 
     def warm_up(self) -> None:
-        """Capture the graphs of all steps now, so that no request waits for one; a CPU has none."""
-        self._tell("warm_up")
+        """Do what comes but once now, so that no request waits for it; on a CPU there is nothing."""
+        self.capture()
+        if self.drafter is not None and self.decoder.device.type == "cuda":
+            self.measure_drafts(self.drafter)
+
+    def capture(self) -> None:
+        """Capture the graphs of all steps; a CPU has none."""
+        self._tell("capture")
         self.runner.capture_all()
         if isinstance(self.drafter, DraftModel):
             self.drafter.runner.capture_all()
+
+    def measure_drafts(self, drafter: Drafter) -> None:
+        """Steps without drafts and with drafts of every length, before any request: the first of each take
+        longer than all others, and from the others the pace learns what drafts cost."""
+        room = min(self.max_input_len, self.max_seq_len - 1)
+        request = self.add([0], SamplingParams(max_tokens=room))
+        for _ in range(MEASURED + 3):  # with the prompt, and of those that overlap two say nothing
+            self.compute_together({})
+        self.compute_together(None)
+        for length in [*range(1, self.config.max_draft_tokens + 1)] * MEASURED:
+            if request.finished or request.num_sampled + length >= room:
+                break
+            proposed = drafter.propose({request: length}).get(request, [])
+            draft = proposed + [0] * (length - len(proposed))
+            self.compute_together({request.number: draft})
+        self.cancel(request)
+        self.num_drafted = self.num_accepted = 0
+        self._pace.clear()
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this
@@ -258,6 +286,10 @@ class Engine:
         drafts = self._propose() if self.drafter is not None else {}
         if not drafts and self._in_flight is not None and self._follows_grammar:
             drafts = None  # the next token's grammar depends on the one in flight
+        return self.compute_together(drafts)
+
+    def compute_together(self, drafts: dict[int, list[int]] | None) -> list[Request]:
+        """`compute` in all processes of a shared model."""
         if self._crew is None:
             return self.compute(drafts)
         self._tell("compute", drafts)
@@ -275,9 +307,14 @@ class Engine:
         ]
         wanted, self._wanted = self._wanted, None
         if wanted is None:
+            if self._pace.rests():
+                return {}
+            started = time.perf_counter()
             unread = {request: self.drafter.unread(request) for request in requests}
             can = {request: count for request, count in unread.items() if count is not None}
             wanted = self._pace.lengths(can, len(requests))
+            if not wanted:
+                self._pace.looked(time.perf_counter() - started, len(requests))
         if not wanted:
             return {}
         if self._in_flight is not None:
@@ -310,7 +347,7 @@ class Engine:
         whole = bool(drafts) or not self._overlap or self._plain_steps > 2
         if whole and decodes and waiting == len(self._scheduler.waiting):
             rows += sum(map(len, drafts.values()))
-            self._pace.step_took(time.perf_counter() - started, rows)
+            self._pace.step_took(time.perf_counter() - started, rows, drafts=bool(drafts))
         return changed
 
     @property

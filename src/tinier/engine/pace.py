@@ -17,8 +17,8 @@ _STEP_MEMORY, _TOKEN_MEMORY = 0.9, 0.95
 _AGREEMENT = 0.7
 # drafts must promise this much more
 _MARGIN = 1.03
-# of the time, at most, goes to trying drafts that did not pay before
-_TRYING = 0.01
+# of the time, at most, goes to trying drafts that did not pay before, and to looking whether any do
+_TRYING, _LOOKING = 0.01, 0.01
 # of what a draft saves by a request's end, at most, goes to what it reads first: the request may end sooner
 _SURELY = 0.7
 # after so many steps with drafts some have none, so that what those cost stays known: a few, for the first
@@ -26,15 +26,18 @@ _SURELY = 0.7
 _DRAFTED, _PLAIN = 96, 3
 # of a step: what one more row in it costs, and a token of the draft, before they were measured
 _ROW = 0.1
-# measured so often before anything is decided by it
-_MEASURED = 4
+MEASURED = 4
+"""So often before anything is decided by it"""
 
 
 class Pace:
-    def __init__(self, most: int, *, model: bool) -> None:
-        """most: tokens drafted at once. model: whether drafting itself takes time."""
-        self._most = most
+    def __init__(self, most: int, *, model: bool, overlaps: bool = False) -> None:
+        """most: tokens drafted at once. model: whether drafting itself takes time. overlaps: whether steps
+        without drafts are launched before the one before is read, which those with drafts cannot be."""
+        self._most, self._model = most, model
         self._steps, self._drafting, self._reading = _Costs(), _Costs(), _Costs()
+        self._checking = _Costs() if overlaps else self._steps
+        """Of steps with drafts"""
         self._known = not model
         """Whether drafting was measured, or costs nothing"""
         self._typical = _AGREEMENT
@@ -43,6 +46,21 @@ class Pace:
         """Steps with drafts, then without, of a round"""
         self._credit = 0.0
         """Seconds that may be spent on trying"""
+        self._trials = 0
+        self._rest = 0
+        """Steps in which nobody looks whether a draft pays"""
+
+    def rests(self) -> bool:
+        """Whether the next step goes without drafts and without looking for any."""
+        self._rest -= 1
+        return self._rest >= 0
+
+    def looked(self, seconds: float, rows: int) -> None:
+        """In vain, so long: where steps are short, looking is a part of them that is felt."""
+        step = self._steps.at(rows)
+        if step is not None:
+            self._rest = int(seconds / (_LOOKING * step))
+            self._credit += _TRYING * step * self._rest
 
     def lengths(self, unread: dict[Request, int], rows: int) -> dict[Request, int]:
         """Tokens to draft for each of some requests; those that get none are left out.
@@ -64,16 +82,20 @@ class Pace:
     def _trial(
         self, most: dict[Request, int], unread: dict[Request, int], step: float
     ) -> dict[Request, int]:
-        """Two tokens for the request that has the fewest to read, if there is credit for it."""
+        """Two tokens, now and then all, for the request that has the fewest to read, if there is credit for it."""
         request = min(most, key=lambda r: unread[r])
+        length = min(most[request], self._most if self._trials % 4 == 3 else 2)
         drafting, reading = self._drafting.at(1), self._reading.at(1)
-        cost = 2 * (_ROW * step + (step if drafting is None else drafting))
+        if drafting is None:
+            drafting = step if self._model else 0.0
+        cost = length * (_ROW * step + drafting)
         cost += unread[request] * (_ROW * step if reading is None else reading)
         self._credit += _TRYING * step
         if self._known and cost > self._credit:
             return {}
         self._credit = 0.0
-        return {request: min(2, most[request])}
+        self._trials += 1
+        return {request: length}
 
     def _paying(
         self, most: dict[Request, int], unread: dict[Request, int], step: float, rows: int
@@ -83,13 +105,14 @@ class Pace:
         reading = self._reading.at(1) or 0.0
         plain = rate = rows / step
         lengths: dict[Request, int] = {}
-        row = self._steps.slope(rows, rows + sum(most.values()))
+        steps = self._checking if self._checking.count else self._steps
+        row = steps.slope(rows, rows + sum(most.values()))
         for _ in range(4):  # at the best rate the last token drafted is just worth its cost
             worth = rate * (row + drafting / len(most))
             lengths = {r: _longest(self._of(r), worth, count) for r, count in most.items()}
             drafted = sum(lengths.values())
             tokens = rows + sum(_more(self._of(r), count) for r, count in lengths.items())
-            seconds = (self._steps.at(rows + drafted) or step) + drafting * max(lengths.values())
+            seconds = (steps.at(rows + drafted) or step) + drafting * max(lengths.values())
             rate = max(tokens / seconds, plain)
         if rate < _MARGIN * plain:
             return {}
@@ -102,16 +125,18 @@ class Pace:
                  or unread[request] * reading < _SURELY * saved * _left(request))
         }  # fmt: skip
 
-    def step_took(self, seconds: float, rows: int) -> None:
+    def step_took(self, seconds: float, rows: int, *, drafts: bool = False) -> None:
         """A step of the model alone, with no prompt in it. rows: tokens that it computed."""
-        level = self._steps.add(rows, seconds)
-        self._drafting.scale(level)  # a machine that is busier is so for all
-        self._reading.scale(level)
+        steps = self._checking if drafts else self._steps
+        level = steps.add(rows, seconds)
+        # a machine that is busier is so for all
+        for other in {self._steps, self._checking, self._drafting, self._reading} - {steps}:
+            other.scale(level)
 
     def drafting_took(self, seconds: float, requests: int) -> None:
         """One token for each of some requests."""
         self._drafting.add(requests, seconds)
-        self._known = self._drafting.count >= _MEASURED
+        self._known = self._drafting.count >= MEASURED
 
     def reading_took(self, seconds: float, tokens: int) -> None:
         """The draft read what came before."""
@@ -128,6 +153,7 @@ class Pace:
     def clear(self) -> None:
         """Forget all requests, not what steps cost."""
         self._agreement.clear()
+        self._typical = _AGREEMENT
 
     def forget(self, request: Request) -> None:
         self._agreement.pop(request, None)
@@ -161,7 +187,7 @@ class _Mean:
         self.value, self.count = math.inf, 0
 
     def add(self, value: float) -> None:
-        if self.count < _MEASURED:
+        if self.count < MEASURED:
             self.value = min(self.value, value)
         else:  # what something else held up says little
             self.value += (1 - _STEP_MEMORY) * (min(value, 3 * self.value) - self.value)
@@ -178,7 +204,7 @@ class _Costs:
     def add(self, rows: int, seconds: float) -> float:
         """Returns by how much steps take longer now than before: the others are taken to do so too."""
         mean = self._seen.setdefault(rows, _Mean())
-        before, settled = mean.value, mean.count >= _MEASURED
+        before, settled = mean.value, mean.count >= MEASURED
         mean.add(seconds)
         self.count += 1
         if not settled or not before:
