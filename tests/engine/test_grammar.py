@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tests.engine.test_engine import prompts
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
-from tinier.engine.grammar import choice, json_schema, lark, regex
+from tinier.engine.grammar import Grammars, choice, json_schema, lark, regex, spread
 from tinier.errors import InputError
 from tinier.tokenizer import load_tokenizer
 
@@ -73,6 +75,36 @@ def test_texts_are_what_the_grammar_says(tiny: Tiny, draft: str | None, overlap:
         assert made["name"] in ("Ann", "Bo")
         assert 0 <= made["age"] <= 99
     assert texts[:9] == [text for text, _ in follow(model, [*params, free])][:9]
+
+
+def test_the_next_step_runs_while_a_token_is_checked(tiny: Tiny) -> None:
+    """Of overlapping steps: the masks are made while the device computes, and only then sampled by."""
+    model = tiny(initializer_range=0.2)
+    config = EngineConfig(max_seq_len=400, device="cpu", overlap=True)
+    engine = Engine(model, config, tokenizer=load_tokenizer(model))
+    params = SamplingParams(max_tokens=20, grammar=regex("[a-c]{12}"))
+    request = engine.add([1, 2, 3], params)
+    for known in range(10):
+        engine.step()
+        assert (len(request.output), request.num_pending) == (known, 1)
+    while engine.has_work:
+        engine.step()
+    assert re.fullmatch("[a-c]{12}", load_tokenizer(model).decode(request.output))
+
+
+def test_bits_are_spread_on_a_device_as_on_the_host(tiny: Tiny) -> None:
+    tokenizer = load_tokenizer(tiny())
+    grammars = Grammars(tokenizer, 300, torch.device("cpu"))
+    made = [regex("[a-f]+x"), regex("\\d+"), choice(["yes", "no"])] * 6
+    matchers = [grammars.matcher(grammar, (0,)) for grammar in made]
+    forbidden = grammars.forbidden(matchers)
+    assert torch.equal(forbidden[:3], grammars.forbidden(matchers[:3]))  # one after the other
+    bits = (~forbidden).new_zeros(18, 320)
+    bits[:, : forbidden.shape[1]] = ~forbidden
+    words = np.packbits(bits.numpy(), axis=1, bitorder="little").view(np.int32)
+    assert torch.equal(spread(torch.from_numpy(words))[:, : forbidden.shape[1]], forbidden)
+    assert forbidden.any()
+    assert not forbidden.all(dim=1).any()
 
 
 def test_log_probabilities_are_the_model_s_own(tiny: Tiny) -> None:

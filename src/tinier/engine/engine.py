@@ -256,7 +256,9 @@ class Engine:
         if self._grammars is None:
             if self._tokenizer is None:
                 raise InputError("a grammar needs the tokenizer. Use Engine(…, tokenizer=…).")
-            self._grammars = Grammars(self._tokenizer, self.decoder.geometry.vocab)
+            self._grammars = Grammars(
+                self._tokenizer, self.decoder.geometry.vocab, self.decoder.device
+            )
         return self._grammars.matcher(params.grammar, params.stop_token_ids)
 
     def add_all(self, prompt: list[int], params: SamplingParams) -> list[Request]:
@@ -284,8 +286,6 @@ class Engine:
     def step(self) -> list[Request]:
         """Compute one step; returns the requests that got a token, or reached their end."""
         drafts = self._propose() if self.drafter is not None else {}
-        if not drafts and self._in_flight is not None and self._follows_grammar:
-            drafts = None  # the next token's grammar depends on the one in flight
         return self.compute_together(drafts)
 
     def compute_together(self, drafts: dict[int, list[int]] | None) -> list[Request]:
@@ -330,8 +330,7 @@ class Engine:
         if drafts is None:
             launched, self._in_flight = self._in_flight, None
             return self._read(launched) if launched else []
-        at_once = drafts or self._follows_grammar
-        step = partial(self._check_drafts, drafts) if at_once else self._step
+        step = partial(self._check_drafts, drafts) if drafts else self._step
         return step() if self.drafter is None else self._timed(step, drafts)
 
     def _timed(
@@ -350,19 +349,21 @@ class Engine:
             self._pace.step_took(time.perf_counter() - started, rows, drafts=bool(drafts))
         return changed
 
-    @property
-    def _follows_grammar(self) -> bool:
-        """Whether a text does: then each step's tokens are read before the next one is launched."""
-        if self._grammars is None:
-            return False
-        scheduler = self._scheduler
-        return any(r.matcher is not None for r in [*scheduler.running, *scheduler.waiting])
-
     def _step(self) -> list[Request]:
-        launched = self._launch()
-        if self._overlap:
-            launched, self._in_flight = self._in_flight, launched
-        return self._read(launched) if launched else []
+        """The next step sent to the device, and the tokens read of the one before, or of this one where
+        steps do not overlap."""
+        chunks = self._scheduler.schedule()
+        output = self._run(chunks) if chunks else None
+        changed = []
+        before, self._in_flight = self._in_flight, None
+        if before is not None and any(chunk.request.matcher is not None for chunk in chunks):
+            # what may come next depends on the token in flight: it is read while the step runs
+            changed, before = self._read(before), None
+        if output is not None:
+            self._in_flight = self._launch_sampling(chunks, output)
+        if not self._overlap:
+            before, self._in_flight = self._in_flight, None
+        return changed + (self._read(before) if before is not None else [])
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
         """Output ids of each prompt, computed together."""
@@ -395,20 +396,21 @@ class Engine:
         self._tell("overflow", tokens)
         return self.decoder.overflow(torch.tensor([tokens]))
 
-    def _launch(self) -> InFlight | None:
-        """Send the next step to the device; None if there is nothing to compute."""
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return None
+    def _run(self, chunks: list[Chunk]) -> Output:
+        """Send the model's part of a step to the device."""
         output = self.runner.run(chunks)
         self._keep_prompt_logits(chunks, output)
-        ends = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        requests = [chunks[i].request for i in ends]
-        sampled = self._sample(output, ends, requests) if requests else None
         for chunk in chunks:
             self._scheduler.computed(chunk)
-        if sampled is None:
+        return output
+
+    def _launch_sampling(self, chunks: list[Chunk], output: Output) -> InFlight | None:
+        """Send the rest of a step to the device; None: none of the requests gets a token."""
+        ends = [i for i, chunk in enumerate(chunks) if chunk.samples and not chunk.request.finished]
+        requests = [chunks[i].request for i in ends]
+        if not requests:
             return None
+        sampled = self._sample(output, ends, requests)
         for request in requests:
             request.num_pending += 1
             if request.num_sampled == request.params.max_tokens:
@@ -442,9 +444,11 @@ class Engine:
         forbidden = self._grammars.forbidden([requests[i].matcher for i in rows])
         if len(rows) < len(requests):
             some = forbidden
-            forbidden = torch.zeros(len(requests), some.shape[1], dtype=torch.bool)
+            forbidden = torch.zeros(
+                len(requests), some.shape[1], dtype=torch.bool, device=some.device
+            )
             forbidden[rows] = some
-        return forbidden.to(self.decoder.device, non_blocking=True)
+        return forbidden
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
         """Start to copy what was sampled to the host."""
@@ -489,12 +493,10 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        output = self.runner.run(chunks)
-        self._keep_prompt_logits(chunks, output)
+        output = self._run(chunks)
         firsts = accumulate((1 + chunk.drafts for chunk in chunks), initial=0)
         checks = []
         for chunk, first in zip(chunks, firsts, strict=False):
-            self._scheduler.computed(chunk)
             if chunk.samples:
                 draft = chunk.request.draft[: chunk.drafts]
                 checks.append(Check(chunk.request, first, draft, chunk.request.num_accepted))

@@ -5,6 +5,7 @@ Start at `json_schema`, `regex` and `choice`, which give a grammar as SamplingPa
 """
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from tinier.tokenizer import Tokenizer
 
 # room for a line's indentation; without a limit a small model may write white space for ever
 _JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
+
+# masks that are made one after the other: 40 µs each, which is what starting threads takes
+_FEW = 16
 
 Matcher = Any
 """llguidance.LLMatcher: where a text stands in its grammar"""
@@ -73,9 +77,10 @@ def _library() -> Any:
 class Grammars:
     """The matchers of one engine's requests, which share what they know about the tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
-        self._tokenizer, self._vocab = tokenizer, vocab
+    def __init__(self, tokenizer: Tokenizer, vocab: int, device: torch.device) -> None:
+        self._tokenizer, self._vocab, self._device = tokenizer, vocab, device
         self._known: dict[tuple[int, ...], Any] = {}
+        self._threads = _library().LLExecutor(os.cpu_count())
 
     def matcher(self, grammar: str, ends: tuple[int, ...]) -> Matcher:
         """At the start of a text. ends: tokens that end it, allowed where the grammar is satisfied.
@@ -93,10 +98,23 @@ class Grammars:
         return found
 
     def forbidden(self, matchers: Sequence[Matcher]) -> Tensor:
-        """[n, vocab] bool, on the host: the tokens that may not come next."""
+        """[n, vocab] bool: the tokens that may not come next."""
         words = -(-max(self._vocab, len(self._tokenizer)) // 32)
         bits = np.zeros((len(matchers), words), dtype=np.int32)
-        for row, matcher in zip(bits, matchers, strict=True):
-            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        each = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
-        return torch.from_numpy(each.view(np.bool_)[:, : self._vocab])
+        if len(matchers) < _FEW:
+            for row, matcher in zip(bits, matchers, strict=True):
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        else:
+            rows = [(matcher, row) for row, matcher in enumerate(matchers)]
+            self._threads.unsafe_compute_mask_ptr(rows, bits.ctypes.data, 4 * words, len(rows))
+        if self._device.type != "cpu":  # an eighth of the bytes to send
+            return spread(torch.from_numpy(bits).to(self._device))[:, : self._vocab]
+        unpacked = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
+        return torch.from_numpy(unpacked.view(np.bool_)[:, : self._vocab])
+
+
+def spread(allowed: Tensor) -> Tensor:
+    """Bits [n, words] int32 of what is allowed, the lowest first, to [n, 32 · words] bool: what is not."""
+    places = torch.arange(32, device=allowed.device, dtype=torch.int32)
+    forbidden: Tensor = (allowed.unsqueeze(-1) >> places) & 1 == 0
+    return forbidden.flatten(1)

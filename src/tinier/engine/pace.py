@@ -82,7 +82,7 @@ class Pace:
     def _trial(
         self, most: dict[Request, int], unread: dict[Request, int], step: float
     ) -> dict[Request, int]:
-        """Two tokens, now and then all, for the request that has the fewest to read, if there is credit for it."""
+        """Two tokens, now and then all, for the request with the fewest to read, if there is credit."""
         request = min(most, key=lambda r: unread[r])
         length = min(most[request], self._most if self._trials % 4 == 3 else 2)
         drafting, reading = self._drafting.at(1), self._reading.at(1)
