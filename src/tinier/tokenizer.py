@@ -91,13 +91,14 @@ class Tokenizer:
             )
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], *, opens_reply: bool, continues: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        self, messages: Sequence[Mapping[str, Any]], *, opens_reply: bool, continues: bool = False,
+        variables: Mapping[str, Any] | None = None, tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:  # fmt: skip
         """A conversation as the model's template writes it, BOS included where it does.
 
         opens_reply: with the opening of the assistant's turn. continues: the last message is left open.
-        variables: more of what the template knows, such as enable_thinking. Raises TextError.
+        variables: more of what the template knows, such as enable_thinking. tools: functions that the model
+        may call, for templates that know them. Raises TextError.
         """
         if variables:
             taken = signature(self.inner.apply_chat_template).parameters
@@ -113,6 +114,7 @@ class Tokenizer:
         try:
             text: str = self.inner.apply_chat_template(
                 list(messages),
+                tools=list(tools) or None,
                 add_generation_prompt=opens_reply,
                 continue_final_message=continues,
                 tokenize=False,

@@ -64,7 +64,7 @@ def test_known_fields_that_ask_for_nothing_are_taken(
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"), ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"store": True}, "store"), ({"modalities": ["text", "audio"]}, "modalities"),

@@ -30,7 +30,10 @@ from tinier.serving.protocol import (
     usage,
 )
 from tinier.serving.thinking import OPEN, Thoughts
+from tinier.serving.tools import Call, NamedTool, ToolCalls, grammar, new_id
 
+# calls of one answer, at most
+_MOST_CALLS = 128
 # texts above this are tokenized beside the event loop
 _LONG_TEXT = 4096
 
@@ -222,11 +225,14 @@ class Chat(Generation):
     id_prefix = "chatcmpl"
 
     def __init__(
-        self, model: Model, choices: list[Choice], body: ChatBody, thoughts: list[Thoughts]
-    ) -> None:
-        """thoughts: of each choice; empty: the model does not think."""
+        self, model: Model, choices: list[Choice], body: ChatBody, thoughts: list[Thoughts],
+        calls: list[ToolCalls],
+    ) -> None:  # fmt: skip
+        """thoughts, calls: of each choice; empty: the model does not think, there are no tools."""
         super().__init__(model, choices, body)
-        self._thoughts = thoughts
+        self._thoughts, self._calls = thoughts, calls
+        self._called = [0] * len(choices)
+        """Calls that were given of each choice"""
         self._scores = bool(body.logprobs)
         self._begun: set[Choice] = set()
         self._owes_prompt = self._gives_ids
@@ -238,9 +244,13 @@ class Chat(Generation):
     def _content(self, choice: Choice, text: str) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._thoughts:
-            thoughts, answer = self._parted(choice, text, ends=True)
-            message["content"] = answer
+            thoughts, text = self._parted(choice, text, ends=True)
+            message["content"] = text
             message["reasoning_content"] = thoughts or None
+        if self._calls:
+            said, calls = self._with_calls(choice, text, ends=True)
+            message["content"] = said or None if calls else said
+            message |= {"tool_calls": calls} if calls else {}
         return {"message": message}
 
     def _piece(self, choice: Choice, piece: str, *, ends: bool) -> dict[str, Any]:
@@ -249,7 +259,33 @@ class Chat(Generation):
         if self._thoughts:
             thoughts, piece = self._parted(choice, piece, ends=ends)
             delta |= {"reasoning_content": thoughts} if thoughts else {}
+        if self._calls:
+            first = self._called[choice.index]
+            piece, calls = self._with_calls(choice, piece, ends=ends)
+            if calls:
+                numbered = [{"index": first + i, **call} for i, call in enumerate(calls)]
+                delta |= {"tool_calls": numbered}
         return {"delta": {**delta, "content": piece}}
+
+    def _with_calls(
+        self, choice: Choice, text: str, *, ends: bool
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """What is said and what is to be called in a piece of text."""
+        parser = self._calls[choice.index]
+        parts = [parser.push(text), *([parser.close()] if ends else [])]
+        calls = [self._tool_call(call) for _, made in parts for call in made]
+        self._called[choice.index] += len(calls)
+        return "".join(said for said, _ in parts), calls
+
+    def _tool_call(self, call: Call) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": new_id(self.model.tool_style), "type": "function", "function": function}
+
+    def _rest(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        rest = super()._rest(choice, delta)
+        if delta.finished == "stop" and self._called[choice.index]:
+            rest["finish_reason"] = "tool_calls"
+        return rest
 
     def _parted(self, choice: Choice, text: str, *, ends: bool) -> tuple[str, str]:
         """Thoughts and answer in a piece of text."""
@@ -325,19 +361,43 @@ async def start_chat(model: Model, body: ChatBody) -> Generation:
         raise ApiError(
             400, f"{name}=0 asks for no answer. Use 1 or more, or -1 for all that fit.", param=name
         )
-    grammar = await asyncio.to_thread(body.grammar)
+    followed = await asyncio.to_thread(_chat_grammar, model, body)
     prompt, opened = await _chat_prompt(model, body)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
-    params = replace(params, grammar=grammar)
+    params = replace(params, grammar=followed)
+    tools, style = body.offered, model.tool_style
+    if tools and style.special:  # by which calls are known
+        params = replace(params, skip_special_tokens=False)
     includes_stop = bool(body.include_stop_str_in_output)
     choices = [
         Choice(i, job, model, includes_stop=includes_stop)
         for i, job in enumerate(model.submit(prompt, params))
     ]
     # what follows a grammar has no thoughts
-    thoughts = [Thoughts(opened=opened and not grammar) for _ in choices] if model.thinks else []
-    return Chat(model, choices, body, thoughts)
+    thoughts = [Thoughts(opened=opened and not followed) for _ in choices] if model.thinks else []
+    names = [tool.function.name for tool in tools]
+    most = 1 if body.parallel_tool_calls is False else _MOST_CALLS
+    calls = [ToolCalls(style, names, most) for _ in choices] if tools else []
+    return Chat(model, choices, body, thoughts, calls)
+
+
+def _chat_grammar(model: Model, body: ChatBody) -> str | None:
+    """What the answer must follow; None: nothing. Raises ApiError."""
+    tools = body.offered
+    if not tools:
+        return body.grammar()
+    schema = body.answer_schema()
+    if not body.must_call and schema is None and not any(tool.function.strict for tool in tools):
+        return None
+    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+    try:
+        return grammar(
+            model.tool_style, tools, forced=body.must_call, several=several, otherwise=schema,
+            template=str(model.tokenizer.inner.chat_template),
+        )  # fmt: skip
+    except InputError as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from None
 
 
 async def _chat_prompt(model: Model, body: ChatBody) -> tuple[list[int], bool]:
@@ -346,7 +406,7 @@ async def _chat_prompt(model: Model, body: ChatBody) -> tuple[list[int], bool]:
         raise ApiError(400, f"{model.label} has no chat template. Use /v1/completions.")
 
     def encode() -> tuple[list[int], bool]:
-        text = conversation_text(model.tokenizer, body)
+        text = conversation_text(model.tokenizer, body, model.tool_style)
         # the template writes the BOS token itself
         return model.tokenizer.encode(text, special=False), text.rstrip().endswith(OPEN)
 

@@ -18,6 +18,7 @@ from tinier.errors import TinierError
 from tinier.serving.metrics import Metrics
 from tinier.serving.replica import Delta, EngineFailure, Job, Replica, Unavailable
 from tinier.serving.thinking import thinks
+from tinier.serving.tools import Style, style_of
 from tinier.serving.worker import Ready, WorkerSpec
 from tinier.tokenizer import Tokenizer
 
@@ -58,6 +59,11 @@ class Model:
     def thinks(self) -> bool:
         """Whether its answers may have thoughts before them."""
         return thinks(self.tokenizer)
+
+    @cached_property
+    def tool_style(self) -> Style:
+        """How it calls tools."""
+        return style_of(self.tokenizer)
 
     @property
     def label(self) -> str:

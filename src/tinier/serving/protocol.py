@@ -19,6 +19,7 @@ from tinier.engine import SamplingParams, TokenLogprobs
 from tinier.engine.grammar import choice, json_schema, lark, regex
 from tinier.engine.request import MAX_LOGPROBS
 from tinier.errors import InputError
+from tinier.serving.tools import CalledTool, NamedTool, Style, Tool, in_words
 from tinier.tokenizer import Tokenizer
 
 _Text = Annotated[str, Field(max_length=4_000_000)]
@@ -48,8 +49,7 @@ class ApiError(Exception):
 # () beside null means any value: it is a label, or a hint
 _Neutral = dict[str, tuple[object, ...]]
 _REQUEST: _Neutral = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "functions": ([],), "function_call": ("none", "auto"),
     "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "modalities": (["text"],), "audio": (None,), "prediction": (None,), "web_search_options": (None,),
     "store": (False,), "metadata": (), "user": (), "safety_identifier": (), "prompt_cache_key": (),
@@ -57,12 +57,15 @@ _REQUEST: _Neutral = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "chat_template": (None,),
     "logits_processors": ([],), "guided_decoding_backend": (), "guided_whitespace_pattern": (None,),
 }  # fmt: skip
+_OTHER_FORMS = (
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
 _OF_CHATS: _Neutral = {
     "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
 }  # fmt: skip
 _MESSAGE: _Neutral = {
-    "tool_calls": ([],), "function_call": (None,), "audio": (None,), "annotations": (),
-    "reasoning": (),
+    "function_call": (None,), "audio": (None,), "annotations": (), "reasoning": (),
 }  # fmt: skip
 _PART: _Neutral = {"cache_control": (), "prompt_cache_breakpoint": ()}
 _STREAM: _Neutral = {"include_obfuscation": (False,)}
@@ -301,9 +304,13 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | Annotated[list[TextPart], Field(max_length=1000)]
-    name: Annotated[str, Field(max_length=100)] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Text | Annotated[list[TextPart], Field(max_length=1000)] | None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=128)] | None = None
+    """Of an assistant, which then may have no content"""
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    """Of the call that a tool's message answers"""
     reasoning_content: _Text | None = None
     """What an earlier answer thought, for templates that show it"""
 
@@ -317,19 +324,43 @@ class Message(BaseModel):
             refusal = values.pop("refusal")
             if values.get("content") is None and isinstance(refusal, str):
                 values["content"] = refusal
+        if isinstance(values, dict) and values.get("tool_calls"):
+            values = {"content": None, **values}
         return values
 
-    def as_template_wants(self) -> dict[str, str]:
-        content = self.content
+    @model_validator(mode="after")
+    def _whole(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise ApiError(
+                400, f"tool_calls are an assistant's, not a {self.role}'s.", param="messages"
+            )
+        if self.content is None and not self.tool_calls:
+            raise ApiError(
+                400, f"The {self.role}'s message has no content. Send a text.", param="messages"
+            )
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ApiError(
+                400, "A message of role 'tool', and no other, has a tool_call_id.", param="messages"
+            )
+        return self
+
+    def as_template_wants(self) -> dict[str, Any]:
+        """Raises InputError for calls whose arguments are no JSON."""
+        content = self.content or ""
         if not isinstance(content, str):  # joined as vLLM joins them
             content = "\n".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content}
+        message: dict[str, Any] = {"role": role, "content": content}
         if self.reasoning_content:
             message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_template_wants() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         return message
 
 
+_Tools = Annotated[list[Tool], Field(max_length=128)]
 _Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
 _Variables = Annotated[dict[str, Any], Field(max_length=64)]
 
@@ -339,10 +370,66 @@ class ChatBody(_Generation):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: _Variables | None = None
+    tools: _Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """None: auto"""
+    parallel_tool_calls: bool | None = None
     max_tokens: _MaxTokens | None = None
     max_completion_tokens: _MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _tools_and_choice(self) -> "ChatBody":
+        names = [tool.function.name for tool in self.tools or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ApiError(
+                400, f"tools has {twice!r} twice. Give each its own name.", param="tools"
+            )
+        choice = self.tool_choice
+        if choice == "required" and not names:
+            raise ApiError(
+                400, "tool_choice 'required' needs tools. Give some.", param="tool_choice"
+            )
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ApiError(
+                400,
+                f"tool_choice names {choice.function.name!r}, which is not among tools"
+                f"{': ' + ', '.join(names) if names else ''}.",
+                param="tool_choice",
+            )
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        if self.tool_choice == "none":
+            return []
+        chosen = self.tool_choice
+        return [
+            tool
+            for tool in self.tools or ()
+            if not isinstance(chosen, NamedTool) or tool.function.name == chosen.function.name
+        ]
+
+    @property
+    def must_call(self) -> bool:
+        return bool(self.offered) and self.tool_choice not in (None, "auto")
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        """What response_format asks of an answer beside tools. Raises ApiError for other forms."""
+        for name in _OTHER_FORMS:
+            if getattr(self, name) is not None:
+                raise ApiError(
+                    400,
+                    f"{name} does not go with tools. Use response_format, or tool_choice 'none'.",
+                    param=name,
+                )
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        schema = self.response_format.json_schema
+        return {"type": "object"} if schema is None else schema.schema_
 
 
 class TokenizeBody(BaseModel):
@@ -359,16 +446,24 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: _Variables | None = None
+    tools: _Tools | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
         return _settle(values, _REQUEST)
 
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the conversation's text tells of."""
+        return self.tools or []
+
     @model_validator(mode="after")
     def _one(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "Give either prompt or messages.", param="prompt")
+        if self.tools and self.messages is None:
+            raise ApiError(400, "tools go with messages, not with a prompt.", param="tools")
         return self
 
 
@@ -381,8 +476,11 @@ class DetokenizeBody(BaseModel):
     tokens: Annotated[list[_Token], Field(max_length=2**20)]
 
 
-def conversation_text(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> str:
-    """The messages as the model's template writes them. Raises ApiError, TextError."""
+def conversation_text(tokenizer: Tokenizer, body: ChatBody | TokenizeBody, style: Style) -> str:
+    """The messages and tools as the model's template writes them.
+
+    Raises ApiError, InputError, TextError.
+    """
     messages = body.messages or []
     continues = bool(body.continue_final_message)
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
@@ -400,10 +498,28 @@ def conversation_text(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> st
             f"{messages[-1].role}'s. Leave it out, or send the beginning of an answer last.",
             param="messages",
         )
+    written, tools = _named([message.as_template_wants() for message in messages]), body.offered
+    if not style.known:
+        written, tools = in_words(written, tools), []
     return tokenizer.chat(
-        [message.as_template_wants() for message in messages],
-        opens_reply=opens, continues=continues, variables=body.chat_template_kwargs or {},
+        written, opens_reply=opens, continues=continues, variables=body.chat_template_kwargs or {},
+        tools=[tool.as_template_wants() for tool in tools],
     )  # fmt: skip
+
+
+def _named(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the name of the function in each tool's message: some templates show it."""
+    names = {
+        call["id"]: call["function"]["name"]
+        for message in messages
+        for call in message.get("tool_calls", ())
+    }
+    return [
+        message | {"name": names[message["tool_call_id"]]}
+        if message.get("tool_call_id") in names
+        else message
+        for message in messages
+    ]
 
 
 class EmbeddingsBody(BaseModel):

@@ -15,7 +15,7 @@ async def tokenize(model: Model, body: TokenizeBody) -> dict[str, Any]:
         if body.prompt is not None:
             ids = tokenizer.encode(body.prompt, special=body.add_special_tokens is not False)
         else:
-            text = conversation_text(tokenizer, body)
+            text = conversation_text(tokenizer, body, model.tool_style)
             ids = tokenizer.encode(text, special=bool(body.add_special_tokens))
         return ids, tokenizer.inner.convert_ids_to_tokens(ids) if body.return_token_strs else None
 

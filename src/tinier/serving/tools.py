@@ -1,0 +1,365 @@
+"""Tools: functions that a model may ask its client to call, in the form that each family writes.
+
+Start at `style_of`, `ToolCalls` and `grammar`. Families: Hermes (Qwen, SmolLM and most others) writes each
+call as JSON between <tool_call> and </tool_call>; Llama 3 answers with nothing but the JSON; Mistral writes
+a list behind [TOOL_CALLS]. A model whose chat template knows no tools is told of them in Hermes' form, by
+`in_words`.
+"""
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tinier.engine.grammar import lark
+from tinier.errors import InputError
+from tinier.tokenizer import Tokenizer
+
+_Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,256}$")]
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_LIST, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
+_PYTHON = "<|python_tag|>"
+# a small model might go on calling for ever
+_MOST_CALLS = 16
+_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+class Function(BaseModel):
+    """Of a tool."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments; None: there are none"""
+    strict: bool | None = None
+    """Whether arguments must follow the schema, also where the model chooses by itself"""
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+    def as_template_wants(self) -> dict[str, Any]:
+        function = self.function
+        return {
+            "type": "function",
+            "function": {
+                "name": function.name, "description": function.description or "",
+                "parameters": function.parameters or {"type": "object", "properties": {}},
+            },
+        }  # fmt: skip
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: _Name
+
+
+class NamedTool(BaseModel):
+    """The one that must be called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Annotated[str, Field(max_length=4_000_000)]
+    """JSON text"""
+
+
+class CalledTool(BaseModel):
+    """A call in an earlier answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """As a stream's pieces had it"""
+
+    def as_template_wants(self) -> dict[str, Any]:
+        """With arguments as an object. Raises InputError where they are none."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise InputError(
+                f"the arguments of the call {self.id} are no JSON object: {self.function.arguments:.80}. "
+                "Send them as they came."
+            )
+        called = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": called}
+
+
+class Style(NamedTuple):
+    """How a model writes its calls."""
+
+    name: Literal["hermes", "llama", "mistral"]
+    known: bool
+    """Whether the chat template writes the tools itself"""
+    special: dict[str, int]
+    """Marks that are special tokens, which texts leave out unless they are asked for"""
+
+
+class Call(NamedTuple):
+    name: str
+    arguments: str
+    """JSON text"""
+
+
+def style_of(tokenizer: Tokenizer) -> Style:
+    """By the chat template."""
+    template = str(tokenizer.inner.chat_template or "")
+    known = re.search(r"\btools\b", template) is not None
+    special = tokenizer.special_ids
+    marks = {m: special[m] for m in (_OPEN, _CLOSE, _LIST, _ARGUMENTS, _PYTHON) if m in special}
+    if known and _LIST in template:
+        return Style("mistral", known, marks)
+    if known and _OPEN not in template and ('"parameters": ' in template or _PYTHON in template):
+        return Style("llama", known, marks)
+    return Style("hermes", known, marks)
+
+
+def new_id(style: Style) -> str:
+    """Of a call."""
+    if style.name == "mistral":  # its template takes no other
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return f"call_{secrets.token_hex(12)}"
+
+
+class ToolCalls:
+    """Parts the text of one answer, piece by piece, into what is said and what is to be called.
+
+    What looks like a call and is none stays text.
+    """
+
+    def __init__(self, style: Style, names: Sequence[str], most: int = _MOST_CALLS) -> None:
+        """names: of the tools. most: calls that are given; later ones are left out."""
+        self._style, self._names, self._most = style.name, frozenset(names), most
+        self._called = 0
+        self._held = ""
+        """Text that was not given yet"""
+        self._begun = False
+        """Whether something else than white space was given"""
+
+    def push(self, text: str) -> tuple[str, list[Call]]:
+        """The text and the calls that this piece makes certain."""
+        self._held += text
+        if self._style == "llama":
+            start = self._held.lstrip()
+            if not self._begun and (not start or start[0] == "{" or _PYTHON.startswith(start[:14])):
+                return "", []
+            return self._say(self._held), []
+        said, calls = "", list[Call]()
+        mark = _OPEN if self._style == "hermes" else _LIST
+        while True:
+            before, found, inside = self._held.partition(mark)
+            if not found:
+                held = _overlap(before, mark)
+                kept = before[: len(before) - held].rstrip()
+                return said + self._say(kept), calls
+            said += self._say(before.rstrip())
+            within, closed, after = inside.partition(_CLOSE)
+            if self._style == "mistral" or not closed:
+                return said, calls
+            made = _read_json(within)
+            if made is None:
+                said += self._say(self._held[: len(self._held) - len(after)])
+            else:
+                calls += self._given(made)
+                self._held = after
+
+    def close(self) -> tuple[str, list[Call]]:
+        """What was held back, at the end of the text."""
+        made: list[Call] | None = None
+        held = self._held.strip()
+        if self._style == "mistral" and held.startswith(_LIST):
+            made = _read_list(held.removeprefix(_LIST))
+        elif self._style == "llama":
+            made = _read_json(held.removeprefix(_PYTHON))
+            if made is not None and not {call.name for call in made} <= self._names:
+                made = None  # an answer in JSON
+        if made is None:
+            # white space behind a call is no answer
+            return ("", []) if self._called and not held else (self._say(self._held), [])
+        self._held = ""
+        return "", self._given(made)
+
+    def _given(self, made: list[Call]) -> list[Call]:
+        given = made[: self._most - self._called]
+        self._called += len(given)
+        return given
+
+    def _say(self, text: str) -> str:
+        """Give text from the start of what is held."""
+        self._held = self._held[len(text) :]
+        if not self._begun:
+            text = text if text.strip() else ""
+        self._begun = self._begun or bool(text)
+        return text
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Characters at the end of a text that may begin a mark."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _read_json(text: str) -> list[Call] | None:
+    """Calls as JSON objects, or lists of them, one after the other, perhaps with semicolons between; None:
+    it is something else."""
+    decoder, at, made = json.JSONDecoder(), 0, []
+    while at < len(text):
+        if text[at] in " \t\r\n;,":
+            at += 1
+            continue
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:
+            return None
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+                return None
+            arguments = one.get("arguments", one.get("parameters")) or {}
+            if isinstance(arguments, str):  # JSON in JSON
+                made.append(Call(one["name"], arguments))
+            elif isinstance(arguments, dict):
+                made.append(Call(one["name"], json.dumps(arguments, ensure_ascii=False)))
+            else:
+                return None
+    return made or None
+
+
+def _read_list(text: str) -> list[Call] | None:
+    """What Mistral's models write behind the mark: a list, or from 2025 on NAME[ARGS]{…} for each."""
+    if _ARGUMENTS not in text:
+        return _read_json(text.replace(_LIST, " "))
+    made = []
+    for part in text.split(_LIST):
+        name, _, arguments = part.partition(_ARGUMENTS)
+        read = _read_json(json.dumps({"name": name.strip()})[:-1] + f', "arguments": {arguments}}}')
+        if read is None:
+            return None
+        made += read
+    return made
+
+
+def grammar(
+    style: Style, tools: Sequence[Tool], *, forced: bool, several: bool, template: str = "",
+    otherwise: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """What a text must follow that calls one of these tools. Raises InputError for schemas that cannot be.
+
+    forced: it must call; otherwise it may say something, in any words or as the JSON schema `otherwise`.
+    several: it may call more than once. template: the model's, which says how Mistral's models write.
+    """
+    tagged = style.name == "mistral" and _ARGUMENTS in template
+    rules = [f"call_{i}: {_call(style, tool, tagged, forced)}" for i, tool in enumerate(tools)]
+    rules.append("one: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+
+    def followed(part: str) -> str:
+        return f" ({part}){{0,{_MOST_CALLS - 1}}}" if several else ""
+
+    mark, behind = _mark(style, _OPEN), f'"\\n" {_mark(style, _CLOSE)}'
+    if style.name == "hermes":
+        rules.append(f'block: {mark} "\\n" one {behind}')
+        calls = "block" + followed('"\\n" block')
+    elif style.name == "llama":
+        calls = "one" + followed('"; " one')
+    else:
+        listed = _mark(style, _LIST)
+        calls = f'{listed} "[" one' + followed('", " one') + ' "]"'
+        if tagged:
+            calls = f"{listed} one" + followed(f"{listed} one")
+    rules.append(f"calls: {calls}")
+    if forced:
+        rules.append("start: calls")
+    elif otherwise is not None:
+        if style.name == "llama":
+            raise InputError(
+                "this model writes its calls as bare JSON, which response_format cannot be told from. Use "
+                "tool_choice 'none' or 'required' with it."
+            )
+        rules.append(f"start: calls | said\nsaid: %json {json.dumps(otherwise)}")
+    elif style.name == "llama":
+        rules.append("start: calls | SAID\nSAID: /([^{ \\n](.|\\n)*)?/")
+    else:  # words, and then calls
+        first = _OPEN if style.name == "hermes" else _LIST
+        rules.append("SAID: /(.|\\n)*/")
+        if first in style.special:
+            rules.append("start: SAID | SAID calls")
+        else:
+            # the mark is found where the words end, so what follows it is one rule with them
+            rules.append(f'begun[lazy]: SAID "{first}"')
+            rest = f'"\\n" one {behind}' + followed('"\\n" block')
+            if style.name == "mistral":
+                rest = calls.removeprefix(json.dumps(first))
+            rules.append(f"start: SAID | begun {rest}")
+    return lark("%llguidance {}\n" + "\n".join(rules))
+
+
+def _mark(style: Style, mark: str) -> str:
+    """A mark in a grammar: a special token by its number."""
+    return f"<[{style.special[mark]}]>" if mark in style.special else json.dumps(mark)
+
+
+def _call(style: Style, tool: Tool, tagged: bool, forced: bool) -> str:
+    function = tool.function
+    schema: dict[str, Any] = {"type": "object"}
+    if forced or function.strict:
+        schema = function.parameters or {"type": "object", "additionalProperties": False}
+    arguments = f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+    if tagged:
+        return f"{json.dumps(function.name)} {_mark(style, _ARGUMENTS)} {arguments}"
+    key = "parameters" if style.name == "llama" else "arguments"
+    before = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
+    return f'{before} {arguments} "}}"'
+
+
+def in_words(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """A conversation for a template that knows no tools: they are described in the system's message, calls
+    and results are written into the others."""
+    made: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "tool":
+            said = f"<tool_response>\n{content}\n</tool_response>"
+            if made and made[-1].get("of_tools"):
+                made[-1]["content"] += f"\n{said}"
+            else:
+                made.append({"role": "user", "content": said, "of_tools": True})
+            continue
+        calls = [
+            f"{_OPEN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{_CLOSE}"
+            for call in message.get("tool_calls", ())
+        ]
+        others = {key: value for key, value in message.items() if key != "tool_calls"}
+        made.append(others | {"content": "\n".join(filter(None, [content, *calls]))})
+    if tools:
+        known = [json.dumps(t.as_template_wants()["function"], ensure_ascii=False) for t in tools]
+        told = (
+            "You can call functions. Each of these lines describes one:\n<tools>\n"
+            + "\n".join(known)
+            + "\n</tools>\nTo call one, answer with its name and its arguments as JSON:\n<tool_call>\n"
+            '{"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}\n</tool_call>'
+        )
+        if made and made[0]["role"] == "system":
+            made[0] = made[0] | {"content": f"{made[0]['content']}\n\n{told}"}
+        else:
+            made.insert(0, {"role": "system", "content": told})
+    return [{key: value for key, value in one.items() if key != "of_tools"} for one in made]
