@@ -24,6 +24,37 @@ pieces = [chunk.content for chunk in chat.stream(talk)]
 whole = OpenAI(model="one", base_url=url + "/v1", api_key="none", max_tokens=4, max_retries=0).invoke("x")
 print(json.dumps([isinstance(second.content, str), len(pieces) > 0, isinstance(whole, str)]))
 """
+LANGCHAIN_TOOLS = """
+import json, sys
+from typing import Literal
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+
+@tool
+def weather(city: Literal["Rome", "Oslo"], days: Literal[1, 2]) -> str:
+    "The weather of a city."
+    return f"{city}: sunny for {days}"
+
+class Pet(BaseModel):
+    kind: Literal["cat", "dog"]
+    lives: bool
+
+chat = ChatOpenAI(model="one", base_url=sys.argv[1] + "/v1", api_key="none", max_tokens=200, max_retries=0)
+pets = [chat.with_structured_output(Pet, method=m).invoke("x") for m in ("json_schema", "function_calling")]
+bound = chat.bind_tools([weather], tool_choice="weather")
+asked = [HumanMessage("x")]
+called = bound.invoke(asked)
+(call,) = called.tool_calls
+told = ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])
+after = chat.bind_tools([weather]).invoke([*asked, called, told])
+whole = None
+for piece in bound.stream(asked):
+    whole = piece if whole is None else whole + piece
+print(json.dumps([all(isinstance(pet, Pet) for pet in pets), isinstance(after.content, str),
+                  [call["name"] for call in whole.tool_calls] == ["weather"]]))
+"""
 LITELLM = """
 import json, sys
 import litellm
@@ -47,7 +78,9 @@ def python() -> str:
     return str(environment("interop", PACKAGES) / "python")
 
 
-@pytest.mark.parametrize("script", [LANGCHAIN, LITELLM], ids=["langchain", "litellm"])
+@pytest.mark.parametrize(
+    "script", [LANGCHAIN, LANGCHAIN_TOOLS, LITELLM], ids=["langchain", "tools", "litellm"]
+)
 def test_a_client_s_defaults_are_answered(service: Service, python: str, script: str) -> None:
     done = subprocess.run(
         [python, "-c", script, service.url],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ TEMPLATE = (
 ENGINE = EngineConfig(max_batch_size=8, max_seq_len=256, block_size=4, device="cpu")
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A tiny model with a chat template."""
-    write_tiny(folder, "llama", dtype=torch.float32, seed=seed)
+def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """A tiny model with a chat template. config: of transformers', beside the tiny sizes."""
+    write_tiny(folder, "llama", dtype=torch.float32, seed=seed, **config)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 

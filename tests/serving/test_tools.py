@@ -17,7 +17,7 @@ from tinier.engine.grammar import Grammars
 from tinier.errors import InputError
 from tinier.serving import ServeConfig, Service
 from tinier.serving.protocol import ChatBody, conversation_text
-from tinier.serving.tools import Call, Style, Tool, ToolCalls, grammar, style_of
+from tinier.serving.tools import Call, Style, Tool, ToolCalls, closed, grammar, style_of
 from tinier.tokenizer import Tokenizer
 
 WEATHER: dict[str, Any] = {
@@ -123,6 +123,20 @@ def test_calls_can_be_forced(style: Style, one: str, more: str) -> None:
     pushed, closed = parser.push(one % ROME + more), parser.close()
     assert pushed[1] + closed[1] == [Call("weather", ROME), Call("now", "{}")]
     assert pushed[0] + closed[0] == ""
+
+
+def test_arguments_have_no_other_names_than_the_schema() -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    either = {"properties": {}, "anyOf": [{"required": ["b"]}]}
+    schema = {"type": "object", "properties": {"list": {"type": "array", "items": inner}, "free": either,
+              "map": {"type": "object", "additionalProperties": {"type": "string"}}}}  # fmt: skip
+    made = closed(schema)
+    assert made["additionalProperties"] is False
+    properties = made["properties"]
+    assert properties["list"]["items"] == inner | {"additionalProperties": False}
+    assert properties["free"] == either
+    assert properties["map"] == schema["properties"]["map"]  # type: ignore[index]
+    assert "additionalProperties" not in schema
 
 
 def test_strict_tools_are_followed_where_the_model_chooses() -> None:

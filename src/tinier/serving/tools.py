@@ -25,6 +25,11 @@ _LIST, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _PYTHON = "<|python_tag|>"
 # a small model might go on calling for ever
 _MOST_CALLS = 16
+# with one of these beside it, a list of properties is not all there is
+_OPENING = {
+    "additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref",
+    "if", "dependentSchemas",
+}  # fmt: skip
 _SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
@@ -322,13 +327,27 @@ def _call(style: Style, tool: Tool, tagged: bool, forced: bool) -> str:
     function = tool.function
     schema: dict[str, Any] = {"type": "object"}
     if forced or function.strict:
-        schema = function.parameters or {"type": "object", "additionalProperties": False}
+        schema = closed(function.parameters or {"type": "object", "properties": {}})
     arguments = f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
     if tagged:
         return f"{json.dumps(function.name)} {_mark(style, _ARGUMENTS)} {arguments}"
     key = "parameters" if style.name == "llama" else "arguments"
     before = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
     return f'{before} {arguments} "}}"'
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have no other properties than it names, unless it says otherwise: a small
+    model goes on inventing some for ever."""
+    made = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(made.get(key), dict):
+            made[key] = {n: closed(s) if isinstance(s, dict) else s for n, s in made[key].items()}
+    if isinstance(made.get("items"), dict):
+        made["items"] = closed(made["items"])
+    if "properties" in made and not _OPENING & made.keys():
+        made["additionalProperties"] = False
+    return made
 
 
 def in_words(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
