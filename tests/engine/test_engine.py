@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
+from tinier.engine.runner import Captured, Runner, Shape, Staging
 from tinier.errors import InputError
 from tinier.kernels.native import load_library
 
@@ -269,3 +270,78 @@ def test_a_process_may_end_while_its_memory_is_moved_to_huge_pages(tiny: Tiny) -
     for _ in range(6):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_context_is_the_model_s_own_where_the_cache_has_room(tiny: Tiny) -> None:
+    model = tiny(max_position_embeddings=20_000)
+    token = 2 * 4 * 2 * 16 * 4  # keys and values of four layers, two heads of 16, float32
+    for cache, room in ((None, 20_000), (6_000 * token, 6_000), (100 * token, 96)):
+        engine = Engine(model, EngineConfig(device="cpu", max_batch_size=8, kv_cache_bytes=cache))
+        assert engine.limits.room == engine.max_seq_len == room
+    # no larger cache than for requests of 4,096 tokens
+    assert Engine(model, EngineConfig(device="cpu", max_batch_size=8)).num_blocks == 8 * 256
+    asked = Engine(model, EngineConfig(device="cpu", max_seq_len=128))
+    assert (asked.limits.room, asked.num_blocks) == (128, 32 * 8)
+
+
+def test_sequences_that_would_be_turned_otherwise_are_not_the_default(tiny: Tiny) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model = tiny(max_position_embeddings=256, rope_parameters=rope)
+    assert Engine(model, EngineConfig(device="cpu")).max_seq_len == 256
+    assert Engine(model, EngineConfig(device="cpu", max_seq_len=600)).max_seq_len == 600
+
+
+class Replayed:
+    """What a CUDA graph is to the runner, on a CPU: a shape's step, computed from buffers that stay."""
+
+    def __init__(self, runner: Runner, captured: Captured, shape: Shape) -> None:
+        self._runner, self._captured, self._shape = runner, captured, shape
+
+    def replay(self) -> None:
+        parts = self._runner._split(self._captured.inputs, self._shape.rows, self._shape.sequences)
+        starts = parts[5]
+        counts = [count for count in starts.diff().tolist() if count]
+        rows, sequences = sum(counts), len(counts)
+        ends = [rows] * 3 + [sequences] * 2 + [sequences + 1, 1, sequences]
+        real = [part[:end].flatten() for part, end in zip(parts, ends, strict=True)]
+        self._captured.output = self._runner._compute(torch.cat(real), counts, 1)
+
+
+@pytest.mark.parametrize("narrow", [1, 2, 1000])
+def test_only_used_columns_of_wide_block_tables_are_copied(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, narrow: int
+) -> None:
+    model = tiny(initializer_range=0.2)
+    config = EngineConfig(device="cpu", block_size=4, max_batch_size=3, max_seq_len=200)
+    asked = prompts(7)
+    params = SamplingParams(max_tokens=30)
+    plain = Engine(model, config).generate(asked, params)
+    monkeypatch.setattr("tinier.engine.runner._NARROW", narrow)
+    assert Engine(model, config).generate(asked, params) == plain
+    monkeypatch.setattr("tinier.engine.runner.captures", lambda *_: True)
+    engine = Engine(model, config)
+    runner = engine.runner
+    widths = set()
+
+    def capture(shape: Shape) -> Captured:
+        inputs = runner._inputs([], shape.rows, shape.sequences).clone()
+        captured = Captured.__new__(Captured)
+        captured.inputs = inputs
+        captured.tables = runner._split(inputs, shape.rows, shape.sequences)[-1]
+        captured.graph = Replayed(runner, captured, shape)  # type: ignore[assignment]
+        runner._captured[shape] = captured
+        return captured
+
+    def stage(size: int) -> torch.Tensor:
+        widths.add(size)
+        return torch.full((size,), -7, dtype=torch.int32)
+
+    class Sent:
+        def record(self) -> None: ...
+
+    monkeypatch.setattr(runner, "_native", None)
+    monkeypatch.setattr(runner, "_capture", capture)
+    monkeypatch.setattr(runner, "_stage", stage)
+    monkeypatch.setattr(runner, "_staging", [Staging(torch.empty(0), Sent())])  # type: ignore[arg-type]
+    assert engine.generate(asked, params) == plain
+    assert len(widths) > 2

@@ -170,7 +170,7 @@ def _memory(checkpoint: Checkpoint, place: torch.device) -> Iterator[Finding]:
     """What serving takes, and what to lower if there is less."""
     geometry, layout = geometry_of(checkpoint), checkpoint_layout(checkpoint)
     config = EngineConfig()
-    length = min(config.max_seq_len, geometry.max_positions)
+    length = config.usual_len(geometry)
     grid = layout.kv_cache if layout else None
     item = checkpoint.dtype.itemsize if grid is None else 1
     a_token = geometry.cached_numbers * item

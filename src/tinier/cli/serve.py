@@ -32,8 +32,13 @@ def serve(
         int | None, typer.Option("--max-input-len", help="Prompt tokens at most.")
     ] = None,
     max_seq_len: Annotated[
-        int, typer.Option("--max-seq-len", help="Prompt and output tokens at most.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--max-seq-len",
+            help="Prompt and output tokens at most.",
+            show_default="what the model takes and the cache has room for",
+        ),
+    ] = None,
     max_step_tokens: Annotated[
         int,
         typer.Option(

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from typing import get_args
 
 from tinier.errors import InputError
+from tinier.families import Geometry
 from tinier.schemes import Int4Inputs
+
+USUAL_SEQ_LEN = 4096
+"""Tokens of the requests that a KV cache is sized for, unless it is told"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +17,10 @@ class EngineConfig:
     """Requests computed at once; more wait."""
     max_input_len: int | None = None
     """Prompt of one request, in tokens; None: as `max_seq_len`."""
-    max_seq_len: int = 4096
-    """Prompt plus output of one request, in tokens; the model's own limit if that is lower."""
+    max_seq_len: int | None = None
+    """Prompt plus output of one request, in tokens; the model's own limit if that is lower. None: as many
+    as the model takes and the KV cache, sized for requests of 4,096, has room for. (Of models that turn
+    longer sequences in another way, those they turn as short ones: rope.py.)"""
     max_step_tokens: int = 2048
     """New tokens computed in one step; longer prompts are computed in chunks of it."""
     block_size: int = 16
@@ -50,13 +56,17 @@ class EngineConfig:
             "max_draft_tokens",
             "tensor_parallel",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}. Use 1 or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}. Use 1 or more.")
         if self.int4_inputs not in get_args(Int4Inputs):
             raise InputError(f"int4_inputs={self.int4_inputs!r}. Use int8 or 16bit.")
-        if self.max_input_len is not None and not 1 <= self.max_input_len < self.max_seq_len:
+        most = self.max_seq_len
+        if self.max_input_len is not None and (
+            self.max_input_len < 1 or (most is not None and self.max_input_len >= most)
+        ):
             raise InputError(
-                f"max_input_len={self.max_input_len} with max_seq_len={self.max_seq_len}. "
+                f"max_input_len={self.max_input_len} with max_seq_len={most}. "
                 "Use at least 1, and less than max_seq_len: the output needs room too."
             )
         if self.max_step_tokens < self.max_batch_size:
@@ -65,3 +75,13 @@ class EngineConfig:
                 f"{self.max_batch_size}: every running request computes a token a step. Use at least "
                 f"{self.max_batch_size}."
             )
+
+    def usual_len(self, geometry: Geometry) -> int:
+        """Tokens of the requests that the KV cache is sized for."""
+        return min(self.max_seq_len or USUAL_SEQ_LEN, geometry.max_positions)
+
+    def longest(self, geometry: Geometry, room: int) -> int:
+        """Tokens of one request at most. room: of the KV cache."""
+        if self.max_seq_len is not None:
+            return min(self.max_seq_len, geometry.max_positions)
+        return min(geometry.alike_positions or geometry.max_positions, room)

@@ -96,8 +96,6 @@ class Engine:
             decoder = self._load(model, dtype, tokenizer)
             _log_paths(model.folder.name, decoder)
         self.decoder = decoder
-        self.max_seq_len = min(self.config.max_seq_len, decoder.geometry.max_positions)
-        self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
         self._draft_decoder = draft
@@ -107,6 +105,9 @@ class Engine:
             )
             _log_paths(small.folder.name, self._draft_decoder)
         self.num_blocks = self._num_blocks()
+        room = self.num_blocks * self.config.block_size
+        self.max_seq_len = self.config.longest(decoder.geometry, room)
+        self.max_input_len = min(self.config.max_input_len or self.max_seq_len, self.max_seq_len)
         on_gpu = decoder.device.type == "cuda"
         self._overlap = on_gpu if self.config.overlap is None else self.config.overlap
         self._pace = Pace(
@@ -640,7 +641,7 @@ class Engine:
         block_bytes = self._block_bytes
         if self._draft_decoder is not None:
             block_bytes += self._block_bytes_of(self._draft_decoder)
-        per_request = -(-self.max_seq_len // self.config.block_size)
+        per_request = -(-self.config.usual_len(self.decoder.geometry) // self.config.block_size)
         if self.config.kv_cache_bytes is not None:
             blocks = self.config.kv_cache_bytes // block_bytes
         else:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # numbers of tokens in steps that check drafts: half as many requests at most
 _DRAFT_ROWS = (8, 16, 32, 64)
+# columns of block tables that are copied whole, used or not
+_NARROW = 512
 
 
 class Output(NamedTuple):
@@ -64,8 +66,9 @@ class Shape(NamedTuple):
 class Captured:
     """The graph of one shape with the buffers that it reads and writes."""
 
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Tensor, tables: Tensor) -> None:
+        """tables: the part of the inputs, [sequences, width]."""
+        self.inputs, self.tables = inputs, tables
         self.graph = torch.cuda.CUDAGraph()
         self.output: Output | None = None
 
@@ -187,7 +190,13 @@ class Runner:
         """The step in its shape's graph, with what is computed for padding."""
         captured = self._captured.get(shape) or self._capture(shape)
         packed = self._inputs(chunks, shape.rows, shape.sequences)
-        captured.inputs.copy_(packed, non_blocking=True)
+        if packed.numel() == captured.inputs.numel():
+            captured.inputs.copy_(packed, non_blocking=True)
+        else:  # columns of the tables that no chunk reaches are left as they were
+            rest = captured.inputs.numel() - captured.tables.numel()
+            captured.inputs[:rest].copy_(packed[:rest], non_blocking=True)
+            used = packed[rest:].view(shape.sequences, -1)
+            captured.tables[:, : used.shape[1]].copy_(used, non_blocking=True)
         self._staging[-1].sent.record()
         captured.graph.replay()
         assert captured.output is not None
@@ -240,22 +249,26 @@ class Runner:
     def _inputs(self, chunks: list[Chunk], rows: int, sequences: int) -> Tensor:
         """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
         contexts and seats [sequences], starts [sequences + 1], decodes [1], block tables
-        [sequences, width]. What is past the chunks is padding.
+        [sequences, columns]: all, or of many those that are used. What is past the chunks is padding.
 
         A token that is not known yet is -1 - its request's seat.
         """
         count = len(chunks)
-        parts = self._parts(rows, sequences)
+        columns = self.width
+        if chunks and columns > _NARROW:
+            used = max(len(chunk.request.blocks) for chunk in chunks)
+            columns = min(columns, -(-used // _NARROW) * _NARROW)
+        parts = [*self._parts(rows, sequences), sequences * columns]
         packed = self._stage(sum(parts))
         values: NDArray[np.int32] = packed.numpy()
         tokens, positions, slots, contexts, seats, starts, decodes, flat = np.split(
             values, np.cumsum(parts[:-1])
         )
-        tables = flat.reshape(sequences, self.width)
+        tables = flat.reshape(sequences, columns)
         ones = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), count)
         decodes[0] = ones
         if chunks:
-            np.stack([chunk.request.table for chunk in chunks], out=tables[:count])
+            np.stack([chunk.request.table[:columns] for chunk in chunks], out=tables[:count])
         at = [chunk.start for chunk in chunks[:ones]]
         positions[:ones] = at
         tokens[:ones] = [_last_token(chunk) for chunk in chunks[:ones]]
@@ -327,14 +340,14 @@ class Runner:
         return Output(logits, greedy(logits, seats, self._sampled), states)
 
     def _parts(self, rows: int, sequences: int) -> list[int]:
-        """Sizes of what `_inputs` joins."""
-        each = [rows] * 3 + [sequences] * 2
-        return [*each, sequences + 1, 1, sequences * self.width]
+        """Sizes of what `_inputs` joins, before the block tables."""
+        return [*[rows] * 3, *[sequences] * 2, sequences + 1, 1]
 
     def _split(self, inputs: Tensor, rows: int, sequences: int) -> tuple[Tensor, ...]:
         """What `_inputs` joined."""
-        *parts, tables = inputs.split(self._parts(rows, sequences))
-        return *parts, tables.view(sequences, self.width)
+        parts = self._parts(rows, sequences)
+        *found, tables = inputs.split([*parts, len(inputs) - sum(parts)])
+        return *found, tables.view(sequences, -1)
 
     def _compute(
         self, inputs: Tensor, counts: list[int], longest: int, *, every: bool = False
@@ -364,7 +377,8 @@ class Runner:
 
     def _capture(self, shape: Shape) -> Captured:
         rows, sequences, is_long, every = shape
-        captured = Captured(self._inputs([], rows, sequences).to(self.decoder.device))
+        inputs = self._inputs([], rows, sequences).to(self.decoder.device)
+        captured = Captured(inputs, self._split(inputs, rows, sequences)[-1])
         counts = [1] * sequences
         counts[-1] += rows - sequences
         work = (counts, LONG_CONTEXT if is_long else LONG_CONTEXT - 1)

@@ -123,6 +123,7 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         turning=_turning(config),
         vocab=config.vocab_size,
         max_positions=_positions(config),
+        alike_positions=_alike_positions(config),
         norm_eps=config.rms_norm_eps,
         tied_head=bool(config.tie_word_embeddings),
         qkv_bias=bias if family.qkv_bias == "config" else family.qkv_bias,
@@ -251,6 +252,14 @@ def _positions(config: Any) -> int:
         return positions
     original = rope.get("original_max_position_embeddings") or positions
     return max(positions, int(original * rope.get("factor", 1.0)))
+
+
+def _alike_positions(config: Any) -> int | None:
+    """Where RoPE changes for whole sequences (`Geometry.alike_positions`)."""
+    rope = rope_parameters(config, rope_keys(config)[-1])
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def _kinds(family: Family, config: Any) -> tuple[LayerKind, ...]:

@@ -63,6 +63,9 @@ class Geometry:
     embedding_by_root: bool = False
     """Whether `multipliers.embedding` is the root of the hidden size."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    alike_positions: int | None = None
+    """Sequences up to this long are all turned alike, longer ones in another way (longrope, dynamic); None:
+    all are"""
 
     @property
     def cached_numbers(self) -> int:

@@ -18,7 +18,7 @@ from tinier.benchmark import Load, Workload, find_aiperf
 from tinier.checkpoint import Checkpoint, StagePlan
 from tinier.device import free_memory_bytes, model_flops, pick_device
 from tinier.distillation import DistillPlan, distill, plan_distill
-from tinier.engine import EngineConfig
+from tinier.engine.config import USUAL_SEQ_LEN
 from tinier.engine.crew import crew_devices
 from tinier.engine.parallel import Share
 from tinier.errors import InputError
@@ -228,7 +228,7 @@ def _loads(recipe: Recipe) -> tuple[Load, ...]:
     find_aiperf()
     for name in recipe.variants:
         Source.parse(f"{name}=served")
-    room = EngineConfig().max_seq_len
+    room = USUAL_SEQ_LEN
     if asked.input_length + asked.output_length > room:
         raise InputError(
             f"measure.serving: {asked.input_length} + {asked.output_length} tokens; `tinier serve` has "

@@ -185,7 +185,7 @@ class ModelStore:
 
     def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
         """Of the longest request's cache, in one process, which has all of the draft."""
-        positions = min(self._config.max_seq_len, geometry_of(checkpoint).max_positions)
+        positions = self._config.usual_len(geometry_of(checkpoint))
         blocks = -(-positions // self._config.block_size)  # the draft has as many
         own = self._block_bytes(checkpoint) // self._config.tensor_parallel
         return blocks * (own + (self._block_bytes(draft) if draft else 0))

@@ -51,11 +51,13 @@ class VllmPlan:
         options: dict[str, object] = {
             "model": self.folder, "served-model-name": self.source.name,
             "host": self.serve.host, "port": self.serve.port,
-            "max-model-len": self.engine.max_seq_len, "max-num-seqs": self.engine.max_batch_size,
-            "max-num-batched-tokens": max(self.engine.max_step_tokens, self.engine.max_seq_len),
+            "max-num-seqs": self.engine.max_batch_size,
+            "max-num-batched-tokens": max(self.engine.max_step_tokens, self.engine.max_seq_len or 0),
             "tensor-parallel-size": self.tensor_parallel,
             "pipeline-parallel-size": self.pipeline_parallel,
         }  # fmt: skip
+        if self.engine.max_seq_len is not None:
+            options["max-model-len"] = self.engine.max_seq_len
         if self.ray:
             options["distributed-executor-backend"] = "ray"
         made = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
