@@ -42,6 +42,7 @@ from tinier.serving.protocol import (
     UnloadBody,
     event,
 )
+from tinier.serving.responses import Responses, ResponsesBody, start_response
 from tinier.serving.store import ModelStore, Source
 from tinier.serving.tokens import detokenize, tokenize
 
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 Start = Callable[[Model, Any], Awaitable[Any]]
-"""A Generation or Embeddings"""
+"""A Generation, Responses or Embeddings"""
 _OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/ping", "/metrics", "/")
 _RETRY_AFTER = 1
 _LAST_WORDS_SECONDS = 10
@@ -121,6 +122,9 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
     async def chat(request: Request) -> Response:
         return await _generate(server, request, ChatBody, start_chat)
 
+    async def responses(request: Request) -> Response:
+        return await _generate(server, request, ResponsesBody, start_response)
+
     async def embeddings(request: Request) -> Response:
         return await _generate(server, request, EmbeddingsBody, start_embeddings)
 
@@ -182,6 +186,7 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/load", load, methods=["POST"]),
@@ -279,7 +284,7 @@ class _Guard:
 class _Stream(Response):
     """Server-sent events of a generation; the client's leaving ends it at once."""
 
-    def __init__(self, server: Server, generation: Generation, timeout: float) -> None:
+    def __init__(self, server: Server, generation: Generation | Responses, timeout: float) -> None:
         self._server = server
         self._generation = generation
         self._timeout = timeout
@@ -343,7 +348,10 @@ async def _generate(server: Server, request: Request, kind: type[Body], start: S
 
 
 async def _whole(
-    server: Server, request: Request, generation: Generation | Embeddings, timeout: float
+    server: Server,
+    request: Request,
+    generation: Generation | Responses | Embeddings,
+    timeout: float,
 ) -> Response:
     try:
         async with server.within(timeout):

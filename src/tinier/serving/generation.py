@@ -122,7 +122,7 @@ class Generation(ABC):
             for choice, (text, delta) in zip(self.choices, made, strict=True)
         ]
         answer = {**self.head, "object": self.object_name, "choices": choices}
-        return {**answer, "usage": self._usage(), **self._beside()}
+        return {**answer, "usage": self.usage(), **self._beside()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -133,7 +133,7 @@ class Generation(ABC):
                 yield self._chunk(choice, piece, delta)
         if self._wants_usage:
             yield event(
-                {**self.head, "object": self.chunk_name, "choices": [], "usage": self._usage()}
+                {**self.head, "object": self.chunk_name, "choices": [], "usage": self.usage()}
             )
         yield DONE
 
@@ -141,7 +141,8 @@ class Generation(ABC):
         for choice in self.choices:
             self.model.cancel(choice.job)
 
-    def _usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far, as OpenAI counts them."""
         jobs: dict[int, Job] = {}
         for choice in self.choices:  # the first of a prompt: the others find what it computed
             jobs.setdefault(id(choice.job.prompt), choice.job)
@@ -253,6 +254,12 @@ class Chat(Generation):
             message |= {"tool_calls": calls} if calls else {}
         return {"message": message}
 
+    def news(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """What comes of it, as a chunk has it: content, reasoning_content, tool_calls."""
+        ends = delta.finished is not None
+        said: dict[str, Any] = self._piece(choice, choice.push(delta), ends=ends)["delta"]
+        return said
+
     def _piece(self, choice: Choice, piece: str, *, ends: bool) -> dict[str, Any]:
         delta: dict[str, Any] = {} if choice in self._begun else {"role": "assistant"}
         self._begun.add(choice)
@@ -350,7 +357,7 @@ async def start_completion(model: Model, body: CompletionBody) -> Generation:
     return Completion(model, choices, body)
 
 
-async def start_chat(model: Model, body: ChatBody) -> Generation:
+async def start_chat(model: Model, body: ChatBody) -> Chat:
     """Raises InputError, ApiError, Overloaded or Unavailable."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")

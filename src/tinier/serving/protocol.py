@@ -71,7 +71,7 @@ _PART: _Neutral = {"cache_control": (), "prompt_cache_breakpoint": ()}
 _STREAM: _Neutral = {"include_obfuscation": (False,)}
 
 
-def _settle(values: Any, neutral: _Neutral, where: str = "") -> Any:
+def settle(values: Any, neutral: _Neutral, where: str = "") -> Any:
     """An object without the known fields that ask for nothing. Raises ApiError for those that do."""
     if not isinstance(values, dict):
         return values
@@ -96,7 +96,7 @@ class StreamOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        return _settle(values, _STREAM, "stream_options.")
+        return settle(values, _STREAM, "stream_options.")
 
 
 class JsonSchema(BaseModel):
@@ -177,7 +177,7 @@ class _Generation(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        return _settle(values, _REQUEST)
+        return settle(values, _REQUEST)
 
     def grammar(self) -> str | None:
         """What the text must follow; None: nothing. Raises ApiError. May take a second."""
@@ -262,7 +262,7 @@ class CompletionBody(_Generation):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, values: Any) -> Any:
-        return _settle(values, _OF_CHATS)
+        return settle(values, _OF_CHATS)
 
     prompt: _Prompt
     max_tokens: _MaxTokens | None = 16
@@ -298,7 +298,7 @@ class TextPart(BaseModel):
             if kind == "refusal" and "refusal" in values:
                 values = {**values, "text": values["refusal"]}
                 del values["refusal"]
-        return _settle(values, _PART)
+        return settle(values, _PART)
 
 
 class Message(BaseModel):
@@ -318,7 +318,7 @@ class Message(BaseModel):
     @classmethod
     def _known(cls, values: Any) -> Any:
         """As answers carry them: what a model said, or how it declined."""
-        values = _settle(values, _MESSAGE, "messages.")
+        values = settle(values, _MESSAGE, "messages.")
         if isinstance(values, dict) and "refusal" in values:
             values = dict(values)
             refusal = values.pop("refusal")
@@ -451,7 +451,7 @@ class TokenizeBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        return _settle(values, _REQUEST)
+        return settle(values, _REQUEST)
 
     @property
     def offered(self) -> list[Tool]:
@@ -538,7 +538,7 @@ class EmbeddingsBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        return _settle(
+        return settle(
             values, {"user": (), "dimensions": (None,), "truncate_prompt_tokens": (None,)}
         )
 
