@@ -487,9 +487,9 @@ def test_logprobs_without_alternatives_and_more_than_there_are_tokens() -> None:
         ({"prompt_logprobs": -1}, "prompt_logprobs=-1. Use 0 to 20, or None"),
         (
             {"stop": ("a", "")},
-            r"stop=\('a', ''\). Use a tuple of at most 16 strings, none of them empty",
+            r"stop=\('a', ''\). Use a tuple of at most 128 strings, none of them empty",
         ),
-        ({"stop": ("a",) * 17}, "Use a tuple of at most 16 strings"),
+        ({"stop": ("a",) * 129}, "Use a tuple of at most 128 strings"),
         ({"stop": "word"}, "stop='word'. Use a tuple"),
         ({"stop_token_ids": (-1,)}, r"stop_token_ids=\(-1,\). Use a tuple of token ids"),
     ],

@@ -333,7 +333,7 @@ def test_when_the_time_to_drain_is_over_everyone_hears_of_it(
             {"stop": ["a", ""]},
             "Invalid value for 'stop.1': String should have at least 1 character",
         ),
-        ({"stop": ["a"] * 17}, "Invalid value for 'stop': List should have at most 16 items"),
+        ({"stop": ["a"] * 129}, "Invalid value for 'stop': List should have at most 128 items"),
         ({"prompt": ["a"] * 129}, "Invalid value for 'prompt': List should have at most 128 items"),
         ({"prompt": [1, -1]}, "Invalid value for 'prompt.1'"),
         ({"top-p": 0.9}, "Unrecognized request argument supplied: top-p. Did you mean 'top_p'?"),

@@ -15,7 +15,7 @@ from tinier.engine.text import TextStream
 from tinier.errors import InputError
 
 MAX_LOGPROBS = 20
-MAX_STOPS = 16
+MAX_STOPS = 128
 
 Check = tuple[str, bool, str]
 """A field, whether its value fits, and what would."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tinier.engine import SamplingParams, TokenLogprobs
 from tinier.engine.grammar import choice, json_schema, lark, regex
-from tinier.engine.request import MAX_LOGPROBS
+from tinier.engine.request import MAX_LOGPROBS, MAX_STOPS
 from tinier.errors import InputError
 from tinier.serving.tools import CalledTool, NamedTool, Style, Tool, in_words
 from tinier.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class _Generation(BaseModel):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: _Biases | None = None
@@ -282,7 +282,7 @@ def _several(prompt: Any) -> list[str | list[int]]:
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text", "refusal"]
     text: _Text
@@ -302,7 +302,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # clients keep notes of their own in them
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text | Annotated[list[TextPart], Field(max_length=1000)] | None

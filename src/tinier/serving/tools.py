@@ -79,7 +79,7 @@ class NamedTool(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     name: Annotated[str, Field(max_length=256)]
     arguments: Annotated[str, Field(max_length=4_000_000)]
@@ -89,13 +89,11 @@ class CalledFunction(BaseModel):
 class CalledTool(BaseModel):
     """A call in an earlier answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
-    """As a stream's pieces had it"""
 
     def as_template_wants(self) -> dict[str, Any]:
         """With arguments as an object. Raises InputError where they are none."""
