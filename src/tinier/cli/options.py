@@ -10,7 +10,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Model folder, Hub id (owner/name or owner/name@revision), .gguf file or built-in "
-        "name (smollm2-135m, gemma3-270m).",
+        "name (smollm2-135m, gemma3-270m); MODEL+ADAPTER: with a LoRA adapter merged into it.",
         show_default=False,
     ),
 ]

@@ -13,7 +13,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="MODEL…",
-            help="MODEL, NAME=MODEL or NAME@VERSION=MODEL; several share the memory.",
+            help="MODEL, NAME=MODEL or NAME@VERSION=MODEL; several share the memory. "
+            "NAME=MODEL+ADAPTER: with a LoRA adapter.",
             show_default=False,
         ),
     ],

@@ -17,6 +17,7 @@ from tinier.checkpoint import (
 )
 from tinier.checkpoint.modelopt import usual_name
 from tinier.errors import CheckpointError
+from tinier.families.adapters import merged
 from tinier.families.configuration import checkpoint_layout, family_of, geometry_of, resolved_config
 from tinier.families.geometry import (
     EMBEDDING,
@@ -47,9 +48,15 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
 
     Where its files do other than config.json says and there is one right reading, that is taken, said as
     a warning, and kept in `Checkpoint.notes`.
-    model: folder, Hub id, .gguf file or built-in name. Raises CheckpointError or NetworkError.
+    model: folder, Hub id, .gguf file or built-in name; BASE+ADAPTER: with a LoRA adapter merged into it.
+    Raises CheckpointError or NetworkError.
     """
-    checkpoint = _canonical(open_checkpoint(resolve(str(model), revision)))
+    base, plus, adapter = str(model).rpartition("+")
+    if plus and not Path(model).expanduser().exists():
+        folder = merged(open_model(base, revision), resolve(adapter))
+        checkpoint = _canonical(open_checkpoint(folder))
+    else:
+        checkpoint = _canonical(open_checkpoint(resolve(str(model), revision)))
     for note in checkpoint.notes:
         warn(f"{checkpoint.folder.name}: {note}")
     return checkpoint

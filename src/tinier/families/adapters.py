@@ -1,0 +1,192 @@
+"""A LoRA adapter of PEFT's, merged into its base: BASE+ADAPTER wherever a model is named.
+
+Start at `merged`. A weight W [out, in] becomes W + s · B · A with s = alpha / r (LoRA, arXiv 2106.09685),
+or alpha / √r (rsLoRA, arXiv 2312.03732); with a magnitude m for each row it becomes m · W' / ‖W'‖ of that
+(DoRA, arXiv 2402.09353). The result is written to the cache once, and is a checkpoint like any other: it is
+quantized, measured and served at the base's speed.
+"""
+
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tinier.checkpoint import (
+    Checkpoint,
+    StagePlan,
+    TensorWriter,
+    atomic_folder,
+    cache_folder,
+    code_digest,
+    copy_side_files,
+    read_json,
+    write_config,
+)
+from tinier.checkpoint.folder import file_sha256
+from tinier.checkpoint.writer import wait_for
+from tinier.errors import CheckpointError
+from tinier.progress import say
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+# what changes how an adapter is read, with the values that are known here
+_KNOWN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
+    "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []), "trainable_token_indices": (None,),
+}  # fmt: skip
+
+
+class Update(NamedTuple):
+    """Of one linear layer."""
+
+    down: Tensor
+    """A, [r, in]"""
+    up: Tensor
+    """B, [out, r]"""
+    magnitude: Tensor | None
+    """[out], of DoRA"""
+    scale: float
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] with it, computed in float32, in the weight's type."""
+        made = weight.float() + self.scale * (self.up.float() @ self.down.float())
+        if self.magnitude is not None:
+            made *= (self.magnitude.float().flatten() / made.norm(dim=1)).unsqueeze(1)
+        return made.to(weight.dtype)
+
+
+class Adapter(NamedTuple):
+    updates: dict[str, Update]
+    """By the weight's name"""
+    replaced: dict[str, Tensor]
+    """Tensors that were trained whole: biases, `modules_to_save`"""
+
+
+def merged(base: Checkpoint, folder: Path) -> Path:
+    """The folder of the merged checkpoint, made unless the cache has it.
+
+    Raises CheckpointError for what is no LoRA adapter of this model.
+    """
+    if "quantization_config" in base.config:
+        raise CheckpointError(
+            f"{base.folder.name} is quantized. Merge the adapter into the 16-bit model, and quantize that: "
+            "tinier quantize BASE+ADAPTER"
+        )
+    config = _config(folder)
+    plan = StagePlan(
+        stage="merge", parameters={"adapter_sha256": file_sha256(folder / _WEIGHTS), "config": config},
+        inputs={"source": base}, output_config=base.config, output_bytes=base.disk_bytes, memory_bytes=0,
+        flops=0.0, code=code_digest("tinier.families.adapters"),
+    )  # fmt: skip
+    out = cache_folder() / f"merged-{plan.key[:16]}"
+    with wait_for(out):
+        if not out.exists():
+            adapter = _read(folder, config, base)
+            say(f"merging {folder.name} into {base.folder.name}")
+            _write(base, adapter, plan, out)
+    return out
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} has no {name}, so it is no LoRA adapter. Use BASE+ADAPTER with a folder that "
+                "PEFT's save_pretrained wrote, in safetensors."
+            )
+    config = read_json(folder / _CONFIG)
+    for key, allowed in _KNOWN.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(
+                f"{folder / _CONFIG} has {key}={config[key]!r}, which is not known here. Merge it with "
+                "PEFT: model.merge_and_unload()"
+            )
+    return config
+
+
+def _read(folder: Path, config: dict[str, Any], base: Checkpoint) -> Adapter:
+    """The adapter's tensors, checked against the model's."""
+    updates: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            own = name.removeprefix(_PREFIX)
+            module, part = _split(own)
+            target = f"{module}.weight" if part else own
+            if target not in base.tensors:
+                raise CheckpointError(
+                    f"the adapter {folder.name} changes {target}, which {base.folder.name} does not have. "
+                    "Give the model that it was trained on."
+                )
+            if part:
+                updates.setdefault(target, {})[part] = file.get_tensor(name)
+            else:
+                replaced[own] = file.get_tensor(name)
+    made = {name: _update(name, parts, config, folder) for name, parts in updates.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in replaced.items()}
+    shapes |= {name: (len(u.up), u.down.shape[1]) for name, u in made.items()}
+    for name, shape in shapes.items():
+        expected = tuple(base.tensors[name].shape)
+        if shape != expected:
+            raise CheckpointError(
+                f"the adapter {folder.name} is for a {name} of {shape}, and {base.folder.name} has "
+                f"{expected}. Give the model that it was trained on."
+            )
+    return Adapter(made, replaced)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module and the part of an update; without a part it is a tensor of the model's."""
+    for part in _PARTS:
+        for ending in (f".{part}", f".{part}.weight"):
+            if name.endswith(ending):
+                return name.removesuffix(ending), part
+    return name, ""
+
+
+def _update(name: str, parts: dict[str, Tensor], config: dict[str, Any], folder: Path) -> Update:
+    if not {"lora_A.weight", "lora_B.weight"} <= parts.keys():
+        raise CheckpointError(
+            f"{folder / _WEIGHTS} has but half of the update of {name}. Save it again."
+        )
+    module = name.removesuffix(".weight")
+    rank = _of(module, config.get("rank_pattern"), config["r"])
+    alpha = _of(module, config.get("alpha_pattern"), config["lora_alpha"])
+    down, up = parts["lora_A.weight"], parts["lora_B.weight"]
+    if not len(down) == up.shape[1] == rank:
+        raise CheckpointError(
+            f"{folder / _CONFIG} says that the rank of {name} is {rank}, and its tensors have {len(down)}."
+        )
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return Update(down, up, parts.get("lora_magnitude_vector"), scale)
+
+
+def _of(module: str, patterns: dict[str, float] | None, usual: float) -> float:
+    """A value that may differ by module, whose name the pattern ends."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return usual
+
+
+def _write(base: Checkpoint, adapter: Adapter, plan: StagePlan, out: Path) -> None:
+    started = time.monotonic()
+    with atomic_folder(out, needed_bytes=plan.output_bytes) as partial, base.reader() as read:
+        writer = TensorWriter(partial)
+        for name in base.tensors:
+            tensor = read(name)
+            if name in adapter.updates:
+                tensor = adapter.updates[name].applied(tensor)
+            elif name in adapter.replaced:
+                tensor = adapter.replaced[name].to(tensor.dtype)
+            writer.add(name, tensor)
+        writer.close()
+        write_config(partial, plan.output_config)
+        copy_side_files(base, partial)
+        plan.manifest(started=started, device=torch.device("cpu")).write(partial)
