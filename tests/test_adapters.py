@@ -100,6 +100,12 @@ def test_it_is_merged_once_and_is_a_model_like_any_other(
         (pair(Q, 64, 64), {"r": 8}, "says that the rank"),
         (pair(Q, 64, 64), {"peft_type": "LOHA"}, "peft_type='LOHA'"),
         (pair(Q, 64, 64), {"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        (
+            pair(Q, 64, 64),
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa_niter_4'",
+        ),
+        (pair(Q, 64, 64), {"use_dora": True}, "but half of the update"),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 64)}, {}, "but half of the update"),
         ({"model.embed_tokens.lora_embedding_A": torch.zeros(4, 264)}, {}, "does not have"),
     ],
@@ -119,5 +125,7 @@ def test_a_folder_without_an_adapter_is_said(tiny: Tiny) -> None:
     base = tiny()
     with pytest.raises(CheckpointError, match="is no LoRA adapter"):
         open_model(f"{base.folder}+{base.folder}")
-    with pytest.raises(CheckpointError, match="is no folder"):
-        open_model(f"{base.folder}+nothing here")
+    for missing in (f"{base.folder}+nothing here", "./c++/nope"):
+        with pytest.raises(CheckpointError, match="is no folder") as caught:
+            open_model(missing)
+        assert missing in str(caught.value)

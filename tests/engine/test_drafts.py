@@ -331,16 +331,44 @@ def test_a_first_step_that_took_long_does_not_end_all_drafting() -> None:
 
 
 def test_looking_for_drafts_takes_little_of_short_steps() -> None:
+    one = request([1], [], max_tokens=10_000)
     pace = Pace(8, model=False, overlaps=True)
-    pace.step_took(1.0, 16)
+    for _ in range(4):
+        pace.step_took(1.0, 16)
+        for rows in (17, 20, 24):
+            pace.step_took(90.0, rows, drafts=True)
     looks = 0
     for _ in range(1000):
         if not pace.rests():
             looks += 1
+            pace.lengths({one: 0}, 16)
             pace.looked(0.3, 16)
-    assert 25 < looks < 40  # 1 % of the time, 0.3 s each
-    pace.looked(0.005, 16)
+    assert 25 < looks < 45  # 1 % of the time, 0.3 s each
+    # a first look that indexes a long prompt does not end them; nor one when no token comes
+    pace._in_vain = True
+    pace.looked(50.0, 16)
+    assert [pace.rests() for _ in range(40)].index(False) == 32
+    pace.looked(50.0, 0)
     assert not pace.rests()
+
+
+def test_looking_does_not_end_drafts_that_pay() -> None:
+    one = request([1], [], max_tokens=10_000)
+    pace = Pace(8, model=False, overlaps=True)
+    for _ in range(4):
+        pace.step_took(1.0, 1)
+        for rows in range(2, 10):
+            pace.step_took(2.0, rows, drafts=True)
+    pace._agreement[one] = 0.9
+    drafted = 0
+    for _ in range(990):
+        if pace.rests():
+            continue
+        lengths = pace.lengths({one: 0}, 1)
+        drafted += bool(lengths)
+        if not lengths:
+            pace.looked(0.5, 1)
+    assert drafted > 940  # 96 of 99
 
 
 @pytest.mark.parametrize("draft", ["prompt", "model"])
@@ -372,6 +400,18 @@ def test_a_machine_that_became_slower_is_no_reason_to_draft_otherwise() -> None:
     for _ in range(200):  # only steps without drafts are seen, and take three times as long
         pace.step_took(3.3, 1)
     assert pace.lengths({one: 1}, 1) == before
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_seq_len": 128, "kv_cache_bytes": 30_000}, {"max_seq_len": 1}, {"max_input_len": 8}],
+)
+def test_drafts_are_measured_in_what_room_there_is(tiny: Tiny, limits: dict[str, int]) -> None:
+    engine = Engine(tiny(), EngineConfig(device="cpu", draft="prompt", **limits))  # type: ignore[arg-type]
+    assert engine.drafter is not None
+    engine.measure_drafts(engine.drafter)
+    assert not engine.has_work
+    assert (2 in engine._pace._checking._seen) == (limits.get("max_seq_len") != 1)
 
 
 def test_every_request_gets_its_token_before_any_draft(tiny: Tiny) -> None:

@@ -32,7 +32,7 @@ class Pet(pydantic.BaseModel):
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("responses")
     plain, thinking = write_model(root / "one"), write_model(root / "two")
-    write_template(plain, TEMPLATE + "{% if tools %}{% endif %}")  # tools need no words
+    write_template(plain, TEMPLATE + "{% if tools %}<tools>{% endif %}")  # tools need no words
     write_template(thinking, TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}")
     with Service([f"one={plain}", f"two={thinking}"], ENGINE, ServeConfig(port=0)) as running:
         yield running
@@ -61,6 +61,7 @@ def test_the_text_is_the_chat_s(served: Service, client: openai.OpenAI) -> None:
     length = same["choices"][0]["finish_reason"] == "length"
     assert made.status == ("incomplete" if length else "completed")
     assert (made.incomplete_details is not None) == length
+    assert made.output[-1].status == made.status  # type: ignore[union-attr]
     again = client.responses.create(
         model="one", input=[*TALK, *made.output, {"role": "user", "content": "Bye"}],  # type: ignore[list-item]
         max_output_tokens=3,
@@ -136,6 +137,12 @@ def test_functions_are_called_and_answered(client: openai.OpenAI, streams: bool)
 def test_a_form_is_followed(client: openai.OpenAI) -> None:
     made = client.responses.parse(model="one", input="Hi", text_format=Pet, max_output_tokens=60)
     assert isinstance(made.output_parsed, Pet)
+
+
+def test_what_was_declined_may_be_sent_back() -> None:
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    body = ResponsesBody.model_validate({"model": "x", "input": [said]}).as_chat()
+    assert body.messages[0].content == "No."
 
 
 def test_items_make_one_message_where_they_belong_together() -> None:

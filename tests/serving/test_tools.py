@@ -37,8 +37,9 @@ ROME, TIME = ('{"city": "Rome", "days": 3}', "{}")
 HERMES, LLAMA, MISTRAL = (
     Style("hermes", True, {}),
     Style("llama", True, {}),
-    Style("mistral", True, {}),
+    Style("mistral", True, {}, "[TOOL_CALLS]"),
 )
+GRANITE = Style("mistral", True, {}, "<|tool_call|>")
 
 TEXTS = [
     # style, text, what is said, what is called
@@ -60,6 +61,16 @@ TEXTS = [
     (MISTRAL, f'[TOOL_CALLS][{{"name": "weather", "arguments": {ROME}}}]', "", [("weather", ROME)]),
     (MISTRAL, f"Well [TOOL_CALLS]weather[ARGS]{ROME}[TOOL_CALLS]now[ARGS]{{}}", "Well",
      [("weather", ROME), ("now", TIME)]),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "x </tool_call> \\" y"}}</tool_call>', "",
+     [("now", '{"a": "x </tool_call> \\" y"}')]),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>',
+     '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>', []),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "\\ud800"}}</tool_call>',
+     '<tool_call>{"name": "now", "arguments": {"a": "\\ud800"}}</tool_call>', []),
+    (HERMES, '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("now", '{"a": 1}')]),
+    (HERMES, "<tool_call>" + "[" * 20_000 + "</tool_call>", "<tool_call>" + "[" * 20_000 + "</tool_call>", []),
+    (MISTRAL, f"[TOOL_CALLS]weather[CALL_ID]a1b2c3[ARGS]{ROME}", "", [("weather", ROME)]),
+    (GRANITE, f'<|tool_call|>[{{"name": "weather", "arguments": {ROME}}}]', "", [("weather", ROME)]),
     (MISTRAL, "[TOOL_CALLS]what", "[TOOL_CALLS]what", []), (MISTRAL, "[TOOL] box", "[TOOL] box", []),
 ]  # fmt: skip
 
@@ -221,6 +232,43 @@ def test_styles_are_known_by_the_template() -> None:
         assert (style.name, style.known) == (name, known)
 
 
+def test_one_call_at_a_time_where_the_template_takes_no_more() -> None:
+    template = (
+        '{% if tools %}{{ tools }} {"name": NAME, "parameters": {}}{% endif %}{% for m in messages %}'
+        "{% if m.tool_calls and m.tool_calls | length != 1 %}"
+        "{{ raise_exception('only single tool-calls at once') }}{% endif %}{% endfor %}"
+    )
+    style = style_of(templated(template))
+    assert (style.name, style.alone) == ("llama", True)
+    _, one, more = WRITTEN[1]
+    tokenizer = Tokenizer(byte_tokenizer())
+    followed = grammar(style, [Tool(**t) for t in TOOLS], forced=True, several=True)
+    matcher = Grammars(tokenizer, 264, torch.device("cpu")).matcher(followed, (257,))
+    ids = tokenizer.encode(one % ROME + more, special=False)
+    assert not all(matcher.consume_token(token) for token in ids)
+
+
+def test_a_word_in_the_template_is_no_knowledge_of_tools() -> None:
+    assert not style_of(templated("{% for m in messages %}{{ m['tools'] }}x{% endfor %}")).known
+    assert style_of(templated("{{ tools }}<function=NAME>")).name == "unread"
+    granite = style_of(templated("{{ tools }}<|tool_call|>"))
+    assert (granite.name, granite.mark) == ("mistral", "<|tool_call|>")
+
+
+def test_roles_alternate_where_tools_are_told_in_words() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    text = text_of(plain, messages=[*HISTORY, {"role": "user", "content": "And Oslo?"}])
+    assert "\n</tool_response>\nAnd Oslo?" in text
+    assert text.count("[user]") == 2
+
+
+def test_an_answer_s_form_has_no_endless_white_space() -> None:
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    options: dict[str, Any] = {"forced": False, "several": True, "otherwise": schema}
+    assert accepts(HERMES, "{ }", **options)
+    assert not accepts(HERMES, "{" + " " * 200 + "}", **options)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = write_model(tmp_path_factory.mktemp("tools") / "one")
@@ -305,6 +353,9 @@ def test_without_a_call_the_answer_is_text(served: Service) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "bird"}}}],
           "tool_choice": "required"}, "tools: this grammar cannot be followed"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "name"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}]}]},
+         "are no JSON object"),
         ({"functions": [{"name": "f"}]}, "'functions' asks for something"),
     ],
 )  # fmt: skip
@@ -312,6 +363,21 @@ def test_what_cannot_be_is_said(served: Service, fields: dict[str, Any], said: s
     made = httpx.post(f"{served.url}/v1/chat/completions", json=ASKED | fields, timeout=60)
     assert made.status_code == 400
     assert said in made.json()["error"]["message"]
+
+
+def test_thoughts_stay_thoughts_where_a_strict_tool_may_be_called(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = write_model(tmp_path_factory.mktemp("thinking") / "one")
+    write_template(folder, QWEN + "{% if add_generation_prompt %}<think>{% endif %}")
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    with Service([f"one={folder}"], ENGINE, ServeConfig(port=0)) as running:
+        thinking = answer(running, tools=[strict], max_tokens=10, ignore_eos=True)["message"]
+        assert thinking["reasoning_content"]
+        assert not thinking["content"]
+        forced = answer(running, tools=[strict], tool_choice="required", max_tokens=150)["message"]
+        assert forced["reasoning_content"] is None
+        assert forced["tool_calls"]
 
 
 def test_completions_know_no_tools(served: Service) -> None:

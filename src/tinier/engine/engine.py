@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
-from tinier.device import free_memory_bytes, pick_device
+from tinier.device import free_memory_bytes, pick_device, upload
 from tinier.engine.blocks import BlockPool
 from tinier.engine.config import EngineConfig
 from tinier.engine.crew import Crew, crew_for
@@ -38,6 +38,8 @@ from tinier.tokenizer import check_same_tokens
 
 log = logging.getLogger(__name__)
 
+# about as many as are captured
+_GRAPHS = 64
 # rows of logits made at once for positions inside a prompt
 _LOGIT_ROWS = 256
 
@@ -211,7 +213,9 @@ class Engine:
     def measure_drafts(self, drafter: Drafter) -> None:
         """Steps without drafts and with drafts of every length, before any request: the first of each take
         longer than all others, and from the others the pace learns what drafts cost."""
-        room = min(self.max_input_len, self.max_seq_len - 1)
+        room = self.limits.room - 1
+        if room < 1:
+            return
         request = self.add([0], SamplingParams(max_tokens=room))
         for _ in range(MEASURED + 3):  # with the prompt, and of those that overlap two say nothing
             self.compute_together({})
@@ -442,14 +446,11 @@ class Engine:
         if self._grammars is None or all(request.matcher is None for request in requests):
             return None
         rows = [i for i, request in enumerate(requests) if request.matcher is not None]
-        forbidden = self._grammars.forbidden([requests[i].matcher for i in rows])
-        if len(rows) < len(requests):
-            some = forbidden
-            forbidden = torch.zeros(
-                len(requests), some.shape[1], dtype=torch.bool, device=some.device
-            )
-            forbidden[rows] = some
-        return forbidden
+        some = self._grammars.forbidden([requests[i].matcher for i in rows])
+        if len(rows) == len(requests):
+            return some
+        every = torch.zeros(len(requests), some.shape[1], dtype=torch.bool, device=some.device)
+        return every.index_copy_(0, upload(rows, torch.int64, some.device), some)
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:
         """Start to copy what was sampled to the host."""
@@ -662,7 +663,11 @@ class Engine:
         widths = 3 * g.intermediate + 2 * (g.heads + 2 * g.kv_heads) * g.head_dim + 6 * g.hidden
         activations = self.config.max_step_tokens * widths * self.decoder.dtype.itemsize
         logits = (self.config.max_batch_size + _LOGIT_ROWS) * g.vocab * 4 * 4
-        return int(1.2 * (activations + logits)) + (2 << 30)
+        longest = self.config.longest(g, g.max_positions)
+        # each graph has block tables of its own; cos and sin of every position
+        tables = _GRAPHS * self.config.max_batch_size * (longest // self.config.block_size) * 4
+        turns = 2 * longest * g.turning * self.decoder.dtype.itemsize
+        return int(1.2 * (activations + logits)) + tables + turns + (2 << 30)
 
 
 def _to_host(tensor: Tensor | None) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 from tinier.device import pick_device
 from tinier.engine.crew import Build, Call, Drop, Go, Place
 from tinier.engine.decoder import load_decoder
+from tinier.engine.drafts import PROMPT
 from tinier.engine.engine import Engine
 from tinier.engine.parallel import Share, share_of
 from tinier.engine.request import Request
@@ -60,7 +61,8 @@ def _build(
     if not isinstance(pipe.recv(), Go):
         return None
     try:
-        config = replace(message.config, draft=None)  # the leader's drafts come with each step
+        # the leader's drafts come with each step, which has the same graphs here
+        config = replace(message.config, draft=message.config.draft and PROMPT)
         return _Engine(Engine(decoder, config, tokenizer=message.tokenizer))
     except TinierError:  # the leader has it too, and says it
         return None

@@ -17,7 +17,7 @@ from tinier.errors import InputError
 from tinier.tokenizer import Tokenizer
 
 # room for a line's indentation; without a limit a small model may write white space for ever
-_JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
+JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
 # masks that are made one after the other: 40 µs each, which is what starting threads takes
 _FEW = 16
@@ -29,7 +29,7 @@ Matcher = Any
 def json_schema(schema: dict[str, Any] | str) -> str:
     """The grammar of a JSON schema's instances; {"type": "object"} is any object. Raises InputError."""
     try:
-        grammar: str = _library().LLMatcher.grammar_from_json_schema(schema, _JSON)
+        grammar: str = _library().LLMatcher.grammar_from_json_schema(schema, JSON_SPACING)
     except ValueError as error:
         raise InputError(f"this is no JSON schema: {error}.") from None
     return _checked(grammar, "schema")
@@ -107,8 +107,11 @@ class Grammars:
         else:
             rows = [(matcher, row) for row, matcher in enumerate(matchers)]
             self._threads.unsafe_compute_mask_ptr(rows, bits.ctypes.data, 4 * words, len(rows))
-        if self._device.type != "cpu":  # an eighth of the bytes to send
-            return spread(torch.from_numpy(bits).to(self._device))[:, : self._vocab]
+        if (
+            self._device.type != "cpu"
+        ):  # an eighth of the bytes to send, and nobody waits for the step
+            sent = torch.from_numpy(bits).pin_memory().to(self._device, non_blocking=True)
+            return spread(sent)[:, : self._vocab]
         unpacked = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
         return torch.from_numpy(unpacked.view(np.bool_)[:, : self._vocab])
 

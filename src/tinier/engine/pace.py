@@ -19,6 +19,10 @@ _AGREEMENT = 0.7
 _MARGIN = 1.03
 # of the time, at most, goes to trying drafts that did not pay before, and to looking whether any do
 _TRYING, _LOOKING = 0.01, 0.01
+# steps: what a long prompt's first look takes, or a slow moment, is no reason to miss what repeats
+_MOST_REST = 32
+# tokens that a request is believed to write still, where it may write many more and has not
+_USUAL_REST = 256
 # of what a draft saves by a request's end, at most, goes to what it reads first: the request may end sooner
 _SURELY = 0.7
 # after so many steps with drafts some have none, so that what those cost stays known: a few, for the first
@@ -49,6 +53,8 @@ class Pace:
         self._trials = 0
         self._rest = 0
         """Steps in which nobody looks whether a draft pays"""
+        self._in_vain = False
+        """Whether the last look found nothing that pays"""
 
     def rests(self) -> bool:
         """Whether the next step goes without drafts and without looking for any."""
@@ -56,10 +62,11 @@ class Pace:
         return self._rest >= 0
 
     def looked(self, seconds: float, rows: int) -> None:
-        """In vain, so long: where steps are short, looking is a part of them that is felt."""
-        step = self._steps.at(rows)
+        """So long, for drafts of requests whose next tokens are `rows`. In short steps that is felt, so
+        nobody looks again for a while after it was in vain."""
+        step = self._steps.at(rows) if rows and self._in_vain else None
         if step is not None:
-            self._rest = int(seconds / (_LOOKING * step))
+            self._rest = min(_MOST_REST, int(seconds / (_LOOKING * step)))
             self._credit += _TRYING * step * self._rest
 
     def lengths(self, unread: dict[Request, int], rows: int) -> dict[Request, int]:
@@ -70,12 +77,14 @@ class Pace:
         most = {r: min(self._most, r.params.max_tokens - r.num_sampled - 1) for r in unread}
         most = {request: count for request, count in most.items() if count > 0}
         step = self._steps.at(rows)
+        self._in_vain = True
         if not most or step is None:
             return {}
         found = self._paying(most, unread, step, rows) if self._known else {}
         if not found:
             self._turn = 0
             return self._trial(most, unread, step)
+        self._in_vain = False
         self._turn = (self._turn + 1) % (_DRAFTED + _PLAIN)
         return found if self._turn < _DRAFTED else {}
 
@@ -154,6 +163,7 @@ class Pace:
         """Forget all requests, not what steps cost."""
         self._agreement.clear()
         self._typical = _AGREEMENT
+        self._rest = 0
 
     def forget(self, request: Request) -> None:
         self._agreement.pop(request, None)
@@ -163,7 +173,9 @@ class Pace:
 
 
 def _left(request: Request) -> int:
-    return request.params.max_tokens - request.num_sampled
+    """Tokens that it may be expected to write still: a limit says little where it is all that fits."""
+    most = request.params.max_tokens - request.num_sampled
+    return min(most, max(_USUAL_REST, request.num_sampled))
 
 
 def _longest(agreement: float, worth: float, most: int) -> int:

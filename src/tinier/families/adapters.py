@@ -36,6 +36,8 @@ _PREFIX = "base_model.model."
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # what changes how an adapter is read, with the values that are known here
 _KNOWN: dict[str, tuple[object, ...]] = {
+    # others start from a changed base (PiSSA, OLoRA, CorDA), so the base as it is would be another model's
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "peft_type": ("LORA",), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
     "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
     "target_parameters": (None, []), "trainable_token_indices": (None,),
@@ -151,13 +153,19 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _update(name: str, parts: dict[str, Tensor], config: dict[str, Any], folder: Path) -> Update:
-    if not {"lora_A.weight", "lora_B.weight"} <= parts.keys():
+    wanted = {*_PARTS[:2], *(_PARTS[2:] if config.get("use_dora") else ())}
+    if not wanted <= parts.keys():
         raise CheckpointError(
             f"{folder / _WEIGHTS} has but half of the update of {name}. Save it again."
         )
     module = name.removesuffix(".weight")
-    rank = _of(module, config.get("rank_pattern"), config["r"])
-    alpha = _of(module, config.get("alpha_pattern"), config["lora_alpha"])
+    try:
+        rank = _of(module, config.get("rank_pattern"), config["r"])
+        alpha = _of(module, config.get("alpha_pattern"), config["lora_alpha"])
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG} has no {error}. Save the adapter again."
+        ) from None
     down, up = parts["lora_A.weight"], parts["lora_B.weight"]
     if not len(down) == up.shape[1] == rank:
         raise CheckpointError(

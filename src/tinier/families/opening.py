@@ -52,7 +52,8 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
     Raises CheckpointError or NetworkError.
     """
     base, plus, adapter = str(model).rpartition("+")
-    if plus and not Path(model).expanduser().exists():
+    named = Path(adapter).expanduser().is_dir() or (adapter[:1].isalnum() and "/" in adapter)
+    if plus and named and not Path(model).expanduser().exists():
         folder = merged(open_model(base, revision), resolve(adapter))
         checkpoint = _canonical(open_checkpoint(folder))
     else:

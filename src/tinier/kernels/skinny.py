@@ -1,4 +1,5 @@
-"""A linear layer over few tokens (decoding): reading the weight once, as it is stored, is the time.
+"""A linear layer over few tokens (decoding, and INT4's short prompts): reading the weight as it is stored,
+once or for 128 tokens each time, is the time.
 
 out[t, n] = Σ_k x[t, k] · w[n, k], in Triton. The weight's rows are the rows of the tensor core's tile and
 the tokens its columns, so that one token costs as much as sixteen. Formats: bf16; E4M3 or INT8 codes times

@@ -32,8 +32,6 @@ from tinier.serving.protocol import (
 from tinier.serving.thinking import OPEN, Thoughts
 from tinier.serving.tools import Call, NamedTool, ToolCalls, grammar, new_id
 
-# calls of one answer, at most
-_MOST_CALLS = 128
 # texts above this are tokenized beside the event loop
 _LONG_TEXT = 4096
 
@@ -374,17 +372,18 @@ async def start_chat(model: Model, body: ChatBody) -> Chat:
     params = body.sampling(_count(model, prompt, asked), model.stop_token_ids, logprobs)
     params = replace(params, grammar=followed)
     tools, style = body.offered, model.tool_style
-    if tools and style.special:  # by which calls are known
+    if tools and style.mark in style.special:  # by which calls are known
         params = replace(params, skip_special_tokens=False)
     includes_stop = bool(body.include_stop_str_in_output)
     choices = [
         Choice(i, job, model, includes_stop=includes_stop)
         for i, job in enumerate(model.submit(prompt, params))
     ]
-    # what follows a grammar has no thoughts
-    thoughts = [Thoughts(opened=opened and not followed) for _ in choices] if model.thinks else []
+    # what follows a form has no thoughts; where only calls have one, the words before them may
+    free = followed is None or (tools and not body.must_call and body.answer_schema() is None)
+    thoughts = [Thoughts(opened=opened and bool(free)) for _ in choices] if model.thinks else []
     names = [tool.function.name for tool in tools]
-    most = 1 if body.parallel_tool_calls is False else _MOST_CALLS
+    most = 1 if body.parallel_tool_calls is False or style.alone else None
     calls = [ToolCalls(style, names, most) for _ in choices] if tools else []
     return Chat(model, choices, body, thoughts, calls)
 
@@ -394,6 +393,13 @@ def _chat_grammar(model: Model, body: ChatBody) -> str | None:
     tools = body.offered
     if not tools:
         return body.grammar()
+    if model.tool_style.name == "unread":
+        raise ApiError(
+            400,
+            f"{model.label} writes its calls in a form that is not read here (<function=…>). Leave "
+            "tools out, or use tool_choice 'none'.",
+            param="tools",
+        )
     schema = body.answer_schema()
     if not body.must_call and schema is None and not any(tool.function.strict for tool in tools):
         return None

@@ -71,8 +71,9 @@ class Model:
 
     @property
     def ready(self) -> Ready | None:
-        """What an engine that is up can take; None: none is."""
-        return next((replica.ready for replica in self.replicas if replica.ready), None)
+        """What every engine that is up can take; None: none is."""
+        up = [replica.ready for replica in self.replicas if replica.ready]
+        return min(up, key=lambda ready: ready.limits.room, default=None)
 
     @property
     def failure(self) -> str | None:

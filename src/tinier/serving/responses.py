@@ -56,8 +56,16 @@ class _Item(BaseModel):
 
 
 class TextItem(_Item):
-    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: _Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _declined(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "refusal" in values:
+            values = {**values, "text": values["refusal"]}
+            del values["refusal"]
+        return values
 
 
 _Content = _Text | Annotated[list[TextItem], Field(max_length=1000)]
@@ -304,6 +312,8 @@ class Responses:
     def _object(self, items: list[dict[str, Any]], reason: str | None) -> dict[str, Any]:
         """reason: why the text ended; None: it has not."""
         cut = reason == "length"
+        if cut and items:
+            items[-1]["status"] = "incomplete"
         status = "in_progress" if reason is None else "incomplete" if cut else "completed"
         return {
             **self._head, "status": status, "output": items,

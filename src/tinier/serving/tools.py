@@ -2,7 +2,7 @@
 
 Start at `style_of`, `ToolCalls` and `grammar`. Families: Hermes (Qwen, SmolLM and most others) writes each
 call as JSON between <tool_call> and </tool_call>; Llama 3 answers with nothing but the JSON; Mistral writes
-a list behind [TOOL_CALLS]. A model whose chat template knows no tools is told of them in Hermes' form, by
+a list behind [TOOL_CALLS], Granite behind <|tool_call|>. A model whose chat template knows no tools is told of them in Hermes' form, by
 `in_words`.
 """
 
@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tinier.engine.grammar import lark
-from tinier.errors import InputError
+from tinier.engine.grammar import JSON_SPACING, lark
+from tinier.errors import InputError, TextError
 from tinier.tokenizer import Tokenizer
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,256}$")]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_LIST, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
+_LISTS, _ARGUMENTS, _NUMBER = ("[TOOL_CALLS]", "<|tool_call|>"), "[ARGS]", "[CALL_ID]"
 _PYTHON = "<|python_tag|>"
 # a small model might go on calling for ever
 _MOST_CALLS = 16
@@ -97,11 +97,8 @@ class CalledTool(BaseModel):
 
     def as_template_wants(self) -> dict[str, Any]:
         """With arguments as an object. Raises InputError where they are none."""
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
+        arguments = _json_object(self.function.arguments or "{}")
+        if arguments is None:
             raise InputError(
                 f"the arguments of the call {self.id} are no JSON object: {self.function.arguments:.80}. "
                 "Send them as they came."
@@ -113,11 +110,16 @@ class CalledTool(BaseModel):
 class Style(NamedTuple):
     """How a model writes its calls."""
 
-    name: Literal["hermes", "llama", "mistral"]
+    name: Literal["hermes", "llama", "mistral", "unread"]
+    """mistral: lists behind a mark, Granite's too; unread: in a way that is not read here"""
     known: bool
     """Whether the chat template writes the tools itself"""
     special: dict[str, int]
     """Marks that are special tokens, which texts leave out unless they are asked for"""
+    mark: str = _OPEN
+    """What calls begin with"""
+    alone: bool = False
+    """Whether the template takes but one call a message"""
 
 
 class Call(NamedTuple):
@@ -129,14 +131,31 @@ class Call(NamedTuple):
 def style_of(tokenizer: Tokenizer) -> Style:
     """By the chat template."""
     template = str(tokenizer.inner.chat_template or "")
-    known = re.search(r"\btools\b", template) is not None
     special = tokenizer.special_ids
-    marks = {m: special[m] for m in (_OPEN, _CLOSE, _LIST, _ARGUMENTS, _PYTHON) if m in special}
-    if known and _LIST in template:
-        return Style("mistral", known, marks)
-    if known and _OPEN not in template and ('"parameters": ' in template or _PYTHON in template):
-        return Style("llama", known, marks)
-    return Style("hermes", known, marks)
+    marks = {m: special[m] for m in (_OPEN, _CLOSE, *_LISTS, _ARGUMENTS) if m in special}
+    if not _writes_tools(tokenizer):
+        return Style("hermes", False, marks)
+    listed = next((mark for mark in _LISTS if mark in template), None)
+    if listed is not None:
+        return Style("mistral", True, marks, listed)
+    if "<function=" in template:
+        return Style("unread", True, marks)
+    if _OPEN not in template and ('"parameters": ' in template or _PYTHON in template):
+        return Style("llama", True, marks, alone="single tool-call" in template)
+    return Style("hermes", True, marks)
+
+
+def _writes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether a conversation is another text with a tool than without: the word alone says little."""
+    if not tokenizer.has_template:
+        return False
+    tool = Tool(type="function", function=Function(name="look_up")).as_template_wants()
+    messages = [{"role": "user", "content": "x"}]
+    try:
+        told, plain = (tokenizer.chat(messages, opens_reply=True, tools=t) for t in ([tool], []))
+    except TextError:
+        return False
+    return told != plain
 
 
 def new_id(style: Style) -> str:
@@ -152,9 +171,14 @@ class ToolCalls:
     What looks like a call and is none stays text.
     """
 
-    def __init__(self, style: Style, names: Sequence[str], most: int = _MOST_CALLS) -> None:
+    def __init__(self, style: Style, names: Sequence[str], most: int | None = None) -> None:
         """names: of the tools. most: calls that are given; later ones are left out."""
-        self._style, self._names, self._most = style.name, frozenset(names), most
+        self._style, self._mark, self._names, self._most = (
+            style.name,
+            style.mark,
+            frozenset(names),
+            most,
+        )
         self._called = 0
         self._held = ""
         """Text that was not given yet"""
@@ -170,15 +194,14 @@ class ToolCalls:
                 return "", []
             return self._say(self._held), []
         said, calls = "", list[Call]()
-        mark = _OPEN if self._style == "hermes" else _LIST
         while True:
-            before, found, inside = self._held.partition(mark)
+            before, found, inside = self._held.partition(self._mark)
             if not found:
-                held = _overlap(before, mark)
+                held = _overlap(before, self._mark)
                 kept = before[: len(before) - held].rstrip()
                 return said + self._say(kept), calls
             said += self._say(before.rstrip())
-            within, closed, after = inside.partition(_CLOSE)
+            within, closed, after = _closed(inside)
             if self._style == "mistral" or not closed:
                 return said, calls
             made = _read_json(within)
@@ -192,8 +215,8 @@ class ToolCalls:
         """What was held back, at the end of the text."""
         made: list[Call] | None = None
         held = self._held.strip()
-        if self._style == "mistral" and held.startswith(_LIST):
-            made = _read_list(held.removeprefix(_LIST))
+        if self._style == "mistral" and held.startswith(self._mark):
+            made = _read_list(held.removeprefix(self._mark), self._mark)
         elif self._style == "llama":
             made = _read_json(held.removeprefix(_PYTHON))
             if made is not None and not {call.name for call in made} <= self._names:
@@ -205,7 +228,7 @@ class ToolCalls:
         return "", self._given(made)
 
     def _given(self, made: list[Call]) -> list[Call]:
-        given = made[: self._most - self._called]
+        given = made if self._most is None else made[: self._most - self._called]
         self._called += len(given)
         return given
 
@@ -223,42 +246,82 @@ def _overlap(text: str, mark: str) -> int:
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
 
 
+def _closed(inside: str) -> tuple[str, str, str]:
+    """What is before the closing tag, the tag, and what is behind; within a string of the JSON it is none."""
+    at = inside.find(_CLOSE)
+    while at >= 0:
+        in_string = False
+        for found in re.finditer(r'\\.|"', inside[:at], re.DOTALL):
+            in_string ^= found[0] == '"'
+        if not in_string:
+            return inside[:at], _CLOSE, inside[at + len(_CLOSE) :]
+        at = inside.find(_CLOSE, at + 1)
+    return inside, "", ""
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)  # NaN is no JSON
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _call_of(name: str, arguments: Any) -> Call | None:
+    """None: arguments that are no object, or no Unicode."""
+    if isinstance(arguments, str):  # JSON in JSON
+        arguments = _json_object(arguments)
+    if not isinstance(arguments, dict):
+        return None
+    made = Call(name, json.dumps(arguments, ensure_ascii=False))
+    try:
+        "".join(made).encode()
+    except UnicodeEncodeError:  # half of a character
+        return None
+    return made
+
+
 def _read_json(text: str) -> list[Call] | None:
     """Calls as JSON objects, or lists of them, one after the other, perhaps with semicolons between; None:
     it is something else."""
-    decoder, at, made = json.JSONDecoder(), 0, []
+    at, made = 0, list[Call]()
     while at < len(text):
         if text[at] in " \t\r\n;,":
             at += 1
             continue
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ValueError:
+            value, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
             return None
         for one in value if isinstance(value, list) else [value]:
             if not isinstance(one, dict) or not isinstance(one.get("name"), str):
                 return None
-            arguments = one.get("arguments", one.get("parameters")) or {}
-            if isinstance(arguments, str):  # JSON in JSON
-                made.append(Call(one["name"], arguments))
-            elif isinstance(arguments, dict):
-                made.append(Call(one["name"], json.dumps(arguments, ensure_ascii=False)))
-            else:
+            call = _call_of(one["name"], one.get("arguments", one.get("parameters")) or {})
+            if call is None:
                 return None
+            made.append(call)
     return made or None
 
 
-def _read_list(text: str) -> list[Call] | None:
-    """What Mistral's models write behind the mark: a list, or from 2025 on NAME[ARGS]{…} for each."""
+def _read_list(text: str, mark: str) -> list[Call] | None:
+    """What Mistral's models write behind the mark: a list, or from 2025 on NAME[ARGS]{…} for each, some with
+    a number of their own between."""
     if _ARGUMENTS not in text:
-        return _read_json(text.replace(_LIST, " "))
+        return _read_json(text.replace(mark, " "))
     made = []
-    for part in text.split(_LIST):
+    for part in text.split(mark):
         name, _, arguments = part.partition(_ARGUMENTS)
-        read = _read_json(json.dumps({"name": name.strip()})[:-1] + f', "arguments": {arguments}}}')
-        if read is None:
+        call = _call_of(name.partition(_NUMBER)[0].strip(), arguments.strip())
+        if call is None:
             return None
-        made += read
+        made.append(call)
     return made
 
 
@@ -271,6 +334,7 @@ def grammar(
     forced: it must call; otherwise it may say something, in any words or as the JSON schema `otherwise`.
     several: it may call more than once. template: the model's, which says how Mistral's models write.
     """
+    several = several and not style.alone
     tagged = style.name == "mistral" and _ARGUMENTS in template
     rules = [f"call_{i}: {_call(style, tool, tagged, forced)}" for i, tool in enumerate(tools)]
     rules.append("one: " + " | ".join(f"call_{i}" for i in range(len(tools))))
@@ -285,7 +349,7 @@ def grammar(
     elif style.name == "llama":
         calls = "one" + followed('"; " one')
     else:
-        listed = _mark(style, _LIST)
+        listed = _mark(style, style.mark)
         calls = f'{listed} "[" one' + followed('", " one') + ' "]"'
         if tagged:
             calls = f"{listed} one" + followed(f"{listed} one")
@@ -298,11 +362,12 @@ def grammar(
                 "this model writes its calls as bare JSON, which response_format cannot be told from. Use "
                 "tool_choice 'none' or 'required' with it."
             )
-        rules.append(f"start: calls | said\nsaid: %json {json.dumps(otherwise)}")
+        form = json.dumps({**otherwise, "x-guidance": JSON_SPACING})
+        rules.append(f"start: calls | said\nsaid: %json {form}")
     elif style.name == "llama":
         rules.append("start: calls | SAID\nSAID: /([^{ \\n](.|\\n)*)?/")
     else:  # words, and then calls
-        first = _OPEN if style.name == "hermes" else _LIST
+        first = style.mark
         rules.append("SAID: /(.|\\n)*/")
         if first in style.special:
             rules.append("start: SAID | SAID calls")
@@ -365,6 +430,9 @@ def in_words(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict
             f"{_OPEN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{_CLOSE}"
             for call in message.get("tool_calls", ())
         ]
+        if message["role"] == "user" and made and made[-1].get("of_tools"):  # roles alternate
+            made[-1]["content"] += f"\n{content}"
+            continue
         others = {key: value for key, value in message.items() if key != "tool_calls"}
         made.append(others | {"content": "\n".join(filter(None, [content, *calls]))})
     if tools:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinier.engine import EngineConfig
+from tinier.engine.config import USUAL_SEQ_LEN
 from tinier.errors import InputError, MeasuredFailure
 from tinier.serving.config import ServeConfig, address
 from tinier.serving.store import Source
@@ -48,16 +49,16 @@ class VllmPlan:
 
     def command(self) -> list[str]:
         """How vLLM is started. The key is not in it: it goes through the environment."""
+        # it refuses a context that its cache has no room for, so none is the usual one
+        length = self.engine.max_seq_len or USUAL_SEQ_LEN
         options: dict[str, object] = {
             "model": self.folder, "served-model-name": self.source.name,
             "host": self.serve.host, "port": self.serve.port,
-            "max-num-seqs": self.engine.max_batch_size,
-            "max-num-batched-tokens": max(self.engine.max_step_tokens, self.engine.max_seq_len or 0),
+            "max-model-len": length, "max-num-seqs": self.engine.max_batch_size,
+            "max-num-batched-tokens": max(self.engine.max_step_tokens, length),
             "tensor-parallel-size": self.tensor_parallel,
             "pipeline-parallel-size": self.pipeline_parallel,
         }  # fmt: skip
-        if self.engine.max_seq_len is not None:
-            options["max-model-len"] = self.engine.max_seq_len
         if self.ray:
             options["distributed-executor-backend"] = "ray"
         made = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
