@@ -2,8 +2,8 @@
 
 Start at `style_of`, `ToolCalls` and `grammar`. Families: Hermes (Qwen, SmolLM and most others) writes each
 call as JSON between <tool_call> and </tool_call>; Llama 3 answers with nothing but the JSON; Mistral writes
-a list behind [TOOL_CALLS], Granite behind <|tool_call|>. A model whose chat template knows no tools is told of them in Hermes' form, by
-`in_words`.
+a list behind [TOOL_CALLS], Granite behind <|tool_call|>. A model whose chat template knows no tools is told
+of them in Hermes' form, by `in_words`.
 """
 
 import json
@@ -247,7 +247,7 @@ def _overlap(text: str, mark: str) -> int:
 
 
 def _closed(inside: str) -> tuple[str, str, str]:
-    """What is before the closing tag, the tag, and what is behind; within a string of the JSON it is none."""
+    """What is before the closing tag, the tag, and what is behind. One within a string is none."""
     at = inside.find(_CLOSE)
     while at >= 0:
         in_string = False
@@ -311,8 +311,8 @@ def _read_json(text: str) -> list[Call] | None:
 
 
 def _read_list(text: str, mark: str) -> list[Call] | None:
-    """What Mistral's models write behind the mark: a list, or from 2025 on NAME[ARGS]{…} for each, some with
-    a number of their own between."""
+    """What Mistral's models write behind the mark: a list, or from 2025 on NAME[ARGS]{…} for each, some
+    with a number of their own between."""
     if _ARGUMENTS not in text:
         return _read_json(text.replace(mark, " "))
     made = []
