@@ -19,7 +19,7 @@ from tinier.checkpoint import Checkpoint, open_checkpoint
 from tinier.cli.main import main
 from tinier.errors import InputError
 from tinier.families import checkpoint_layout, geometry_of
-from tinier.fitting import Amount, Budget, Figures, FitPlan, Limits, describe, fit
+from tinier.fitting import Amount, Budget, Figures, FitPlan, Limits, describe, fit, load_fit
 from tinier.fitting import driver as driver_module
 from tinier.fitting import speed as speed_module
 from tinier.fitting.chains import Effort, variants_of
@@ -33,6 +33,7 @@ from tinier.quantization.mixed import EMBEDDING_PART, KV_PART, parts_of
 from tinier.quantization.plan import format_named
 from tinier.recipe import RunResults, load_results, plan_recipe
 from tinier.recipe.schema import Measure, QualityMeasure, Recipe
+from tinier.report.fitted import fit_text
 
 Tiny = Callable[..., Checkpoint]
 LOAD = Workload(concurrency=2, input_length=8, output_length=4)
@@ -258,6 +259,23 @@ def test_a_budget_in_the_best_model_out(
     other = fit(plan_for(source, text_file, min_quality=0.5), out, command="test")
     assert other.winner is not None
     assert set(found.candidates) <= set(other.candidates)
+    assert other.draft is None
+
+    # the same search again: only what is asked beside it is measured
+    lossless = fit(replace(plan, lossless=True), out, command="test")
+    assert set(lossless.candidates) == set(other.candidates)
+    assert lossless.draft is not None
+    drafts = {row.name: row.draft for row in load_results(out).variants if row.draft}
+    assert set(drafts) == set(lossless.candidates)
+    best = drafts[lossless.draft.name]
+    assert best is not None
+    assert lossless.draft.gain == best.gain == max(d.gain for d in drafts.values() if d)
+    kept_file = load_fit(out)
+    assert kept_file is not None
+    assert kept_file.draft == lossless.draft
+    slow, fast = (replace(lossless, draft=replace(lossless.draft, gain=g)) for g in (0.9, 1.4))
+    assert "no candidate makes" in fit_text(slow)
+    assert f"--draft variants/{lossless.draft.name}" in fit_text(fast)
 
 
 @pytest.mark.slow

@@ -71,6 +71,14 @@ def fit(
             "--train/--no-train", help="Whether candidates are healed and trained on their grids."
         ),
     ] = True,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless",
+            help="Also measure the candidates as drafts of MODEL, and propose the one that makes MODEL "
+            "itself fastest: its text stays the same.",
+        ),
+    ] = False,
     windows: Annotated[int, typer.Option("--windows", help="Calibration windows.")] = 64,
     length: options.Length = 512,
     seed: options.Seed = 0,
@@ -99,6 +107,7 @@ def fit(
       tinier fit MODEL --max-memory 2.4GB --min-throughput 2x --min-quality 95% --out runs/fit
       tinier fit MODEL --max-latency 20ms --load 512/128@4 --time 2h --out runs/fit
       tinier fit MODEL --max-size 1.2GB --formats int4-gptq:128,fp8 --no-prune --out runs/fit
+      tinier fit MODEL --max-size 40% --lossless --out runs/fit
     """
     from tinier.errors import MeasuredFailure
     from tinier.fitting import Budget, FitPlan, describe
@@ -138,6 +147,7 @@ def fit(
         formats=tuple(formats.split(",")) if formats else (),
         prune=pruning,
         train=training,
+        lossless=lossless,
     )
     if dry_run:
         expected = describe(plan, out)

@@ -7,11 +7,12 @@ formats and sizes is solved (costs.py), and candidates are made and measured as 
 
 from tinier.fitting.budget import Amount, Budget, Figures, Limits
 from tinier.fitting.driver import FitPlan, describe, fit
-from tinier.fitting.results import FitResults, load_fit
+from tinier.fitting.results import Draft, FitResults, load_fit
 
 __all__ = [
     "Amount",
     "Budget",
+    "Draft",
     "Figures",
     "FitPlan",
     "FitResults",

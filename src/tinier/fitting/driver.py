@@ -36,7 +36,7 @@ from tinier.fitting.budget import AT_LEAST, Budget, Figures, Limits
 from tinier.fitting.chains import Effort, name_of, variants_of
 from tinier.fitting.choices import default_formats, first_tries, least_bytes, measured_widths
 from tinier.fitting.costs import Costs, Design
-from tinier.fitting.results import RESULT, SCHEMA, Alternative, FitResults, Point, Tried
+from tinier.fitting.results import RESULT, SCHEMA, Alternative, Draft, FitResults, Point, Tried
 from tinier.fitting.sensitivity import Sensitivity, measure
 from tinier.fitting.speed import SpeedTable
 from tinier.kernels.machine import machine_of
@@ -93,6 +93,8 @@ class FitPlan:
     """Whether layers and widths may go."""
     train: bool = True
     """Whether candidates may be healed and trained on their grids."""
+    lossless: bool = False
+    """Measure the candidates as drafts of the model too: the one that makes it fastest is `draft`."""
 
 
 class Candidate(NamedTuple):
@@ -200,6 +202,11 @@ class _Search:
             results = self._round(f"spread {number + 1}", decide)
         results = self._round("trained", lambda: self._trained(limits(), results))
         results = self._round("longer", lambda: self._trained_longer(limits(), results))
+        if self._plan.lossless:
+            say("fit: drafts: what each candidate gains as the model's draft")
+            recipe = self._recipe(self._candidates, drafts=True)
+            results = run_recipe(recipe, self._out, command=self._command, named=self._named_before)
+            self._keep()
         found = self._conclude(costs, limits(), results)
         write_atomically(self._out / RESULT, json.dumps(found.to_json(), indent=1) + "\n")
         write_atomically(self._out / "front.csv", found.front_csv())
@@ -291,7 +298,7 @@ class _Search:
     def _left(self) -> float:
         return self._plan.budget.seconds - (time.monotonic() - self._started)
 
-    def _recipe(self, candidates: Sequence[Candidate]) -> Recipe:
+    def _recipe(self, candidates: Sequence[Candidate], *, drafts: bool = False) -> Recipe:
         variants: dict[str, Variant] = {}
         for candidate in candidates:
             variants |= variants_of(candidate.design, candidate.name, self._geometry, self._effort)
@@ -305,6 +312,7 @@ class _Search:
                     concurrency=(load.concurrency,), input_length=load.input_length,
                     output_length=load.output_length,
                 ),
+                draft=drafts,
             ),
         )  # fmt: skip
 
@@ -622,7 +630,17 @@ class _Search:
             },
             prediction_errors={name: tuple(values) for name, values in off.items()},
             seconds=round(self._spent, 1),
+            draft=self._draft(results) if self._plan.lossless else None,
         )
+
+    def _draft(self, results: RunResults) -> Draft | None:
+        """The best of those that were measured as drafts; None: no candidate was made."""
+        found = [
+            Draft(name=row.name, gain=row.draft.gain, greedy=row.draft.greedy)
+            for row in results.variants
+            if row.draft is not None
+        ]
+        return max(found, key=lambda draft: draft.gain, default=None)
 
     def _nearest(self, costs: Costs, limits: Limits) -> dict[str, float | None]:
         """For each limit what it would have to be, the others kept, as predicted; None: nothing helps."""

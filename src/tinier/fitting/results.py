@@ -43,6 +43,17 @@ class Tried:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draft:
+    """The candidate that makes the base itself fastest: it proposes tokens, the text stays the base's."""
+
+    name: str
+    gain: float
+    """Tokens/s of the base with it over those without, one greedy text at a time"""
+    greedy: float
+    """Share of tokens where both models' likeliest is the same"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResults:
     """What fit.json holds."""
 
@@ -65,6 +76,8 @@ class FitResults:
     prediction_errors: dict[str, tuple[float, ...]]
     """By figure: predicted over measured, less one"""
     seconds: float
+    draft: Draft | None = None
+    """Where it was asked for"""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -2,7 +2,10 @@
 
 from dataclasses import asdict
 
-from tinier.fitting import Figures, FitResults
+from tinier.fitting import Draft, Figures, FitResults
+
+# below it a draft is not worth its memory
+_PAYS = 1.05
 
 _NAMES = {
     "size": "--max-size", "memory": "--max-memory", "throughput": "--min-throughput",
@@ -13,6 +16,8 @@ _NAMES = {
 def fit_text(found: FitResults) -> str:
     """The winner, why it won, its neighbours, and how far the predictions were off."""
     lines = _winner(found) if found.winner else _nearest(found)
+    if found.draft is not None:
+        lines.append(_draft(found.draft, found.model))
     worst = {
         name: max(abs(value) for value in values)
         for name, values in found.prediction_errors.items()
@@ -49,6 +54,19 @@ def _winner(found: FitResults) -> list[str]:
     for other in found.alternatives:
         lines.append(f"The next {other.what} would have, as predicted: {figures_text(other)}.")
     return lines
+
+
+def _draft(draft: Draft, model: str) -> str:
+    gain = f"{draft.gain:.2f} × the tokens/s of one text (it says the same in {100 * draft.greedy:.0f} %)"
+    if draft.gain < _PAYS:
+        return (
+            f"Lossless: no candidate makes {model} itself faster as its draft; the best is {draft.name}, "
+            f"{gain}."
+        )
+    return (
+        f"Lossless: {model} itself, its text unchanged, with {draft.name} as its draft: {gain}. "
+        f"tinier serve {model} --draft variants/{draft.name}"
+    )
 
 
 def _nearest(found: FitResults) -> list[str]:
