@@ -150,6 +150,24 @@ def test_arguments_have_no_other_names_than_the_schema() -> None:
     assert "additionalProperties" not in schema
 
 
+@pytest.mark.parametrize("forced", [True, False])
+def test_marks_may_be_special_tokens(forced: bool) -> None:
+    tokenizer = Tokenizer(byte_tokenizer())
+    mark, number = next((text, i) for text, i in tokenizer.special_ids.items() if i != 257)
+    style = Style("mistral", True, {mark: number}, mark)
+    followed = grammar(style, [Tool(**one) for one in TOOLS], forced=forced, several=True)
+    text = f'[{{"name": "weather", "arguments": {ROME}}}]'
+    for words, right in (("", True), ("Well ", not forced)):
+        matcher = Grammars(tokenizer, 264, torch.device("cpu")).matcher(followed, (257,))
+        ids = [
+            *tokenizer.encode(words, special=False),
+            number,
+            *tokenizer.encode(text, special=False),
+        ]
+        assert all(matcher.consume_token(token) for token in ids) == right
+        assert matcher.is_accepting() == right
+
+
 def test_strict_tools_are_followed_where_the_model_chooses() -> None:
     tools = [Tool(**{**WEATHER, "function": WEATHER["function"] | {"strict": True}})]
     tokenizer = Tokenizer(byte_tokenizer())

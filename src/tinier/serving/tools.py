@@ -338,47 +338,48 @@ def grammar(
     tagged = style.name == "mistral" and _ARGUMENTS in template
     rules = [f"call_{i}: {_call(style, tool, tagged, forced)}" for i, tool in enumerate(tools)]
     rules.append("one: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    rest = _behind_the_mark(style, several=several, tagged=tagged)
+    rules.append(
+        f"calls: {rest if style.name == 'llama' else f'{_mark(style, style.mark)} {rest}'}"
+    )
+    rules += ["start: calls"] if forced else _or_said(style, otherwise, rest)
+    return lark("%llguidance {}\n" + "\n".join(rules))
 
-    def followed(part: str) -> str:
-        return f" ({part}){{0,{_MOST_CALLS - 1}}}" if several else ""
 
-    mark, behind = _mark(style, _OPEN), f'"\\n" {_mark(style, _CLOSE)}'
+def _behind_the_mark(style: Style, *, several: bool, tagged: bool) -> str:
+    """What calls are, but for the mark that begins them. tagged: NAME[ARGS]{…} in place of a list."""
+    mark = _mark(style, style.mark)
+
+    def with_more(first: str, following: str) -> str:
+        return first + (f" ({following}){{0,{_MOST_CALLS - 1}}}" if several else "")
+
     if style.name == "hermes":
-        rules.append(f'block: {mark} "\\n" one {behind}')
-        calls = "block" + followed('"\\n" block')
-    elif style.name == "llama":
-        calls = "one" + followed('"; " one')
-    else:
-        listed = _mark(style, style.mark)
-        calls = f'{listed} "[" one' + followed('", " one') + ' "]"'
-        if tagged:
-            calls = f"{listed} one" + followed(f"{listed} one")
-    rules.append(f"calls: {calls}")
-    if forced:
-        rules.append("start: calls")
-    elif otherwise is not None:
+        one = f'"\\n" one "\\n" {_mark(style, _CLOSE)}'
+        return with_more(one, f'"\\n" {mark} {one}')
+    if style.name == "llama":
+        return with_more("one", '"; " one')
+    if tagged:
+        return with_more("one", f"{mark} one")
+    return '"[" ' + with_more("one", '", " one') + ' "]"'
+
+
+def _or_said(style: Style, otherwise: dict[str, Any] | None, rest: str) -> list[str]:
+    """Rules of a text that may have calls. rest: of the calls, behind their mark."""
+    if otherwise is not None:
         if style.name == "llama":
             raise InputError(
                 "this model writes its calls as bare JSON, which response_format cannot be told from. Use "
                 "tool_choice 'none' or 'required' with it."
             )
         form = json.dumps({**otherwise, "x-guidance": JSON_SPACING})
-        rules.append(f"start: calls | said\nsaid: %json {form}")
-    elif style.name == "llama":
-        rules.append("start: calls | SAID\nSAID: /([^{ \\n](.|\\n)*)?/")
-    else:  # words, and then calls
-        first = style.mark
-        rules.append("SAID: /(.|\\n)*/")
-        if first in style.special:
-            rules.append("start: SAID | SAID calls")
-        else:
-            # the mark is found where the words end, so what follows it is one rule with them
-            rules.append(f'begun[lazy]: SAID "{first}"')
-            rest = f'"\\n" one {behind}' + followed('"\\n" block')
-            if style.name == "mistral":
-                rest = calls.removeprefix(json.dumps(first))
-            rules.append(f"start: SAID | begun {rest}")
-    return lark("%llguidance {}\n" + "\n".join(rules))
+        return ["start: calls | said", f"said: %json {form}"]
+    if style.name == "llama":
+        return ["start: calls | SAID", "SAID: /([^{ \\n](.|\\n)*)?/"]
+    said = "SAID: /(.|\\n)*/"
+    if style.mark in style.special:
+        return ["start: SAID | SAID calls", said]
+    # the mark is found where the words end, so both are one rule
+    return ["start: SAID | begun " + rest, f'begun[lazy]: SAID "{style.mark}"', said]
 
 
 def _mark(style: Style, mark: str) -> str:
