@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmarks.quantization_peers import FIRST_EVALUATED, LENGTH, SEQUENCES, off_grid
@@ -31,9 +31,33 @@ from tinier.evaluation import evaluate_windows, reference_states
 from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
 from tinier.text import Document, load_documents, token_windows
-from tinier.tokenizer import load_tokenizer
+from tinier.tokenizer import Tokenizer, load_tokenizer
 
 HELD, BOOK_WINDOWS = 8, 16
+
+
+class Texts(NamedTuple):
+    training: list[Document]
+    heldout: list[Document]
+    """Decides which step is the best"""
+    evaluated: dict[str, Tensor]
+    """Windows [n, 512] by kind"""
+
+
+def texts(tokenizer: Tokenizer, text: str, books: Path) -> Texts:
+    own = token_windows(tokenizer, load_documents(text), length=LENGTH)
+    first, *others = [path.read_text() for path in sorted(books.glob("*.txt"))]
+    end = FIRST_EVALUATED + SEQUENCES
+
+    def written(windows: Tensor) -> list[Document]:
+        return [tokenizer.decode(window.tolist()) for window in windows]
+
+    book = token_windows(tokenizer, [first], length=LENGTH, count=BOOK_WINDOWS)
+    return Texts(
+        training=written(own[:FIRST_EVALUATED]) + written(own[end:-HELD]) + others,
+        heldout=written(own[-HELD:]),
+        evaluated={"text": own[FIRST_EVALUATED:end], "book": book},
+    )
 
 
 def main() -> None:
@@ -43,19 +67,7 @@ def main() -> None:
     base = open_model(arguments.model)
     if not arguments.on_grid:
         base = off_grid(base, arguments.work / "moved")
-    tokenizer = load_tokenizer(base)
-    own = token_windows(tokenizer, load_documents(arguments.text), length=LENGTH)
-    books = [path.read_text() for path in sorted(arguments.books.glob("*.txt"))]
-    end = FIRST_EVALUATED + SEQUENCES
-    evaluated = {
-        "text": own[FIRST_EVALUATED:end],
-        "book": token_windows(tokenizer, books[:1], length=LENGTH, count=BOOK_WINDOWS),
-    }
-
-    def written(windows: Tensor) -> list[Document]:
-        return [tokenizer.decode(window.tolist()) for window in windows]
-
-    training = written(own[:FIRST_EVALUATED]) + written(own[end:-HELD]) + books[1:]
+    training, heldout, evaluated = texts(load_tokenizer(base), arguments.text, arguments.books)
     exact = load_decoder(base, device=device, dtype=torch.float32)
     references = {name: reference_states(exact, windows) for name, windows in evaluated.items()}
     quantization = QuantizePlan(
@@ -86,9 +98,7 @@ def main() -> None:
         checkpointing=arguments.checkpointing, quantize=quantization, eval_every=arguments.eval_every,
     )  # fmt: skip
     started = time.monotonic()
-    made = distill(
-        base, base, plan, out, text=training, heldout=written(own[-HELD:]), device=arguments.device
-    )
+    made = distill(base, base, plan, out, text=training, heldout=heldout, device=arguments.device)
     assert made.manifest is not None
     row["trained"] = judge(made) | {
         "seconds": time.monotonic() - started,

@@ -19,10 +19,10 @@ TEMPLATE = (
 ENGINE = EngineConfig(max_batch_size=8, max_seq_len=256, block_size=4, device="cpu")
 
 
-def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
+def write_model(folder: Path, seed: int = 0, template: str = TEMPLATE, **config: Any) -> Path:
     """A tiny model with a chat template. config: of transformers', beside the tiny sizes."""
     write_tiny(folder, "llama", dtype=torch.float32, seed=seed, **config)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
 
 

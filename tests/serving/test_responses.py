@@ -9,7 +9,6 @@ import openai
 import pydantic
 import pytest
 from tests.serving.conftest import ENGINE, TEMPLATE, write_model
-from tests.serving.test_tools import write_template
 
 from tinier.serving import ServeConfig, Service
 from tinier.serving.responses import ResponsesBody
@@ -31,9 +30,10 @@ class Pet(pydantic.BaseModel):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("responses")
-    plain, thinking = write_model(root / "one"), write_model(root / "two")
-    write_template(plain, TEMPLATE + "{% if tools %}<tools>{% endif %}")  # tools need no words
-    write_template(thinking, TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}")
+    # tools need no words
+    plain = write_model(root / "one", template=TEMPLATE + "{% if tools %}<tools>{% endif %}")
+    thinks = TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}"
+    thinking = write_model(root / "two", template=thinks)
     with Service([f"one={plain}", f"two={thinking}"], ENGINE, ServeConfig(port=0)) as running:
         yield running
 

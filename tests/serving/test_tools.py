@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -289,14 +288,9 @@ def test_an_answer_s_form_has_no_endless_white_space() -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = write_model(tmp_path_factory.mktemp("tools") / "one")
-    write_template(folder, QWEN)
+    folder = write_model(tmp_path_factory.mktemp("tools") / "one", template=QWEN)
     with Service([f"one={folder}"], ENGINE, ServeConfig(port=0)) as running:
         yield running
-
-
-def write_template(folder: Path, template: str) -> None:
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 ASKED: dict[str, Any] = {
@@ -386,8 +380,8 @@ def test_what_cannot_be_is_said(served: Service, fields: dict[str, Any], said: s
 def test_thoughts_stay_thoughts_where_a_strict_tool_may_be_called(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    folder = write_model(tmp_path_factory.mktemp("thinking") / "one")
-    write_template(folder, QWEN + "{% if add_generation_prompt %}<think>{% endif %}")
+    template = QWEN + "{% if add_generation_prompt %}<think>{% endif %}"
+    folder = write_model(tmp_path_factory.mktemp("thinking") / "one", template=template)
     strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
     with Service([f"one={folder}"], ENGINE, ServeConfig(port=0)) as running:
         thinking = answer(running, tools=[strict], max_tokens=10, ignore_eos=True)["message"]

@@ -29,7 +29,7 @@ from tinier.engine.drafts import PROMPT, Drafter, DraftModel, PromptLookup, draf
 from tinier.engine.grammar import Grammars, Matcher
 from tinier.engine.pace import MEASURED, Pace
 from tinier.engine.request import Limits, Request, SamplingParams, TokenLogprobs
-from tinier.engine.runner import Output, Runner
+from tinier.engine.runner import Output, Runner, most_graphs
 from tinier.engine.sampler import Sampled, Sampler, scores
 from tinier.engine.scheduler import Chunk, Scheduler
 from tinier.engine.text import TextStream
@@ -38,8 +38,6 @@ from tinier.tokenizer import check_same_tokens
 
 log = logging.getLogger(__name__)
 
-# about as many as are captured
-_GRAPHS = 64
 # rows of logits made at once for positions inside a prompt
 _LOGIT_ROWS = 256
 
@@ -665,7 +663,8 @@ class Engine:
         logits = (self.config.max_batch_size + _LOGIT_ROWS) * g.vocab * 4 * 4
         longest = self.config.longest(g, g.max_positions)
         # each graph has block tables of its own; cos and sin of every position
-        tables = _GRAPHS * self.config.max_batch_size * (longest // self.config.block_size) * 4
+        graphs = most_graphs(self.config.max_batch_size, self.config.max_step_tokens)
+        tables = graphs * self.config.max_batch_size * (longest // self.config.block_size) * 4
         turns = 2 * longest * g.turning * self.decoder.dtype.itemsize
         return int(1.2 * (activations + logits)) + tables + turns + (2 << 30)
 

@@ -19,7 +19,7 @@ from tinier.tokenizer import Tokenizer
 # room for a line's indentation; without a limit a small model may write white space for ever
 JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
-# masks that are made one after the other: 40 µs each, which is what starting threads takes
+# masks that are made one after the other: for fewer, threads took longer (docs/log.md)
 _FEW = 16
 
 Matcher = Any

@@ -417,6 +417,12 @@ def _seat(request: Request) -> int:
     return request.seat
 
 
+def most_graphs(max_batch_size: int, max_step_tokens: int) -> int:
+    """How many are captured, at most, without those of drafts."""
+    shapes = len(_batch_sizes(max_batch_size)) + len(_row_counts(max_batch_size, max_step_tokens))
+    return 2 * shapes  # of short contexts and of long ones
+
+
 def _batch_sizes(largest: int) -> list[int]:
     """Batch sizes that are captured: a padded row costs little, a graph some memory."""
     sizes = [size for size in (1, 2, 4) if size < largest]

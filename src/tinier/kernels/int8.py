@@ -19,9 +19,8 @@ from tinier.kernels.fused import begin, early_start
 from tinier.kernels.machine import machine_of
 
 _TOGETHER = 8  # tiles of tokens that share a weight's rows while these are in the L2 cache
-_LARGE_TILES = (
-    200_000  # bytes of shared memory that the largest tiles take: data center GPUs from Hopper on
-)
+# bytes of shared memory that the largest tiles take: data center GPUs from Hopper on have them
+_LARGE_TILES = 200_000
 
 
 class Tiling(NamedTuple):

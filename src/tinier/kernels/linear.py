@@ -159,8 +159,12 @@ class Int8Linear(Linear):
         if _has_skinny(quantized.codes.device):
             self.path = "INT8: Triton"
             if dtype == torch.bfloat16:
-                codes = self.codes.t()[: len(self.scale)]
-                self.few = skinny.Weight(codes, self.scale, bias, _sides(codes))
+                self.few = skinny.Weight(self._rows, self.scale, bias, _sides(self._rows))
+
+    @property
+    def _rows(self) -> Tensor:
+        """The codes [out, in], without what fills them up."""
+        return self.codes.t()[: len(self.scale)]
 
     def prepared(self, x: Tensor | Quantized) -> Quantized:
         return x if isinstance(x, Quantized) else encode_tokens(x, "int8")
@@ -170,8 +174,7 @@ class Int8Linear(Linear):
         if self.few is not None and tokens.codes.shape[0] <= skinny.MOST_TOKENS:
             return skinny.matmul(tokens.codes, tokens.scale, self.few)
         if uses_triton(tokens.codes.device):
-            rows = self.codes.t()[: len(self.scale)]
-            return int8.matmul(tokens.codes, tokens.scale, rows, self.scale, self.bias, self.dtype)
+            return int8.matmul(*tokens[:2], self._rows, self.scale, self.bias, self.dtype)
         out = self._scaled(tokens).to(self.dtype)
         return out if self.bias is None else out + self.bias
 

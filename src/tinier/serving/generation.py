@@ -380,8 +380,8 @@ async def start_chat(model: Model, body: ChatBody) -> Chat:
         for i, job in enumerate(model.submit(prompt, params))
     ]
     # what follows a form has no thoughts; where only calls have one, the words before them may
-    free = followed is None or (tools and not body.must_call and body.answer_schema() is None)
-    thoughts = [Thoughts(opened=opened and bool(free)) for _ in choices] if model.thinks else []
+    free = followed is None or body.may_say_anything
+    thoughts = [Thoughts(opened=opened and free) for _ in choices] if model.thinks else []
     names = [tool.function.name for tool in tools]
     most = 1 if body.parallel_tool_calls is False or style.alone else None
     calls = [ToolCalls(style, names, most) for _ in choices] if tools else []
@@ -401,14 +401,13 @@ def _chat_grammar(model: Model, body: ChatBody) -> str | None:
             param="tools",
         )
     schema = body.answer_schema()
-    if not body.must_call and schema is None and not any(tool.function.strict for tool in tools):
+    if body.may_say_anything and not any(tool.function.strict for tool in tools):
         return None
     several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
     try:
         return grammar(
-            model.tool_style, tools, forced=body.must_call, several=several, otherwise=schema,
-            template=str(model.tokenizer.inner.chat_template),
-        )  # fmt: skip
+            model.tool_style, tools, forced=body.must_call, several=several, otherwise=schema
+        )
     except InputError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from None
 

@@ -281,6 +281,14 @@ def _several(prompt: Any) -> list[str | list[int]]:
     return [prompt] if alone else prompt
 
 
+def refusal_as_text(values: dict[str, Any]) -> dict[str, Any]:
+    """A part in which a model declined, as one of text."""
+    if "refusal" not in values:
+        return values
+    others = {name: value for name, value in values.items() if name != "refusal"}
+    return {**others, "text": values["refusal"]}
+
+
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -295,9 +303,8 @@ class TextPart(BaseModel):
                 raise ApiError(
                     400, f"This server takes parts of type 'text', not {kind!r}.", param="messages"
                 )
-            if kind == "refusal" and "refusal" in values:
-                values = {**values, "text": values["refusal"]}
-                del values["refusal"]
+            if kind == "refusal":
+                values = refusal_as_text(values)
         return settle(values, _PART)
 
 
@@ -416,6 +423,11 @@ class ChatBody(_Generation):
     @property
     def must_call(self) -> bool:
         return bool(self.offered) and self.tool_choice not in (None, "auto")
+
+    @property
+    def may_say_anything(self) -> bool:
+        """Whether tools are offered, and beside calls the answer has no form."""
+        return bool(self.offered) and not self.must_call and self.answer_schema() is None
 
     def answer_schema(self) -> dict[str, Any] | None:
         """What response_format asks of an answer beside tools. Raises ApiError for other forms."""

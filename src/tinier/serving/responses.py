@@ -23,8 +23,8 @@ from pydantic import (
 
 from tinier.serving.generation import Chat, start_chat
 from tinier.serving.model import Model
-from tinier.serving.protocol import ApiError, ChatBody, settle
-from tinier.serving.tools import Function
+from tinier.serving.protocol import ApiError, ChatBody, refusal_as_text, settle
+from tinier.serving.tools import Function, NamedFunction
 
 _Text = Annotated[str, Field(max_length=4_000_000)]
 _Id = Annotated[str, Field(max_length=256)]
@@ -62,10 +62,7 @@ class TextItem(_Item):
     @model_validator(mode="before")
     @classmethod
     def _declined(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "refusal" in values:
-            values = {**values, "text": values["refusal"]}
-            del values["refusal"]
-        return values
+        return refusal_as_text(values) if isinstance(values, dict) else values
 
 
 _Content = _Text | Annotated[list[TextItem], Field(max_length=1000)]
@@ -123,11 +120,8 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
-class ChosenTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ChosenTool(NamedFunction):
     type: Literal["function"]
-    name: _Id
 
 
 class TextFormat(BaseModel):

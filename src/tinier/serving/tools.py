@@ -120,6 +120,8 @@ class Style(NamedTuple):
     """What calls begin with"""
     alone: bool = False
     """Whether the template takes but one call a message"""
+    tagged: bool = False
+    """Of mistral: NAME[ARGS]{…} for each call, in place of a list"""
 
 
 class Call(NamedTuple):
@@ -137,7 +139,7 @@ def style_of(tokenizer: Tokenizer) -> Style:
         return Style("hermes", False, marks)
     listed = next((mark for mark in _LISTS if mark in template), None)
     if listed is not None:
-        return Style("mistral", True, marks, listed)
+        return Style("mistral", True, marks, listed, tagged=_ARGUMENTS in template)
     if "<function=" in template:
         return Style("unread", True, marks)
     if _OPEN not in template and ('"parameters": ' in template or _PYTHON in template):
@@ -173,12 +175,7 @@ class ToolCalls:
 
     def __init__(self, style: Style, names: Sequence[str], most: int | None = None) -> None:
         """names: of the tools. most: calls that are given; later ones are left out."""
-        self._style, self._mark, self._names, self._most = (
-            style.name,
-            style.mark,
-            frozenset(names),
-            most,
-        )
+        self._style, self._names, self._most = style, frozenset(names), most
         self._called = 0
         self._held = ""
         """Text that was not given yet"""
@@ -188,21 +185,22 @@ class ToolCalls:
     def push(self, text: str) -> tuple[str, list[Call]]:
         """The text and the calls that this piece makes certain."""
         self._held += text
-        if self._style == "llama":
+        if self._style.name == "llama":
             start = self._held.lstrip()
-            if not self._begun and (not start or start[0] == "{" or _PYTHON.startswith(start[:14])):
+            tag = start[: len(_PYTHON)]
+            if not self._begun and (tag.startswith("{") or _PYTHON.startswith(tag)):
                 return "", []
             return self._say(self._held), []
-        said, calls = "", list[Call]()
+        said, calls, mark = "", list[Call](), self._style.mark
         while True:
-            before, found, inside = self._held.partition(self._mark)
+            before, found, inside = self._held.partition(mark)
             if not found:
-                held = _overlap(before, self._mark)
+                held = _overlap(before, mark)
                 kept = before[: len(before) - held].rstrip()
                 return said + self._say(kept), calls
             said += self._say(before.rstrip())
             within, closed, after = _closed(inside)
-            if self._style == "mistral" or not closed:
+            if self._style.name == "mistral" or not closed:
                 return said, calls
             made = _read_json(within)
             if made is None:
@@ -215,9 +213,9 @@ class ToolCalls:
         """What was held back, at the end of the text."""
         made: list[Call] | None = None
         held = self._held.strip()
-        if self._style == "mistral" and held.startswith(self._mark):
-            made = _read_list(held.removeprefix(self._mark), self._mark)
-        elif self._style == "llama":
+        if self._style.name == "mistral" and held.startswith(self._style.mark):
+            made = _read_list(held.removeprefix(self._style.mark), self._style.mark)
+        elif self._style.name == "llama":
             made = _read_json(held.removeprefix(_PYTHON))
             if made is not None and not {call.name for call in made} <= self._names:
                 made = None  # an answer in JSON
@@ -326,19 +324,21 @@ def _read_list(text: str, mark: str) -> list[Call] | None:
 
 
 def grammar(
-    style: Style, tools: Sequence[Tool], *, forced: bool, several: bool, template: str = "",
+    style: Style,
+    tools: Sequence[Tool],
+    *,
+    forced: bool,
+    several: bool,
     otherwise: dict[str, Any] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """What a text must follow that calls one of these tools. Raises InputError for schemas that cannot be.
 
     forced: it must call; otherwise it may say something, in any words or as the JSON schema `otherwise`.
-    several: it may call more than once. template: the model's, which says how Mistral's models write.
+    several: it may call more than once.
     """
-    several = several and not style.alone
-    tagged = style.name == "mistral" and _ARGUMENTS in template
-    rules = [f"call_{i}: {_call(style, tool, tagged, forced)}" for i, tool in enumerate(tools)]
+    rules = [f"call_{i}: {_call(style, tool, forced)}" for i, tool in enumerate(tools)]
     rules.append("one: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    rest = _behind_the_mark(style, several=several, tagged=tagged)
+    rest = _behind_the_mark(style, several=several and not style.alone)
     rules.append(
         f"calls: {rest if style.name == 'llama' else f'{_mark(style, style.mark)} {rest}'}"
     )
@@ -346,8 +346,8 @@ def grammar(
     return lark("%llguidance {}\n" + "\n".join(rules))
 
 
-def _behind_the_mark(style: Style, *, several: bool, tagged: bool) -> str:
-    """What calls are, but for the mark that begins them. tagged: NAME[ARGS]{…} in place of a list."""
+def _behind_the_mark(style: Style, *, several: bool) -> str:
+    """What calls are, but for the mark that begins them."""
     mark = _mark(style, style.mark)
 
     def with_more(first: str, following: str) -> str:
@@ -358,7 +358,7 @@ def _behind_the_mark(style: Style, *, several: bool, tagged: bool) -> str:
         return with_more(one, f'"\\n" {mark} {one}')
     if style.name == "llama":
         return with_more("one", '"; " one')
-    if tagged:
+    if style.tagged:
         return with_more("one", f"{mark} one")
     return '"[" ' + with_more("one", '", " one') + ' "]"'
 
@@ -387,13 +387,13 @@ def _mark(style: Style, mark: str) -> str:
     return f"<[{style.special[mark]}]>" if mark in style.special else json.dumps(mark)
 
 
-def _call(style: Style, tool: Tool, tagged: bool, forced: bool) -> str:
+def _call(style: Style, tool: Tool, forced: bool) -> str:
     function = tool.function
     schema: dict[str, Any] = {"type": "object"}
     if forced or function.strict:
         schema = closed(function.parameters or {"type": "object", "properties": {}})
     arguments = f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
-    if tagged:
+    if style.tagged:
         return f"{json.dumps(function.name)} {_mark(style, _ARGUMENTS)} {arguments}"
     key = "parameters" if style.name == "llama" else "arguments"
     before = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
