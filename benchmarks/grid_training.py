@@ -2,7 +2,7 @@
 
     python -m benchmarks.grid_training --text valid.txt --books books/ --work WORK --out RESULT.json
         [--model smollm2-135m] [--preset int4-gptq] [--group-size 64] [--weighting fisher]
-        [--drift corrected] [--windows 256] [--steps 400] [--lr 3e-5] [--train all] [--generated 0]
+        [--drift corrected] [--windows 256] [--steps 400] [--batch 32] [--lr 3e-5] [--train all] [--generated 0]
         [--checkpointing none] [--micro-batch 32] [--trained-only] [--on-grid] [--device cuda] --name ROW
 
 KL in nats from the 16-bit model, in float32, on text that nothing was calibrated, trained or chosen by: the
@@ -93,7 +93,7 @@ def main() -> None:
         print(row["quantized"], flush=True)
         shutil.rmtree(out)
     plan = DistillPlan(
-        steps=arguments.steps, batch=32, micro_batch=arguments.micro_batch, length=LENGTH,
+        steps=arguments.steps, batch=arguments.batch, micro_batch=arguments.micro_batch, length=LENGTH,
         lr=arguments.lr, min_lr=arguments.min_lr, train=arguments.train, generated=arguments.generated,
         checkpointing=arguments.checkpointing, quantize=quantization, eval_every=arguments.eval_every,
     )  # fmt: skip
@@ -123,6 +123,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--drift", default="corrected")
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--eval-every", type=int)
     parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--min-lr", type=float)

@@ -24,10 +24,14 @@ from tinier.kernels import (
     PagedBatch,
     cached_attention,
     captures,
+    cpu_decode,
+    gpu_decode,
     greedy,
     reference,
 )
-from tinier.kernels.cpu_decode import CpuDecoder, DecodeWeights, unsupported
+from tinier.kernels.cpu_decode import CpuDecoder
+from tinier.kernels.gpu_decode import GpuDecoder
+from tinier.kernels.layer import DecodeWeights
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +138,7 @@ class Runner:
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Staging] = []
         self._native = self._native_step() if device.type == "cpu" else None
+        self._whole = self._whole_step() if self._captures else None
 
     @property
     def kv_bytes(self) -> int:
@@ -315,11 +320,8 @@ class Runner:
     def _native_step(self) -> CpuDecoder | None:
         """The whole step as one native call, where the model and the machine allow it."""
         decoder = self.decoder
-        weights = DecodeWeights(
-            geometry=decoder.geometry, layers=decoder.layers, final_norm=decoder.final_norm,
-            head=decoder.head,
-        )  # fmt: skip
-        reason = unsupported(weights, decoder.cache_dtype)
+        weights = self._decode_weights()
+        reason = cpu_decode.unsupported(weights, decoder.cache_dtype)
         if decoder.share.size > 1:
             reason = "the model is shared by several processes"
         if reason is not None:
@@ -327,6 +329,24 @@ class Runner:
             return None
         rotations = [inputs.rotation for inputs in self._head_inputs]
         return CpuDecoder(weights, self._caches, rotations, self._block_size)
+
+    def _whole_step(self) -> GpuDecoder | None:
+        """Steps of a few tokens as one kernel, where the model and the GPU allow it."""
+        weights, rotation = self._decode_weights(), self._head_inputs[0].rotation
+        reason = gpu_decode.unsupported(weights, self._caches, rotation)
+        if self.decoder.share.size > 1:
+            reason = "the model is shared by several processes"
+        if reason is not None:
+            log.info("steps of a few tokens run operator by operator: %s", reason)
+            return None
+        return GpuDecoder(weights, self._caches, rotation, self._block_size)
+
+    def _decode_weights(self) -> DecodeWeights:
+        decoder = self.decoder
+        return DecodeWeights(
+            geometry=decoder.geometry, layers=decoder.layers, final_norm=decoder.final_norm,
+            head=decoder.head,
+        )  # fmt: skip
 
     def _compute_natively(
         self, inputs: Tensor, rows: int, sequences: int, *, hidden: bool
@@ -356,10 +376,14 @@ class Runner:
         tokens, positions, slots, contexts, seats, starts, decodes, tables = self._split(
             inputs, rows, sequences
         )
+        decoder = self.decoder
+        entering = decoder.embed(tokens, self._sampled)
+        if self._whole and rows == sequences <= gpu_decode.MOST_TOKENS:
+            logits, hidden = self._whole.step(entering, positions, slots, contexts, tables)
+            return Output(logits, greedy(logits, seats, self._sampled), hidden)
         batch = PagedBatch(
             tables, contexts, starts, positions, slots, decodes, counts, self._block_size, longest
         )
-        decoder = self.decoder
 
         def attend(index: int, qkv: Tensor) -> Any:
             return cached_attention(
@@ -367,7 +391,7 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        hidden = decoder.forward(decoder.embed(tokens, self._sampled), attend)
+        hidden = decoder.forward(entering, attend)
         if every:
             logits = decoder.logits(hidden)
             return Output(logits, greedy(logits, self._nowhere[:rows], self._sampled), hidden)

@@ -10,7 +10,6 @@ pairs, the layout of native.pack_int4.
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from tinier.errors import TinierError
 from tinier.families import Geometry
 from tinier.kernels import native
-from tinier.kernels.layer import Layer
+from tinier.kernels.layer import DecodeWeights, Layer
 from tinier.kernels.linear import (
     DenseLinear,
     Int8Linear,
@@ -29,16 +28,6 @@ from tinier.kernels.linear import (
 )
 from tinier.kernels.native import LinearStruct, NativeWeight, load_library
 from tinier.kernels.reference import Cache
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeWeights:
-    """What the step needs of a decoder."""
-
-    geometry: Geometry
-    layers: Sequence[Layer]
-    final_norm: Tensor
-    head: Linear
 
 
 class _Layer(Structure):

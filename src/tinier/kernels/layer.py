@@ -1,9 +1,11 @@
 """The weights of one decoder layer, as every way to run it takes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from tinier.families import Geometry
 from tinier.kernels.experts import Experts
 from tinier.kernels.linear import Linear
 
@@ -43,3 +45,13 @@ class Layer:
         if self.experts is not None:
             mlp = [*self.experts.gate_up, *self.experts.down]
         return (self.qkv, self.out, *(linear for linear in mlp if linear is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeWeights:
+    """What a step in one native call needs of a decoder (cpu_decode.py, gpu_decode.py)."""
+
+    geometry: Geometry
+    layers: Sequence[Layer]
+    final_norm: Tensor
+    head: Linear

@@ -1,0 +1,868 @@
+// One decoding step of a whole decoder in one persistent kernel, for a few tokens of as many sequences.
+//
+// Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its warps
+// brings weights: it walks through the rows that are this block's, layer after layer, and copies them
+// into a ring in shared memory (cp.async.bulk), as far ahead as the ring has room, for what a weight is
+// does not depend on the tokens. The other warps compute: norm, product, attention, SiLU, each a phase
+// that all blocks finish before the next begins (`wait_for_all`). While they wait the ring fills, so that
+// memory is read all the time. Plain torch: the operators of reference.py, one after the other.
+//
+// A product goes through the tensor core with tokens as the 16 rows of its tile and 8 rows of the weight
+// as its columns. Which of a tile's inner places holds which column does not matter as long as both sides
+// agree: a thread takes 16 bytes of a weight's row, and the same columns of the token.
+//
+// Compiled by gpu_decode.py for one model's sizes: HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, TURNING,
+// BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, STEP_BYTES, SHARED_BYTES.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#define NOTHING __int_as_float(0xff800000)  // minus infinity
+
+enum Kind { BF16, E4M3, INT8, INT4 };
+enum Target { QKV, STREAM, GATED, LOGITS };
+
+constexpr int MOST = 4;       // tokens
+constexpr int WARPS = 16;     // that compute
+constexpr int THREADS = 32 * WARPS;
+constexpr int TILE = 8;       // rows of a weight that are multiplied together
+constexpr int PIECE = 2048;   // bytes of a row, at most, that are copied together
+constexpr int STRIDE = PIECE + 64;  // of rows in the ring: neighbours lie in other banks
+constexpr int STAGE = TILE * STRIDE;
+constexpr int INT4_CHUNKS = 28;  // of 128 columns, at most, that are copied together with their scales
+constexpr int GROUP = HEADS / KV_HEADS;
+constexpr int SPLIT_KEYS = 128;  // a context is split among blocks from here on
+constexpr int WIDEST = INNER > HIDDEN ? (INNER > HEADS * HEAD_DIM ? INNER : HEADS * HEAD_DIM)
+                                      : (HIDDEN > HEADS * HEAD_DIM ? HIDDEN : HEADS * HEAD_DIM);
+constexpr int VECTORS = ((WIDEST + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);  // of 8, a thread's
+
+struct Linear {
+    const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
+    const void* scale;  // [rows] float32; INT4: [columns / group, rows] bf16
+    const u16* bias;    // [rows] bf16
+    int rows, columns, kind, group;
+};
+
+struct Layer {
+    Linear qkv, out, gate_up, down;
+    const u16 *input_norm, *post_norm, *q_norm, *k_norm;
+    u8 *keys, *values;  // [slots, KV_HEADS, HEAD_DIM]
+    const float *k_scale, *v_scale;
+};
+
+struct Step {
+    const Layer* layers;
+    Linear head;
+    const u16* final_norm;
+    const u16 *cos, *sin;     // [positions, TURNING]
+    const u16* entering;      // [tokens, HIDDEN]
+    u16 *stream, *qkv, *act;  // [tokens, HIDDEN], [tokens, (HEADS + 2 KV_HEADS) HEAD_DIM], [tokens, INNER]
+    float *partial, *sums;    // [tokens, splits, HEADS, HEAD_DIM], [tokens, splits, HEADS]
+    u16 *hidden, *logits;     // [tokens, HIDDEN], [tokens, rows of head]
+    const int *positions, *slots, *contexts, *tables;  // as Runner._inputs has them
+    u32* counters;            // [2], 0 before and after
+    int tokens, width, splits, stages;
+    int x_stride, x_bytes;    // of a token in shared memory, of all
+    float eps, scale;         // scale: of scores, for exp2
+};
+
+struct Shared {
+    float partial[2][2][WARPS][TILE * MOST];
+    float reduced[MOST][WARPS];
+    float x_scale[MOST];
+    int position[MOST], slot[MOST], context[MOST];
+    Layer layers[LAYERS];
+};
+
+static_assert(sizeof(Step) == STEP_BYTES && sizeof(Shared) == SHARED_BYTES, "as gpu_decode.py has them");
+
+// ---- small things
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float number(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+__device__ __forceinline__ u16 to_bf16(float x) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+__device__ __forceinline__ float rounded(float x) { return number(to_bf16(x)); }
+
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+__device__ __forceinline__ u16 to_e4m3(float low, float high) {
+    u16 codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+}
+
+__device__ __forceinline__ void from_e4m3(u16 codes, float& low, float& high) {
+    u32 halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(low), "=f"(high) : "r"(halves));
+}
+
+__device__ __forceinline__ int to_int8(float x) { return max(-128, min(127, __float2int_rn(x))); }
+
+__device__ __forceinline__ uint4 shared_vector(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 shared_word(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+
+// what other blocks wrote: past the multiprocessor's own cache
+__device__ __forceinline__ uint4 fresh_vector(const void* at) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ float fresh_float(const float* at) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ u16 fresh_bf16(const u16* at) {
+    u16 v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(at));
+    return v;
+}
+
+// of the warps that compute
+__device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int apart = 16; apart; apart >>= 1) x += __shfl_xor_sync(~0u, x, apart);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int apart = 16; apart; apart >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
+    return x;
+}
+
+// Until all blocks have come here `times` times. What they wrote before can be read after it.
+__device__ __forceinline__ void wait_for_all(u32* counter, u32 times) {
+    together();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+        u32 seen;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        } while (seen < times * gridDim.x);
+        __threadfence();
+    }
+    together();
+}
+
+// ---- the ring
+
+struct Ring {
+    u32 full, empty, data;  // shared addresses: barriers [stages], stages [stages, STAGE]
+    int stages;
+};
+
+struct Place {  // where in the ring, and which time round
+    int stage;
+    u32 parity;
+    __device__ __forceinline__ void advance(int stages) {
+        if (++stage == stages) { stage = 0; parity ^= 1; }
+    }
+};
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// How a row of a weight is cut into pieces, in units of 64 bytes: 32 bf16, 64 codes, 128 INT4 codes.
+struct Cut {
+    int units, most;  // of a row, of a piece
+    __device__ __forceinline__ explicit Cut(const Linear& l) {
+        units = l.kind == BF16 ? l.columns / 32 : l.kind == INT4 ? (l.columns + 127) / 128 : l.columns / 64;
+        int room = l.kind == INT4 ? INT4_CHUNKS : PIECE / 64;
+        int pieces = (units + room - 1) / room;
+        most = (units + pieces - 1) / pieces;
+    }
+};
+
+__device__ __forceinline__ int first_tile(int tiles, int block) {
+    return (int)((long long)tiles * block / gridDim.x);
+}
+
+// Copy this block's rows into the ring. halves: 2: gate and up, by turns.
+__device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
+    const int lane = threadIdx.x & 31;
+    const Cut cut(l);
+    const int tiles = l.rows / TILE / halves;
+    const int scales = l.group >= 128 ? 1 : 128 / max(1, l.group);  // of a chunk
+    const long long row_bytes = (long long)cut.units * 64;
+    for (int tile = first_tile(tiles, blockIdx.x); tile < first_tile(tiles, blockIdx.x + 1); tile++) {
+        for (int half = 0; half < halves; half++) {
+            const int row = half * (l.rows / 2) + tile * TILE;
+            for (int begin = 0; begin < cut.units; begin += cut.most) {
+                const int units = min(cut.most, cut.units - begin);
+                const u32 barrier = ring.full + 8 * place.stage, to = ring.data + place.stage * STAGE;
+                wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
+                if (lane == 0) {
+                    const u32 bytes = units * (512 + (l.kind == INT4 ? 16 * scales : 0));
+                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+                }
+                __syncwarp();
+                if (l.kind == INT4) {
+                    for (int i = lane; i < units; i += 32) {
+                        const long long word = ((long long)(row / 64) * cut.units + begin + i) * 64 + row % 64;
+                        copy(to + i * 512, l.weight + word * 64, 512, barrier);
+                    }
+                    const int last = (l.columns - 1) / l.group;
+                    for (int i = lane; i < units * scales; i += 32) {
+                        const int group = min(last, (begin * 128 + i * (128 / scales)) / l.group);
+                        const u16* from = (const u16*)l.scale + (long long)group * l.rows + row;
+                        copy(to + units * 512 + i * 16, (const u8*)from, 16, barrier);
+                    }
+                } else if (lane < TILE) {
+                    copy(to + lane * STRIDE, l.weight + (row + lane) * row_bytes + begin * 64, units * 64, barrier);
+                }
+                place.advance(ring.stages);
+            }
+        }
+    }
+    return place;
+}
+
+// ---- products
+
+template <int KIND>
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
+    if constexpr (KIND == E4M3)
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+    else if constexpr (KIND == INT8) {
+        int(&i)[4] = reinterpret_cast<int(&)[4]>(c);
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+                     : "+r"(i[0]), "+r"(i[1]), "+r"(i[2]), "+r"(i[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+    } else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+}
+
+// Byte `byte` of two words, to its two nibbles of each word as pairs of bf16: into the mantissa of 128,
+// less 136.
+__device__ __forceinline__ void nibbles(u32 first, u32 second, int byte, u32& low, u32& high) {
+    u32 both = __byte_perm(first, second, byte | (4 + byte) << 8);
+    asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(low) : "r"(both));
+    asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(high) : "r"(both >> 4));
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(low) : "r"(0x3F803F80), "r"(0xC308C308));
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(high) : "r"(0x3F803F80), "r"(0xC308C308));
+}
+
+// Some 64-byte units of 8 rows in a stage times the tokens, added to acc. x: shared address of the first
+// of these columns of the lane's token; there: whether there is such a token.
+template <int KIND>
+__device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int units, u32 x, bool there, int scales) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int row = lane >> 2, t = lane & 3;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    if constexpr (KIND == INT4) {
+        for (int unit = warp; unit < units; unit += WARPS) {
+            const uint4 w = shared_vector(stage + unit * 512 + row * 64 + t * 16);
+            const u32 scale_at = stage + units * 512 + unit * scales * 16 + t * 4;
+            float part[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int byte = 0; byte < 4; byte++) {
+                const uint4 v = there ? shared_vector(x + unit * 256 + byte * 64 + t * 16) : none;
+                u32 b0, b1, d0, d1;
+                nibbles(w.x, w.y, byte, b0, d0);
+                nibbles(w.z, w.w, byte, b1, d1);
+                multiply<BF16>(part, v.x, v.y, b0, b1);
+                multiply<BF16>(part, v.z, v.w, d0, d1);
+                // columns of one group end here
+                if (byte == 3 || scales == 4 || (scales == 2 && byte == 1)) {
+                    const u32 s = shared_word(scale_at + (byte * scales / 4) * 16);
+                    acc[0] += part[0] * __uint_as_float(s << 16);
+                    acc[1] += part[1] * __uint_as_float(s & 0xFFFF0000);
+                    part[0] = part[1] = 0;
+                }
+            }
+        }
+    } else {
+#pragma unroll 2
+        for (int unit = warp; unit < units; unit += WARPS) {
+            const uint4 w = shared_vector(stage + row * STRIDE + unit * 64 + t * 16);
+            const uint4 v = there ? shared_vector(x + unit * 64 + t * 16) : none;
+            multiply<KIND>(acc, v.x, v.y, w.x, w.y);
+            multiply<KIND>(acc, v.z, v.w, w.z, w.w);
+        }
+    }
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+    float y = gate / (1.0f + exp2f(-1.4426950408889634f * gate));
+    return rounded(y) * up;
+}
+
+// The tokens in `x` times this block's rows, to where `target` says.
+template <int KIND>
+__device__ Place product(const Linear& l, int target, const u16* residual, u32 x,
+                         const Step& p, Shared& s, const Ring& ring, Place place) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const Cut cut(l);
+    const int halves = target == GATED ? 2 : 1;
+    const int tiles = l.rows / TILE / halves;
+    const int scales = l.group >= 128 ? 1 : 128 / max(1, l.group);
+    const int token = lane >> 2;
+    const bool there = token < p.tokens;
+    const u32 mine = x + token * p.x_stride;
+    // who finishes which number
+    const int n = threadIdx.x & 7, of = threadIdx.x >> 3;
+    const bool finishes = threadIdx.x < TILE * p.tokens;
+    int buffer = 0;
+    for (int tile = first_tile(tiles, blockIdx.x); tile < first_tile(tiles, blockIdx.x + 1); tile++) {
+        float scale[2] = {1, 1}, bias[2] = {0, 0};
+        u16 before = 0;
+        if (finishes) {
+            for (int half = 0; half < halves; half++) {
+                const int row = half * (l.rows / 2) + tile * TILE + n;
+                if (KIND == E4M3 || KIND == INT8) scale[half] = __ldg((const float*)l.scale + row);
+                if (l.bias) bias[half] = number(__ldg(l.bias + row));
+            }
+            if (target == STREAM) before = fresh_bf16(residual + of * HIDDEN + tile * TILE + n);
+        }
+        for (int half = 0; half < halves; half++) {
+            float acc[4] = {0, 0, 0, 0};
+            for (int begin = 0; begin < cut.units; begin += cut.most) {
+                const int units = min(cut.most, cut.units - begin);
+                wait_for(ring.full + 8 * place.stage, place.parity);
+                const u32 at = mine + begin * (KIND == INT4 ? 256 : 64);
+                add_product<KIND>(acc, ring.data + place.stage * STAGE, units, at, there, scales);
+                __syncwarp();
+                if (lane == 0)
+                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
+                place.advance(ring.stages);
+            }
+            if (there) {
+                float2 two = make_float2(acc[0], acc[1]);
+                *(float2*)&s.partial[buffer][half][warp][token * TILE + 2 * (lane & 3)] = two;
+            }
+        }
+        together();
+        if (finishes) {
+            float y[2];
+            for (int half = 0; half < halves; half++) {
+                float sum = 0;
+                int exact = 0;
+#pragma unroll
+                for (int from = 0; from < WARPS; from++) {
+                    const float part = s.partial[buffer][half][from][threadIdx.x];
+                    if (KIND == INT8) exact += __float_as_int(part);
+                    else sum += part;
+                }
+                if (KIND == INT8) sum = exact;
+                if (KIND == E4M3 || KIND == INT8) sum = sum * scale[half] * s.x_scale[of];
+                y[half] = rounded(sum + bias[half]);
+            }
+            const int row = tile * TILE + n;
+            if (target == QKV) p.qkv[of * l.rows + row] = to_bf16(y[0]);
+            if (target == STREAM) p.stream[of * HIDDEN + row] = to_bf16(number(before) + y[0]);
+            if (target == GATED) p.act[of * INNER + row] = to_bf16(gated(y[0], y[1]));
+            if (target == LOGITS) p.logits[(long long)of * l.rows + row] = to_bf16(y[0]);
+        }
+        buffer ^= 1;
+    }
+    return place;
+}
+
+__device__ __noinline__ Place multiply_rows(const Linear& l, int target, const u16* residual, u32 x,
+                                            const Step& p, Shared& s, const Ring& ring, Place place) {
+    switch (l.kind) {
+        case BF16: return product<BF16>(l, target, residual, x, p, s, ring, place);
+        case E4M3: return product<E4M3>(l, target, residual, x, p, s, ring, place);
+        case INT8: return product<INT8>(l, target, residual, x, p, s, ring, place);
+        default: return product<INT4>(l, target, residual, x, p, s, ring, place);
+    }
+}
+
+// ---- what a product takes
+
+// Sum or largest of a number of each token over the block's threads.
+template <bool LARGEST>
+__device__ __forceinline__ void over_threads(float (&value)[MOST], int tokens, Shared& s) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    together();  // what was read of it before has been
+#pragma unroll
+    for (int of = 0; of < MOST; of++) {
+        if (of >= tokens) break;
+        value[of] = LARGEST ? warp_max(value[of]) : warp_sum(value[of]);
+        if (lane == 0) s.reduced[of][warp] = value[of];
+    }
+    together();
+#pragma unroll
+    for (int of = 0; of < MOST; of++) {
+        if (of >= tokens) break;
+        float found = s.reduced[of][lane % WARPS];
+        value[of] = LARGEST ? warp_max(found) : warp_sum(found) * 0.5f;  // each is there twice
+    }
+}
+
+__device__ __forceinline__ int splits_of(int context, int most) {
+    return max(1, min(most, (context - 1 + SPLIT_KEYS - 1) / SPLIT_KEYS));
+}
+
+// Eight numbers of a token's attention, from the parts that blocks computed of its context.
+__device__ __forceinline__ uint4 joined(const Step& p, const Shared& s, int of, int at) {
+    const int head = at / HEAD_DIM, splits = splits_of(s.context[of], p.splits);
+    float top = NOTHING, total = 0, r[8] = {};
+#pragma unroll 4
+    for (int split = 0; split < splits; split++) {
+        const long long part = (long long)(of * p.splits + split) * HEADS;
+        const float log = fresh_float(p.sums + part + head);
+        const uint4 low = fresh_vector(p.partial + part * HEAD_DIM + at);
+        const uint4 high = fresh_vector(p.partial + part * HEAD_DIM + at + 4);
+        const float higher = fmaxf(top, log);
+        const float fade = exp2f(top - higher), weight = exp2f(log - higher);
+        const u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) r[i] = r[i] * fade + __uint_as_float(bits[i]) * weight;
+        total = total * fade + weight;
+        top = higher;
+    }
+    const float by = 1.0f / total;
+    return make_uint4(pair(r[0] * by, r[1] * by), pair(r[2] * by, r[3] * by), pair(r[4] * by, r[5] * by),
+                      pair(r[6] * by, r[7] * by));
+}
+
+__device__ __forceinline__ float part_of(const uint4& v, int i) {
+    const u32 word = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
+    return __uint_as_float(i % 2 ? word & 0xFFFF0000 : word << 16);
+}
+
+// Tokens [tokens, columns] into shared memory as `kind` takes them, normed if there is a norm.
+// source: null: of the attention.
+__device__ __noinline__ void prepare(const u16* source, const u16* norm, int columns, int kind, u16* hidden,
+                                     u32 x, const Step& p, Shared& s) {
+    uint4 v[MOST][VECTORS];
+    const int padded = kind == INT4 ? (columns + 127) / 128 * 128 : columns;
+#pragma unroll
+    for (int of = 0; of < MOST; of++) {
+        if (of >= p.tokens) break;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            const int at = (i * THREADS + threadIdx.x) * 8;
+            v[of][i] = make_uint4(0, 0, 0, 0);
+            if (at < columns)
+                v[of][i] = source ? fresh_vector(source + of * columns + at) : joined(p, s, of, at);
+        }
+    }
+    float value[MOST];
+    if (norm) {
+#pragma unroll
+        for (int of = 0; of < MOST; of++) {
+            if (of >= p.tokens) break;
+            value[of] = 0;
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) { const float y = part_of(v[of][i], j); value[of] += y * y; }
+        }
+        over_threads<false>(value, p.tokens, s);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            const int at = (i * THREADS + threadIdx.x) * 8;
+            if (at >= columns) break;
+            const uint4 w = __ldg((const uint4*)(norm + at));
+#pragma unroll
+            for (int of = 0; of < MOST; of++) {
+                if (of >= p.tokens) break;
+                const float turn = rsqrtf(value[of] / columns + p.eps);
+                float y[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) y[j] = rounded(part_of(v[of][i], j) * turn) * part_of(w, j);
+                v[of][i] = make_uint4(pair(y[0], y[1]), pair(y[2], y[3]), pair(y[4], y[5]), pair(y[6], y[7]));
+                if (hidden && blockIdx.x == 0) *(uint4*)(hidden + of * columns + at) = v[of][i];
+            }
+        }
+    }
+    const float largest = kind == E4M3 ? 448.0f : 127.5f;
+    if (kind == E4M3 || kind == INT8) {
+#pragma unroll
+        for (int of = 0; of < MOST; of++) {
+            if (of >= p.tokens) break;
+            value[of] = 0;
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) value[of] = fmaxf(value[of], fabsf(part_of(v[of][i], j)));
+        }
+        over_threads<true>(value, p.tokens, s);
+    }
+    together();  // the product before has read its tokens
+#pragma unroll
+    for (int of = 0; of < MOST; of++) {
+        if (of >= p.tokens) break;
+        float by = 1;
+        if (kind == E4M3 || kind == INT8) {
+            const float scale = value[of] == 0 ? 1.0f : __fdiv_rn(value[of], largest);
+            by = __fdiv_rn(1.0f, scale);
+            if (threadIdx.x == 0) s.x_scale[of] = scale;
+        }
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            const int at = (i * THREADS + threadIdx.x) * 8;
+            if (at >= padded) break;
+            const u32 row = x + of * p.x_stride;
+            const uint4 w = v[of][i];
+            if (kind == BF16) {
+                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(row + at * 2), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+            } else if (kind == INT4) {
+                // of 128 columns: four places of 64 bytes for two nibbles each, 16 bytes for a thread's four words
+                const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 8 + at % 16 / 4 * 16;
+                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(w.x), "r"(w.y) : "memory");
+                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + 16), "r"(w.z), "r"(w.w) : "memory");
+            } else {
+                u32 codes[2] = {0, 0};
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) {
+                    const float a = part_of(w, j) * by, b = part_of(w, j + 1) * by;
+                    u32 two = kind == E4M3 ? to_e4m3(a, b) : (to_int8(a) & 0xFF) | (to_int8(b) & 0xFF) << 8;
+                    codes[j / 4] |= two << (j % 4 * 8);
+                }
+                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(row + at), "r"(codes[0]), "r"(codes[1]) : "memory");
+            }
+        }
+    }
+    together();
+}
+
+// ---- attention
+
+constexpr int SIZE = CACHE == BF16 ? 2 : 1;        // bytes of a number in the cache
+constexpr int LANE_DIMS = HEAD_DIM / 8;            // eight lanes share a key
+constexpr int RUN = 16 / SIZE < LANE_DIMS ? 16 / SIZE : LANE_DIMS;  // neighbours that a lane reads together
+constexpr int RUNS = LANE_DIMS / RUN;
+
+__device__ __forceinline__ int dim_of(int lane8, int run) { return (run * 8 + lane8) * RUN; }
+
+__device__ __forceinline__ void unpack(u32 word, float* to) {
+    if (CACHE == BF16) {
+        to[0] = __uint_as_float(word << 16);
+        to[1] = __uint_as_float(word & 0xFFFF0000);
+    } else if (CACHE == E4M3) {
+        from_e4m3(word & 0xFFFF, to[0], to[1]);
+        from_e4m3(word >> 16, to[2], to[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = (float)((int)(word << (24 - 8 * i)) >> 24);
+    }
+}
+
+__device__ __forceinline__ void read_head(const u8* cache, long long slot, int head, int lane8, u32 (&words)[LANE_DIMS * SIZE / 4]) {
+    const u8* at = cache + (slot * KV_HEADS + head) * HEAD_DIM * SIZE;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        const void* from = at + dim_of(lane8, run) * SIZE;
+        if constexpr (RUN * SIZE == 16) {
+            const uint4 v = __ldg((const uint4*)from);
+            words[4 * run] = v.x, words[4 * run + 1] = v.y, words[4 * run + 2] = v.z, words[4 * run + 3] = v.w;
+        } else {
+            const uint2 v = __ldg((const uint2*)from);
+            words[2 * run] = v.x, words[2 * run + 1] = v.y;
+        }
+    }
+}
+
+// A number as it is after a stay in the cache, in units of the scale; what is stored.
+__device__ __forceinline__ float coded(float x, float scale, u16& bits) {
+    if (CACHE == BF16) {
+        bits = to_bf16(x);
+        return x;
+    }
+    x = __fdiv_rn(x, scale);
+    if (CACHE == E4M3) {
+        float low, high;
+        bits = to_e4m3(x, 0) & 0xFF;
+        from_e4m3(bits, low, high);
+        return low;
+    }
+    const int code = to_int8(x);
+    bits = code & 0xFF;
+    return code;
+}
+
+// q, k or v of one head by one warp: normed and turned, to shared memory.
+__device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool turns, const u16* cos, const u16* sin,
+                                          float eps, float* to) {
+    constexpr int EACH = HEAD_DIM / 32;
+    const int lane = threadIdx.x & 31;
+    float x[EACH], squares = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        x[i] = number(fresh_bf16(qkv + lane + 32 * i));
+        squares += x[i] * x[i];
+    }
+    if (norm) {
+        const float turn = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) x[i] = rounded(rounded(x[i] * turn) * number(__ldg(norm + lane + 32 * i)));
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[lane + 32 * i] = x[i];
+    __syncwarp();
+    if (!turns) return;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int d = lane + 32 * i;
+        if (d >= TURNING) continue;
+        const float other = d < TURNING / 2 ? -to[d + TURNING / 2] : to[d - TURNING / 2];
+        x[i] = rounded(rounded(x[i] * number(__ldg(cos + d))) + rounded(other * number(__ldg(sin + d))));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[lane + 32 * i] = x[i];
+}
+
+struct Part {  // of a context, that one block attends to with the heads of one KV head
+    int of, head, split, splits, first, end;
+};
+
+__device__ __forceinline__ Part part_at(int unit, const Step& p, const Shared& s) {
+    Part part;
+    part.split = unit % p.splits;
+    part.head = unit / p.splits % KV_HEADS;
+    part.of = unit / p.splits / KV_HEADS;
+    const int before = max(0, s.context[part.of] - 1);  // tokens that are in the cache already
+    part.splits = splits_of(s.context[part.of], p.splits);
+    const int share = (before + part.splits - 1) / part.splits;
+    part.first = part.split * share;
+    part.end = min(before, part.first + share);
+    return part;
+}
+
+__device__ __forceinline__ long long slot_at(const Step& p, int of, int place) {
+    return (long long)__ldg(p.tables + (long long)of * p.width + place / BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE;
+}
+
+// Bring the keys and values that this block will read to the L2 cache.
+__device__ __forceinline__ void call_context(const Layer& l, const Step& p, const Shared& s) {
+    constexpr int LINES = (HEAD_DIM * SIZE + 127) / 128;
+    for (int unit = blockIdx.x; unit < p.tokens * KV_HEADS * p.splits; unit += gridDim.x) {
+        const Part part = part_at(unit, p, s);
+        if (part.split >= part.splits) continue;
+        for (int i = threadIdx.x; i < (part.end - part.first) * LINES * 2; i += THREADS) {
+            const u8* cache = i & 1 ? l.values : l.keys;
+            const long long slot = slot_at(p, part.of, part.first + i / 2 / LINES);
+            const u8* at = cache + (slot * KV_HEADS + part.head) * HEAD_DIM * SIZE + i / 2 % LINES * 128;
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+        }
+    }
+}
+
+// Attention of the new tokens over their contexts, keys and values of the new ones into the cache.
+__device__ __noinline__ void attend(const Layer& l, float* scratch, const Step& p, Shared& s) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane8 = lane & 7;
+    constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+    float* q = scratch;                               // [GROUP + 2, HEAD_DIM]: k and v behind
+    float* results = q + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
+    float* tops = results + WARPS * GROUP * HEAD_DIM; // [WARPS, GROUP]
+    float* totals = tops + WARPS * GROUP;
+    const float k_scale = CACHE == BF16 ? 1.0f : __ldg(l.k_scale), v_scale = CACHE == BF16 ? 1.0f : __ldg(l.v_scale);
+    const float scale = p.scale * k_scale;
+    for (int unit = blockIdx.x; unit < p.tokens * KV_HEADS * p.splits; unit += gridDim.x) {
+        const Part part = part_at(unit, p, s);
+        if (part.split >= part.splits) continue;
+        together();
+        if (warp < GROUP + 2) {
+            const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
+            const u16* norm = nullptr;
+            if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
+            const long long turn = (long long)s.position[part.of] * TURNING;
+            float* mine = q + warp * HEAD_DIM;
+            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, p.cos + turn, p.sin + turn, p.eps, mine);
+            if (warp >= GROUP && part.split == 0) {
+                const long long to = ((long long)s.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
+                u8* cache = warp == GROUP ? l.keys : l.values;
+                for (int d = lane; d < HEAD_DIM; d += 32) {
+                    u16 bits;
+                    mine[d] = coded(mine[d], warp == GROUP ? k_scale : v_scale, bits);
+                    if (CACHE == BF16) ((u16*)cache)[to + d] = bits;
+                    else cache[to + d] = bits;
+                }
+            }
+        }
+        together();
+        float top[GROUP], total[GROUP], acc[GROUP][LANE_DIMS];
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            top[g] = NOTHING, total[g] = 0;
+#pragma unroll
+            for (int i = 0; i < LANE_DIMS; i++) acc[g][i] = 0;
+        }
+        const int each = lane >> 3;
+        for (int turn = -1, place = part.first + warp * 4 + each;; turn++) {
+            float k[LANE_DIMS], v[LANE_DIMS];
+            bool seen;
+            if (turn < 0) {  // the new token itself
+                if (part.split > 0 || warp > 0) continue;
+                seen = each == 0;
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS; i++) {
+                    const int d = dim_of(lane8, i / RUN) + i % RUN;
+                    k[i] = q[GROUP * HEAD_DIM + d], v[i] = q[(GROUP + 1) * HEAD_DIM + d];
+                }
+            } else {
+                if (part.first + warp * 4 + turn * 4 * WARPS >= part.end) break;  // the same for a warp
+                seen = place < part.end;
+                const long long slot = slot_at(p, part.of, seen ? place : part.first);
+                u32 kw[LANE_DIMS * SIZE / 4], vw[LANE_DIMS * SIZE / 4];
+                read_head(l.keys, slot, part.head, lane8, kw);
+                read_head(l.values, slot, part.head, lane8, vw);
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS * SIZE / 4; i++) unpack(kw[i], k + i * 4 / SIZE), unpack(vw[i], v + i * 4 / SIZE);
+                place += 4 * WARPS;
+            }
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                float score = 0;
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS; i++) score += q[g * HEAD_DIM + dim_of(lane8, i / RUN) + i % RUN] * k[i];
+                for (int apart = 4; apart; apart >>= 1) score += __shfl_xor_sync(~0u, score, apart);
+                score = seen ? score * scale : NOTHING;
+                const float higher = fmaxf(top[g], score);
+                const float fade = higher == NOTHING ? 1.0f : exp2f(top[g] - higher);
+                const float weight = seen ? exp2f(score - higher) : 0.0f;
+                total[g] = total[g] * fade + weight;
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS; i++) acc[g][i] = acc[g][i] * fade + v[i] * weight;
+                top[g] = higher;
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            for (int apart = 8; apart < 32; apart <<= 1) {
+                const float theirs = __shfl_xor_sync(~0u, top[g], apart);
+                const float higher = fmaxf(top[g], theirs);
+                const float fade = higher == NOTHING ? 0.0f : exp2f(top[g] - higher);
+                total[g] *= fade;
+                total[g] += __shfl_xor_sync(~0u, total[g], apart);
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS; i++) {
+                    acc[g][i] *= fade;
+                    acc[g][i] += __shfl_xor_sync(~0u, acc[g][i], apart);
+                }
+                top[g] = higher;
+            }
+            if (each == 0)
+#pragma unroll
+                for (int i = 0; i < LANE_DIMS; i++)
+                    results[(warp * GROUP + g) * HEAD_DIM + dim_of(lane8, i / RUN) + i % RUN] = acc[g][i];
+            if (lane == 0) tops[warp * GROUP + g] = top[g], totals[warp * GROUP + g] = total[g];
+        }
+        together();
+        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+            const int g = i / HEAD_DIM;
+            float higher = NOTHING, sum = 0, y = 0;
+#pragma unroll
+            for (int from = 0; from < WARPS; from++) higher = fmaxf(higher, tops[from * GROUP + g]);
+#pragma unroll
+            for (int from = 0; from < WARPS; from++) {
+                const float weight = higher == NOTHING ? 0.0f : exp2f(tops[from * GROUP + g] - higher);
+                sum += totals[from * GROUP + g] * weight;
+                y += results[from * GROUP * HEAD_DIM + i] * weight;
+            }
+            sum = sum == 0 ? 1.0f : sum;  // a part without keys; its `higher` says so
+            const long long to = (long long)(part.of * p.splits + part.split) * HEADS + part.head * GROUP + g;
+            p.partial[to * HEAD_DIM + i % HEAD_DIM] = y / sum * v_scale;
+            if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
+        }
+    }
+}
+
+// ---- the step
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Step p) {
+    extern __shared__ __align__(128) u8 memory[];
+    Shared& s = *(Shared*)memory;
+    u8* x_memory = memory + (sizeof(Shared) + 127) / 128 * 128;
+    u64* barriers = (u64*)(x_memory + p.x_bytes);
+    const Ring ring{address(barriers), address(barriers + p.stages), address(barriers + 2 * p.stages + 15) / 128 * 128, p.stages};
+    for (int i = threadIdx.x; i < (int)(sizeof(s.layers) / 8); i += blockDim.x)
+        ((u64*)s.layers)[i] = __ldg((const u64*)p.layers + i);
+    if (threadIdx.x < p.tokens) {
+        s.position[threadIdx.x] = p.positions[threadIdx.x];
+        s.slot[threadIdx.x] = p.slots[threadIdx.x];
+        s.context[threadIdx.x] = p.contexts[threadIdx.x];
+    }
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.stages; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.full + 8 * i));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ring.empty + 8 * i), "n"(WARPS));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+    Place place{0, 0};
+    if (threadIdx.x >= THREADS) {
+        for (int i = 0; i < LAYERS; i++) {
+            const Layer& l = s.layers[i];
+            place = feed(l.qkv, 1, ring, place);
+            place = feed(l.out, 1, ring, place);
+            place = feed(l.gate_up, 2, ring, place);
+            place = feed(l.down, 1, ring, place);
+        }
+        feed(p.head, 1, ring, place);
+        return;
+    }
+    const u32 x = address(x_memory);
+    u32 times = 0;
+    const u16* stream = p.entering;
+    for (int i = 0; i < LAYERS; i++) {
+        const Layer& l = s.layers[i];
+        call_context(l, p, s);
+        prepare(stream, l.input_norm, HIDDEN, l.qkv.kind, nullptr, x, p, s);
+        place = multiply_rows(l.qkv, QKV, nullptr, x, p, s, ring, place);
+        wait_for_all(p.counters, ++times);
+        attend(l, (float*)x_memory, p, s);
+        wait_for_all(p.counters, ++times);
+        prepare(nullptr, nullptr, HEADS * HEAD_DIM, l.out.kind, nullptr, x, p, s);
+        place = multiply_rows(l.out, STREAM, stream, x, p, s, ring, place);
+        stream = p.stream;
+        wait_for_all(p.counters, ++times);
+        prepare(stream, l.post_norm, HIDDEN, l.gate_up.kind, nullptr, x, p, s);
+        place = multiply_rows(l.gate_up, GATED, nullptr, x, p, s, ring, place);
+        wait_for_all(p.counters, ++times);
+        prepare(p.act, nullptr, INNER, l.down.kind, nullptr, x, p, s);
+        place = multiply_rows(l.down, STREAM, stream, x, p, s, ring, place);
+        wait_for_all(p.counters, ++times);
+    }
+    prepare(stream, p.final_norm, HIDDEN, p.head.kind, p.hidden, x, p, s);
+    multiply_rows(p.head, LOGITS, nullptr, x, p, s, ring, place);
+    together();
+    if (threadIdx.x == 0 && atomicAdd(p.counters + 1, 1) == gridDim.x - 1) p.counters[0] = p.counters[1] = 0;
+}

@@ -1,0 +1,260 @@
+"""One decoding step on a GPU in one kernel: a new token of each of a few sequences.
+
+Start at `GpuDecoder`: made once from `DecodeWeights`, its `step` launches the kernel of gpu_decode.cu.
+`unsupported` says beforehand why a model cannot run so. nvrtc.py compiles it.
+
+The weights are read where they are, none is copied: [out, in] in bf16, E4M3 or INT8, and INT4 in words, the
+layout of skinny.pack_int4.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinier.errors import TinierError
+from tinier.families import Geometry
+from tinier.kernels import nvrtc
+from tinier.kernels.layer import DecodeWeights, Layer
+from tinier.kernels.linear import Fp8Linear, Linear
+from tinier.kernels.machine import machine_of
+from tinier.kernels.reference import Cache
+
+MOST_TOKENS = 4
+SOURCE = Path(__file__).with_name("gpu_decode.cu")
+
+BF16, E4M3, INT8, INT4 = range(4)
+_CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
+_THREADS, _WARPS, _TILE = 544, 16, 8
+_STAGE = _TILE * (2048 + 64)
+_MOST_SPLITS = 16
+_LOG2_E = 1.4426950408889634
+
+
+class _Linear(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_int32) for name in ("rows", "columns", "kind", "group")),
+    )
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in (
+            "input_norm", "post_norm", "q_norm", "k_norm", "keys", "values", "k_scale", "v_scale",
+        )),
+    )  # fmt: skip
+
+
+class _Step(Structure):
+    _fields_ = (
+        ("layers", c_void_p),
+        ("head", _Linear),
+        *((name, c_void_p) for name in (
+            "final_norm", "cos", "sin", "entering", "stream", "qkv", "act", "partial", "sums", "hidden",
+            "logits", "positions", "slots", "contexts", "tables", "counters",
+        )),
+        *((name, c_int32) for name in ("tokens", "width", "splits", "stages", "x_stride", "x_bytes")),
+        *((name, c_float) for name in ("eps", "scale")),
+    )  # fmt: skip
+
+
+class GpuDecoder:
+    """A decoder and its cache, ready for `step`. It reads the tensors that it was made from in place."""
+
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        caches: Sequence[Cache],
+        rotation: tuple[Tensor, Tensor],
+        block_size: int,
+    ) -> None:
+        """rotation: cos and sin of every position, each [positions, R], bf16. block_size: slots in one
+        cache block. Raises TinierError where `unsupported` says why."""
+        reason = unsupported(weights, caches, rotation)
+        if reason is not None:
+            raise TinierError(f"no decoding step in one kernel: {reason}")
+        g, device = weights.geometry, weights.final_norm.device
+        self._geometry, self._device = g, device
+        self._rotation, self._final_norm = rotation, weights.final_norm
+        self._head = _linear(weights.head)
+        layers = [_layer(*parts) for parts in zip(weights.layers, caches, strict=True)]
+        self._layers = torch.frombuffer(
+            bytearray(bytes((_Layer * len(layers))(*layers))), dtype=torch.uint8
+        ).to(device)
+        linears = [linear for layer in weights.layers for linear in layer.linears]
+        self._x_stride = max(_token_bytes(linear) for linear in (*linears, weights.head)) + 64
+        self._kept = (weights, caches)  # what the structs point into
+        sizes = {
+            "HIDDEN": g.hidden, "INNER": g.intermediate, "HEADS": g.heads, "KV_HEADS": g.kv_heads,
+            "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
+            "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
+            "STEP_BYTES": ctypes.sizeof(_Step), "SHARED_BYTES": _shared_bytes(g.layers),
+        }  # fmt: skip
+        self._kernel = nvrtc.load(SOURCE, sizes, "decode_step", device)
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self._memory = nvrtc.most_shared_memory(device)
+        most, width = MOST_TOKENS, (g.heads + 2 * g.kv_heads) * g.head_dim
+        self._counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self._buffers = {
+            name: torch.empty(size, dtype=dtype, device=device)
+            for name, size, dtype in (
+                ("stream", most * g.hidden, torch.bfloat16),
+                ("qkv", most * width, torch.bfloat16),
+                ("act", most * g.intermediate, torch.bfloat16),
+                ("partial", most * _MOST_SPLITS * g.heads * g.head_dim, torch.float32),
+                ("sums", most * _MOST_SPLITS * g.heads, torch.float32),
+            )
+        }
+
+    def step(
+        self, entering: Tensor, positions: Tensor, slots: Tensor, contexts: Tensor, tables: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [S, vocab] and hidden states [S, hidden] in bf16 after a new token of each of S sequences,
+        whose keys and values are written to the cache. S: MOST_TOKENS at most.
+
+        entering: [S, hidden] in bf16, what enters the first layer. The others int32. positions, slots,
+        contexts: [S]. tables: [S, width] cache blocks.
+        """
+        g, tokens = self._geometry, entering.shape[0]
+        assert tokens <= MOST_TOKENS
+        inputs = {
+            "entering": entering, "positions": positions, "slots": slots, "contexts": contexts,
+            "tables": tables,
+        }  # fmt: skip
+        assert all(t.is_contiguous() for t in inputs.values())
+        outputs = {
+            "hidden": entering.new_empty(tokens, g.hidden),
+            "logits": entering.new_empty(tokens, self._head.rows),
+        }
+        fixed = _shared_bytes(g.layers)
+        x_bytes = max(tokens * self._x_stride, _attention_bytes(g))
+        x_bytes = -(-x_bytes // 128) * 128
+        room = self._memory - -(-fixed // 128) * 128 - x_bytes - 256
+        stages = room // (_STAGE + 16)
+        named = {"final_norm": self._final_norm, "counters": self._counters, "layers": self._layers}
+        pointers = {
+            name: tensor.data_ptr()
+            for name, tensor in {**inputs, **outputs, **self._buffers, **named}.items()
+        }
+        scale = (g.multipliers.attention or g.head_dim**-0.5) * _LOG2_E
+        step = _Step(
+            **pointers, head=self._head, cos=self._rotation[0].data_ptr(), sin=self._rotation[1].data_ptr(),
+            tokens=tokens, width=tables.shape[1],
+            splits=max(1, min(_MOST_SPLITS, self._blocks // (tokens * g.kv_heads))),
+            stages=stages, x_stride=self._x_stride, x_bytes=x_bytes, eps=g.norm_eps, scale=scale,
+        )  # fmt: skip
+        self._kernel.launch(step, self._blocks, _THREADS, self._memory)
+        return outputs["logits"], outputs["hidden"]
+
+
+def _shared_bytes(layers: int) -> int:
+    """Of struct Shared."""
+    return (2 * 2 * _WARPS * _TILE + _WARPS + 4) * 4 * MOST_TOKENS + ctypes.sizeof(_Layer) * layers
+
+
+def _attention_bytes(g: Geometry) -> int:
+    """Shared memory of a part of the attention."""
+    group = g.heads // g.kv_heads
+    numbers = (group + 2) * g.head_dim + _WARPS * group * (g.head_dim + 2)
+    return 4 * numbers
+
+
+def _token_bytes(linear: Linear) -> int:
+    """What a token takes in shared memory as the layer's input, in whole rows of 128 bytes."""
+    weight = linear.few
+    assert weight is not None
+    columns = weight.shape[1]
+    size = columns if _kind(linear) in (E4M3, INT8) else 2 * (-(-columns // 128) * 128)
+    return -(-size // 128) * 128
+
+
+def unsupported(
+    weights: DecodeWeights, caches: Sequence[Cache], rotation: tuple[Tensor, Tensor]
+) -> str | None:
+    """Why this model has no such step here; None: it has one."""
+    device = weights.final_norm.device
+    if machine_of(device).capability < (9, 0):
+        return "it needs a GPU of compute capability 9.0 or later"
+    g, m = weights.geometry, weights.geometry.multipliers
+    group = g.heads // g.kv_heads
+    ropes = {kind.rope for kind in g.kinds}
+    norms = [
+        norm
+        for layer in weights.layers
+        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+        if norm is not None
+    ]
+    for reason, holds in (
+        ("it has experts", g.mixture is not None),
+        ("its activation is not SiLU", g.activation != "silu"),
+        ("it has windows, or layers that turn in different ways or not at all",
+         any(g.windows) or len(ropes) > 1 or None in ropes),
+        ("it multiplies what its blocks add, or its logits", m.residual != 1 or m.logits != 1),
+        ("its norms are not before its blocks alone, or over all heads", any(
+            layer.input_norm is None or layer.post_norm is None or layer.attention_out_norm is not None
+            or layer.mlp_out_norm is not None or layer.norms_all_heads for layer in weights.layers
+        )),
+        ("norms or RoPE are not in bf16",
+         any(t.dtype != torch.bfloat16 for t in (*norms, *rotation, weights.final_norm))),
+        ("its heads have other sizes than 64 or 128", g.head_dim not in (64, 128)),
+        ("more than four query heads share a KV head", group > 4),
+        ("its sizes are not multiples of 8", bool(g.hidden % 8 or g.intermediate % 8)),
+        ("its cache is in another format", any(c.keys.dtype not in _CACHES for c in caches)),
+        ("it is too wide for shared memory", max(g.hidden, g.intermediate) > 16_384),
+    ):  # fmt: skip
+        if holds:
+            return reason
+    linears = [linear for layer in weights.layers for linear in layer.linears]
+    found = next(filter(None, map(_unsupported_linear, (*linears, weights.head))), None)
+    return found or nvrtc.missing()
+
+
+def _unsupported_linear(linear: Linear) -> str | None:
+    weight, kind = linear.few, _kind(linear)
+    if weight is None or kind is None:
+        return f"{linear.path} is not among its formats"
+    rows, columns = weight.shape
+    unit = {BF16: 32, INT4: 8}.get(kind, 64)
+    if rows % 16 or columns % unit:
+        return f"a layer has {rows} outputs and {columns} inputs, no multiples of 16 and {unit}"
+    if weight.group_size and (weight.group_size < 32 or weight.group_size > 256):
+        return f"a layer has groups of {weight.group_size}"
+    return None
+
+
+def _kind(linear: Linear) -> int | None:
+    """How the kernel multiplies a layer; None: it cannot."""
+    weight = linear.few
+    if weight is None or (isinstance(linear, Fp8Linear) and linear.input_scale is not None):
+        return None
+    if weight.group_size:
+        return INT4
+    if weight.codes.dtype == torch.bfloat16:
+        return BF16
+    kinds = {("e4m3", torch.float8_e4m3fn): E4M3, ("int8", torch.int8): INT8}
+    return kinds.get((linear.takes or "", weight.codes.dtype))
+
+
+def _linear(linear: Linear) -> _Linear:
+    weight, kind = linear.few, _kind(linear)
+    assert weight is not None
+    assert kind is not None
+    tensors = (weight.codes, weight.scale, weight.bias)
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    return _Linear(*pointers, *weight.shape, kind, weight.group_size)
+
+
+def _layer(layer: Layer, cache: Cache) -> _Layer:
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    norms = (layer.input_norm, layer.post_norm, *(layer.head_norms or (None, None)))
+    tensors = (*norms, cache.keys, cache.values, *(cache.scales or (None, None)))
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    return _Layer(*map(_linear, linears), *pointers)
