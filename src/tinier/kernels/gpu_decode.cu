@@ -12,7 +12,7 @@
 // agree: a thread takes 16 bytes of a weight's row, and the same columns of the token.
 //
 // Compiled by gpu_decode.py for one model's sizes: HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, TURNING,
-// BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, STEP_BYTES, SHARED_BYTES.
+// BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, TOKENS, STEP_BYTES, SHARED_BYTES.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -24,7 +24,6 @@ using u64 = unsigned long long;
 enum Kind { BF16, E4M3, INT8, INT4 };
 enum Target { QKV, STREAM, GATED, LOGITS };
 
-constexpr int MOST = 4;       // tokens
 constexpr int WARPS = 16;     // that compute
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 8;       // rows of a weight that are multiplied together
@@ -32,16 +31,16 @@ constexpr int PIECE = 2048;   // bytes of a row, at most, that are copied togeth
 constexpr int STRIDE = PIECE + 64;  // of rows in the ring: neighbours lie in other banks
 constexpr int STAGE = TILE * STRIDE;
 constexpr int INT4_CHUNKS = 28;  // of 128 columns, at most, that are copied together with their scales
+constexpr int SLOTS = 4;      // products of 8 rows between two summations over the warps
+constexpr int SCALES = STAGE - 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int SPLIT_KEYS = 128;  // a context is split among blocks from here on
-constexpr int WIDEST = INNER > HIDDEN ? (INNER > HEADS * HEAD_DIM ? INNER : HEADS * HEAD_DIM)
-                                      : (HIDDEN > HEADS * HEAD_DIM ? HIDDEN : HEADS * HEAD_DIM);
-constexpr int VECTORS = ((WIDEST + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);  // of 8, a thread's
 
 struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
     const void* scale;  // [rows] float32; INT4: [columns / group, rows] bf16
     const u16* bias;    // [rows] bf16
+    const u8* maps;     // INT4: tensor maps of the words and of the scales
     int rows, columns, kind, group;
 };
 
@@ -58,25 +57,33 @@ struct Step {
     const u16* final_norm;
     const u16 *cos, *sin;     // [positions, TURNING]
     const u16* entering;      // [tokens, HIDDEN]
-    u16 *stream, *qkv, *act;  // [tokens, HIDDEN], [tokens, (HEADS + 2 KV_HEADS) HEAD_DIM], [tokens, INNER]
+    // [tokens, HIDDEN], [tokens, (HEADS + 2 KV_HEADS) HEAD_DIM], [tokens, HEADS HEAD_DIM], [tokens, INNER]
+    u16 *stream, *qkv, *attended, *act;
     float *partial, *sums;    // [tokens, splits, HEADS, HEAD_DIM], [tokens, splits, HEADS]
     u16 *hidden, *logits;     // [tokens, HIDDEN], [tokens, rows of head]
     const int *positions, *slots, *contexts, *tables;  // as Runner._inputs has them
-    u32* counters;            // [2], 0 before and after
-    int tokens, width, splits, stages;
+    u32* counters;            // [2 + tokens KV_HEADS], 0 before and after
+    int width, splits, stages;
     int x_stride, x_bytes;    // of a token in shared memory, of all
     float eps, scale;         // scale: of scores, for exp2
 };
 
 struct Shared {
-    float partial[2][2][WARPS][TILE * MOST];
-    float reduced[MOST][WARPS];
-    float x_scale[MOST];
-    int position[MOST], slot[MOST], context[MOST];
+    float partial[2][SLOTS][WARPS][TILE * TOKENS];
+    float reduced[TOKENS][WARPS];
+    float x_scale[TOKENS];
+    int position[TOKENS], slot[TOKENS], context[TOKENS], is_last;
     Layer layers[LAYERS];
 };
 
 static_assert(sizeof(Step) == STEP_BYTES && sizeof(Shared) == SHARED_BYTES, "as gpu_decode.py has them");
+
+#ifdef TRACE
+__device__ long long trace[4096];
+#define MARK() if (blockIdx.x == TRACE && threadIdx.x == 0) trace[mark++] = clock64()
+#else
+#define MARK()
+#endif
 
 // ---- small things
 
@@ -127,24 +134,7 @@ __device__ __forceinline__ u32 shared_word(u32 at) {
 }
 
 // what other blocks wrote: past the multiprocessor's own cache
-__device__ __forceinline__ uint4 fresh_vector(const void* at) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ float fresh_float(const float* at) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at));
-    return v;
-}
-
-__device__ __forceinline__ u16 fresh_bf16(const u16* at) {
-    u16 v;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(at));
-    return v;
-}
+__device__ __forceinline__ uint4 fresh_vector(const void* at) { return __ldcg((const uint4*)at); }
 
 // of the warps that compute
 __device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
@@ -163,13 +153,11 @@ __device__ __forceinline__ float warp_max(float x) {
 __device__ __forceinline__ void wait_for_all(u32* counter, u32 times) {
     together();
     if (threadIdx.x == 0) {
-        __threadfence();
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
         u32 seen;
         do {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         } while (seen < times * gridDim.x);
-        __threadfence();
     }
     together();
 }
@@ -202,6 +190,12 @@ __device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barr
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// A box of a tensor map, at these numbers of its inner and of its outer side.
+__device__ __forceinline__ void copy_box(u32 to, const u8* map, int inner, int outer, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(inner), "r"(outer), "r"(barrier) : "memory");
+}
+
 // How a row of a weight is cut into pieces, in units of 64 bytes: 32 bf16, 64 codes, 128 INT4 codes.
 struct Cut {
     int units, most;  // of a row, of a piece
@@ -221,34 +215,31 @@ __device__ __forceinline__ int first_tile(int tiles, int block) {
 __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
     const int lane = threadIdx.x & 31;
     const Cut cut(l);
-    const int tiles = l.rows / TILE / halves;
-    const int scales = l.group >= 128 ? 1 : 128 / max(1, l.group);  // of a chunk
+    const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
+    const int scales = l.kind == INT4 ? max(1, 128 / l.group) : 0;  // of a chunk
+    const bool row_scales = l.kind == E4M3 || l.kind == INT8;
     const long long row_bytes = (long long)cut.units * 64;
-    for (int tile = first_tile(tiles, blockIdx.x); tile < first_tile(tiles, blockIdx.x + 1); tile++) {
+    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile++) {
         for (int half = 0; half < halves; half++) {
             const int row = half * (l.rows / 2) + tile * TILE;
+            const u8* from = l.weight + (row + lane) * row_bytes;
             for (int begin = 0; begin < cut.units; begin += cut.most) {
                 const int units = min(cut.most, cut.units - begin);
+                const bool with_scales = row_scales && begin == 0;
                 const u32 barrier = ring.full + 8 * place.stage, to = ring.data + place.stage * STAGE;
+                const u32 bytes = l.kind == INT4 ? cut.most * (512 + 16 * scales) : units * 512 + 32 * with_scales;
                 wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
-                if (lane == 0) {
-                    const u32 bytes = units * (512 + (l.kind == INT4 ? 16 * scales : 0));
+                if (lane == 0)
                     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-                }
                 __syncwarp();
                 if (l.kind == INT4) {
-                    for (int i = lane; i < units; i += 32) {
-                        const long long word = ((long long)(row / 64) * cut.units + begin + i) * 64 + row % 64;
-                        copy(to + i * 512, l.weight + word * 64, 512, barrier);
-                    }
-                    const int last = (l.columns - 1) / l.group;
-                    for (int i = lane; i < units * scales; i += 32) {
-                        const int group = min(last, (begin * 128 + i * (128 / scales)) / l.group);
-                        const u16* from = (const u16*)l.scale + (long long)group * l.rows + row;
-                        copy(to + units * 512 + i * 16, (const u8*)from, 16, barrier);
-                    }
+                    // inner: of 64 rows that lie together, in 8 bytes; outer: 128 columns of them
+                    if (lane == 0) copy_box(to, l.maps, row % 64 * 8, row / 64 * cut.units + begin, barrier);
+                    if (lane == 1) copy_box(to + cut.most * 512, l.maps + 128, row, begin * scales, barrier);
                 } else if (lane < TILE) {
-                    copy(to + lane * STRIDE, l.weight + (row + lane) * row_bytes + begin * 64, units * 64, barrier);
+                    copy(to + lane * STRIDE, from + begin * 64, units * 64, barrier);
+                } else if (lane == TILE && with_scales) {
+                    copy(to + SCALES, (const u8*)((const float*)l.scale + row), 32, barrier);
                 }
                 place.advance(ring.stages);
             }
@@ -261,8 +252,8 @@ __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place
 
 template <int KIND>
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
-    if constexpr (KIND == E4M3)
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+    if constexpr (KIND == E4M3)  // as float16, which holds every code
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
     else if constexpr (KIND == INT8) {
         int(&i)[4] = reinterpret_cast<int(&)[4]>(c);
@@ -283,42 +274,66 @@ __device__ __forceinline__ void nibbles(u32 first, u32 second, int byte, u32& lo
     asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(high) : "r"(0x3F803F80), "r"(0xC308C308));
 }
 
-// Some 64-byte units of 8 rows in a stage times the tokens, added to acc. x: shared address of the first
-// of these columns of the lane's token; there: whether there is such a token.
+// Four E4M3 codes to float16.
+__device__ __forceinline__ void halves_of(u32 codes, u32& low, u32& high) {
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+        : "=r"(low), "=r"(high) : "r"(codes));
+}
+
+// Bytes that a unit's columns take in shared memory, of a token.
+template <int KIND> constexpr int UNIT = KIND == INT4 ? 256 : KIND == E4M3 ? 128 : 64;
+
+// Some 64-byte units of 8 rows in a stage times the tokens, added to acc. first: the first unit that is
+// this warp's. x: shared address of the stage's first columns of the lane's token; there: whether there
+// is such a token. scales: shared address of INT4's; a chunk has `each`.
 template <int KIND>
-__device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int units, u32 x, bool there, int scales) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int row = lane >> 2, t = lane & 3;
+__device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int first, int units, u32 x, bool there,
+                                            u32 scales, int each) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
     const uint4 none = make_uint4(0, 0, 0, 0);
+    x += t * 16;
     if constexpr (KIND == INT4) {
-        for (int unit = warp; unit < units; unit += WARPS) {
+        for (int unit = first; unit < units; unit += WARPS) {
             const uint4 w = shared_vector(stage + unit * 512 + row * 64 + t * 16);
-            const u32 scale_at = stage + units * 512 + unit * scales * 16 + t * 4;
-            float part[4] = {0, 0, 0, 0};
+            const u32 scale_at = scales + unit * each * 16 + t * 4;
+            uint4 v[4];
+#pragma unroll
+            for (int byte = 0; byte < 4; byte++) v[byte] = there ? shared_vector(x + unit * UNIT<INT4> + byte * 64) : none;
+            float part[2][4] = {};  // two sums, so that a product need not wait for the one before
 #pragma unroll
             for (int byte = 0; byte < 4; byte++) {
-                const uint4 v = there ? shared_vector(x + unit * 256 + byte * 64 + t * 16) : none;
                 u32 b0, b1, d0, d1;
                 nibbles(w.x, w.y, byte, b0, d0);
                 nibbles(w.z, w.w, byte, b1, d1);
-                multiply<BF16>(part, v.x, v.y, b0, b1);
-                multiply<BF16>(part, v.z, v.w, d0, d1);
+                multiply<BF16>(part[0], v[byte].x, v[byte].y, b0, b1);
+                multiply<BF16>(part[1], v[byte].z, v[byte].w, d0, d1);
                 // columns of one group end here
-                if (byte == 3 || scales == 4 || (scales == 2 && byte == 1)) {
-                    const u32 s = shared_word(scale_at + (byte * scales / 4) * 16);
-                    acc[0] += part[0] * __uint_as_float(s << 16);
-                    acc[1] += part[1] * __uint_as_float(s & 0xFFFF0000);
-                    part[0] = part[1] = 0;
+                if (byte == 3 || each == 4 || (each == 2 && byte == 1)) {
+                    const u32 s = shared_word(scale_at + (byte * each / 4) * 16);
+                    acc[0] += (part[0][0] + part[1][0]) * __uint_as_float(s << 16);
+                    acc[1] += (part[0][1] + part[1][1]) * __uint_as_float(s & 0xFFFF0000);
+                    part[0][0] = part[0][1] = part[1][0] = part[1][1] = 0;
                 }
             }
         }
     } else {
 #pragma unroll 2
-        for (int unit = warp; unit < units; unit += WARPS) {
+        for (int unit = first; unit < units; unit += WARPS) {
             const uint4 w = shared_vector(stage + row * STRIDE + unit * 64 + t * 16);
-            const uint4 v = there ? shared_vector(x + unit * 64 + t * 16) : none;
-            multiply<KIND>(acc, v.x, v.y, w.x, w.y);
-            multiply<KIND>(acc, v.z, v.w, w.z, w.w);
+            const uint4 v = there ? shared_vector(x + unit * UNIT<KIND>) : none;
+            if constexpr (KIND == E4M3) {
+                const uint4 u = there ? shared_vector(x + unit * UNIT<KIND> + 64) : none;
+                u32 b[8];
+                halves_of(w.x, b[0], b[1]), halves_of(w.y, b[2], b[3]);
+                halves_of(w.z, b[4], b[5]), halves_of(w.w, b[6], b[7]);
+                multiply<KIND>(acc, v.x, v.y, b[0], b[1]);
+                multiply<KIND>(acc, v.z, v.w, b[2], b[3]);
+                multiply<KIND>(acc, u.x, u.y, b[4], b[5]);
+                multiply<KIND>(acc, u.z, u.w, b[6], b[7]);
+            } else {
+                multiply<KIND>(acc, v.x, v.y, w.x, w.y);
+                multiply<KIND>(acc, v.z, v.w, w.z, w.w);
+            }
         }
     }
 }
@@ -330,77 +345,78 @@ __device__ __forceinline__ float gated(float gate, float up) {
 
 // The tokens in `x` times this block's rows, to where `target` says.
 template <int KIND>
-__device__ Place product(const Linear& l, int target, const u16* residual, u32 x,
-                         const Step& p, Shared& s, const Ring& ring, Place place) {
+__device__ __forceinline__ Place product(const Linear& l, int target, const u16* residual, u32 x, const Step& p, Shared& s,
+                                         const Ring& ring, Place place) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const Cut cut(l);
     const int halves = target == GATED ? 2 : 1;
-    const int tiles = l.rows / TILE / halves;
-    const int scales = l.group >= 128 ? 1 : 128 / max(1, l.group);
+    const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
+    const int each = KIND == INT4 ? max(1, 128 / l.group) : 0;
     const int token = lane >> 2;
-    const bool there = token < p.tokens;
+    const bool there = token < TOKENS;
     const u32 mine = x + token * p.x_stride;
-    // who finishes which number
-    const int n = threadIdx.x & 7, of = threadIdx.x >> 3;
-    const bool finishes = threadIdx.x < TILE * p.tokens;
+    // who finishes which number of a row
+    const int n = threadIdx.x % TILE, of = threadIdx.x / TILE % TOKENS, my_slot = threadIdx.x / (TILE * TOKENS);
     int buffer = 0;
-    for (int tile = first_tile(tiles, blockIdx.x); tile < first_tile(tiles, blockIdx.x + 1); tile++) {
-        float scale[2] = {1, 1}, bias[2] = {0, 0};
+    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += SLOTS / halves) {
+        const int used = min(SLOTS, (last - tile) * halves);
+        const int my_row = (tile + my_slot / halves) * TILE + n;
+        const bool finishes = my_slot < used && my_slot % halves == 0;
+        float scale[2] = {1, 1};
         u16 before = 0;
-        if (finishes) {
-            for (int half = 0; half < halves; half++) {
-                const int row = half * (l.rows / 2) + tile * TILE + n;
-                if (KIND == E4M3 || KIND == INT8) scale[half] = __ldg((const float*)l.scale + row);
-                if (l.bias) bias[half] = number(__ldg(l.bias + row));
-            }
-            if (target == STREAM) before = fresh_bf16(residual + of * HIDDEN + tile * TILE + n);
-        }
-        for (int half = 0; half < halves; half++) {
+        if (finishes && target == STREAM) before = __ldcg(residual + of * HIDDEN + my_row);
+        int done = 0;
+        for (int slot = 0; slot < used; slot++) {
             float acc[4] = {0, 0, 0, 0};
             for (int begin = 0; begin < cut.units; begin += cut.most) {
                 const int units = min(cut.most, cut.units - begin);
                 wait_for(ring.full + 8 * place.stage, place.parity);
-                const u32 at = mine + begin * (KIND == INT4 ? 256 : 64);
-                add_product<KIND>(acc, ring.data + place.stage * STAGE, units, at, there, scales);
+                const u32 stage = ring.data + place.stage * STAGE;
+                if ((KIND == E4M3 || KIND == INT8) && begin == 0) {
+                    const float of_row = __uint_as_float(shared_word(stage + SCALES + n * 4));
+                    if (slot == my_slot) scale[0] = of_row;
+                    if (slot == my_slot + 1) scale[1] = of_row;
+                }
+                // the same warps are not always the ones that do more
+                const int first = (warp + WARPS - done % WARPS) % WARPS;
+                add_product<KIND>(acc, stage, first, units, mine + begin * UNIT<KIND>, there, stage + cut.most * 512, each);
+                done += units;
                 __syncwarp();
                 if (lane == 0)
                     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
                 place.advance(ring.stages);
             }
-            if (there) {
-                float2 two = make_float2(acc[0], acc[1]);
-                *(float2*)&s.partial[buffer][half][warp][token * TILE + 2 * (lane & 3)] = two;
-            }
+            if (there) *(float2*)&s.partial[buffer][slot][warp][token * TILE + 2 * (lane & 3)] = make_float2(acc[0], acc[1]);
         }
         together();
         if (finishes) {
-            float y[2];
+            float y[2] = {0, 0};
             for (int half = 0; half < halves; half++) {
                 float sum = 0;
                 int exact = 0;
 #pragma unroll
                 for (int from = 0; from < WARPS; from++) {
-                    const float part = s.partial[buffer][half][from][threadIdx.x];
+                    const float part = s.partial[buffer][my_slot + half][from][of * TILE + n];
                     if (KIND == INT8) exact += __float_as_int(part);
                     else sum += part;
                 }
                 if (KIND == INT8) sum = exact;
                 if (KIND == E4M3 || KIND == INT8) sum = sum * scale[half] * s.x_scale[of];
-                y[half] = rounded(sum + bias[half]);
+                if (l.bias) sum += number(__ldg(l.bias + half * (l.rows / 2) + my_row));
+                y[half] = rounded(sum);
             }
-            const int row = tile * TILE + n;
-            if (target == QKV) p.qkv[of * l.rows + row] = to_bf16(y[0]);
-            if (target == STREAM) p.stream[of * HIDDEN + row] = to_bf16(number(before) + y[0]);
-            if (target == GATED) p.act[of * INNER + row] = to_bf16(gated(y[0], y[1]));
-            if (target == LOGITS) p.logits[(long long)of * l.rows + row] = to_bf16(y[0]);
+            if (target == QKV) p.qkv[of * l.rows + my_row] = to_bf16(y[0]);
+            if (target == STREAM) p.stream[of * HIDDEN + my_row] = to_bf16(number(before) + y[0]);
+            if (target == GATED) p.act[of * INNER + my_row] = to_bf16(gated(y[0], y[1]));
+            if (target == LOGITS) p.logits[(long long)of * l.rows + my_row] = to_bf16(y[0]);
         }
         buffer ^= 1;
     }
     return place;
 }
 
-__device__ __noinline__ Place multiply_rows(const Linear& l, int target, const u16* residual, u32 x,
-                                            const Step& p, Shared& s, const Ring& ring, Place place) {
+__device__ __noinline__ Place multiply_rows(const Linear& l, int target, const u16* residual, u32 x, const Step& p, Shared& s,
+                                            const Ring& ring, Place place) {
     switch (l.kind) {
         case BF16: return product<BF16>(l, target, residual, x, p, s, ring, place);
         case E4M3: return product<E4M3>(l, target, residual, x, p, s, ring, place);
@@ -413,19 +429,17 @@ __device__ __noinline__ Place multiply_rows(const Linear& l, int target, const u
 
 // Sum or largest of a number of each token over the block's threads.
 template <bool LARGEST>
-__device__ __forceinline__ void over_threads(float (&value)[MOST], int tokens, Shared& s) {
+__device__ __forceinline__ void over_threads(float (&value)[TOKENS], Shared& s) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     together();  // what was read of it before has been
 #pragma unroll
-    for (int of = 0; of < MOST; of++) {
-        if (of >= tokens) break;
+    for (int of = 0; of < TOKENS; of++) {
         value[of] = LARGEST ? warp_max(value[of]) : warp_sum(value[of]);
         if (lane == 0) s.reduced[of][warp] = value[of];
     }
     together();
 #pragma unroll
-    for (int of = 0; of < MOST; of++) {
-        if (of >= tokens) break;
+    for (int of = 0; of < TOKENS; of++) {
         float found = s.reduced[of][lane % WARPS];
         value[of] = LARGEST ? warp_max(found) : warp_sum(found) * 0.5f;  // each is there twice
     }
@@ -435,72 +449,48 @@ __device__ __forceinline__ int splits_of(int context, int most) {
     return max(1, min(most, (context - 1 + SPLIT_KEYS - 1) / SPLIT_KEYS));
 }
 
-// Eight numbers of a token's attention, from the parts that blocks computed of its context.
-__device__ __forceinline__ uint4 joined(const Step& p, const Shared& s, int of, int at) {
-    const int head = at / HEAD_DIM, splits = splits_of(s.context[of], p.splits);
-    float top = NOTHING, total = 0, r[8] = {};
-#pragma unroll 4
-    for (int split = 0; split < splits; split++) {
-        const long long part = (long long)(of * p.splits + split) * HEADS;
-        const float log = fresh_float(p.sums + part + head);
-        const uint4 low = fresh_vector(p.partial + part * HEAD_DIM + at);
-        const uint4 high = fresh_vector(p.partial + part * HEAD_DIM + at + 4);
-        const float higher = fmaxf(top, log);
-        const float fade = exp2f(top - higher), weight = exp2f(log - higher);
-        const u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) r[i] = r[i] * fade + __uint_as_float(bits[i]) * weight;
-        total = total * fade + weight;
-        top = higher;
-    }
-    const float by = 1.0f / total;
-    return make_uint4(pair(r[0] * by, r[1] * by), pair(r[2] * by, r[3] * by), pair(r[4] * by, r[5] * by),
-                      pair(r[6] * by, r[7] * by));
-}
-
 __device__ __forceinline__ float part_of(const uint4& v, int i) {
     const u32 word = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
     return __uint_as_float(i % 2 ? word & 0xFFFF0000 : word << 16);
 }
 
 // Tokens [tokens, columns] into shared memory as `kind` takes them, normed if there is a norm.
-// source: null: of the attention.
-__device__ __noinline__ void prepare(const u16* source, const u16* norm, int columns, int kind, u16* hidden,
-                                     u32 x, const Step& p, Shared& s) {
-    uint4 v[MOST][VECTORS];
+template <int COLUMNS, bool NORMED>
+__device__ __noinline__ void prepare(const u16* source, const u16* norm, int kind, u16* hidden, u32 x, const Step& p,
+                                     Shared& s) {
+    constexpr int columns = COLUMNS;
+    constexpr int VECTORS = ((columns + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);  // of 8, a thread's
+    uint4 v[TOKENS][VECTORS];
     const int padded = kind == INT4 ? (columns + 127) / 128 * 128 : columns;
 #pragma unroll
-    for (int of = 0; of < MOST; of++) {
-        if (of >= p.tokens) break;
+    for (int of = 0; of < TOKENS; of++) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
             v[of][i] = make_uint4(0, 0, 0, 0);
             if (at < columns)
-                v[of][i] = source ? fresh_vector(source + of * columns + at) : joined(p, s, of, at);
+                v[of][i] = fresh_vector(source + of * columns + at);
         }
     }
-    float value[MOST];
-    if (norm) {
+    float value[TOKENS];
+    if constexpr (NORMED) {
 #pragma unroll
-        for (int of = 0; of < MOST; of++) {
-            if (of >= p.tokens) break;
+        for (int of = 0; of < TOKENS; of++) {
             value[of] = 0;
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)
 #pragma unroll
                 for (int j = 0; j < 8; j++) { const float y = part_of(v[of][i], j); value[of] += y * y; }
         }
-        over_threads<false>(value, p.tokens, s);
+        over_threads<false>(value, s);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
             if (at >= columns) break;
             const uint4 w = __ldg((const uint4*)(norm + at));
 #pragma unroll
-            for (int of = 0; of < MOST; of++) {
-                if (of >= p.tokens) break;
-                const float turn = rsqrtf(value[of] / columns + p.eps);
+            for (int of = 0; of < TOKENS; of++) {
+                    const float turn = rsqrtf(value[of] / columns + p.eps);
                 float y[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) y[j] = rounded(part_of(v[of][i], j) * turn) * part_of(w, j);
@@ -512,20 +502,18 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int col
     const float largest = kind == E4M3 ? 448.0f : 127.5f;
     if (kind == E4M3 || kind == INT8) {
 #pragma unroll
-        for (int of = 0; of < MOST; of++) {
-            if (of >= p.tokens) break;
+        for (int of = 0; of < TOKENS; of++) {
             value[of] = 0;
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)
 #pragma unroll
                 for (int j = 0; j < 8; j++) value[of] = fmaxf(value[of], fabsf(part_of(v[of][i], j)));
         }
-        over_threads<true>(value, p.tokens, s);
+        over_threads<true>(value, s);
     }
     together();  // the product before has read its tokens
 #pragma unroll
-    for (int of = 0; of < MOST; of++) {
-        if (of >= p.tokens) break;
+    for (int of = 0; of < TOKENS; of++) {
         float by = 1;
         if (kind == E4M3 || kind == INT8) {
             const float scale = value[of] == 0 ? 1.0f : __fdiv_rn(value[of], largest);
@@ -553,7 +541,14 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int col
                     u32 two = kind == E4M3 ? to_e4m3(a, b) : (to_int8(a) & 0xFF) | (to_int8(b) & 0xFF) << 8;
                     codes[j / 4] |= two << (j % 4 * 8);
                 }
-                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(row + at), "r"(codes[0]), "r"(codes[1]) : "memory");
+                if (kind == INT8) {
+                    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(row + at), "r"(codes[0]), "r"(codes[1]) : "memory");
+                } else {  // as float16; of 64 columns, the first eight of each thread's 16, then the others
+                    u32 h[4];
+                    halves_of(codes[0], h[0], h[1]), halves_of(codes[1], h[2], h[3]);
+                    const u32 to = row + at / 64 * 128 + at % 16 * 8 + at % 64 / 16 * 16;
+                    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(h[0]), "r"(h[1]), "r"(h[2]), "r"(h[3]) : "memory");
+                }
             }
         }
     }
@@ -562,40 +557,44 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int col
 
 // ---- attention
 
-constexpr int SIZE = CACHE == BF16 ? 2 : 1;        // bytes of a number in the cache
-constexpr int LANE_DIMS = HEAD_DIM / 8;            // eight lanes share a key
-constexpr int RUN = 16 / SIZE < LANE_DIMS ? 16 / SIZE : LANE_DIMS;  // neighbours that a lane reads together
-constexpr int RUNS = LANE_DIMS / RUN;
+constexpr int SIZE = CACHE == BF16 ? 2 : 1;  // bytes of a number in the cache
+constexpr int DIMS = HEAD_DIM / 16;          // sixteen lanes share a key
+constexpr int WORDS = DIMS * SIZE / 4;
+constexpr int TURN = 2 * WARPS;              // keys that a block attends to together
+constexpr int TURNS = SPLIT_KEYS / TURN;     // whose keys and values it holds beforehand
 
-__device__ __forceinline__ int dim_of(int lane8, int run) { return (run * 8 + lane8) * RUN; }
+// DIMS numbers of a key or value.
+struct Piece {
+    u32 word[WORDS];
 
-__device__ __forceinline__ void unpack(u32 word, float* to) {
-    if (CACHE == BF16) {
-        to[0] = __uint_as_float(word << 16);
-        to[1] = __uint_as_float(word & 0xFFFF0000);
-    } else if (CACHE == E4M3) {
-        from_e4m3(word & 0xFFFF, to[0], to[1]);
-        from_e4m3(word >> 16, to[2], to[3]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) to[i] = (float)((int)(word << (24 - 8 * i)) >> 24);
+    __device__ __forceinline__ void read(const u8* cache, long long slot, int head, int lane16) {
+        const u8* at = cache + ((slot * KV_HEADS + head) * HEAD_DIM + lane16 * DIMS) * SIZE;
+        if constexpr (WORDS == 4) {
+            const uint4 v = __ldg((const uint4*)at);
+            word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+        } else if constexpr (WORDS == 2) {
+            const uint2 v = __ldg((const uint2*)at);
+            word[0] = v.x, word[1] = v.y;
+        } else
+            word[0] = __ldg((const u32*)at);
     }
-}
 
-__device__ __forceinline__ void read_head(const u8* cache, long long slot, int head, int lane8, u32 (&words)[LANE_DIMS * SIZE / 4]) {
-    const u8* at = cache + (slot * KV_HEADS + head) * HEAD_DIM * SIZE;
+    __device__ __forceinline__ void unpack(float (&to)[DIMS]) const {
 #pragma unroll
-    for (int run = 0; run < RUNS; run++) {
-        const void* from = at + dim_of(lane8, run) * SIZE;
-        if constexpr (RUN * SIZE == 16) {
-            const uint4 v = __ldg((const uint4*)from);
-            words[4 * run] = v.x, words[4 * run + 1] = v.y, words[4 * run + 2] = v.z, words[4 * run + 3] = v.w;
-        } else {
-            const uint2 v = __ldg((const uint2*)from);
-            words[2 * run] = v.x, words[2 * run + 1] = v.y;
+        for (int i = 0; i < WORDS; i++) {
+            const u32 w = word[i];
+            if (CACHE == BF16) {
+                to[2 * i] = __uint_as_float(w << 16), to[2 * i + 1] = __uint_as_float(w & 0xFFFF0000);
+            } else if (CACHE == E4M3) {
+                from_e4m3(w & 0xFFFF, to[4 * i], to[4 * i + 1]);
+                from_e4m3(w >> 16, to[4 * i + 2], to[4 * i + 3]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; j++) to[4 * i + j] = (float)((int)(w << (24 - 8 * j)) >> 24);
+            }
         }
     }
-}
+};
 
 // A number as it is after a stay in the cache, in units of the scale; what is stored.
 __device__ __forceinline__ float coded(float x, float scale, u16& bits) {
@@ -623,7 +622,7 @@ __device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool 
     float x[EACH], squares = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        x[i] = number(fresh_bf16(qkv + lane + 32 * i));
+        x[i] = number(__ldcg(qkv + lane + 32 * i));
         squares += x[i] * x[i];
     }
     if (norm) {
@@ -668,41 +667,101 @@ __device__ __forceinline__ long long slot_at(const Step& p, int of, int place) {
     return (long long)__ldg(p.tables + (long long)of * p.width + place / BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE;
 }
 
-// Bring the keys and values that this block will read to the L2 cache.
-__device__ __forceinline__ void call_context(const Layer& l, const Step& p, const Shared& s) {
-    constexpr int LINES = (HEAD_DIM * SIZE + 127) / 128;
-    for (int unit = blockIdx.x; unit < p.tokens * KV_HEADS * p.splits; unit += gridDim.x) {
-        const Part part = part_at(unit, p, s);
-        if (part.split >= part.splits) continue;
-        for (int i = threadIdx.x; i < (part.end - part.first) * LINES * 2; i += THREADS) {
-            const u8* cache = i & 1 ? l.values : l.keys;
-            const long long slot = slot_at(p, part.of, part.first + i / 2 / LINES);
-            const u8* at = cache + (slot * KV_HEADS + part.head) * HEAD_DIM * SIZE + i / 2 % LINES * 128;
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+// What a lane has of the softmax of GROUP heads over the keys that it saw, and of the values' sum.
+struct Softmax {
+    float top[GROUP], total[GROUP], sum[GROUP][DIMS];
+
+    __device__ __forceinline__ Softmax() {
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            top[g] = NOTHING, total[g] = 0;
+#pragma unroll
+            for (int i = 0; i < DIMS; i++) sum[g][i] = 0;
         }
+    }
+
+    // A key and its value; q: in pairs of bf16.
+    __device__ __forceinline__ void add(const u32 (&q)[GROUP][DIMS / 2], const float (&k)[DIMS], const float (&v)[DIMS], bool seen, float scale) {
+        float score[GROUP];
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            score[g] = 0;
+#pragma unroll
+            for (int i = 0; i < DIMS; i += 2)
+                score[g] += __uint_as_float(q[g][i / 2] << 16) * k[i] + __uint_as_float(q[g][i / 2] & 0xFFFF0000) * k[i + 1];
+        }
+#pragma unroll
+        for (int apart = 8; apart; apart >>= 1)
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) score[g] += __shfl_xor_sync(~0u, score[g], apart);
+        if (!seen) return;
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            const float higher = fmaxf(top[g], score[g] * scale);
+            const float fade = exp2f(top[g] - higher), weight = exp2f(score[g] * scale - higher);
+            total[g] = total[g] * fade + weight;
+#pragma unroll
+            for (int i = 0; i < DIMS; i++) sum[g][i] = sum[g][i] * fade + v[i] * weight;
+            top[g] = higher;
+        }
+    }
+};
+
+// The parts of a token's context that other blocks attended to, of the heads of one KV head.
+__device__ __forceinline__ void join(const Part& part, const Step& p) {
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
+        const int head = part.head * GROUP + i / HEAD_DIM;
+        float top = NOTHING, total = 0, y = 0;
+#pragma unroll 4
+        for (int split = 0; split < part.splits; split++) {
+            const long long from = (long long)(part.of * p.splits + split) * HEADS + head;
+            const float log = __ldcg(p.sums + from), value = __ldcg(p.partial + from * HEAD_DIM + i % HEAD_DIM);
+            const float higher = fmaxf(top, log), fade = exp2f(top - higher), weight = exp2f(log - higher);
+            total = total * fade + weight;
+            y = y * fade + value * weight;
+            top = higher;
+        }
+        p.attended[(part.of * HEADS + head) * HEAD_DIM + i % HEAD_DIM] = to_bf16(y / total);
     }
 }
 
-// Attention of the new tokens over their contexts, keys and values of the new ones into the cache.
-__device__ __noinline__ void attend(const Layer& l, float* scratch, const Step& p, Shared& s) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane8 = lane & 7;
+// Attention of the new tokens over their contexts, keys and values of the new ones into the cache. The
+// keys and values before them are read while the blocks wait for q.
+__device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, const Step& p, Shared& s) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane16 = lane & 15, each = lane >> 4;
     constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    float* q = scratch;                               // [GROUP + 2, HEAD_DIM]: k and v behind
-    float* results = q + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
-    float* tops = results + WARPS * GROUP * HEAD_DIM; // [WARPS, GROUP]
+    float* heads = scratch;                               // [GROUP + 2, HEAD_DIM]: q, k, v
+    float* results = heads + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
+    float* tops = results + WARPS * GROUP * HEAD_DIM;     // [WARPS, GROUP]
     float* totals = tops + WARPS * GROUP;
     const float k_scale = CACHE == BF16 ? 1.0f : __ldg(l.k_scale), v_scale = CACHE == BF16 ? 1.0f : __ldg(l.v_scale);
     const float scale = p.scale * k_scale;
-    for (int unit = blockIdx.x; unit < p.tokens * KV_HEADS * p.splits; unit += gridDim.x) {
+    bool waited = false;
+    for (int unit = blockIdx.x; unit < TOKENS * KV_HEADS * p.splits; unit += gridDim.x) {
         const Part part = part_at(unit, p, s);
         if (part.split >= part.splits) continue;
-        together();
+        Piece keys[TURNS], values[TURNS];
+        int place = part.first + warp * 2 + each;
+        auto read = [&](int from) {
+#pragma unroll
+            for (int i = 0; i < TURNS; i++) {
+                const int at = from + i * TURN;
+                if (at >= part.end) continue;
+                const long long slot = slot_at(p, part.of, at);
+                keys[i].read(l.keys, slot, part.head, lane16);
+                values[i].read(l.values, slot, part.head, lane16);
+            }
+        };
+        read(place);
+        if (waited) together();
+        else wait_for_all(p.counters, times);
+        waited = true;
         if (warp < GROUP + 2) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
             if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
             const long long turn = (long long)s.position[part.of] * TURNING;
-            float* mine = q + warp * HEAD_DIM;
+            float* mine = heads + warp * HEAD_DIM;
             turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, p.cos + turn, p.sin + turn, p.eps, mine);
             if (warp >= GROUP && part.split == 0) {
                 const long long to = ((long long)s.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
@@ -716,72 +775,49 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, const Step& 
             }
         }
         together();
-        float top[GROUP], total[GROUP], acc[GROUP][LANE_DIMS];
+        u32 q[GROUP][DIMS / 2];
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            top[g] = NOTHING, total[g] = 0;
+        for (int g = 0; g < GROUP; g++)
 #pragma unroll
-            for (int i = 0; i < LANE_DIMS; i++) acc[g][i] = 0;
+            for (int i = 0; i < DIMS; i += 2) {
+                const float2 two = *(const float2*)(heads + g * HEAD_DIM + lane16 * DIMS + i);
+                q[g][i / 2] = pair(two.x, two.y);
+            }
+        Softmax softmax;
+        float k[DIMS], v[DIMS];
+        if (part.split == 0 && warp == 0) {  // the new token itself
+#pragma unroll
+            for (int i = 0; i < DIMS; i++)
+                k[i] = heads[GROUP * HEAD_DIM + lane16 * DIMS + i], v[i] = heads[(GROUP + 1) * HEAD_DIM + lane16 * DIMS + i];
+            softmax.add(q, k, v, each == 0, scale);
         }
-        const int each = lane >> 3;
-        for (int turn = -1, place = part.first + warp * 4 + each;; turn++) {
-            float k[LANE_DIMS], v[LANE_DIMS];
-            bool seen;
-            if (turn < 0) {  // the new token itself
-                if (part.split > 0 || warp > 0) continue;
-                seen = each == 0;
+        // all lanes of a warp go through the same turns
+        for (int begin = part.first + warp * 2; begin < part.end; begin += TURNS * TURN) {
+            if (begin != part.first + warp * 2) read(place);
 #pragma unroll
-                for (int i = 0; i < LANE_DIMS; i++) {
-                    const int d = dim_of(lane8, i / RUN) + i % RUN;
-                    k[i] = q[GROUP * HEAD_DIM + d], v[i] = q[(GROUP + 1) * HEAD_DIM + d];
-                }
-            } else {
-                if (part.first + warp * 4 + turn * 4 * WARPS >= part.end) break;  // the same for a warp
-                seen = place < part.end;
-                const long long slot = slot_at(p, part.of, seen ? place : part.first);
-                u32 kw[LANE_DIMS * SIZE / 4], vw[LANE_DIMS * SIZE / 4];
-                read_head(l.keys, slot, part.head, lane8, kw);
-                read_head(l.values, slot, part.head, lane8, vw);
-#pragma unroll
-                for (int i = 0; i < LANE_DIMS * SIZE / 4; i++) unpack(kw[i], k + i * 4 / SIZE), unpack(vw[i], v + i * 4 / SIZE);
-                place += 4 * WARPS;
+            for (int i = 0; i < TURNS; i++) {
+                if (begin + i * TURN >= part.end) break;
+                keys[i].unpack(k), values[i].unpack(v);
+                softmax.add(q, k, v, place + i * TURN < part.end, scale);
             }
-#pragma unroll
-            for (int g = 0; g < GROUP; g++) {
-                float score = 0;
-#pragma unroll
-                for (int i = 0; i < LANE_DIMS; i++) score += q[g * HEAD_DIM + dim_of(lane8, i / RUN) + i % RUN] * k[i];
-                for (int apart = 4; apart; apart >>= 1) score += __shfl_xor_sync(~0u, score, apart);
-                score = seen ? score * scale : NOTHING;
-                const float higher = fmaxf(top[g], score);
-                const float fade = higher == NOTHING ? 1.0f : exp2f(top[g] - higher);
-                const float weight = seen ? exp2f(score - higher) : 0.0f;
-                total[g] = total[g] * fade + weight;
-#pragma unroll
-                for (int i = 0; i < LANE_DIMS; i++) acc[g][i] = acc[g][i] * fade + v[i] * weight;
-                top[g] = higher;
-            }
+            place += TURNS * TURN;
         }
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
-            for (int apart = 8; apart < 32; apart <<= 1) {
-                const float theirs = __shfl_xor_sync(~0u, top[g], apart);
-                const float higher = fmaxf(top[g], theirs);
-                const float fade = higher == NOTHING ? 0.0f : exp2f(top[g] - higher);
-                total[g] *= fade;
-                total[g] += __shfl_xor_sync(~0u, total[g], apart);
+            const float higher = fmaxf(softmax.top[g], __shfl_xor_sync(~0u, softmax.top[g], 16));
+            const float fade = higher == NOTHING ? 0.0f : exp2f(softmax.top[g] - higher);
+            const float total = softmax.total[g] * fade;
+            const float both = total + __shfl_xor_sync(~0u, total, 16);
 #pragma unroll
-                for (int i = 0; i < LANE_DIMS; i++) {
-                    acc[g][i] *= fade;
-                    acc[g][i] += __shfl_xor_sync(~0u, acc[g][i], apart);
-                }
-                top[g] = higher;
+            for (int i = 0; i < DIMS; i++) {
+                const float y = softmax.sum[g][i] * fade;
+                softmax.sum[g][i] = y + __shfl_xor_sync(~0u, y, 16);
             }
             if (each == 0)
 #pragma unroll
-                for (int i = 0; i < LANE_DIMS; i++)
-                    results[(warp * GROUP + g) * HEAD_DIM + dim_of(lane8, i / RUN) + i % RUN] = acc[g][i];
-            if (lane == 0) tops[warp * GROUP + g] = top[g], totals[warp * GROUP + g] = total[g];
+                for (int i = 0; i < DIMS; i += 2)
+                    *(float2*)(results + (warp * GROUP + g) * HEAD_DIM + lane16 * DIMS + i) = make_float2(softmax.sum[g][i], softmax.sum[g][i + 1]);
+            if (lane == 0) tops[warp * GROUP + g] = higher, totals[warp * GROUP + g] = both;
         }
         together();
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
@@ -796,11 +832,30 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, const Step& 
                 y += results[from * GROUP * HEAD_DIM + i] * weight;
             }
             sum = sum == 0 ? 1.0f : sum;  // a part without keys; its `higher` says so
-            const long long to = (long long)(part.of * p.splits + part.split) * HEADS + part.head * GROUP + g;
-            p.partial[to * HEAD_DIM + i % HEAD_DIM] = y / sum * v_scale;
-            if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
+            y = y / sum * v_scale;
+            const int head = part.head * GROUP + g;
+            if (part.splits == 1) {
+                p.attended[(part.of * HEADS + head) * HEAD_DIM + i % HEAD_DIM] = to_bf16(y);
+            } else {
+                const long long to = (long long)(part.of * p.splits + part.split) * HEADS + head;
+                p.partial[to * HEAD_DIM + i % HEAD_DIM] = y;
+                if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
+            }
         }
+        if (part.splits == 1) continue;
+        together();
+        u32* arrived = p.counters + 2 + part.of * KV_HEADS + part.head;
+        if (threadIdx.x == 0) {
+            __threadfence();
+            s.is_last = atomicAdd(arrived, 1) == part.splits - 1;
+            __threadfence();
+        }
+        together();
+        if (!s.is_last) continue;
+        join(part, p);
+        if (threadIdx.x == 0) *arrived = 0;
     }
+    if (!waited) wait_for_all(p.counters, times);
 }
 
 // ---- the step
@@ -813,7 +868,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     const Ring ring{address(barriers), address(barriers + p.stages), address(barriers + 2 * p.stages + 15) / 128 * 128, p.stages};
     for (int i = threadIdx.x; i < (int)(sizeof(s.layers) / 8); i += blockDim.x)
         ((u64*)s.layers)[i] = __ldg((const u64*)p.layers + i);
-    if (threadIdx.x < p.tokens) {
+    if (threadIdx.x < TOKENS) {
         s.position[threadIdx.x] = p.positions[threadIdx.x];
         s.slot[threadIdx.x] = p.slots[threadIdx.x];
         s.context[threadIdx.x] = p.contexts[threadIdx.x];
@@ -841,28 +896,43 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     }
     const u32 x = address(x_memory);
     u32 times = 0;
+    int mark = 0;
+    MARK();
     const u16* stream = p.entering;
     for (int i = 0; i < LAYERS; i++) {
         const Layer& l = s.layers[i];
-        call_context(l, p, s);
-        prepare(stream, l.input_norm, HIDDEN, l.qkv.kind, nullptr, x, p, s);
+        prepare<HIDDEN, true>(stream, l.input_norm, l.qkv.kind, nullptr, x, p, s);
+        MARK();
         place = multiply_rows(l.qkv, QKV, nullptr, x, p, s, ring, place);
+        MARK();
+        attend(l, (float*)x_memory, ++times, p, s);
+        MARK();
         wait_for_all(p.counters, ++times);
-        attend(l, (float*)x_memory, p, s);
-        wait_for_all(p.counters, ++times);
-        prepare(nullptr, nullptr, HEADS * HEAD_DIM, l.out.kind, nullptr, x, p, s);
+        MARK();
+        prepare<HEADS * HEAD_DIM, false>(p.attended, nullptr, l.out.kind, nullptr, x, p, s);
+        MARK();
         place = multiply_rows(l.out, STREAM, stream, x, p, s, ring, place);
+        MARK();
         stream = p.stream;
         wait_for_all(p.counters, ++times);
-        prepare(stream, l.post_norm, HIDDEN, l.gate_up.kind, nullptr, x, p, s);
+        MARK();
+        prepare<HIDDEN, true>(stream, l.post_norm, l.gate_up.kind, nullptr, x, p, s);
+        MARK();
         place = multiply_rows(l.gate_up, GATED, nullptr, x, p, s, ring, place);
+        MARK();
         wait_for_all(p.counters, ++times);
-        prepare(p.act, nullptr, INNER, l.down.kind, nullptr, x, p, s);
+        MARK();
+        prepare<INNER, false>(p.act, nullptr, l.down.kind, nullptr, x, p, s);
+        MARK();
         place = multiply_rows(l.down, STREAM, stream, x, p, s, ring, place);
+        MARK();
         wait_for_all(p.counters, ++times);
+        MARK();
     }
-    prepare(stream, p.final_norm, HIDDEN, p.head.kind, p.hidden, x, p, s);
+    prepare<HIDDEN, true>(stream, p.final_norm, p.head.kind, p.hidden, x, p, s);
+        MARK();
     multiply_rows(p.head, LOGITS, nullptr, x, p, s, ring, place);
+        MARK();
     together();
     if (threadIdx.x == 0 && atomicAdd(p.counters + 1, 1) == gridDim.x - 1) p.counters[0] = p.counters[1] = 0;
 }

@@ -1,7 +1,7 @@
 """One decoding step on a GPU in one kernel: a new token of each of a few sequences.
 
 Start at `GpuDecoder`: made once from `DecodeWeights`, its `step` launches the kernel of gpu_decode.cu.
-`unsupported` says beforehand why a model cannot run so. nvrtc.py compiles it.
+`unsupported` says beforehand why a model cannot run so. cuda.py compiles it.
 
 The weights are read where they are, none is copied: [out, in] in bf16, E4M3 or INT8, and INT4 in words, the
 layout of skinny.pack_int4.
@@ -17,18 +17,20 @@ from torch import Tensor
 
 from tinier.errors import TinierError
 from tinier.families import Geometry
-from tinier.kernels import nvrtc
+from tinier.kernels import cuda
 from tinier.kernels.layer import DecodeWeights, Layer
 from tinier.kernels.linear import Fp8Linear, Linear
 from tinier.kernels.machine import machine_of
 from tinier.kernels.reference import Cache
+from tinier.kernels.skinny import Weight
 
 MOST_TOKENS = 4
 SOURCE = Path(__file__).with_name("gpu_decode.cu")
 
 BF16, E4M3, INT8, INT4 = range(4)
 _CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
-_THREADS, _WARPS, _TILE = 544, 16, 8
+_THREADS, _WARPS, _TILE, _SLOTS = 544, 16, 8, 4
+_INT4_CHUNKS = 28
 _STAGE = _TILE * (2048 + 64)
 _MOST_SPLITS = 16
 _LOG2_E = 1.4426950408889634
@@ -36,7 +38,7 @@ _LOG2_E = 1.4426950408889634
 
 class _Linear(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_void_p) for name in ("weight", "scale", "bias", "maps")),
         *((name, c_int32) for name in ("rows", "columns", "kind", "group")),
     )
 
@@ -55,10 +57,10 @@ class _Step(Structure):
         ("layers", c_void_p),
         ("head", _Linear),
         *((name, c_void_p) for name in (
-            "final_norm", "cos", "sin", "entering", "stream", "qkv", "act", "partial", "sums", "hidden",
-            "logits", "positions", "slots", "contexts", "tables", "counters",
+            "final_norm", "cos", "sin", "entering", "stream", "qkv", "attended", "act", "partial", "sums",
+            "hidden", "logits", "positions", "slots", "contexts", "tables", "counters",
         )),
-        *((name, c_int32) for name in ("tokens", "width", "splits", "stages", "x_stride", "x_bytes")),
+        *((name, c_int32) for name in ("width", "splits", "stages", "x_stride", "x_bytes")),
         *((name, c_float) for name in ("eps", "scale")),
     )  # fmt: skip
 
@@ -81,30 +83,32 @@ class GpuDecoder:
         g, device = weights.geometry, weights.final_norm.device
         self._geometry, self._device = g, device
         self._rotation, self._final_norm = rotation, weights.final_norm
-        self._head = _linear(weights.head)
-        layers = [_layer(*parts) for parts in zip(weights.layers, caches, strict=True)]
+        self._maps: list[Tensor] = []
+        self._head = self._linear(weights.head)
+        layers = [self._layer(*parts) for parts in zip(weights.layers, caches, strict=True)]
         self._layers = torch.frombuffer(
             bytearray(bytes((_Layer * len(layers))(*layers))), dtype=torch.uint8
         ).to(device)
         linears = [linear for layer in weights.layers for linear in layer.linears]
         self._x_stride = max(_token_bytes(linear) for linear in (*linears, weights.head)) + 64
         self._kept = (weights, caches)  # what the structs point into
-        sizes = {
+        self._sizes = {
             "HIDDEN": g.hidden, "INNER": g.intermediate, "HEADS": g.heads, "KV_HEADS": g.kv_heads,
             "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
             "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
-            "STEP_BYTES": ctypes.sizeof(_Step), "SHARED_BYTES": _shared_bytes(g.layers),
+            "STEP_BYTES": ctypes.sizeof(_Step),
         }  # fmt: skip
-        self._kernel = nvrtc.load(SOURCE, sizes, "decode_step", device)
+        self._kernels: dict[int, cuda.Kernel] = {}
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self._memory = nvrtc.most_shared_memory(device)
+        self._memory = cuda.most_shared_memory(device)
         most, width = MOST_TOKENS, (g.heads + 2 * g.kv_heads) * g.head_dim
-        self._counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(2 + most * g.kv_heads, dtype=torch.int32, device=device)
         self._buffers = {
             name: torch.empty(size, dtype=dtype, device=device)
             for name, size, dtype in (
                 ("stream", most * g.hidden, torch.bfloat16),
                 ("qkv", most * width, torch.bfloat16),
+                ("attended", most * g.heads * g.head_dim, torch.bfloat16),
                 ("act", most * g.intermediate, torch.bfloat16),
                 ("partial", most * _MOST_SPLITS * g.heads * g.head_dim, torch.float32),
                 ("sums", most * _MOST_SPLITS * g.heads, torch.float32),
@@ -131,7 +135,10 @@ class GpuDecoder:
             "hidden": entering.new_empty(tokens, g.hidden),
             "logits": entering.new_empty(tokens, self._head.rows),
         }
-        fixed = _shared_bytes(g.layers)
+        fixed = _shared_bytes(g.layers, tokens)
+        if tokens not in self._kernels:
+            sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": fixed}
+            self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
         x_bytes = max(tokens * self._x_stride, _attention_bytes(g))
         x_bytes = -(-x_bytes // 128) * 128
         room = self._memory - -(-fixed // 128) * 128 - x_bytes - 256
@@ -144,17 +151,38 @@ class GpuDecoder:
         scale = (g.multipliers.attention or g.head_dim**-0.5) * _LOG2_E
         step = _Step(
             **pointers, head=self._head, cos=self._rotation[0].data_ptr(), sin=self._rotation[1].data_ptr(),
-            tokens=tokens, width=tables.shape[1],
+            width=tables.shape[1],
             splits=max(1, min(_MOST_SPLITS, self._blocks // (tokens * g.kv_heads))),
             stages=stages, x_stride=self._x_stride, x_bytes=x_bytes, eps=g.norm_eps, scale=scale,
         )  # fmt: skip
-        self._kernel.launch(step, self._blocks, _THREADS, self._memory)
+        self._kernels[tokens].launch(step, self._blocks, _THREADS, self._memory)
         return outputs["logits"], outputs["hidden"]
 
+    def _layer(self, layer: Layer, cache: Cache) -> _Layer:
+        assert layer.gate_up is not None
+        assert layer.down is not None
+        linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        norms = (layer.input_norm, layer.post_norm, *(layer.head_norms or (None, None)))
+        tensors = (*norms, cache.keys, cache.values, *(cache.scales or (None, None)))
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        return _Layer(*map(self._linear, linears), *pointers)
 
-def _shared_bytes(layers: int) -> int:
+    def _linear(self, linear: Linear) -> _Linear:
+        weight, kind = linear.few, _kind(linear)
+        assert weight is not None
+        assert kind is not None
+        maps = _int4_maps(weight) if kind == INT4 else None
+        self._maps += [] if maps is None else [maps]
+        tensors = (weight.codes, weight.scale, weight.bias, maps)
+        assert all(t is None or t.is_contiguous() for t in tensors)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        return _Linear(*pointers, *weight.shape, kind, weight.group_size)
+
+
+def _shared_bytes(layers: int, tokens: int) -> int:
     """Of struct Shared."""
-    return (2 * 2 * _WARPS * _TILE + _WARPS + 4) * 4 * MOST_TOKENS + ctypes.sizeof(_Layer) * layers
+    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 1
+    return -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
 
 
 def _attention_bytes(g: Geometry) -> int:
@@ -169,7 +197,7 @@ def _token_bytes(linear: Linear) -> int:
     weight = linear.few
     assert weight is not None
     columns = weight.shape[1]
-    size = columns if _kind(linear) in (E4M3, INT8) else 2 * (-(-columns // 128) * 128)
+    size = columns if _kind(linear) == INT8 else 2 * (-(-columns // 128) * 128)
     return -(-size // 128) * 128
 
 
@@ -211,7 +239,7 @@ def unsupported(
             return reason
     linears = [linear for layer in weights.layers for linear in layer.linears]
     found = next(filter(None, map(_unsupported_linear, (*linears, weights.head))), None)
-    return found or nvrtc.missing()
+    return found or cuda.missing()
 
 
 def _unsupported_linear(linear: Linear) -> str | None:
@@ -222,7 +250,7 @@ def _unsupported_linear(linear: Linear) -> str | None:
     unit = {BF16: 32, INT4: 8}.get(kind, 64)
     if rows % 16 or columns % unit:
         return f"a layer has {rows} outputs and {columns} inputs, no multiples of 16 and {unit}"
-    if weight.group_size and (weight.group_size < 32 or weight.group_size > 256):
+    if weight.group_size and weight.group_size not in (32, 64, 128):
         return f"a layer has groups of {weight.group_size}"
     return None
 
@@ -240,21 +268,16 @@ def _kind(linear: Linear) -> int | None:
     return kinds.get((linear.takes or "", weight.codes.dtype))
 
 
-def _linear(linear: Linear) -> _Linear:
-    weight, kind = linear.few, _kind(linear)
-    assert weight is not None
-    assert kind is not None
-    tensors = (weight.codes, weight.scale, weight.bias)
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return _Linear(*pointers, *weight.shape, kind, weight.group_size)
-
-
-def _layer(layer: Layer, cache: Cache) -> _Layer:
-    assert layer.gate_up is not None
-    assert layer.down is not None
-    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    norms = (layer.input_norm, layer.post_norm, *(layer.head_norms or (None, None)))
-    tensors = (*norms, cache.keys, cache.values, *(cache.scales or (None, None)))
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return _Layer(*map(_linear, linears), *pointers)
+def _int4_maps(weight: Weight) -> Tensor:
+    """Tensor maps of the words and of the scales: boxes of 8 rows, and of as many chunks of 128 columns as
+    are copied together (struct Cut)."""
+    assert weight.scale is not None
+    rows, chunks = weight.codes.shape[:2]
+    most = -(-chunks // -(-chunks // _INT4_CHUNKS))
+    # of 64 rows of a chunk, 64 bytes each, in units of 8 bytes
+    words = cuda.tensor_map(weight.codes, 8, (512, rows * chunks), (64, most))
+    groups, outputs = weight.scale.shape
+    scales = cuda.tensor_map(
+        weight.scale, 2, (outputs, groups), (_TILE, most * (128 // weight.group_size))
+    )
+    return torch.frombuffer(bytearray(words + scales), dtype=torch.uint8).to(weight.codes.device)

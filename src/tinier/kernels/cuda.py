@@ -7,11 +7,12 @@ import ctypes
 import hashlib
 import logging
 from collections.abc import Mapping
-from ctypes import Structure, byref, c_char_p, c_size_t, c_uint, c_void_p
+from ctypes import Structure, byref, c_char_p, c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tinier.checkpoint import cache_folder, new_file
 from tinier.errors import TinierError
@@ -21,37 +22,45 @@ _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 
+@cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver, which is there where torch has a GPU."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check_driver(result: int) -> None:
+    """Raises TinierError for what a call of the driver returned, unless it is 0."""
+    if result:
+        said = c_char_p()
+        driver().cuGetErrorString(result, byref(said))
+        raise TinierError(f"the CUDA driver says: {(said.value or b'?').decode()} ({result})")
+
+
 class Kernel:
     """One kernel of a loaded module."""
 
     def __init__(self, cubin: bytes, name: str) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
-        self._cubin, module = cubin, c_void_p()
-        self._function = c_void_p()
-        self._check(self._driver.cuModuleLoadData(byref(module), cubin))
-        self._check(self._driver.cuModuleGetFunction(byref(self._function), module, name.encode()))
+        self._module, self._function = c_void_p(), c_void_p()
+        check_driver(driver().cuModuleLoadData(byref(self._module), cubin))
+        check_driver(
+            driver().cuModuleGetFunction(byref(self._function), self._module, name.encode())
+        )
         self._memory = 0
 
     def launch(self, parameter: Structure, blocks: int, threads: int, memory: int) -> None:
         """On the current stream, all blocks at once (cooperatively). memory: bytes of shared memory."""
         if memory > self._memory:
-            self._check(
-                self._driver.cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
+            check_driver(
+                driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
             )
             self._memory = memory
         parameters = (c_void_p * 1)(ctypes.addressof(parameter))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(
-            self._driver.cuLaunchCooperativeKernel(
+        check_driver(
+            driver().cuLaunchCooperativeKernel(
                 self._function, blocks, 1, 1, threads, 1, 1, c_uint(memory), stream, parameters
             )
         )
-
-    def _check(self, result: int) -> None:
-        if result:
-            said = c_char_p()
-            self._driver.cuGetErrorString(result, byref(said))
-            raise TinierError(f"the CUDA driver says: {(said.value or b'?').decode()} ({result})")
 
 
 def load(source: Path, sizes: Mapping[str, int], name: str, device: torch.device) -> Kernel:
@@ -74,8 +83,22 @@ def most_shared_memory(device: torch.device) -> int:
     """Bytes that a block can have."""
     found = ctypes.c_int()
     index = device.index if device.index is not None else torch.cuda.current_device()
-    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(byref(found), _OPT_IN_SHARED_MEMORY, index)
+    check_driver(driver().cuDeviceGetAttribute(byref(found), _OPT_IN_SHARED_MEMORY, index))
     return found.value
+
+
+def tensor_map(tensor: Tensor, size: int, sides: tuple[int, int], box: tuple[int, int]) -> bytes:
+    """A CUtensorMap, through which boxes of a tensor's memory are copied: of rows that lie one after the
+    other. size: bytes of an element, 2 or 8. sides, box: elements in a row, and rows."""
+    room = (ctypes.c_ubyte * 192)()
+    at = -(-ctypes.addressof(room) // 64) * 64
+    check_driver(
+        driver().cuTensorMapEncodeTiled(
+            c_void_p(at), {2: 1, 8: 4}[size], 2, c_void_p(tensor.data_ptr()), (c_uint64 * 2)(*sides),
+            (c_uint64 * 1)(sides[0] * size), (c_uint * 2)(*box), (c_uint * 2)(1, 1), 0, 0, 2, 0,
+        )
+    )  # fmt: skip
+    return ctypes.string_at(at, 128)
 
 
 def missing() -> str | None:
