@@ -27,12 +27,15 @@ enum Target { QKV, STREAM, GATED, LOGITS };
 constexpr int WARPS = 16;     // that compute
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 8;       // rows of a weight that are multiplied together
-constexpr int PIECE = 2048;   // bytes of a row, at most, that are copied together
-constexpr int STRIDE = PIECE + 64;  // of rows in the ring: neighbours lie in other banks
-constexpr int STAGE = TILE * STRIDE;
-constexpr int INT4_CHUNKS = 28;  // of 128 columns, at most, that are copied together with their scales
+#ifndef GROUPS
+#define GROUPS 4
+#endif
+constexpr int SHARING = WARPS / GROUPS;  // warps that share a stage: the groups take stages by turns
+constexpr int UNITS = 31;     // of 64 bytes, at most, of a row that are copied together
+constexpr int INT4_UNITS = 27;  // the same where their scales come along
+constexpr int STAGE = (TILE * UNITS * 64 + 64 + 127) / 128 * 128;
 constexpr int SLOTS = 4;      // products of 8 rows between two summations over the warps
-constexpr int SCALES = STAGE - 64;  // where in a stage the scales of its rows lie, of 8-bit codes
+constexpr int SCALES = TILE * UNITS * 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int SPLIT_KEYS = 128;  // a context is split among blocks from here on
 
@@ -40,7 +43,7 @@ struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
     const void* scale;  // [rows] float32; INT4: [columns / group, rows] bf16
     const u16* bias;    // [rows] bf16
-    const u8* maps;     // INT4: tensor maps of the words and of the scales
+    const u8* maps;     // tensor maps of the weight, and of INT4's scales
     int rows, columns, kind, group;
 };
 
@@ -70,6 +73,7 @@ struct Step {
 
 struct Shared {
     float partial[2][SLOTS][WARPS][TILE * TOKENS];
+    float scale[2][SLOTS][TILE];  // of the rows that are multiplied
     float reduced[TOKENS][WARPS];
     float x_scale[TOKENS];
     int position[TOKENS], slot[TOKENS], context[TOKENS], is_last;
@@ -80,9 +84,14 @@ static_assert(sizeof(Step) == STEP_BYTES && sizeof(Shared) == SHARED_BYTES, "as 
 
 #ifdef TRACE
 __device__ long long trace[4096];
+__device__ long long clocks[3], inside[16];
 #define MARK() if (blockIdx.x == TRACE && threadIdx.x == 0) trace[mark++] = clock64()
+#define CLOCK(i) if (blockIdx.x == TRACE && threadIdx.x == 0) clocks[i] += clock64()
+#define INSIDE(i) if (blockIdx.x == TRACE && threadIdx.x == 0) inside[i] += clock64()
 #else
 #define MARK()
+#define CLOCK(i)
+#define INSIDE(i)
 #endif
 
 // ---- small things
@@ -185,7 +194,7 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     } while (!done);
 }
 
-__device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barrier) {
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
@@ -198,12 +207,11 @@ __device__ __forceinline__ void copy_box(u32 to, const u8* map, int inner, int o
 
 // How a row of a weight is cut into pieces, in units of 64 bytes: 32 bf16, 64 codes, 128 INT4 codes.
 struct Cut {
-    int units, most;  // of a row, of a piece
+    int units, most;  // of a row, of a piece: an odd number, so that rows in a stage lie in other banks
     __device__ __forceinline__ explicit Cut(const Linear& l) {
         units = l.kind == BF16 ? l.columns / 32 : l.kind == INT4 ? (l.columns + 127) / 128 : l.columns / 64;
-        int room = l.kind == INT4 ? INT4_CHUNKS : PIECE / 64;
-        int pieces = (units + room - 1) / room;
-        most = (units + pieces - 1) / pieces;
+        const int room = l.kind == INT4 ? INT4_UNITS : UNITS, pieces = (units + room - 1) / room;
+        most = (units + pieces - 1) / pieces | 1;
     }
 };
 
@@ -211,35 +219,29 @@ __device__ __forceinline__ int first_tile(int tiles, int block) {
     return (int)((long long)tiles * block / gridDim.x);
 }
 
-// Copy this block's rows into the ring. halves: 2: gate and up, by turns.
+// Copy this block's rows into the ring, by one thread. halves: 2: gate and up, by turns.
 __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
-    const int lane = threadIdx.x & 31;
     const Cut cut(l);
     const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
-    const int scales = l.kind == INT4 ? max(1, 128 / l.group) : 0;  // of a chunk
+    const int scales = l.kind == INT4 ? max(1, 128 / l.group) : 0;  // of a unit
     const bool row_scales = l.kind == E4M3 || l.kind == INT8;
-    const long long row_bytes = (long long)cut.units * 64;
     for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile++) {
         for (int half = 0; half < halves; half++) {
             const int row = half * (l.rows / 2) + tile * TILE;
-            const u8* from = l.weight + (row + lane) * row_bytes;
             for (int begin = 0; begin < cut.units; begin += cut.most) {
-                const int units = min(cut.most, cut.units - begin);
                 const bool with_scales = row_scales && begin == 0;
                 const u32 barrier = ring.full + 8 * place.stage, to = ring.data + place.stage * STAGE;
-                const u32 bytes = l.kind == INT4 ? cut.most * (512 + 16 * scales) : units * 512 + 32 * with_scales;
+                // whole boxes: what is past a row's end is not read, and counts
+                const u32 bytes = cut.most * (512 + 16 * scales) + 32 * with_scales;
                 wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
-                if (lane == 0)
-                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-                __syncwarp();
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
                 if (l.kind == INT4) {
                     // inner: of 64 rows that lie together, in 8 bytes; outer: 128 columns of them
-                    if (lane == 0) copy_box(to, l.maps, row % 64 * 8, row / 64 * cut.units + begin, barrier);
-                    if (lane == 1) copy_box(to + cut.most * 512, l.maps + 128, row, begin * scales, barrier);
-                } else if (lane < TILE) {
-                    copy(to + lane * STRIDE, from + begin * 64, units * 64, barrier);
-                } else if (lane == TILE && with_scales) {
-                    copy(to + SCALES, (const u8*)((const float*)l.scale + row), 32, barrier);
+                    copy_box(to, l.maps, row % 64 * 8, row / 64 * cut.units + begin, barrier);
+                    copy_box(to + cut.most * 512, l.maps + 128, row, begin * scales, barrier);
+                } else {
+                    copy_box(to, l.maps, begin * 8, row, barrier);
+                    if (with_scales) copy(to + SCALES, (const float*)l.scale + row, 32, barrier);
                 }
                 place.advance(ring.stages);
             }
@@ -285,15 +287,15 @@ template <int KIND> constexpr int UNIT = KIND == INT4 ? 256 : KIND == E4M3 ? 128
 
 // Some 64-byte units of 8 rows in a stage times the tokens, added to acc. first: the first unit that is
 // this warp's. x: shared address of the stage's first columns of the lane's token; there: whether there
-// is such a token. scales: shared address of INT4's; a chunk has `each`.
+// is such a token. pitch: of rows. scales: shared address of INT4's; a chunk has `each`.
 template <int KIND>
 __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int first, int units, u32 x, bool there,
-                                            u32 scales, int each) {
+                                            int pitch, u32 scales, int each) {
     const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
     const uint4 none = make_uint4(0, 0, 0, 0);
     x += t * 16;
     if constexpr (KIND == INT4) {
-        for (int unit = first; unit < units; unit += WARPS) {
+        for (int unit = first; unit < units; unit += SHARING) {
             const uint4 w = shared_vector(stage + unit * 512 + row * 64 + t * 16);
             const u32 scale_at = scales + unit * each * 16 + t * 4;
             uint4 v[4];
@@ -318,8 +320,8 @@ __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int firs
         }
     } else {
 #pragma unroll 2
-        for (int unit = first; unit < units; unit += WARPS) {
-            const uint4 w = shared_vector(stage + row * STRIDE + unit * 64 + t * 16);
+        for (int unit = first; unit < units; unit += SHARING) {
+            const uint4 w = shared_vector(stage + row * pitch + unit * 64 + t * 16);
             const uint4 v = there ? shared_vector(x + unit * UNIT<KIND>) : none;
             if constexpr (KIND == E4M3) {
                 const uint4 u = there ? shared_vector(x + unit * UNIT<KIND> + 64) : none;
@@ -357,30 +359,30 @@ __device__ __forceinline__ Place product(const Linear& l, int target, const u16*
     const u32 mine = x + token * p.x_stride;
     // who finishes which number of a row
     const int n = threadIdx.x % TILE, of = threadIdx.x / TILE % TOKENS, my_slot = threadIdx.x / (TILE * TOKENS);
-    int buffer = 0;
+    int buffer = 0, turn = 0;
     for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += SLOTS / halves) {
         const int used = min(SLOTS, (last - tile) * halves);
         const int my_row = (tile + my_slot / halves) * TILE + n;
         const bool finishes = my_slot < used && my_slot % halves == 0;
-        float scale[2] = {1, 1};
         u16 before = 0;
         if (finishes && target == STREAM) before = __ldcg(residual + of * HIDDEN + my_row);
-        int done = 0;
         for (int slot = 0; slot < used; slot++) {
             float acc[4] = {0, 0, 0, 0};
             for (int begin = 0; begin < cut.units; begin += cut.most) {
                 const int units = min(cut.most, cut.units - begin);
-                wait_for(ring.full + 8 * place.stage, place.parity);
-                const u32 stage = ring.data + place.stage * STAGE;
-                if ((KIND == E4M3 || KIND == INT8) && begin == 0) {
-                    const float of_row = __uint_as_float(shared_word(stage + SCALES + n * 4));
-                    if (slot == my_slot) scale[0] = of_row;
-                    if (slot == my_slot + 1) scale[1] = of_row;
+                if (turn++ % GROUPS != warp / SHARING) {
+                    place.advance(ring.stages);
+                    continue;
                 }
-                // the same warps are not always the ones that do more
-                const int first = (warp + WARPS - done % WARPS) % WARPS;
-                add_product<KIND>(acc, stage, first, units, mine + begin * UNIT<KIND>, there, stage + cut.most * 512, each);
-                done += units;
+                CLOCK(0);
+                wait_for(ring.full + 8 * place.stage, place.parity);
+                CLOCK(1);
+                const u32 stage = ring.data + place.stage * STAGE;
+                if ((KIND == E4M3 || KIND == INT8) && begin == 0 && warp % SHARING == 0 && lane < TILE)
+                    s.scale[buffer][slot][lane] = __uint_as_float(shared_word(stage + SCALES + lane * 4));
+                add_product<KIND>(acc, stage, warp % SHARING, units, mine + begin * UNIT<KIND>, there, cut.most * 64,
+                                  stage + cut.most * 512, each);
+                CLOCK(2);
                 __syncwarp();
                 if (lane == 0)
                     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
@@ -401,7 +403,7 @@ __device__ __forceinline__ Place product(const Linear& l, int target, const u16*
                     else sum += part;
                 }
                 if (KIND == INT8) sum = exact;
-                if (KIND == E4M3 || KIND == INT8) sum = sum * scale[half] * s.x_scale[of];
+                if (KIND == E4M3 || KIND == INT8) sum = sum * s.scale[buffer][my_slot + half][n] * s.x_scale[of];
                 if (l.bias) sum += number(__ldg(l.bias + half * (l.rows / 2) + my_row));
                 y[half] = rounded(sum);
             }
@@ -752,10 +754,13 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
                 values[i].read(l.values, slot, part.head, lane16);
             }
         };
+        INSIDE(0);
         read(place);
+        INSIDE(1);
         if (waited) together();
         else wait_for_all(p.counters, times);
         waited = true;
+        INSIDE(2);
         if (warp < GROUP + 2) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
@@ -775,6 +780,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
             }
         }
         together();
+        INSIDE(3);
         u32 q[GROUP][DIMS / 2];
 #pragma unroll
         for (int g = 0; g < GROUP; g++)
@@ -791,6 +797,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
                 k[i] = heads[GROUP * HEAD_DIM + lane16 * DIMS + i], v[i] = heads[(GROUP + 1) * HEAD_DIM + lane16 * DIMS + i];
             softmax.add(q, k, v, each == 0, scale);
         }
+        INSIDE(4);
         // all lanes of a warp go through the same turns
         for (int begin = part.first + warp * 2; begin < part.end; begin += TURNS * TURN) {
             if (begin != part.first + warp * 2) read(place);
@@ -802,6 +809,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
             }
             place += TURNS * TURN;
         }
+        INSIDE(5);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
             const float higher = fmaxf(softmax.top[g], __shfl_xor_sync(~0u, softmax.top[g], 16));
@@ -819,7 +827,9 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
                     *(float2*)(results + (warp * GROUP + g) * HEAD_DIM + lane16 * DIMS + i) = make_float2(softmax.sum[g][i], softmax.sum[g][i + 1]);
             if (lane == 0) tops[warp * GROUP + g] = higher, totals[warp * GROUP + g] = both;
         }
+        INSIDE(6);
         together();
+        INSIDE(7);
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
             const int g = i / HEAD_DIM;
             float higher = NOTHING, sum = 0, y = 0;
@@ -842,6 +852,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
                 if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
             }
         }
+        INSIDE(8);
         if (part.splits == 1) continue;
         together();
         u32* arrived = p.counters + 2 + part.of * KV_HEADS + part.head;
@@ -851,6 +862,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
             __threadfence();
         }
         together();
+        INSIDE(9);
         if (!s.is_last) continue;
         join(part, p);
         if (threadIdx.x == 0) *arrived = 0;
@@ -876,7 +888,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.full + 8 * i));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ring.empty + 8 * i), "n"(WARPS));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ring.empty + 8 * i), "n"(SHARING));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -884,6 +896,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     __syncthreads();
     Place place{0, 0};
     if (threadIdx.x >= THREADS) {
+        if (threadIdx.x > THREADS) return;
         for (int i = 0; i < LAYERS; i++) {
             const Layer& l = s.layers[i];
             place = feed(l.qkv, 1, ring, place);

@@ -30,8 +30,8 @@ SOURCE = Path(__file__).with_name("gpu_decode.cu")
 BF16, E4M3, INT8, INT4 = range(4)
 _CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
 _THREADS, _WARPS, _TILE, _SLOTS = 544, 16, 8, 4
-_INT4_CHUNKS = 28
-_STAGE = _TILE * (2048 + 64)
+_UNITS, _INT4_UNITS = 31, 27  # of 64 bytes of a row, that are copied together
+_STAGE = -(-(_TILE * _UNITS * 64 + 64) // 128) * 128
 _MOST_SPLITS = 16
 _LOG2_E = 1.4426950408889634
 
@@ -171,8 +171,8 @@ class GpuDecoder:
         weight, kind = linear.few, _kind(linear)
         assert weight is not None
         assert kind is not None
-        maps = _int4_maps(weight) if kind == INT4 else None
-        self._maps += [] if maps is None else [maps]
+        maps = _maps(weight)
+        self._maps.append(maps)
         tensors = (weight.codes, weight.scale, weight.bias, maps)
         assert all(t is None or t.is_contiguous() for t in tensors)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -181,7 +181,7 @@ class GpuDecoder:
 
 def _shared_bytes(layers: int, tokens: int) -> int:
     """Of struct Shared."""
-    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 1
+    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 2 * _SLOTS * _TILE + 1
     return -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
 
 
@@ -268,16 +268,25 @@ def _kind(linear: Linear) -> int | None:
     return kinds.get((linear.takes or "", weight.codes.dtype))
 
 
-def _int4_maps(weight: Weight) -> Tensor:
-    """Tensor maps of the words and of the scales: boxes of 8 rows, and of as many chunks of 128 columns as
-    are copied together (struct Cut)."""
-    assert weight.scale is not None
-    rows, chunks = weight.codes.shape[:2]
-    most = -(-chunks // -(-chunks // _INT4_CHUNKS))
-    # of 64 rows of a chunk, 64 bytes each, in units of 8 bytes
-    words = cuda.tensor_map(weight.codes, 8, (512, rows * chunks), (64, most))
-    groups, outputs = weight.scale.shape
-    scales = cuda.tensor_map(
-        weight.scale, 2, (outputs, groups), (_TILE, most * (128 // weight.group_size))
-    )
-    return torch.frombuffer(bytearray(words + scales), dtype=torch.uint8).to(weight.codes.device)
+def _maps(weight: Weight) -> Tensor:
+    """Tensor maps of a weight, and of INT4's scales: boxes of 8 rows, and of as many units of 64 bytes of a
+    row as are copied together (struct Cut)."""
+    rows, columns = weight.shape
+    if weight.group_size:
+        assert weight.scale is not None
+        blocks, units = weight.codes.shape[:2]
+        most = _most_units(units, _INT4_UNITS)
+        # of 64 rows of a unit, 64 bytes each, in elements of 8 bytes
+        maps = cuda.tensor_map(weight.codes, 8, (512, blocks * units), (64, most))
+        box = (_TILE, most * (128 // weight.group_size))
+        maps += cuda.tensor_map(weight.scale, 2, (rows, len(weight.scale)), box)
+    else:
+        elements = columns * weight.codes.element_size() // 8
+        most = _most_units(elements // 8, _UNITS)
+        maps = cuda.tensor_map(weight.codes, 8, (elements, rows), (most * 8, _TILE))
+    return torch.frombuffer(bytearray(maps), dtype=torch.uint8).to(weight.codes.device)
+
+
+def _most_units(units: int, room: int) -> int:
+    pieces = -(-units // room)
+    return -(-units // pieces) | 1
