@@ -37,7 +37,7 @@ constexpr int STAGE = (TILE * UNITS * 64 + 64 + 127) / 128 * 128;
 constexpr int SLOTS = 4;      // products of 8 rows between two summations over the warps
 constexpr int SCALES = TILE * UNITS * 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
-constexpr int SPLIT_KEYS = 128;  // a context is split among blocks from here on
+constexpr int SPLIT_KEYS = 32;  // of a context, at least, that a block attends to
 
 struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
@@ -77,6 +77,7 @@ struct Shared {
     float reduced[TOKENS][WARPS];
     float x_scale[TOKENS];
     int position[TOKENS], slot[TOKENS], context[TOKENS], is_last;
+    int slots[128];  // of the first keys that this block attends to first
     Layer layers[LAYERS];
 };
 
@@ -129,18 +130,24 @@ __device__ __forceinline__ void from_e4m3(u16 codes, float& low, float& high) {
 
 __device__ __forceinline__ int to_int8(float x) { return max(-128, min(127, __float2int_rn(x))); }
 
-__device__ __forceinline__ uint4 shared_vector(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
+// exp2 without the care for numbers next to zero
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
-__device__ __forceinline__ u32 shared_word(u32 at) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
-    return v;
+// of pairs of bf16
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {
+    u32 y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
 }
+
+// Places in shared memory are offsets into it.
+extern __shared__ __align__(128) u8 memory[];
+template <typename T>
+__device__ __forceinline__ T& shared(u32 at) { return *(T*)(memory + at); }
 
 // what other blocks wrote: past the multiprocessor's own cache
 __device__ __forceinline__ uint4 fresh_vector(const void* at) { return __ldcg((const uint4*)at); }
@@ -174,7 +181,7 @@ __device__ __forceinline__ void wait_for_all(u32* counter, u32 times) {
 // ---- the ring
 
 struct Ring {
-    u32 full, empty, data;  // shared addresses: barriers [stages], stages [stages, STAGE]
+    u32 full, empty, data;  // barriers [stages] by their addresses, stages [stages, STAGE]
     int stages;
 };
 
@@ -230,7 +237,7 @@ __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place
             const int row = half * (l.rows / 2) + tile * TILE;
             for (int begin = 0; begin < cut.units; begin += cut.most) {
                 const bool with_scales = row_scales && begin == 0;
-                const u32 barrier = ring.full + 8 * place.stage, to = ring.data + place.stage * STAGE;
+                const u32 barrier = ring.full + 8 * place.stage, to = address(memory + ring.data + place.stage * STAGE);
                 // whole boxes: what is past a row's end is not read, and counts
                 const u32 bytes = cut.most * (512 + 16 * scales) + 32 * with_scales;
                 wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
@@ -255,14 +262,14 @@ __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place
 template <int KIND>
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
     if constexpr (KIND == E4M3)  // as float16, which holds every code
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
     else if constexpr (KIND == INT8) {
         int(&i)[4] = reinterpret_cast<int(&)[4]>(c);
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
                      : "+r"(i[0]), "+r"(i[1]), "+r"(i[2]), "+r"(i[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
     } else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
 }
 
@@ -295,12 +302,13 @@ __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int firs
     const uint4 none = make_uint4(0, 0, 0, 0);
     x += t * 16;
     if constexpr (KIND == INT4) {
+#pragma unroll 2
         for (int unit = first; unit < units; unit += SHARING) {
-            const uint4 w = shared_vector(stage + unit * 512 + row * 64 + t * 16);
+            const uint4 w = shared<const uint4>(stage + unit * 512 + row * 64 + t * 16);
             const u32 scale_at = scales + unit * each * 16 + t * 4;
             uint4 v[4];
 #pragma unroll
-            for (int byte = 0; byte < 4; byte++) v[byte] = there ? shared_vector(x + unit * UNIT<INT4> + byte * 64) : none;
+            for (int byte = 0; byte < 4; byte++) v[byte] = there ? shared<const uint4>(x + unit * UNIT<INT4> + byte * 64) : none;
             float part[2][4] = {};  // two sums, so that a product need not wait for the one before
 #pragma unroll
             for (int byte = 0; byte < 4; byte++) {
@@ -311,7 +319,7 @@ __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int firs
                 multiply<BF16>(part[1], v[byte].z, v[byte].w, d0, d1);
                 // columns of one group end here
                 if (byte == 3 || each == 4 || (each == 2 && byte == 1)) {
-                    const u32 s = shared_word(scale_at + (byte * each / 4) * 16);
+                    const u32 s = shared<const u32>(scale_at + (byte * each / 4) * 16);
                     acc[0] += (part[0][0] + part[1][0]) * __uint_as_float(s << 16);
                     acc[1] += (part[0][1] + part[1][1]) * __uint_as_float(s & 0xFFFF0000);
                     part[0][0] = part[0][1] = part[1][0] = part[1][1] = 0;
@@ -319,12 +327,12 @@ __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int firs
             }
         }
     } else {
-#pragma unroll 2
+#pragma unroll 4
         for (int unit = first; unit < units; unit += SHARING) {
-            const uint4 w = shared_vector(stage + row * pitch + unit * 64 + t * 16);
-            const uint4 v = there ? shared_vector(x + unit * UNIT<KIND>) : none;
+            const uint4 w = shared<const uint4>(stage + row * pitch + unit * 64 + t * 16);
+            const uint4 v = there ? shared<const uint4>(x + unit * UNIT<KIND>) : none;
             if constexpr (KIND == E4M3) {
-                const uint4 u = there ? shared_vector(x + unit * UNIT<KIND> + 64) : none;
+                const uint4 u = there ? shared<const uint4>(x + unit * UNIT<KIND> + 64) : none;
                 u32 b[8];
                 halves_of(w.x, b[0], b[1]), halves_of(w.y, b[2], b[3]);
                 halves_of(w.z, b[4], b[5]), halves_of(w.w, b[6], b[7]);
@@ -341,7 +349,7 @@ __device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int firs
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
-    float y = gate / (1.0f + exp2f(-1.4426950408889634f * gate));
+    float y = gate / (1.0f + power(-1.4426950408889634f * gate));
     return rounded(y) * up;
 }
 
@@ -379,7 +387,7 @@ __device__ __forceinline__ Place product(const Linear& l, int target, const u16*
                 CLOCK(1);
                 const u32 stage = ring.data + place.stage * STAGE;
                 if ((KIND == E4M3 || KIND == INT8) && begin == 0 && warp % SHARING == 0 && lane < TILE)
-                    s.scale[buffer][slot][lane] = __uint_as_float(shared_word(stage + SCALES + lane * 4));
+                    s.scale[buffer][slot][lane] = __uint_as_float(shared<const u32>(stage + SCALES + lane * 4));
                 add_product<KIND>(acc, stage, warp % SHARING, units, mine + begin * UNIT<KIND>, there, cut.most * 64,
                                   stage + cut.most * 512, each);
                 CLOCK(2);
@@ -505,11 +513,13 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
     if (kind == E4M3 || kind == INT8) {
 #pragma unroll
         for (int of = 0; of < TOKENS; of++) {
-            value[of] = 0;
+            u32 most = 0;
 #pragma unroll
-            for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-                for (int j = 0; j < 8; j++) value[of] = fmaxf(value[of], fabsf(part_of(v[of][i], j)));
+            for (int i = 0; i < VECTORS; i++) {
+                most = larger(most, larger(v[of][i].x & 0x7FFF7FFF, v[of][i].y & 0x7FFF7FFF));
+                most = larger(most, larger(v[of][i].z & 0x7FFF7FFF, v[of][i].w & 0x7FFF7FFF));
+            }
+            value[of] = fmaxf(__uint_as_float(most << 16), __uint_as_float(most & 0xFFFF0000));
         }
         over_threads<true>(value, s);
     }
@@ -529,12 +539,12 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
             const u32 row = x + of * p.x_stride;
             const uint4 w = v[of][i];
             if (kind == BF16) {
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(row + at * 2), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+                shared<uint4>(row + at * 2) = make_uint4(w.x, w.y, w.z, w.w);
             } else if (kind == INT4) {
                 // of 128 columns: four places of 64 bytes for two nibbles each, 16 bytes for a thread's four words
                 const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 8 + at % 16 / 4 * 16;
-                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(w.x), "r"(w.y) : "memory");
-                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + 16), "r"(w.z), "r"(w.w) : "memory");
+                shared<uint2>(to) = make_uint2(w.x, w.y);
+                shared<uint2>(to + 16) = make_uint2(w.z, w.w);
             } else {
                 u32 codes[2] = {0, 0};
 #pragma unroll
@@ -544,12 +554,12 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
                     codes[j / 4] |= two << (j % 4 * 8);
                 }
                 if (kind == INT8) {
-                    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(row + at), "r"(codes[0]), "r"(codes[1]) : "memory");
+                    shared<uint2>(row + at) = make_uint2(codes[0], codes[1]);
                 } else {  // as float16; of 64 columns, the first eight of each thread's 16, then the others
                     u32 h[4];
                     halves_of(codes[0], h[0], h[1]), halves_of(codes[1], h[2], h[3]);
                     const u32 to = row + at / 64 * 128 + at % 16 * 8 + at % 64 / 16 * 16;
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(h[0]), "r"(h[1]), "r"(h[2]), "r"(h[3]) : "memory");
+                    shared<uint4>(to) = make_uint4(h[0], h[1], h[2], h[3]);
                 }
             }
         }
@@ -563,7 +573,7 @@ constexpr int SIZE = CACHE == BF16 ? 2 : 1;  // bytes of a number in the cache
 constexpr int DIMS = HEAD_DIM / 16;          // sixteen lanes share a key
 constexpr int WORDS = DIMS * SIZE / 4;
 constexpr int TURN = 2 * WARPS;              // keys that a block attends to together
-constexpr int TURNS = SPLIT_KEYS / TURN;     // whose keys and values it holds beforehand
+constexpr int TURNS = 2;                     // whose keys and values it holds beforehand
 
 // DIMS numbers of a key or value.
 struct Piece {
@@ -665,8 +675,8 @@ __device__ __forceinline__ Part part_at(int unit, const Step& p, const Shared& s
     return part;
 }
 
-__device__ __forceinline__ long long slot_at(const Step& p, int of, int place) {
-    return (long long)__ldg(p.tables + (long long)of * p.width + place / BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE;
+__device__ __forceinline__ int slot_at(const Step& p, int of, int place) {
+    return __ldg(p.tables + (long long)of * p.width + place / BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE;
 }
 
 // What a lane has of the softmax of GROUP heads over the keys that it saw, and of the values' sum.
@@ -682,29 +692,55 @@ struct Softmax {
         }
     }
 
-    // A key and its value; q: in pairs of bf16.
-    __device__ __forceinline__ void add(const u32 (&q)[GROUP][DIMS / 2], const float (&k)[DIMS], const float (&v)[DIMS], bool seen, float scale) {
-        float score[GROUP];
+    // Keys and values of `turns`, the same number for a warp; of each those before `seen` count.
+    __device__ __forceinline__ void add(const float (&q)[GROUP][DIMS], const Piece (&keys)[TURNS], const Piece (&values)[TURNS], int turns, int seen, float scale) {
+        float score[TURNS][GROUP];
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            score[g] = 0;
+        for (int i = 0; i < TURNS; i++) {
+            if (i >= turns) break;
+            float k[DIMS];
+            keys[i].unpack(k);
 #pragma unroll
-            for (int i = 0; i < DIMS; i += 2)
-                score[g] += __uint_as_float(q[g][i / 2] << 16) * k[i] + __uint_as_float(q[g][i / 2] & 0xFFFF0000) * k[i + 1];
+            for (int g = 0; g < GROUP; g++) {
+                score[i][g] = 0;
+#pragma unroll
+                for (int d = 0; d < DIMS; d++) score[i][g] += q[g][d] * k[d];
+            }
+#pragma unroll
+            for (int apart = 8; apart; apart >>= 1)
+#pragma unroll
+                for (int g = 0; g < GROUP; g++) score[i][g] += __shfl_xor_sync(~0u, score[i][g], apart);
         }
 #pragma unroll
-        for (int apart = 8; apart; apart >>= 1)
-#pragma unroll
-            for (int g = 0; g < GROUP; g++) score[g] += __shfl_xor_sync(~0u, score[g], apart);
-        if (!seen) return;
-#pragma unroll
         for (int g = 0; g < GROUP; g++) {
-            const float higher = fmaxf(top[g], score[g] * scale);
-            const float fade = exp2f(top[g] - higher), weight = exp2f(score[g] * scale - higher);
-            total[g] = total[g] * fade + weight;
+            float higher = top[g];
 #pragma unroll
-            for (int i = 0; i < DIMS; i++) sum[g][i] = sum[g][i] * fade + v[i] * weight;
+            for (int i = 0; i < TURNS; i++)
+                if (i < turns) {
+                    score[i][g] = i < seen ? score[i][g] * scale : NOTHING;
+                    higher = fmaxf(higher, score[i][g]);
+                }
+            const float base = higher == NOTHING ? 0.0f : higher, fade = power(top[g] - base);
             top[g] = higher;
+            total[g] *= fade;
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) sum[g][d] *= fade;
+#pragma unroll
+            for (int i = 0; i < TURNS; i++)
+                if (i < turns) {
+                    score[i][g] = power(score[i][g] - base);
+                    total[g] += score[i][g];
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            if (i >= turns) break;
+            float v[DIMS];
+            values[i].unpack(v);
+#pragma unroll
+            for (int g = 0; g < GROUP; g++)
+#pragma unroll
+                for (int d = 0; d < DIMS; d++) sum[g][d] += score[i][g] * v[d];
         }
     }
 };
@@ -714,11 +750,11 @@ __device__ __forceinline__ void join(const Part& part, const Step& p) {
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = part.head * GROUP + i / HEAD_DIM;
         float top = NOTHING, total = 0, y = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int split = 0; split < part.splits; split++) {
             const long long from = (long long)(part.of * p.splits + split) * HEADS + head;
             const float log = __ldcg(p.sums + from), value = __ldcg(p.partial + from * HEAD_DIM + i % HEAD_DIM);
-            const float higher = fmaxf(top, log), fade = exp2f(top - higher), weight = exp2f(log - higher);
+            const float higher = fmaxf(top, log), fade = power(top - higher), weight = power(log - higher);
             total = total * fade + weight;
             y = y * fade + value * weight;
             top = higher;
@@ -736,6 +772,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
     float* results = heads + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
     float* tops = results + WARPS * GROUP * HEAD_DIM;     // [WARPS, GROUP]
     float* totals = tops + WARPS * GROUP;
+    float* own = totals + WARPS * GROUP;                  // [GROUP]: scores of the new token
     const float k_scale = CACHE == BF16 ? 1.0f : __ldg(l.k_scale), v_scale = CACHE == BF16 ? 1.0f : __ldg(l.v_scale);
     const float scale = p.scale * k_scale;
     bool waited = false;
@@ -743,19 +780,21 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
         const Part part = part_at(unit, p, s);
         if (part.split >= part.splits) continue;
         Piece keys[TURNS], values[TURNS];
-        int place = part.first + warp * 2 + each;
+        const int mine = part.first + warp * 2 + each;
         auto read = [&](int from) {
 #pragma unroll
             for (int i = 0; i < TURNS; i++) {
                 const int at = from + i * TURN;
+                keys[i] = values[i] = Piece{};
                 if (at >= part.end) continue;
-                const long long slot = slot_at(p, part.of, at);
+                const bool known = unit == blockIdx.x && at < part.first + TURNS * TURN;
+                const long long slot = known ? s.slots[at - part.first] : slot_at(p, part.of, at);
                 keys[i].read(l.keys, slot, part.head, lane16);
                 values[i].read(l.values, slot, part.head, lane16);
             }
         };
         INSIDE(0);
-        read(place);
+        read(mine);
         INSIDE(1);
         if (waited) together();
         else wait_for_all(p.counters, times);
@@ -781,39 +820,32 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
         }
         together();
         INSIDE(3);
-        u32 q[GROUP][DIMS / 2];
+        if (part.split == 0 && warp < GROUP) {
+            float score = 0;
+#pragma unroll
+            for (int d = lane; d < HEAD_DIM; d += 32) score += heads[warp * HEAD_DIM + d] * heads[GROUP * HEAD_DIM + d];
+            score = warp_sum(score);
+            if (lane == 0) own[warp] = score * scale;
+        }
+        float q[GROUP][DIMS];
 #pragma unroll
         for (int g = 0; g < GROUP; g++)
 #pragma unroll
-            for (int i = 0; i < DIMS; i += 2) {
-                const float2 two = *(const float2*)(heads + g * HEAD_DIM + lane16 * DIMS + i);
-                q[g][i / 2] = pair(two.x, two.y);
-            }
-        Softmax softmax;
-        float k[DIMS], v[DIMS];
-        if (part.split == 0 && warp == 0) {  // the new token itself
-#pragma unroll
-            for (int i = 0; i < DIMS; i++)
-                k[i] = heads[GROUP * HEAD_DIM + lane16 * DIMS + i], v[i] = heads[(GROUP + 1) * HEAD_DIM + lane16 * DIMS + i];
-            softmax.add(q, k, v, each == 0, scale);
-        }
+            for (int i = 0; i < DIMS; i += 4)
+                *(float4*)&q[g][i] = *(const float4*)(heads + g * HEAD_DIM + lane16 * DIMS + i);
         INSIDE(4);
-        // all lanes of a warp go through the same turns
-        for (int begin = part.first + warp * 2; begin < part.end; begin += TURNS * TURN) {
-            if (begin != part.first + warp * 2) read(place);
-#pragma unroll
-            for (int i = 0; i < TURNS; i++) {
-                if (begin + i * TURN >= part.end) break;
-                keys[i].unpack(k), values[i].unpack(v);
-                softmax.add(q, k, v, place + i * TURN < part.end, scale);
-            }
-            place += TURNS * TURN;
+        Softmax softmax;
+        for (int begin = part.first; begin < part.end; begin += TURNS * TURN) {
+            if (begin > part.first) read(begin + warp * 2 + each);
+            // a warp's two keys of a turn are neighbours
+            const int left = part.end - begin - warp * 2;
+            softmax.add(q, keys, values, min(TURNS, (left + TURN - 1) / TURN), (left - each + TURN - 1) / TURN, scale);
         }
         INSIDE(5);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
             const float higher = fmaxf(softmax.top[g], __shfl_xor_sync(~0u, softmax.top[g], 16));
-            const float fade = higher == NOTHING ? 0.0f : exp2f(softmax.top[g] - higher);
+            const float fade = higher == NOTHING ? 0.0f : power(softmax.top[g] - higher);
             const float total = softmax.total[g] * fade;
             const float both = total + __shfl_xor_sync(~0u, total, 16);
 #pragma unroll
@@ -832,12 +864,15 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
         INSIDE(7);
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
             const int g = i / HEAD_DIM;
-            float higher = NOTHING, sum = 0, y = 0;
+            float higher = part.split == 0 ? own[g] : NOTHING;
 #pragma unroll
             for (int from = 0; from < WARPS; from++) higher = fmaxf(higher, tops[from * GROUP + g]);
+            // the new token counts with the first part
+            float sum = part.split == 0 ? power(own[g] - higher) : 0.0f, y = sum;
+            if (part.split == 0) y *= heads[(GROUP + 1) * HEAD_DIM + i % HEAD_DIM];
 #pragma unroll
             for (int from = 0; from < WARPS; from++) {
-                const float weight = higher == NOTHING ? 0.0f : exp2f(tops[from * GROUP + g] - higher);
+                const float weight = higher == NOTHING ? 0.0f : power(tops[from * GROUP + g] - higher);
                 sum += totals[from * GROUP + g] * weight;
                 y += results[from * GROUP * HEAD_DIM + i] * weight;
             }
@@ -873,11 +908,10 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
 // ---- the step
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Step p) {
-    extern __shared__ __align__(128) u8 memory[];
     Shared& s = *(Shared*)memory;
-    u8* x_memory = memory + (sizeof(Shared) + 127) / 128 * 128;
-    u64* barriers = (u64*)(x_memory + p.x_bytes);
-    const Ring ring{address(barriers), address(barriers + p.stages), address(barriers + 2 * p.stages + 15) / 128 * 128, p.stages};
+    const u32 x = (sizeof(Shared) + 127) / 128 * 128, barriers = x + p.x_bytes;
+    const u32 data = (barriers + 16 * p.stages + 127) / 128 * 128;
+    const Ring ring{address(memory + barriers), address(memory + barriers + 8 * p.stages), data, p.stages};
     for (int i = threadIdx.x; i < (int)(sizeof(s.layers) / 8); i += blockDim.x)
         ((u64*)s.layers)[i] = __ldg((const u64*)p.layers + i);
     if (threadIdx.x < TOKENS) {
@@ -894,6 +928,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
+    if (blockIdx.x < TOKENS * KV_HEADS * p.splits) {
+        const Part part = part_at(blockIdx.x, p, s);
+        for (int i = threadIdx.x; i < min(TURNS * TURN, part.end - part.first); i += blockDim.x)
+            s.slots[i] = slot_at(p, part.of, part.first + i);
+    }
+    __syncthreads();
     Place place{0, 0};
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x > THREADS) return;
@@ -907,7 +947,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
         feed(p.head, 1, ring, place);
         return;
     }
-    const u32 x = address(x_memory);
     u32 times = 0;
     int mark = 0;
     MARK();
@@ -918,7 +957,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
         MARK();
         place = multiply_rows(l.qkv, QKV, nullptr, x, p, s, ring, place);
         MARK();
-        attend(l, (float*)x_memory, ++times, p, s);
+        attend(l, (float*)(memory + x), ++times, p, s);
         MARK();
         wait_for_all(p.counters, ++times);
         MARK();

@@ -181,14 +181,14 @@ class GpuDecoder:
 
 def _shared_bytes(layers: int, tokens: int) -> int:
     """Of struct Shared."""
-    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 2 * _SLOTS * _TILE + 1
+    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 2 * _SLOTS * _TILE + 1 + 128
     return -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
 
 
 def _attention_bytes(g: Geometry) -> int:
     """Shared memory of a part of the attention."""
     group = g.heads // g.kv_heads
-    numbers = (group + 2) * g.head_dim + _WARPS * group * (g.head_dim + 2)
+    numbers = (group + 2) * g.head_dim + _WARPS * group * (g.head_dim + 2) + group
     return 4 * numbers
 
 
