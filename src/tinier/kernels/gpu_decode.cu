@@ -12,7 +12,8 @@
 // agree: a thread takes 16 bytes of a weight's row, and the same columns of the token.
 //
 // Compiled by gpu_decode.py for one model's sizes: HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, TURNING,
-// BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, TOKENS, STEP_BYTES, SHARED_BYTES.
+// BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, TOKENS, TOTALS (bytes of a token's sums of 32 columns each, for INT4),
+// STEP_BYTES, SHARED_BYTES.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -22,7 +23,7 @@ using u64 = unsigned long long;
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
 
 enum Kind { BF16, E4M3, INT8, INT4 };
-enum Target { QKV, STREAM, GATED, LOGITS };
+enum Product { QKV, OUT, GATE_UP, DOWN, HEAD };
 
 constexpr int WARPS = 16;     // that compute
 constexpr int THREADS = 32 * WARPS;
@@ -30,11 +31,11 @@ constexpr int TILE = 8;       // rows of a weight that are multiplied together
 #ifndef GROUPS
 #define GROUPS 4
 #endif
-constexpr int SHARING = WARPS / GROUPS;  // warps that share a stage: the groups take stages by turns
+constexpr int SHARING = WARPS / GROUPS;  // warps that share a tile: the groups take tiles by turns
 constexpr int UNITS = 31;     // of 64 bytes, at most, of a row that are copied together
 constexpr int INT4_UNITS = 27;  // the same where their scales come along
 constexpr int STAGE = (TILE * UNITS * 64 + 64 + 127) / 128 * 128;
-constexpr int SLOTS = 4;      // products of 8 rows between two summations over the warps
+constexpr int SLOTS = 16;     // tiles between two summations over the warps
 constexpr int SCALES = TILE * UNITS * 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int SPLIT_KEYS = 32;  // of a context, at least, that a block attends to
@@ -48,7 +49,7 @@ struct Linear {
 };
 
 struct Layer {
-    Linear qkv, out, gate_up, down;
+    Linear linears[4];  // qkv, out, gate_up, down
     const u16 *input_norm, *post_norm, *q_norm, *k_norm;
     u8 *keys, *values;  // [slots, KV_HEADS, HEAD_DIM]
     const float *k_scale, *v_scale;
@@ -71,27 +72,37 @@ struct Step {
     float eps, scale;         // scale: of scores, for exp2
 };
 
+struct Part {  // of a context, that one block attends to with the heads of one KV head
+    int of, head, split, splits, first, end;
+};
+
 struct Shared {
-    float partial[2][SLOTS][WARPS][TILE * TOKENS];
+    Step step;
+    float partial[2][SLOTS][SHARING][TILE * TOKENS];
     float scale[2][SLOTS][TILE];  // of the rows that are multiplied
     float reduced[TOKENS][WARPS];
     float x_scale[TOKENS];
     int position[TOKENS], slot[TOKENS], context[TOKENS], is_last;
-    int slots[128];  // of the first keys that this block attends to first
+    Part first;      // that this block attends to, and the slots of its first keys
+    int slots[128];
     Layer layers[LAYERS];
 };
 
 static_assert(sizeof(Step) == STEP_BYTES && sizeof(Shared) == SHARED_BYTES, "as gpu_decode.py has them");
 
+// Places in shared memory are offsets into it.
+extern __shared__ __align__(128) u8 memory[];
+template <typename T>
+__device__ __forceinline__ T& shared(u32 at) { return *(T*)(memory + at); }
+#define S shared<Shared>(0)
+
 #ifdef TRACE
 __device__ long long trace[4096];
-__device__ long long clocks[3], inside[16];
+__device__ long long inside[16];
 #define MARK() if (blockIdx.x == TRACE && threadIdx.x == 0) trace[mark++] = clock64()
-#define CLOCK(i) if (blockIdx.x == TRACE && threadIdx.x == 0) clocks[i] += clock64()
 #define INSIDE(i) if (blockIdx.x == TRACE && threadIdx.x == 0) inside[i] += clock64()
 #else
 #define MARK()
-#define CLOCK(i)
 #define INSIDE(i)
 #endif
 
@@ -144,10 +155,6 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     return y;
 }
 
-// Places in shared memory are offsets into it.
-extern __shared__ __align__(128) u8 memory[];
-template <typename T>
-__device__ __forceinline__ T& shared(u32 at) { return *(T*)(memory + at); }
 
 // what other blocks wrote: past the multiprocessor's own cache
 __device__ __forceinline__ uint4 fresh_vector(const void* at) { return __ldcg((const uint4*)at); }
@@ -165,14 +172,15 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Until all blocks have come here `times` times. What they wrote before can be read after it.
+// Until all blocks have come here `times` times. What they wrote before can be read after it, by loads that
+// pass the multiprocessor's own cache: an acquiring load would throw away all that is in it.
 __device__ __forceinline__ void wait_for_all(u32* counter, u32 times) {
     together();
     if (threadIdx.x == 0) {
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
         u32 seen;
         do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         } while (seen < times * gridDim.x);
     }
     together();
@@ -227,7 +235,7 @@ __device__ __forceinline__ int first_tile(int tiles, int block) {
 }
 
 // Copy this block's rows into the ring, by one thread. halves: 2: gate and up, by turns.
-__device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
+__device__ __forceinline__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
     const Cut cut(l);
     const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
     const int scales = l.kind == INT4 ? max(1, 128 / l.group) : 0;  // of a unit
@@ -259,28 +267,30 @@ __device__ Place feed(const Linear& l, int halves, const Ring& ring, Place place
 
 // ---- products
 
+// The tile of tokens is four registers of a thread: two of token lane / 4, and two of the token eight
+// further on, which there is not: in their place are other columns of the same token, and what comes out
+// there is what those columns give with the same part of the weight. So the four serve two products: of
+// the first the upper half counts, of the second the lower one.
 template <int KIND>
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
+__device__ __forceinline__ void multiply(float (&c)[4], const uint4& a, u32 b0, u32 b1) {
     if constexpr (KIND == E4M3)  // as float16, which holds every code
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     else if constexpr (KIND == INT8) {
         int(&i)[4] = reinterpret_cast<int(&)[4]>(c);
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-                     : "+r"(i[0]), "+r"(i[1]), "+r"(i[2]), "+r"(i[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(i[0]), "+r"(i[1]), "+r"(i[2]), "+r"(i[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     } else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Byte `byte` of two words, to its two nibbles of each word as pairs of bf16: into the mantissa of 128,
-// less 136.
+// Byte `byte` of two words, to its two nibbles of each word as pairs of bf16: in the mantissa of 128, so
+// that they are 136 too large.
 __device__ __forceinline__ void nibbles(u32 first, u32 second, int byte, u32& low, u32& high) {
-    u32 both = __byte_perm(first, second, byte | (4 + byte) << 8);
+    const u32 both = __byte_perm(first, second, byte | (4 + byte) << 8);
     asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(low) : "r"(both));
     asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(high) : "r"(both >> 4));
-    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(low) : "r"(0x3F803F80), "r"(0xC308C308));
-    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(high) : "r"(0x3F803F80), "r"(0xC308C308));
 }
 
 // Four E4M3 codes to float16.
@@ -290,167 +300,173 @@ __device__ __forceinline__ void halves_of(u32 codes, u32& low, u32& high) {
 }
 
 // Bytes that a unit's columns take in shared memory, of a token.
-template <int KIND> constexpr int UNIT = KIND == INT4 ? 256 : KIND == E4M3 ? 128 : 64;
+__device__ __forceinline__ constexpr int unit_bytes(int kind) { return kind == INT4 ? 256 : kind == E4M3 ? 128 : 64; }
 
-// Some 64-byte units of 8 rows in a stage times the tokens, added to acc. first: the first unit that is
-// this warp's. x: shared address of the stage's first columns of the lane's token; there: whether there
-// is such a token. pitch: of rows. scales: shared address of INT4's; a chunk has `each`.
+// What a warp has of 8 rows times the tokens: the upper half of one product, the lower one of another.
+struct Sums {
+    float upper[4], lower[4];
+};
+
+// Some 64-byte units of 8 rows in a stage times the tokens, added to `sums`. first: the first unit that is
+// this warp's. x: of the stage's first columns of the lane's token. pitch: of rows.
 template <int KIND>
-__device__ __forceinline__ void add_product(float (&acc)[4], u32 stage, int first, int units, u32 x, bool there,
-                                            int pitch, u32 scales, int each) {
+__device__ __forceinline__ void add_product(Sums& sums, u32 stage, int first, int units, u32 x, int pitch) {
     const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
-    const uint4 none = make_uint4(0, 0, 0, 0);
-    x += t * 16;
-    if constexpr (KIND == INT4) {
-#pragma unroll 2
-        for (int unit = first; unit < units; unit += SHARING) {
-            const uint4 w = shared<const uint4>(stage + unit * 512 + row * 64 + t * 16);
-            const u32 scale_at = scales + unit * each * 16 + t * 4;
-            uint4 v[4];
-#pragma unroll
-            for (int byte = 0; byte < 4; byte++) v[byte] = there ? shared<const uint4>(x + unit * UNIT<INT4> + byte * 64) : none;
-            float part[2][4] = {};  // two sums, so that a product need not wait for the one before
-#pragma unroll
-            for (int byte = 0; byte < 4; byte++) {
-                u32 b0, b1, d0, d1;
-                nibbles(w.x, w.y, byte, b0, d0);
-                nibbles(w.z, w.w, byte, b1, d1);
-                multiply<BF16>(part[0], v[byte].x, v[byte].y, b0, b1);
-                multiply<BF16>(part[1], v[byte].z, v[byte].w, d0, d1);
-                // columns of one group end here
-                if (byte == 3 || each == 4 || (each == 2 && byte == 1)) {
-                    const u32 s = shared<const u32>(scale_at + (byte * each / 4) * 16);
-                    acc[0] += (part[0][0] + part[1][0]) * __uint_as_float(s << 16);
-                    acc[1] += (part[0][1] + part[1][1]) * __uint_as_float(s & 0xFFFF0000);
-                    part[0][0] = part[0][1] = part[1][0] = part[1][1] = 0;
-                }
-            }
-        }
-    } else {
+    stage += row * pitch + t * 16, x += t * 16;
 #pragma unroll 4
-        for (int unit = first; unit < units; unit += SHARING) {
-            const uint4 w = shared<const uint4>(stage + row * pitch + unit * 64 + t * 16);
-            const uint4 v = there ? shared<const uint4>(x + unit * UNIT<KIND>) : none;
-            if constexpr (KIND == E4M3) {
-                const uint4 u = there ? shared<const uint4>(x + unit * UNIT<KIND> + 64) : none;
-                u32 b[8];
-                halves_of(w.x, b[0], b[1]), halves_of(w.y, b[2], b[3]);
-                halves_of(w.z, b[4], b[5]), halves_of(w.w, b[6], b[7]);
-                multiply<KIND>(acc, v.x, v.y, b[0], b[1]);
-                multiply<KIND>(acc, v.z, v.w, b[2], b[3]);
-                multiply<KIND>(acc, u.x, u.y, b[4], b[5]);
-                multiply<KIND>(acc, u.z, u.w, b[6], b[7]);
-            } else {
-                multiply<KIND>(acc, v.x, v.y, w.x, w.y);
-                multiply<KIND>(acc, v.z, v.w, w.z, w.w);
+    for (int unit = first; unit < units; unit += SHARING) {
+        const uint4 w = shared<const uint4>(stage + unit * 64);
+        const uint4 v = shared<const uint4>(x + unit * unit_bytes(KIND));
+        if constexpr (KIND == E4M3) {
+            const uint4 u = shared<const uint4>(x + unit * unit_bytes(KIND) + 64);
+            u32 b[8];
+            halves_of(w.x, b[0], b[1]), halves_of(w.y, b[2], b[3]);
+            halves_of(w.z, b[4], b[5]), halves_of(w.w, b[6], b[7]);
+            multiply<KIND>(sums.upper, v, b[0], b[1]);
+            multiply<KIND>(sums.lower, v, b[2], b[3]);
+            multiply<KIND>(sums.upper, u, b[4], b[5]);
+            multiply<KIND>(sums.lower, u, b[6], b[7]);
+        } else {
+            multiply<KIND>(sums.upper, v, w.x, w.y);
+            multiply<KIND>(sums.lower, v, w.z, w.w);
+        }
+    }
+}
+
+// The same of INT4, of which a unit has EACH scales. totals: of 32 columns of the token each.
+template <int EACH>
+__device__ __forceinline__ void add_int4(Sums& sums, u32 stage, int first, int units, u32 x, u32 scales, u32 totals) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
+    stage += row * 64 + t * 16, x += t * 16, scales += t * 4;
+#pragma unroll 2
+    for (int unit = first; unit < units; unit += SHARING) {
+        const uint4 w = shared<const uint4>(stage + unit * 512);
+        const float4 total = shared<const float4>(totals + unit * 16);
+        const float of_byte[4] = {total.x, total.y, total.z, total.w};
+        Sums part = {};
+        float minus = 0;
+#pragma unroll
+        for (int byte = 0; byte < 4; byte++) {
+            const uint4 v = shared<const uint4>(x + unit * unit_bytes(INT4) + byte * 64);
+            u32 b0, b1, d0, d1;
+            nibbles(w.x, w.y, byte, b0, d0);
+            nibbles(w.z, w.w, byte, b1, d1);
+            multiply<BF16>(part.upper, v, b0, b1);
+            multiply<BF16>(part.lower, v, d0, d1);
+            minus += of_byte[byte];
+            if ((byte + 1) * EACH % 4 == 0) {  // columns of one scale end here
+                const u32 scale = shared<const u32>(scales + (unit * EACH + byte * EACH / 4) * 16);
+                sums.upper[0] += (part.upper[0] + part.lower[2] - 136.0f * minus) * __uint_as_float(scale << 16);
+                sums.upper[1] += (part.upper[1] + part.lower[3] - 136.0f * minus) * __uint_as_float(scale & 0xFFFF0000);
+                part = {};
+                minus = 0;
             }
         }
     }
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
-    float y = gate / (1.0f + power(-1.4426950408889634f * gate));
+    const float y = gate / (1.0f + power(-1.4426950408889634f * gate));
     return rounded(y) * up;
 }
 
-// The tokens in `x` times this block's rows, to where `target` says.
+// The tokens in `x` times this block's rows.
 template <int KIND>
-__device__ __forceinline__ Place product(const Linear& l, int target, const u16* residual, u32 x, const Step& p, Shared& s,
-                                         const Ring& ring, Place place) {
+__device__ __forceinline__ Place product(const Linear& l, int what, const u16* stream, u32 x, const Ring& ring, Place place) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const Cut cut(l);
-    const int halves = target == GATED ? 2 : 1;
-    const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
-    const int each = KIND == INT4 ? max(1, 128 / l.group) : 0;
-    const int token = lane >> 2;
-    const bool there = token < TOKENS;
-    const u32 mine = x + token * p.x_stride;
+    const bool paired = what == GATE_UP;  // a tile of gate, then the same of up
+    const int tiles = l.rows / TILE >> paired, last = first_tile(tiles, blockIdx.x + 1);
+    const int token = lane >> 2, known = min(token, TOKENS - 1);  // a row past the tokens is computed for nothing
+    const u32 x_at = x + known * S.step.x_stride, totals = x + TOKENS * S.step.x_stride + known * TOTALS;
     // who finishes which number of a row
     const int n = threadIdx.x % TILE, of = threadIdx.x / TILE % TOKENS, my_slot = threadIdx.x / (TILE * TOKENS);
-    int buffer = 0, turn = 0;
-    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += SLOTS / halves) {
-        const int used = min(SLOTS, (last - tile) * halves);
-        const int my_row = (tile + my_slot / halves) * TILE + n;
-        const bool finishes = my_slot < used && my_slot % halves == 0;
+    int buffer = 0;
+    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += SLOTS >> paired) {
+        const int used = min(SLOTS, (last - tile) << paired);
+        const int my_row = (tile + (my_slot >> paired)) * TILE + n;
+        const bool finishes = my_slot < used && !(paired && my_slot & 1);
         u16 before = 0;
-        if (finishes && target == STREAM) before = __ldcg(residual + of * HIDDEN + my_row);
+        if (finishes && (what == OUT || what == DOWN)) before = __ldcg(stream + of * HIDDEN + my_row);
         for (int slot = 0; slot < used; slot++) {
-            float acc[4] = {0, 0, 0, 0};
+            const bool mine = slot % GROUPS == warp / SHARING;
+            Sums sums = {};
             for (int begin = 0; begin < cut.units; begin += cut.most) {
-                const int units = min(cut.most, cut.units - begin);
-                if (turn++ % GROUPS != warp / SHARING) {
-                    place.advance(ring.stages);
-                    continue;
-                }
-                CLOCK(0);
+                // every warp waits for every stage and lets it go: none may fall behind by a round
                 wait_for(ring.full + 8 * place.stage, place.parity);
-                CLOCK(1);
-                const u32 stage = ring.data + place.stage * STAGE;
-                if ((KIND == E4M3 || KIND == INT8) && begin == 0 && warp % SHARING == 0 && lane < TILE)
-                    s.scale[buffer][slot][lane] = __uint_as_float(shared<const u32>(stage + SCALES + lane * 4));
-                add_product<KIND>(acc, stage, warp % SHARING, units, mine + begin * UNIT<KIND>, there, cut.most * 64,
-                                  stage + cut.most * 512, each);
-                CLOCK(2);
+                if (mine) {
+                    const u32 stage = ring.data + place.stage * STAGE;
+                    if ((KIND == E4M3 || KIND == INT8) && begin == 0 && warp % SHARING == 0 && lane < TILE)
+                        S.scale[buffer][slot][lane] = shared<const float>(stage + SCALES + lane * 4);
+                    const int units = min(cut.most, cut.units - begin), first = warp % SHARING;
+                    const u32 from = x_at + begin * unit_bytes(KIND);
+                    if constexpr (KIND == INT4) {
+                        const u32 scales = stage + cut.most * 512, of_token = totals + begin * 16;
+                        if (l.group == 128) add_int4<1>(sums, stage, first, units, from, scales, of_token);
+                        else if (l.group == 64) add_int4<2>(sums, stage, first, units, from, scales, of_token);
+                        else add_int4<4>(sums, stage, first, units, from, scales, of_token);
+                    } else
+                        add_product<KIND>(sums, stage, first, units, from, cut.most * 64);
+                }
                 __syncwarp();
                 if (lane == 0)
                     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
                 place.advance(ring.stages);
             }
-            if (there) *(float2*)&s.partial[buffer][slot][warp][token * TILE + 2 * (lane & 3)] = make_float2(acc[0], acc[1]);
+            if (mine && token < TOKENS) {
+                float2 two = make_float2(sums.upper[0], sums.upper[1]);
+                if (KIND == INT8) {
+                    two.x = __int_as_float(__float_as_int(two.x) + __float_as_int(sums.lower[2]));
+                    two.y = __int_as_float(__float_as_int(two.y) + __float_as_int(sums.lower[3]));
+                } else if (KIND != INT4) {
+                    two.x += sums.lower[2], two.y += sums.lower[3];
+                }
+                *(float2*)&S.partial[buffer][slot][warp % SHARING][token * TILE + 2 * (lane & 3)] = two;
+            }
         }
         together();
         if (finishes) {
             float y[2] = {0, 0};
-            for (int half = 0; half < halves; half++) {
+            for (int half = 0; half <= paired; half++) {
                 float sum = 0;
                 int exact = 0;
 #pragma unroll
-                for (int from = 0; from < WARPS; from++) {
-                    const float part = s.partial[buffer][my_slot + half][from][of * TILE + n];
+                for (int from = 0; from < SHARING; from++) {
+                    const float part = S.partial[buffer][my_slot + half][from][of * TILE + n];
                     if (KIND == INT8) exact += __float_as_int(part);
                     else sum += part;
                 }
                 if (KIND == INT8) sum = exact;
-                if (KIND == E4M3 || KIND == INT8) sum = sum * s.scale[buffer][my_slot + half][n] * s.x_scale[of];
+                if (KIND == E4M3 || KIND == INT8) sum = sum * S.scale[buffer][my_slot + half][n] * S.x_scale[of];
                 if (l.bias) sum += number(__ldg(l.bias + half * (l.rows / 2) + my_row));
                 y[half] = rounded(sum);
             }
-            if (target == QKV) p.qkv[of * l.rows + my_row] = to_bf16(y[0]);
-            if (target == STREAM) p.stream[of * HIDDEN + my_row] = to_bf16(number(before) + y[0]);
-            if (target == GATED) p.act[of * INNER + my_row] = to_bf16(gated(y[0], y[1]));
-            if (target == LOGITS) p.logits[(long long)of * l.rows + my_row] = to_bf16(y[0]);
+            if (what == QKV) S.step.qkv[of * l.rows + my_row] = to_bf16(y[0]);
+            if (what == OUT || what == DOWN) S.step.stream[of * HIDDEN + my_row] = to_bf16(number(before) + y[0]);
+            if (what == GATE_UP) S.step.act[of * INNER + my_row] = to_bf16(gated(y[0], y[1]));
+            if (what == HEAD) S.step.logits[(long long)of * l.rows + my_row] = to_bf16(y[0]);
         }
         buffer ^= 1;
     }
     return place;
 }
 
-__device__ __noinline__ Place multiply_rows(const Linear& l, int target, const u16* residual, u32 x, const Step& p, Shared& s,
-                                            const Ring& ring, Place place) {
-    switch (l.kind) {
-        case BF16: return product<BF16>(l, target, residual, x, p, s, ring, place);
-        case E4M3: return product<E4M3>(l, target, residual, x, p, s, ring, place);
-        case INT8: return product<INT8>(l, target, residual, x, p, s, ring, place);
-        default: return product<INT4>(l, target, residual, x, p, s, ring, place);
-    }
-}
-
 // ---- what a product takes
 
 // Sum or largest of a number of each token over the block's threads.
 template <bool LARGEST>
-__device__ __forceinline__ void over_threads(float (&value)[TOKENS], Shared& s) {
+__device__ __forceinline__ void over_threads(float (&value)[TOKENS]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     together();  // what was read of it before has been
 #pragma unroll
     for (int of = 0; of < TOKENS; of++) {
         value[of] = LARGEST ? warp_max(value[of]) : warp_sum(value[of]);
-        if (lane == 0) s.reduced[of][warp] = value[of];
+        if (lane == 0) S.reduced[of][warp] = value[of];
     }
     together();
 #pragma unroll
     for (int of = 0; of < TOKENS; of++) {
-        float found = s.reduced[of][lane % WARPS];
+        float found = S.reduced[of][lane % WARPS];
         value[of] = LARGEST ? warp_max(found) : warp_sum(found) * 0.5f;  // each is there twice
     }
 }
@@ -466,8 +482,7 @@ __device__ __forceinline__ float part_of(const uint4& v, int i) {
 
 // Tokens [tokens, columns] into shared memory as `kind` takes them, normed if there is a norm.
 template <int COLUMNS, bool NORMED>
-__device__ __noinline__ void prepare(const u16* source, const u16* norm, int kind, u16* hidden, u32 x, const Step& p,
-                                     Shared& s) {
+__device__ __forceinline__ void prepare(const u16* source, const u16* norm, int kind, u16* hidden, u32 x) {
     constexpr int columns = COLUMNS;
     constexpr int VECTORS = ((columns + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);  // of 8, a thread's
     uint4 v[TOKENS][VECTORS];
@@ -492,7 +507,7 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
 #pragma unroll
                 for (int j = 0; j < 8; j++) { const float y = part_of(v[of][i], j); value[of] += y * y; }
         }
-        over_threads<false>(value, s);
+        over_threads<false>(value);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
@@ -500,7 +515,7 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
             const uint4 w = __ldg((const uint4*)(norm + at));
 #pragma unroll
             for (int of = 0; of < TOKENS; of++) {
-                    const float turn = rsqrtf(value[of] / columns + p.eps);
+                    const float turn = rsqrtf(value[of] / columns + S.step.eps);
                 float y[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) y[j] = rounded(part_of(v[of][i], j) * turn) * part_of(w, j);
@@ -521,7 +536,7 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
             }
             value[of] = fmaxf(__uint_as_float(most << 16), __uint_as_float(most & 0xFFFF0000));
         }
-        over_threads<true>(value, s);
+        over_threads<true>(value);
     }
     together();  // the product before has read its tokens
 #pragma unroll
@@ -530,22 +545,29 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
         if (kind == E4M3 || kind == INT8) {
             const float scale = value[of] == 0 ? 1.0f : __fdiv_rn(value[of], largest);
             by = __fdiv_rn(1.0f, scale);
-            if (threadIdx.x == 0) s.x_scale[of] = scale;
+            if (threadIdx.x == 0) S.x_scale[of] = scale;
         }
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
-            if (at >= padded) break;
-            const u32 row = x + of * p.x_stride;
+            if (at / 256 * 256 >= padded) break;  // the same for a warp
+            const u32 row = x + of * S.step.x_stride;
             const uint4 w = v[of][i];
+            const bool there = at < padded;
+            // pairs of columns in the order 0, 2, 1, 3: see `multiply`
             if (kind == BF16) {
-                shared<uint4>(row + at * 2) = make_uint4(w.x, w.y, w.z, w.w);
+                if (there) shared<uint4>(row + at * 2) = make_uint4(w.x, w.z, w.y, w.w);
             } else if (kind == INT4) {
                 // of 128 columns: four places of 64 bytes for two nibbles each, 16 bytes for a thread's four words
-                const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 8 + at % 16 / 4 * 16;
-                shared<uint2>(to) = make_uint2(w.x, w.y);
-                shared<uint2>(to + 16) = make_uint2(w.z, w.w);
-            } else {
+                const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 4 + at % 16 / 4 * 16;
+                if (there) shared<u32>(to) = w.x, shared<u32>(to + 8) = w.y, shared<u32>(to + 16) = w.z, shared<u32>(to + 24) = w.w;
+                float total = 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++) total += part_of(w, j);
+                total += __shfl_xor_sync(~0u, total, 1);
+                total += __shfl_xor_sync(~0u, total, 2);
+                if (there && threadIdx.x % 4 == 0) shared<float>(x + TOKENS * S.step.x_stride + of * TOTALS + at / 32 * 4) = total;
+            } else if (there) {
                 u32 codes[2] = {0, 0};
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {
@@ -554,12 +576,12 @@ __device__ __noinline__ void prepare(const u16* source, const u16* norm, int kin
                     codes[j / 4] |= two << (j % 4 * 8);
                 }
                 if (kind == INT8) {
-                    shared<uint2>(row + at) = make_uint2(codes[0], codes[1]);
+                    const u32 to = row + at / 16 * 16 + at % 16 / 2;
+                    shared<u32>(to) = codes[0], shared<u32>(to + 8) = codes[1];
                 } else {  // as float16; of 64 columns, the first eight of each thread's 16, then the others
                     u32 h[4];
                     halves_of(codes[0], h[0], h[1]), halves_of(codes[1], h[2], h[3]);
-                    const u32 to = row + at / 64 * 128 + at % 16 * 8 + at % 64 / 16 * 16;
-                    shared<uint4>(to) = make_uint4(h[0], h[1], h[2], h[3]);
+                    shared<uint4>(row + at / 64 * 128 + at % 16 * 8 + at % 64 / 16 * 16) = make_uint4(h[0], h[2], h[1], h[3]);
                 }
             }
         }
@@ -658,24 +680,22 @@ __device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool 
     for (int i = 0; i < EACH; i++) to[lane + 32 * i] = x[i];
 }
 
-struct Part {  // of a context, that one block attends to with the heads of one KV head
-    int of, head, split, splits, first, end;
-};
-
-__device__ __forceinline__ Part part_at(int unit, const Step& p, const Shared& s) {
+__device__ __forceinline__ Part part_at(int unit) {
+    const Step& p = S.step;
     Part part;
     part.split = unit % p.splits;
     part.head = unit / p.splits % KV_HEADS;
     part.of = unit / p.splits / KV_HEADS;
-    const int before = max(0, s.context[part.of] - 1);  // tokens that are in the cache already
-    part.splits = splits_of(s.context[part.of], p.splits);
+    const int before = max(0, S.context[part.of] - 1);  // tokens that are in the cache already
+    part.splits = splits_of(S.context[part.of], p.splits);
     const int share = (before + part.splits - 1) / part.splits;
     part.first = part.split * share;
     part.end = min(before, part.first + share);
     return part;
 }
 
-__device__ __forceinline__ int slot_at(const Step& p, int of, int place) {
+__device__ __forceinline__ int slot_at(int of, int place) {
+    const Step& p = S.step;
     return __ldg(p.tables + (long long)of * p.width + place / BLOCK_SIZE) * BLOCK_SIZE + place % BLOCK_SIZE;
 }
 
@@ -746,7 +766,8 @@ struct Softmax {
 };
 
 // The parts of a token's context that other blocks attended to, of the heads of one KV head.
-__device__ __forceinline__ void join(const Part& part, const Step& p) {
+__device__ __forceinline__ void join(const Part& part) {
+    const Step& p = S.step;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = part.head * GROUP + i / HEAD_DIM;
         float top = NOTHING, total = 0, y = 0;
@@ -765,10 +786,11 @@ __device__ __forceinline__ void join(const Part& part, const Step& p) {
 
 // Attention of the new tokens over their contexts, keys and values of the new ones into the cache. The
 // keys and values before them are read while the blocks wait for q.
-__device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, const Step& p, Shared& s) {
+__device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
+    const Step& p = S.step;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane16 = lane & 15, each = lane >> 4;
     constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    float* heads = scratch;                               // [GROUP + 2, HEAD_DIM]: q, k, v
+    float* heads = &shared<float>(scratch);                               // [GROUP + 2, HEAD_DIM]: q, k, v
     float* results = heads + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
     float* tops = results + WARPS * GROUP * HEAD_DIM;     // [WARPS, GROUP]
     float* totals = tops + WARPS * GROUP;
@@ -777,7 +799,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
     const float scale = p.scale * k_scale;
     bool waited = false;
     for (int unit = blockIdx.x; unit < TOKENS * KV_HEADS * p.splits; unit += gridDim.x) {
-        const Part part = part_at(unit, p, s);
+        const Part part = unit == blockIdx.x ? S.first : part_at(unit);
         if (part.split >= part.splits) continue;
         Piece keys[TURNS], values[TURNS];
         const int mine = part.first + warp * 2 + each;
@@ -788,7 +810,7 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
                 keys[i] = values[i] = Piece{};
                 if (at >= part.end) continue;
                 const bool known = unit == blockIdx.x && at < part.first + TURNS * TURN;
-                const long long slot = known ? s.slots[at - part.first] : slot_at(p, part.of, at);
+                const long long slot = known ? S.slots[at - part.first] : slot_at(part.of, at);
                 keys[i].read(l.keys, slot, part.head, lane16);
                 values[i].read(l.values, slot, part.head, lane16);
             }
@@ -804,11 +826,11 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
             if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
-            const long long turn = (long long)s.position[part.of] * TURNING;
+            const long long turn = (long long)S.position[part.of] * TURNING;
             float* mine = heads + warp * HEAD_DIM;
             turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, p.cos + turn, p.sin + turn, p.eps, mine);
             if (warp >= GROUP && part.split == 0) {
-                const long long to = ((long long)s.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
+                const long long to = ((long long)S.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
                 u8* cache = warp == GROUP ? l.keys : l.values;
                 for (int d = lane; d < HEAD_DIM; d += 32) {
                     u16 bits;
@@ -892,14 +914,14 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
         together();
         u32* arrived = p.counters + 2 + part.of * KV_HEADS + part.head;
         if (threadIdx.x == 0) {
-            __threadfence();
-            s.is_last = atomicAdd(arrived, 1) == part.splits - 1;
-            __threadfence();
+            u32 before;
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+            S.is_last = before == part.splits - 1;
         }
         together();
         INSIDE(9);
-        if (!s.is_last) continue;
-        join(part, p);
+        if (!S.is_last) continue;
+        join(part);
         if (threadIdx.x == 0) *arrived = 0;
     }
     if (!waited) wait_for_all(p.counters, times);
@@ -907,84 +929,73 @@ __device__ __noinline__ void attend(const Layer& l, float* scratch, u32 times, c
 
 // ---- the step
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Step p) {
-    Shared& s = *(Shared*)memory;
-    const u32 x = (sizeof(Shared) + 127) / 128 * 128, barriers = x + p.x_bytes;
-    const u32 data = (barriers + 16 * p.stages + 127) / 128 * 128;
-    const Ring ring{address(memory + barriers), address(memory + barriers + 8 * p.stages), data, p.stages};
-    for (int i = threadIdx.x; i < (int)(sizeof(s.layers) / 8); i += blockDim.x)
-        ((u64*)s.layers)[i] = __ldg((const u64*)p.layers + i);
+__device__ __forceinline__ const Linear& linear_of(int i) { return i < 4 * LAYERS ? S.layers[i / 4].linears[i % 4] : S.step.head; }
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Step given) {
+    if (threadIdx.x == 0) S.step = given;
+    for (int i = threadIdx.x; i < (int)(sizeof(S.layers) / 8); i += blockDim.x) ((u64*)S.layers)[i] = __ldg((const u64*)given.layers + i);
     if (threadIdx.x < TOKENS) {
-        s.position[threadIdx.x] = p.positions[threadIdx.x];
-        s.slot[threadIdx.x] = p.slots[threadIdx.x];
-        s.context[threadIdx.x] = p.contexts[threadIdx.x];
+        S.position[threadIdx.x] = given.positions[threadIdx.x];
+        S.slot[threadIdx.x] = given.slots[threadIdx.x];
+        S.context[threadIdx.x] = given.contexts[threadIdx.x];
     }
+    const u32 x = (sizeof(Shared) + 127) / 128 * 128, barriers = x + given.x_bytes;
+    const u32 data = (barriers + 16 * given.stages + 127) / 128 * 128;
+    const Ring ring{address(memory + barriers), address(memory + barriers + 8 * given.stages), data, given.stages};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < p.stages; i++) {
+        for (int i = 0; i < ring.stages; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring.full + 8 * i));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ring.empty + 8 * i), "n"(SHARING));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ring.empty + 8 * i), "n"(WARPS));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    if (blockIdx.x < TOKENS * KV_HEADS * p.splits) {
-        const Part part = part_at(blockIdx.x, p, s);
+    if (blockIdx.x < TOKENS * KV_HEADS * given.splits) {
+        const Part part = part_at(blockIdx.x);
+        if (threadIdx.x == 0) S.first = part;
         for (int i = threadIdx.x; i < min(TURNS * TURN, part.end - part.first); i += blockDim.x)
-            s.slots[i] = slot_at(p, part.of, part.first + i);
+            S.slots[i] = slot_at(part.of, part.first + i);
     }
     __syncthreads();
     Place place{0, 0};
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x > THREADS) return;
-        for (int i = 0; i < LAYERS; i++) {
-            const Layer& l = s.layers[i];
-            place = feed(l.qkv, 1, ring, place);
-            place = feed(l.out, 1, ring, place);
-            place = feed(l.gate_up, 2, ring, place);
-            place = feed(l.down, 1, ring, place);
+        for (int i = 0; i <= 4 * LAYERS; i++) {
+            const Linear l = linear_of(i);
+            place = feed(l, i % 4 == GATE_UP ? 2 : 1, ring, place);
         }
-        feed(p.head, 1, ring, place);
         return;
     }
     u32 times = 0;
     int mark = 0;
     MARK();
-    const u16* stream = p.entering;
-    for (int i = 0; i < LAYERS; i++) {
-        const Layer& l = s.layers[i];
-        prepare<HIDDEN, true>(stream, l.input_norm, l.qkv.kind, nullptr, x, p, s);
+    const u16* stream = given.entering;
+    for (int i = 0; i <= 4 * LAYERS; i++) {
+        const int what = i < 4 * LAYERS ? i % 4 : HEAD;
+        const Layer& layer = S.layers[i / 4];
+        const Linear l = linear_of(i);
+        if (what == OUT) prepare<HEADS * HEAD_DIM, false>(given.attended, nullptr, l.kind, nullptr, x);
+        else if (what == DOWN) prepare<INNER, false>(given.act, nullptr, l.kind, nullptr, x);
+        else {
+            const u16* norm = what == QKV ? layer.input_norm : what == GATE_UP ? layer.post_norm : given.final_norm;
+            prepare<HIDDEN, true>(stream, norm, l.kind, what == HEAD ? given.hidden : nullptr, x);
+        }
         MARK();
-        place = multiply_rows(l.qkv, QKV, nullptr, x, p, s, ring, place);
+        if (l.kind == BF16) place = product<BF16>(l, what, stream, x, ring, place);
+        else if (l.kind == E4M3) place = product<E4M3>(l, what, stream, x, ring, place);
+        else if (l.kind == INT8) place = product<INT8>(l, what, stream, x, ring, place);
+        else place = product<INT4>(l, what, stream, x, ring, place);
         MARK();
-        attend(l, (float*)(memory + x), ++times, p, s);
-        MARK();
-        wait_for_all(p.counters, ++times);
-        MARK();
-        prepare<HEADS * HEAD_DIM, false>(p.attended, nullptr, l.out.kind, nullptr, x, p, s);
-        MARK();
-        place = multiply_rows(l.out, STREAM, stream, x, p, s, ring, place);
-        MARK();
-        stream = p.stream;
-        wait_for_all(p.counters, ++times);
-        MARK();
-        prepare<HIDDEN, true>(stream, l.post_norm, l.gate_up.kind, nullptr, x, p, s);
-        MARK();
-        place = multiply_rows(l.gate_up, GATED, nullptr, x, p, s, ring, place);
-        MARK();
-        wait_for_all(p.counters, ++times);
-        MARK();
-        prepare<INNER, false>(p.act, nullptr, l.down.kind, nullptr, x, p, s);
-        MARK();
-        place = multiply_rows(l.down, STREAM, stream, x, p, s, ring, place);
-        MARK();
-        wait_for_all(p.counters, ++times);
+        if (what == HEAD) break;
+        if (what == QKV) {
+            attend(layer, x, ++times);
+            MARK();
+        }
+        if (what == OUT) stream = given.stream;
+        wait_for_all(given.counters, ++times);
         MARK();
     }
-    prepare<HIDDEN, true>(stream, p.final_norm, p.head.kind, p.hidden, x, p, s);
-        MARK();
-    multiply_rows(p.head, LOGITS, nullptr, x, p, s, ring, place);
-        MARK();
     together();
-    if (threadIdx.x == 0 && atomicAdd(p.counters + 1, 1) == gridDim.x - 1) p.counters[0] = p.counters[1] = 0;
+    if (threadIdx.x == 0 && atomicAdd(given.counters + 1, 1) == gridDim.x - 1) given.counters[0] = given.counters[1] = 0;
 }

@@ -29,7 +29,7 @@ SOURCE = Path(__file__).with_name("gpu_decode.cu")
 
 BF16, E4M3, INT8, INT4 = range(4)
 _CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
-_THREADS, _WARPS, _TILE, _SLOTS = 544, 16, 8, 4
+_THREADS, _WARPS, _SHARING, _TILE, _SLOTS = 544, 16, 4, 8, 16
 _UNITS, _INT4_UNITS = 31, 27  # of 64 bytes of a row, that are copied together
 _STAGE = -(-(_TILE * _UNITS * 64 + 64) // 128) * 128
 _MOST_SPLITS = 16
@@ -92,11 +92,13 @@ class GpuDecoder:
         linears = [linear for layer in weights.layers for linear in layer.linears]
         self._x_stride = max(_token_bytes(linear) for linear in (*linears, weights.head)) + 64
         self._kept = (weights, caches)  # what the structs point into
+        widest = max(g.hidden, g.intermediate, g.heads * g.head_dim)
+        self._totals = -(-widest // 128) * 16
         self._sizes = {
             "HIDDEN": g.hidden, "INNER": g.intermediate, "HEADS": g.heads, "KV_HEADS": g.kv_heads,
             "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
             "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
-            "STEP_BYTES": ctypes.sizeof(_Step),
+            "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": self._totals,
         }  # fmt: skip
         self._kernels: dict[int, cuda.Kernel] = {}
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
@@ -139,7 +141,7 @@ class GpuDecoder:
         if tokens not in self._kernels:
             sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": fixed}
             self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
-        x_bytes = max(tokens * self._x_stride, _attention_bytes(g))
+        x_bytes = max(tokens * (self._x_stride + self._totals), _attention_bytes(g))
         x_bytes = -(-x_bytes // 128) * 128
         room = self._memory - -(-fixed // 128) * 128 - x_bytes - 256
         stages = room // (_STAGE + 16)
@@ -181,8 +183,9 @@ class GpuDecoder:
 
 def _shared_bytes(layers: int, tokens: int) -> int:
     """Of struct Shared."""
-    words = (2 * _SLOTS * _WARPS * _TILE + _WARPS + 4) * tokens + 2 * _SLOTS * _TILE + 1 + 128
-    return -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
+    of_token = 2 * _SLOTS * _SHARING * _TILE + _WARPS + 4
+    words = of_token * tokens + 2 * _SLOTS * _TILE + 1 + 6 + 128
+    return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
 
 
 def _attention_bytes(g: Geometry) -> int:
