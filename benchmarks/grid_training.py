@@ -2,8 +2,9 @@
 
     python -m benchmarks.grid_training --text valid.txt --books books/ --work WORK --out RESULT.json
         [--model smollm2-135m] [--preset int4-gptq] [--group-size 64] [--weighting fisher]
-        [--drift corrected] [--windows 256] [--steps 400] [--batch 32] [--lr 3e-5] [--train all] [--generated 0]
-        [--checkpointing none] [--micro-batch 32] [--trained-only] [--on-grid] [--device cuda] --name ROW
+        [--drift corrected] [--windows 256] [--steps 400] [--batch 32] [--lr 3e-5] [--train all]
+        [--generated 0] [--checkpointing none] [--micro-batch 32] [--trained-only] [--on-grid]
+        [--device cuda] --name ROW
 
 KL in nats from the 16-bit model, in float32, on text that nothing was calibrated, trained or chosen by: the
 32 windows of 512 tokens that benchmarks/quantization_peers.py evaluates, and 16 of the first book. Trained

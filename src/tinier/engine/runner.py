@@ -99,8 +99,10 @@ class Runner:
         max_step_tokens: int,
         *,
         checks_drafts: bool = False,
+        in_one_kernel: bool = False,
     ) -> None:
-        """checks_drafts: steps that do so are captured too."""
+        """checks_drafts: steps that do so are captured too. in_one_kernel: steps of a few tokens are one
+        kernel, where the model and the GPU allow it (gpu_decode.py; docs/log.md has what it takes)."""
         self.decoder = decoder
         self._block_size = block_size
         self._num_blocks = num_blocks
@@ -138,7 +140,7 @@ class Runner:
         self._memory: Any = None  # shared by all graphs
         self._staging: list[Staging] = []
         self._native = self._native_step() if device.type == "cpu" else None
-        self._whole = self._whole_step() if self._captures else None
+        self._whole = self._whole_step() if in_one_kernel and self._captures else None
 
     @property
     def kv_bytes(self) -> int:
@@ -331,7 +333,7 @@ class Runner:
         return CpuDecoder(weights, self._caches, rotations, self._block_size)
 
     def _whole_step(self) -> GpuDecoder | None:
-        """Steps of a few tokens as one kernel, where the model and the GPU allow it."""
+        """Steps of a few tokens as one kernel."""
         weights, rotation = self._decode_weights(), self._head_inputs[0].rotation
         reason = gpu_decode.unsupported(weights, self._caches, rotation)
         if self.decoder.share.size > 1:

@@ -251,8 +251,8 @@ def _unsupported_linear(linear: Linear) -> str | None:
         return f"{linear.path} is not among its formats"
     rows, columns = weight.shape
     unit = {BF16: 32, INT4: 8}.get(kind, 64)
-    if rows % 16 or columns % unit:
-        return f"a layer has {rows} outputs and {columns} inputs, no multiples of 16 and {unit}"
+    if rows % _TILE or columns % unit:
+        return f"a layer has {rows} outputs and {columns} inputs, no multiples of 8 and {unit}"
     if weight.group_size and weight.group_size not in (32, 64, 128):
         return f"a layer has groups of {weight.group_size}"
     return None

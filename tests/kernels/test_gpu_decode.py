@@ -1,0 +1,107 @@
+"""A decoding step in one kernel against the same step operator by operator, on a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import quantize_tiny
+
+from tinier.checkpoint import Checkpoint
+from tinier.engine.decoder import load_decoder
+from tinier.engine.runner import Runner
+from tinier.kernels import gpu_decode
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+BLOCKS, BLOCK_SIZE = 80, 16
+on_a_gpu = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]  # fmt: skip
+
+
+def runner_of(made: Checkpoint, *, in_one_kernel: bool) -> Runner:
+    decoder = load_decoder(made, device=torch.device("cuda:0"))
+    runner = Runner(decoder, BLOCKS, BLOCK_SIZE, 4, 1024, 64, in_one_kernel=in_one_kernel)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for cache in runner._caches:
+        for tensor in (cache.keys, cache.values):
+            drawn = torch.randn(tensor.shape, device="cuda", generator=generator)
+            tensor.copy_((drawn * 20).to(tensor.dtype) if tensor.itemsize == 1 else drawn)
+    return runner
+
+
+def step(runner: Runner, contexts: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits after a new token of sequences that have so many, and what it wrote to the caches."""
+    count = len(contexts)
+    generator = torch.Generator().manual_seed(2)
+    free = torch.randperm(BLOCKS, generator=generator).int()
+    tables = torch.zeros(count, runner.width, dtype=torch.int32)
+    for row, context in zip(tables, contexts, strict=True):
+        used = -(-context // BLOCK_SIZE)
+        row[:used], free = free[:used], free[used:]
+    last = [context - 1 for context in contexts]
+    slots = [
+        int(row[at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
+        for row, at in zip(tables, last, strict=True)
+    ]
+    tokens = torch.randint(0, 256, (count,), generator=generator).tolist()
+    parts = (tokens, last, slots, contexts, range(count), range(count + 1), [count])
+    packed = [torch.tensor([*part], dtype=torch.int32) for part in parts]
+    inputs = torch.cat([*packed, tables.flatten()]).cuda()
+    whole = runner._whole
+    if whole is not None:
+        for buffer in whole._buffers.values():
+            buffer.fill_(float("nan"))
+    found = []
+    for _ in range(3):
+        found.append(runner._compute(inputs, [1] * count, max(contexts)).logits.clone())
+        assert torch.equal(found[0], found[-1])
+    if whole is not None:
+        assert not whole._counters.any()
+    written = [t[slots].float() for c in runner._caches for t in (c.keys, c.values)]
+    return found[0].float(), written
+
+
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_a_gpu)])
+@pytest.mark.parametrize(
+    "contexts", [[1], [33], [500], [17, 130], [2, 400, 129], [700, 300, 64, 1]]
+)
+@pytest.mark.parametrize(
+    ("family", "preset", "plan"),
+    [
+        ("llama", None, {}),
+        ("llama", "fp8", {}),
+        ("llama", "int8", {}),
+        ("llama", "int4", {"group_size": 32}),
+        ("llama", "int4", {"group_size": 64}),
+        ("llama", "int4", {"group_size": 128}),
+        ("llama", "fp8", {"kv_cache": "fp8"}),
+        ("llama", "int4", {"kv_cache": "int8"}),
+        ("qwen2", None, {}),  # biases
+        ("qwen3", None, {}),  # norms of heads
+    ],
+)
+def test_one_kernel_computes_what_the_operators_do(
+    tiny: Callable[..., Checkpoint], tmp_path: Path, marked: None, family: str, preset: str | None,
+    plan: dict[str, object], contexts: list[int],
+) -> None:  # fmt: skip
+    made = tiny(family, dtype=torch.bfloat16, **WIDE)
+    if preset is not None:
+        made = quantize_tiny(made, preset, tmp_path / "q", **plan)
+    one, many = (runner_of(made, in_one_kernel=is_one) for is_one in (True, False))
+    assert one._whole is not None
+    assert many._whole is None
+    ours, theirs = step(one, contexts), step(many, contexts)
+    # an input that crosses to the next code moves what follows by a share of it
+    most = 0.1 if preset in ("fp8", "int8") or plan.get("kv_cache") else 0.03
+    for a, b in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
+        assert (a - b).norm() < most * b.norm()
+
+
+def test_a_cpu_has_no_such_step(tiny: Callable[..., Checkpoint]) -> None:
+    decoder = load_decoder(tiny("llama", dtype=torch.bfloat16), device=torch.device("cpu"))
+    runner = Runner(decoder, 8, BLOCK_SIZE, 4, 64, 64, in_one_kernel=True)
+    assert runner._whole is None
+    weights, rotation = runner._decode_weights(), runner._head_inputs[0].rotation
+    reason = gpu_decode.unsupported(weights, runner._caches, rotation)
+    assert reason == "it needs a GPU of compute capability 9.0 or later"
