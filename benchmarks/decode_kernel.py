@@ -66,7 +66,7 @@ def inputs_of(runner: Runner, contexts: list[int]) -> Tensor:
         for row, at in zip(tables, last, strict=True)
     ]
     tokens = torch.randint(0, runner.decoder.geometry.vocab, (count,)).tolist()
-    parts = (tokens, last, slots, contexts, range(count), range(count + 1), [count])
+    parts = (tokens, last, slots, [0] * count, contexts, range(count), range(count + 1), [count])
     packed = [torch.tensor([*part], dtype=torch.int32) for part in parts]
     return torch.cat([*packed, tables.flatten()]).cuda()
 

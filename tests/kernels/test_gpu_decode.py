@@ -45,7 +45,7 @@ def step(runner: Runner, contexts: list[int]) -> tuple[torch.Tensor, list[torch.
         for row, at in zip(tables, last, strict=True)
     ]
     tokens = torch.randint(0, 256, (count,), generator=generator).tolist()
-    parts = (tokens, last, slots, contexts, range(count), range(count + 1), [count])
+    parts = (tokens, last, slots, [0] * count, contexts, range(count), range(count + 1), [count])
     packed = [torch.tensor([*part], dtype=torch.int32) for part in parts]
     inputs = torch.cat([*packed, tables.flatten()]).cuda()
     whole = runner._whole

@@ -1,6 +1,7 @@
 """Limits of one engine."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from tinier.errors import InputError
@@ -38,6 +39,8 @@ class EngineConfig:
     max_draft_tokens: int = 8
     """Tokens that `draft` proposes at once, at most: how many follows from what was right and what steps
     cost."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of LoRA adapters beside the model: SamplingParams.adapter says which of them, from 1."""
     tensor_parallel: int = 1
     """GPUs, from `device` on, that share the model. The engine starts a process for each but the first,
     and ends its own if one of them ends."""
@@ -59,6 +62,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}. Use 1 or more.")
+        if self.adapters and self.tensor_parallel > 1:
+            raise InputError(
+                f"tensor_parallel={self.tensor_parallel} with {len(self.adapters)} adapters of one model. "
+                "Use one GPU, or merge an adapter: BASE+ADAPTER alone."
+            )
         if self.int4_inputs not in get_args(Int4Inputs):
             raise InputError(f"int4_inputs={self.int4_inputs!r}. Use int8 or 16bit.")
         most = self.max_seq_len

@@ -9,6 +9,7 @@ T: tokens of all sequences, packed one after the other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
 from tinier.device import bf16_products, check_memory
 from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope
-from tinier.errors import InputError
+from tinier.errors import CheckpointError, InputError
 from tinier.families import (
     EMBEDDING_MODULE,
     FINAL_NORM,
@@ -29,6 +30,7 @@ from tinier.families import (
     geometry_of,
     layer_name,
     norm_weight,
+    read_adapter,
     resolved_config,
     rope_keys,
 )
@@ -51,6 +53,7 @@ from tinier.kernels import (
     rms_norm,
     table_of,
 )
+from tinier.kernels.adapted import AdaptedLinear, Chosen, LowRank
 from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
 from tinier.schemes import Int4Inputs, Layout
@@ -75,8 +78,9 @@ class Decoder:
         ropes: dict[str, Rope],
         layout: Layout | None,
         share: Share = ALONE,
+        chosen: Chosen | None = None,
     ) -> None:
-        """geometry: of this process's share. ropes: by LayerKind.rope."""
+        """geometry: of this process's share. ropes: by LayerKind.rope. chosen: where there are adapters."""
         self.geometry = geometry
         self.share = share
         self.embedding = embedding
@@ -84,6 +88,7 @@ class Decoder:
         self.final_norm = final_norm
         self.head = head
         self.layout = layout
+        self.chosen = chosen
         self._ropes = ropes
 
     @property
@@ -316,12 +321,14 @@ def causal_windows(decoder: Decoder, batch: int, length: int) -> Attention:
 def load_decoder(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None,
     share: Share = ALONE, int4_inputs: Int4Inputs = "16bit", on_demand: bool = False,
+    adapters: Sequence[Path] = (),
 ) -> Decoder:  # fmt: skip
     """Read a verified checkpoint onto `device`, or this process's share of it.
 
     dtype: what to compute in; None: the checkpoint's. int4_inputs: EngineConfig's. on_demand: each layer is
-    read when its turn comes, two are in memory. Raises CheckpointError for a quantization that the engine
-    cannot run, InputError where the model cannot be shared so.
+    read when its turn comes, two are in memory. adapters: folders of LoRA adapters, which `Decoder.chosen`
+    chooses from. Raises CheckpointError for a quantization that the engine cannot run or an adapter of
+    another model, InputError where the model cannot be shared so.
     """
     whole = geometry_of(checkpoint)
     geometry = share.geometry(whole)
@@ -332,8 +339,12 @@ def load_decoder(
         needed // geometry.layers if on_demand else needed, device, f"loading {checkpoint.folder.name}",
         "Use a smaller variant, or another --device.",
     )  # fmt: skip
+    beside = _adapters(adapters, whole, checkpoint, device)
+    chosen = Chosen() if beside else None
     with checkpoint.reader(device) as read:
-        weights = _Weights(checkpoint, read, layout, dtype, share, whole, int4_inputs)
+        weights = _Weights(
+            checkpoint, read, layout, dtype, share, whole, int4_inputs, beside, chosen
+        )
         layers: Sequence[Layer]
         if on_demand:
             layers = _LayersOnDemand(weights, geometry.layers, device)
@@ -343,7 +354,44 @@ def load_decoder(
         embedding, head = weights.ends(_shares_head(geometry, share))
     config = resolved_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
-    return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share)
+    return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share, chosen)
+
+
+def _adapters(
+    folders: Sequence[Path], geometry: Geometry, checkpoint: Checkpoint, device: torch.device
+) -> list[dict[str, LowRank]]:
+    """What each adapter adds, by the linear layer's name, on the device. Raises CheckpointError where that
+    is no layer of this model that a batch of several adapters can share."""
+    shapes = {
+        f"{layer_name(i)}.{name}": shape
+        for i in range(geometry.layers)
+        for name, shape in geometry.linears.items()
+        if "experts" not in name
+    }
+    found = []
+    for folder in folders:
+        updates = read_adapter(folder)
+        for name, update in updates.items():
+            shape = shapes.get(name.removesuffix(".weight"))
+            if shape != (len(update.up), update.down.shape[1]):
+                has = (
+                    f"has {shape} there"
+                    if shape
+                    else "has no linear layer of that name in its blocks"
+                )
+                raise CheckpointError(
+                    f"the adapter {folder.name} changes {name}, and {checkpoint.folder.name} {has}. Give "
+                    "the model that it was trained on."
+                )
+        found.append(
+            {
+                name.removesuffix(".weight"): LowRank(
+                    update.down.to(device), update.up.to(device), update.scale
+                )
+                for name, update in updates.items()
+            }
+        )
+    return found
 
 
 class _LayersOnDemand(Sequence[Layer]):
@@ -379,6 +427,8 @@ class _Weights:
     whole: Geometry
     """Of the model, not of the share"""
     int4_inputs: Int4Inputs
+    adapters: list[dict[str, LowRank]]
+    chosen: Chosen | None
 
     def layer(self, name: str) -> Layer:
         geometry = self.whole
@@ -388,14 +438,18 @@ class _Weights:
         is_mlp = geometry.mixture is None
         return Layer(
             input_norm=self._norm(name, names.attention_in),
-            qkv=self._linear(self._rows(name, qkv)),
+            qkv=self._adapted(self._linear(self._rows(name, qkv)), name, qkv),
             q_norm=self._head_norm(attention, "q_norm"),
             k_norm=self._head_norm(attention, "k_norm"),
             norms_all_heads=geometry.head_norms == "all",
-            out=self._linear([self._columns(name, out)]),
+            out=self._adapted(self._linear([self._columns(name, out)]), name, out),
             post_norm=self._norm(name, names.mlp_in),
-            gate_up=self._linear(self._rows(name, gate_up)) if is_mlp else None,
-            down=self._linear([self._columns(name, down)]) if is_mlp else None,
+            gate_up=self._adapted(self._linear(self._rows(name, gate_up)), name, gate_up)
+            if is_mlp
+            else None,
+            down=self._adapted(self._linear([self._columns(name, down)]), name, down)
+            if is_mlp
+            else None,
             experts=None if is_mlp else self._experts(name, mlps),
             attention_out_norm=self._norm(name, names.attention_out),
             mlp_out_norm=self._norm(name, names.mlp_out),
@@ -428,6 +482,19 @@ class _Weights:
 
     def _linear(self, parts: list[StoredLinear]) -> Linear:
         return make_linear(parts, self.dtype, self.int4_inputs)
+
+    def _adapted(self, linear: Linear, layer: str, block: Input) -> Linear:
+        """The linear layers that read one input, with what adapters add to them."""
+        parts, first = [], 0
+        for name in block.readers:
+            for number, adapter in enumerate(self.adapters, 1):
+                if f"{layer}.{name}" in adapter:
+                    parts.append((number, first, adapter[f"{layer}.{name}"]))
+            first += sum(rows for _, rows in self.whole.outputs[name])
+        if not parts:
+            return linear
+        assert self.chosen is not None
+        return AdaptedLinear(linear, parts, first, len(self.adapters), self.chosen, self.dtype)
 
     def _rows(self, layer: str, block: Input) -> list[StoredLinear]:
         """This process's outputs of the linear layers that read one input."""

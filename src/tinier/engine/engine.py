@@ -136,7 +136,9 @@ class Engine:
         device = pick_device(self.config.device)
         if self.config.tensor_parallel == 1:
             inputs = self.config.int4_inputs
-            return load_decoder(model, device=device, dtype=dtype, int4_inputs=inputs)
+            return load_decoder(
+                model, device=device, dtype=dtype, int4_inputs=inputs, adapters=self.config.adapters
+            )
         crew = crew_for(self.config.tensor_parallel, device)
         number = crew.build(model.folder, self.config, dtype, tokenizer)
         try:
@@ -279,7 +281,8 @@ class Engine:
     @property
     def limits(self) -> Limits:
         room = min(self.max_seq_len, self.num_blocks * self.config.block_size)
-        return Limits(self.decoder.geometry.vocab, self.max_input_len, room)
+        adapters = len(self.config.adapters)
+        return Limits(self.decoder.geometry.vocab, self.max_input_len, room, adapters)
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         self.limits.check(prompt, params)

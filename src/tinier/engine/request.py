@@ -51,6 +51,8 @@ class SamplingParams:
     was cached; on a GPU a product's parts depend on the number of tokens (docs/design.md, decision 20)."""
     n: int = 1
     """Outputs for one prompt."""
+    adapter: int = 0
+    """Which of EngineConfig.adapters, from 1; 0: the model as it is."""
     logprobs: int | None = None
     """Give each output token's log-probability, and this many of the most likely tokens'."""
     prompt_logprobs: int | None = None
@@ -116,6 +118,7 @@ class SamplingParams:
         yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is none"
         yield "pooling", self.pooling in (None, "mean", "last"), "mean or last"
         yield "n", 1 <= self.n <= 128, "1 to 128"
+        yield "adapter", self.adapter >= 0, "0 (none) or more"
         allowed = f"0 to {MAX_LOGPROBS}, or None for no log-probabilities"
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -141,11 +144,15 @@ class Limits(NamedTuple):
     """Tokens of one prompt"""
     room: int
     """Tokens of one prompt and its output"""
+    adapters: int = 0
+    """How many there are"""
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises InputError for a request that the engine could never compute."""
         if not prompt:
             raise InputError("the prompt is empty. Give at least one token.")
+        if params.adapter > self.adapters:
+            raise InputError(f"adapter={params.adapter}: this engine has {self.adapters}.")
         if min(prompt) < 0 or max(prompt) >= self.vocab:
             raise InputError(f"the prompt has ids outside 0..{self.vocab - 1}.")
         if len(prompt) > self.max_input_len:
@@ -218,14 +225,16 @@ class Request:
     queued: bool = True
     """Whether the scheduler has it: it waits or runs."""
     num_remembered: int = 0
-    """Full blocks that the pool knows; `prefix` is its number for them."""
-    prefix: int = 0
+    """Full blocks that the pool knows; `prefix` is its number for them, from 1, and before the first of
+    them what no two adapters share."""
+    prefix: int = field(init=False)
     token_times: list[float] = field(default_factory=list)
     """When each output token was there."""
     finished: str | None = None
     """`stop`, `length`, `cancelled`, or `error` (the model's logits are no numbers) once it is done."""
 
     def __post_init__(self) -> None:
+        self.prefix = -self.params.adapter
         self.table = np.zeros(self.width, dtype=np.int32)
 
     @property
@@ -274,4 +283,4 @@ class Request:
 
     def clear_blocks(self) -> None:
         self.blocks.clear()
-        self.num_remembered = self.prefix = 0
+        self.num_remembered, self.prefix = 0, -self.params.adapter

@@ -7,6 +7,7 @@ sampled but are not known to the host yet are read on the device, from the seat 
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,8 +255,8 @@ class Runner:
         return Shape(size, size // 2, is_long, every=True) if size else None
 
     def _inputs(self, chunks: list[Chunk], rows: int, sequences: int) -> Tensor:
-        """All that a step reads, as one int32 tensor on the host: tokens, positions and slots [rows],
-        contexts and seats [sequences], starts [sequences + 1], decodes [1], block tables
+        """All that a step reads, as one int32 tensor on the host: tokens, positions, slots and adapters
+        [rows], contexts and seats [sequences], starts [sequences + 1], decodes [1], block tables
         [sequences, columns]: all, or of many those that are used. What is past the chunks is padding.
 
         A token that is not known yet is -1 - its request's seat.
@@ -268,7 +269,7 @@ class Runner:
         parts = [*self._parts(rows, sequences), sequences * columns]
         packed = self._stage(sum(parts))
         values: NDArray[np.int32] = packed.numpy()
-        tokens, positions, slots, contexts, seats, starts, decodes, flat = np.split(
+        tokens, positions, slots, adapters, contexts, seats, starts, decodes, flat = np.split(
             values, np.cumsum(parts[:-1])
         )
         tables = flat.reshape(sequences, columns)
@@ -278,6 +279,7 @@ class Runner:
             np.stack([chunk.request.table[:columns] for chunk in chunks], out=tables[:count])
         at = [chunk.start for chunk in chunks[:ones]]
         positions[:ones] = at
+        adapters[:ones] = [chunk.request.params.adapter for chunk in chunks[:ones]]
         tokens[:ones] = [_last_token(chunk) for chunk in chunks[:ones]]
         size = self._block_size
         slots[:ones] = [
@@ -292,11 +294,14 @@ class Runner:
             # only a request that computes one token a step has one in flight
             tokens[row:end] = chunk.request.tokens(chunk.start, chunk.count)
             positions[row:end] = new
+            adapters[row:end] = chunk.request.params.adapter
             slots[row:end] = tables[i, new // size] * size + new % size
             row = starts[i + 1] = end
         contexts[:count] = [chunk.start + chunk.count for chunk in chunks]
         seats[:count] = [_seat(chunk.request) for chunk in chunks]
-        for part in (tokens[row:], positions[row:], contexts[count:], tables[count:]):
+        for part in (
+            tokens[row:], positions[row:], adapters[row:], contexts[count:], tables[count:],
+        ):  # fmt: skip
             part[:] = 0
         slots[row:] = self._num_blocks * size
         seats[count:] = len(self._sampled) - 1
@@ -354,7 +359,9 @@ class Runner:
         self, inputs: Tensor, rows: int, sequences: int, *, hidden: bool
     ) -> Output:
         assert self._native is not None
-        tokens, positions, slots, _, seats, starts, _, tables = self._split(inputs, rows, sequences)
+        tokens, positions, slots, _, _, seats, starts, _, tables = self._split(
+            inputs, rows, sequences
+        )
         entering = self.decoder.embed(tokens, self._sampled)
         logits, states = self._native.step(
             entering, positions, slots, starts, tables, hidden=hidden
@@ -363,7 +370,7 @@ class Runner:
 
     def _parts(self, rows: int, sequences: int) -> list[int]:
         """Sizes of what `_inputs` joins, before the block tables."""
-        return [*[rows] * 3, *[sequences] * 2, sequences + 1, 1]
+        return [*[rows] * 4, *[sequences] * 2, sequences + 1, 1]
 
     def _split(self, inputs: Tensor, rows: int, sequences: int) -> tuple[Tensor, ...]:
         """What `_inputs` joined."""
@@ -375,7 +382,7 @@ class Runner:
         self, inputs: Tensor, counts: list[int], longest: int, *, every: bool = False
     ) -> Output:
         rows, sequences = sum(counts), len(counts)
-        tokens, positions, slots, contexts, seats, starts, decodes, tables = self._split(
+        tokens, positions, slots, adapters, contexts, seats, starts, decodes, tables = self._split(
             inputs, rows, sequences
         )
         decoder = self.decoder
@@ -393,7 +400,8 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        hidden = decoder.forward(entering, attend)
+        with decoder.chosen.be(adapters) if decoder.chosen else nullcontext():
+            hidden = decoder.forward(entering, attend)
         if every:
             logits = decoder.logits(hidden)
             return Output(logits, greedy(logits, self._nowhere[:rows], self._sampled), hidden)

@@ -5,6 +5,7 @@ those that the configuration calls for, each of the right shape and type, and no
 architecture is a row in FAMILIES (table.py).
 """
 
+from tinier.families.adapters import read_adapter
 from tinier.families.configuration import (
     check_length,
     checkpoint_layout,
@@ -65,6 +66,7 @@ __all__ = [
     "module_names",
     "norm_weight",
     "open_model",
+    "read_adapter",
     "resolved_config",
     "rope_keys",
     "rope_parameters",

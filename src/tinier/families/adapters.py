@@ -1,9 +1,10 @@
-"""A LoRA adapter of PEFT's, merged into its base: BASE+ADAPTER wherever a model is named.
+"""LoRA adapters of PEFT's: merged into their base, BASE+ADAPTER wherever a model is named; or several of
+them beside one base, for an engine that computes them in one batch.
 
-Start at `merged`. A weight W [out, in] becomes W + s · B · A with s = alpha / r (LoRA, arXiv 2106.09685),
-or alpha / √r (rsLoRA, arXiv 2312.03732); with a magnitude m for each row it becomes m · W' / ‖W'‖ of that
-(DoRA, arXiv 2402.09353). The result is written to the cache once, and is a checkpoint like any other: it is
-quantized, measured and served at the base's speed.
+Start at `merged` and `read_adapter`. A weight W [out, in] becomes W + s · B · A with s = alpha / r (LoRA,
+arXiv 2106.09685), or alpha / √r (rsLoRA, arXiv 2312.03732); with a magnitude m for each row it becomes
+m · W' / ‖W'‖ of that (DoRA, arXiv 2402.09353). What is merged is written to the cache once, and is a
+checkpoint like any other: it is quantized, measured and served at the base's speed.
 """
 
 import re
@@ -95,6 +96,25 @@ def merged(base: Checkpoint, folder: Path) -> Path:
     return out
 
 
+def read_adapter(folder: Path) -> dict[str, Update]:
+    """What an adapter adds to linear layers, by the weight's name, where that is all it does.
+
+    Raises CheckpointError for an adapter that changes more: it must be merged.
+    """
+    config = _config(folder)
+    updates, replaced = _tensors(folder)
+    alone = (
+        "It can be served alone, merged into its base: leave the other adapters of that base out."
+    )
+    if replaced:
+        raise CheckpointError(
+            f"{folder.name} replaces {min(replaced)} beside what it adds. {alone}"
+        )
+    if config.get("use_dora"):
+        raise CheckpointError(f"{folder.name} is DoRA, which changes whole weights. {alone}")
+    return {name: _update(name, parts, config, folder) for name, parts in updates.items()}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
@@ -114,22 +134,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path, config: dict[str, Any], base: Checkpoint) -> Adapter:
     """The adapter's tensors, checked against the model's."""
-    updates: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Tensor] = {}
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            own = name.removeprefix(_PREFIX)
-            module, part = _split(own)
-            target = f"{module}.weight" if part else own
-            if target not in base.tensors:
-                raise CheckpointError(
-                    f"the adapter {folder.name} changes {target}, which {base.folder.name} does not have. "
-                    "Give the model that it was trained on."
-                )
-            if part:
-                updates.setdefault(target, {})[part] = file.get_tensor(name)
-            else:
-                replaced[own] = file.get_tensor(name)
+    updates, replaced = _tensors(folder)
+    for name in (*updates, *replaced):
+        if name not in base.tensors:
+            raise CheckpointError(
+                f"the adapter {folder.name} changes {name}, which {base.folder.name} does not have. "
+                "Give the model that it was trained on."
+            )
     made = {name: _update(name, parts, config, folder) for name, parts in updates.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in replaced.items()}
     shapes |= {name: (len(u.up), u.down.shape[1]) for name, u in made.items()}
@@ -141,6 +152,21 @@ def _read(folder: Path, config: dict[str, Any], base: Checkpoint) -> Adapter:
                 f"{expected}. Give the model that it was trained on."
             )
     return Adapter(made, replaced)
+
+
+def _tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The parts of each weight's update, and the tensors that stand for the model's own."""
+    updates: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            own = name.removeprefix(_PREFIX)
+            module, part = _split(own)
+            if part:
+                updates.setdefault(f"{module}.weight", {})[part] = file.get_tensor(name)
+            else:
+                replaced[own] = file.get_tensor(name)
+    return updates, replaced
 
 
 def _split(name: str) -> tuple[str, str]:
