@@ -132,7 +132,7 @@ def test_bad_adapters_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="no linear layer of that name in its blocks"):
         load(head)
     norm = write_adapter(tmp_path / "n", pair(q, 64, 64) | {"model.norm.weight": torch.ones(64)})
-    with pytest.raises(CheckpointError, match=r"replaces model.norm.weight.*served alone"):
+    with pytest.raises(CheckpointError, match=r"replaces model.norm.weight.*Merge it"):
         load(norm)
     dora = pair(q, 64, 64) | {f"{q}.lora_magnitude_vector": torch.ones(64)}
     with pytest.raises(CheckpointError, match="DoRA"):

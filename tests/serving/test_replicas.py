@@ -21,7 +21,7 @@ from tinier.engine.request import Limits
 from tinier.errors import InputError
 from tinier.serving import ServeConfig, Service
 from tinier.serving.metrics import Metrics
-from tinier.serving.model import Model
+from tinier.serving.model import Engines, Model
 from tinier.serving.replica import Prefixes
 from tinier.serving.worker import Ready, WorkerSpec
 
@@ -41,8 +41,10 @@ def test_known_beginnings_are_counted_in_whole_blocks() -> None:
 def idle(replicas: int) -> Model:
     """A model whose engines are ready, without processes."""
     spec = WorkerSpec(folder=Path("."), config=ENGINE)
-    model = Model("m", 1, [spec] * replicas, None, (), 100, Metrics())  # type: ignore[arg-type]
-    for replica in model.replicas:
+    metrics = Metrics()
+    engines = Engines("m@1", [spec] * replicas, 100, metrics)
+    model = Model("m", 1, engines, None, (), metrics)  # type: ignore[arg-type]
+    for replica in model.engines.replicas:
         replica._take(Ready(Limits(100, 200, 200), 50, 1, 1, []))
         replica._outbox = multiprocessing.SimpleQueue()  # type: ignore[assignment]
     return model
@@ -53,7 +55,9 @@ def test_requests_go_where_the_prompt_is_cached_else_to_the_shorter_queue() -> N
 
     def where(prompt: list[int]) -> int:
         (job,) = model.submit(prompt, params)
-        return next(i for i, replica in enumerate(model.replicas) if job.id in replica._jobs)
+        return next(
+            i for i, replica in enumerate(model.engines.replicas) if job.id in replica._jobs
+        )
 
     prompts = [[i] * 20 for i in range(3)]
     assert [where(prompt) for prompt in prompts] == [0, 1, 2]
@@ -62,11 +66,11 @@ def test_requests_go_where_the_prompt_is_cached_else_to_the_shorter_queue() -> N
     assert where([50, 51, 52, 53]) in (0, 2)
     # not behind more than half a batch
     places = [where(prompts[1]) for _ in range(12)]
-    loads = [replica.num_jobs for replica in model.replicas]
+    loads = [replica.num_jobs for replica in model.engines.replicas]
     assert places[0] == 1
     assert max(loads) - min(loads) <= ENGINE.max_batch_size // 2 + 1
     # one that is down gets none
-    model.replicas[1].ready = None
+    model.engines.replicas[1].ready = None
     assert where(prompts[1]) != 1
 
 
@@ -74,7 +78,7 @@ def test_jobs_without_a_token_are_sent_to_another_engine_once() -> None:
     model, params = idle(2), SamplingParams(max_tokens=4, n=2, seed=5)
     first, second = model.submit([1] * 8, params)
     first.output.append(3)
-    lost, other = model.replicas
+    lost, other = model.engines.replicas
     lost._spawn = lambda: None  # type: ignore[method-assign]
     lost._ended()
     assert first.error is not None
@@ -121,7 +125,8 @@ def test_a_replica_that_dies_loses_its_own_requests_alone(model_folders: dict[st
         assert httpx.get(f"{service.url}/health/ready").status_code == 200
         assert ask(service, max_tokens=20).json()["choices"][0]["text"] == whole
         wait_for(
-            lambda: sum(r.ready is not None for r in service._http.models[0].replicas) == 2, 60
+            lambda: sum(r.ready is not None for r in service._http.models[0].engines.replicas) == 2,
+            60,
         )
         for _ in range(4):
             assert ask(service, max_tokens=20).json()["choices"][0]["text"] == whole

@@ -9,7 +9,7 @@ from tests.conftest import write_tiny
 
 from tinier.engine import EngineConfig
 from tinier.serving.metrics import Metrics
-from tinier.serving.store import ModelStore
+from tinier.serving.store import Group, ModelStore
 
 GIB = 1 << 30
 
@@ -31,10 +31,12 @@ def test_a_cpu_server_takes_a_gibibyte_of_cache_unless_told(
     sizes = {"head_dim": 64, "num_hidden_layers": 2, "max_position_embeddings": 1 << 21}
     model = write_tiny(tmp_path / "m", "llama", dtype=torch.bfloat16, **sizes)
     config = EngineConfig(max_batch_size=64, max_seq_len=1 << 17, device="cpu")
-    need = store(64 * GIB, config, monkeypatch, None)._need(model)
+    need = store(64 * GIB, config, monkeypatch, None)._need(Group(model, (), []))
     assert (need.least, need.most) == (1 << 27, GIB)
-    assert store(64 * GIB, config, monkeypatch, 16 * GIB)._need(model).most == 64 << 27
+    assert (
+        store(64 * GIB, config, monkeypatch, 16 * GIB)._need(Group(model, (), [])).most == 64 << 27
+    )
     # one request of the length that was asked for always fits
     config = EngineConfig(max_batch_size=64, max_seq_len=1 << 21, device="cpu")
-    need = store(64 * GIB, config, monkeypatch, None)._need(model)
+    need = store(64 * GIB, config, monkeypatch, None)._need(Group(model, (), []))
     assert need.least == need.most == 2 * GIB

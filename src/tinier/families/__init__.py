@@ -5,7 +5,7 @@ those that the configuration calls for, each of the right shape and type, and no
 architecture is a row in FAMILIES (table.py).
 """
 
-from tinier.families.adapters import read_adapter
+from tinier.families.adapters import must_be_merged, read_adapter
 from tinier.families.configuration import (
     check_length,
     checkpoint_layout,
@@ -27,9 +27,7 @@ from tinier.families.geometry import (
     module_names,
     norm_weight,
 )
-from tinier.families.opening import (
-    open_model,
-)
+from tinier.families.opening import open_model, split_adapter
 from tinier.families.table import (
     FAMILIES,
     Family,
@@ -64,10 +62,12 @@ __all__ = [
     "linear_names",
     "linear_shape",
     "module_names",
+    "must_be_merged",
     "norm_weight",
     "open_model",
     "read_adapter",
     "resolved_config",
     "rope_keys",
     "rope_parameters",
+    "split_adapter",
 ]

@@ -97,22 +97,25 @@ def merged(base: Checkpoint, folder: Path) -> Path:
 
 
 def read_adapter(folder: Path) -> dict[str, Update]:
-    """What an adapter adds to linear layers, by the weight's name, where that is all it does.
+    """What an adapter adds to linear layers, by the weight's name.
 
-    Raises CheckpointError for an adapter that changes more: it must be merged.
+    Raises CheckpointError for one that must be merged.
     """
     config = _config(folder)
-    updates, replaced = _tensors(folder)
-    alone = (
-        "It can be served alone, merged into its base: leave the other adapters of that base out."
-    )
-    if replaced:
-        raise CheckpointError(
-            f"{folder.name} replaces {min(replaced)} beside what it adds. {alone}"
-        )
-    if config.get("use_dora"):
-        raise CheckpointError(f"{folder.name} is DoRA, which changes whole weights. {alone}")
+    reason = must_be_merged(folder)
+    if reason is not None:
+        raise CheckpointError(f"{folder.name} {reason}. Merge it into its base: BASE+ADAPTER")
+    updates, _ = _tensors(folder)
     return {name: _update(name, parts, config, folder) for name, parts in updates.items()}
+
+
+def must_be_merged(folder: Path) -> str | None:
+    """Why an adapter cannot be computed beside its base; None: it can."""
+    config = _config(folder)
+    _, replaced = _tensors(folder)
+    if replaced:
+        return f"replaces {min(replaced)} beside what it adds"
+    return "is DoRA, which changes whole weights" if config.get("use_dora") else None
 
 
 def _config(folder: Path) -> dict[str, Any]:

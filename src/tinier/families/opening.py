@@ -51,9 +51,8 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
     model: folder, Hub id, .gguf file or built-in name; BASE+ADAPTER: with a LoRA adapter merged into it.
     Raises CheckpointError or NetworkError.
     """
-    base, plus, adapter = str(model).rpartition("+")
-    named = Path(adapter).expanduser().is_dir() or (adapter[:1].isalnum() and "/" in adapter)
-    if plus and named and not Path(model).expanduser().exists():
+    base, adapter = split_adapter(model)
+    if adapter is not None:
         folder = merged(open_model(base, revision), resolve(adapter))
         checkpoint = _canonical(open_checkpoint(folder))
     else:
@@ -61,6 +60,15 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
     for note in checkpoint.notes:
         warn(f"{checkpoint.folder.name}: {note}")
     return checkpoint
+
+
+def split_adapter(model: str | Path) -> tuple[str, str | None]:
+    """BASE and ADAPTER of BASE+ADAPTER; a model without one, and None."""
+    base, plus, adapter = str(model).rpartition("+")
+    named = Path(adapter).expanduser().is_dir() or (adapter[:1].isalnum() and "/" in adapter)
+    if plus and named and not Path(model).expanduser().exists():
+        return base, adapter
+    return str(model), None
 
 
 def _canonical(checkpoint: Checkpoint) -> Checkpoint:

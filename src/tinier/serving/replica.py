@@ -49,6 +49,8 @@ class Job:
     """One output that is being computed."""
 
     id: int
+    model: str
+    """NAME@VERSION that was asked for"""
     prompt: list[int]
     params: SamplingParams
     """Its own: `n` is 1"""
@@ -135,8 +137,8 @@ class Replica:
         self, model: str, number: int, spec: WorkerSpec, metrics: Metrics,
         stands: Callable[[], None], lost: Callable[["Replica", list[Job]], None],
     ) -> None:  # fmt: skip
-        """model: NAME@VERSION. number: among the model's replicas. stands: called when `standing` is new.
-        lost: called with the jobs of an engine that ended, or cannot be used any more."""
+        """model: NAME@VERSION, as which it is counted. number: among the model's replicas. stands: called
+        when `standing` is new. lost: called with the jobs of an engine that ended, or cannot be used any more."""
         self.model = model
         self.label = f"{model}, replica {number}" if number else model
         self.spec = spec
@@ -179,6 +181,10 @@ class Replica:
         if self._prefixes:
             self._prefixes.add(prompt)
         self._outbox.put(Add([job.id for job in jobs], prompt, params))
+
+    def jobs_of(self, model: str) -> list[Job]:
+        """Those that one model was asked for."""
+        return [job for job in self._jobs.values() if job.model == model]
 
     def cancel(self, job: Job) -> bool:
         """End a job at once. False: it is not, or no longer, here."""
@@ -246,7 +252,7 @@ class Replica:
             job = self._jobs.pop(message.id, None)
             if job is not None:
                 job.fail(EngineFailure(message.message))
-                self._metrics.failed(self.model)
+                self._metrics.failed(job.model)
 
     def _take_progress(self, progress: Progress) -> None:
         self._crashes = 0
@@ -257,7 +263,7 @@ class Replica:
                 continue
             if job.first_token is None and update.tokens:
                 job.first_token = now
-                self._metrics.first_token(self.model, now - job.arrived)
+                self._metrics.first_token(job.model, now - job.arrived)
             job.num_reused = update.num_reused
             job.num_drafted, job.num_accepted = update.num_drafted, update.num_accepted
             if update.prompt_logprobs is not None:
@@ -272,7 +278,7 @@ class Replica:
                 del self._jobs[update.id]
                 if self._prefixes:
                     self._prefixes.add(job.prompt + job.output)  # the next turn of a conversation
-                self._metrics.finished(self.model, job, now)
+                self._metrics.finished(job.model, job, now)
         self.standing = progress
         self._stands()
 

@@ -183,7 +183,8 @@ def _announce(config: ServeConfig, engine: EngineConfig, port: int, http: HttpSe
     for model in http.models:
         if model.ready is not None:
             tokens, size = model.ready.num_blocks * engine.block_size, model.ready.cache_bytes
-            count = f"{len(model.replicas)} × " if len(model.replicas) > 1 else ""
+            replicas = len(model.engines.replicas)
+            count = f"{replicas} × " if replicas > 1 else ""
             print(
                 f"{model.label}: {count}KV cache of {tokens:,} tokens, {size / 2**30:.2f} GiB; a request "
                 f"has up to {model.ready.limits.room:,}",

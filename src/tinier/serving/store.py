@@ -5,6 +5,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tinier.checkpoint import Checkpoint
+from tinier.checkpoint import Checkpoint, resolve
 from tinier.device import free_memory_bytes, pick_device
 from tinier.engine import EngineConfig
 from tinier.engine.crew import crew_devices
@@ -21,11 +22,19 @@ from tinier.engine.drafts import draft_model
 from tinier.engine.parallel import Share
 from tinier.engine.text import stop_token_ids
 from tinier.errors import InputError
-from tinier.families import checkpoint_layout, geometry_of, open_model
+from tinier.families import (
+    checkpoint_layout,
+    geometry_of,
+    must_be_merged,
+    open_model,
+    split_adapter,
+)
 from tinier.serving.metrics import Metrics
-from tinier.serving.model import Model
+from tinier.serving.model import Engines, Model
 from tinier.serving.worker import WorkerSpec
 from tinier.tokenizer import check_same_tokens, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 # a model's KV cache on a CPU where nothing is said: the memory is shared with all else that runs there
@@ -58,6 +67,27 @@ class Source:
         if at and not _is_version(version):
             raise InputError(f"{version!r} is no version. Use a number from 1: {name}@2={model}")
         return cls(name, int(version) if at else None, model)
+
+
+class Group(NamedTuple):
+    """Models that the same engines serve: one, or several that are adapters of one base."""
+
+    checkpoint: Checkpoint
+    adapters: tuple[Path, ...]
+    members: list["Member"]
+
+    @property
+    def model(self) -> str:
+        """As it was asked for."""
+        return self.members[0].source.model
+
+
+class Member(NamedTuple):
+    place: int
+    """Among those that were asked for"""
+    source: Source
+    adapter: int = 0
+    """Its number in the group, from 1; 0: the base itself"""
 
 
 class Need(NamedTuple):
@@ -102,7 +132,7 @@ class ModelStore:
             max(1, cores // processes) if device.type == "cpu" and processes > 1 else None
         )
         self._models: dict[tuple[str, int], Model] = {}
-        self._reserved: dict[tuple[str, int], int] = {}
+        self._reserved: dict[Engines, int] = {}
         self._loading = asyncio.Lock()
 
     @property
@@ -123,32 +153,36 @@ class ModelStore:
         return self._models[label, max(versions)] if versions else None
 
     async def load_all(self, sources: list[Source]) -> None:
-        """Load several models, whose caches share what the weights leave. Raises InputError."""
+        """Load several models, whose caches share what the weights leave. Those that are adapters of one
+        base share its engines. Raises InputError."""
         versions = Counter(f"{s.name}@{s.version}" for s in sources if s.version)
         for label, count in versions.items():
             if count > 1:
                 raise InputError(
                     f"{label} is there twice. Use two versions, such as NAME@1 and NAME@2."
                 )
-        checkpoints = [await asyncio.to_thread(open_model, s.model) for s in sources]
-        needs = [await asyncio.to_thread(self._need, checkpoint) for checkpoint in checkpoints]
+        groups = await asyncio.to_thread(self._groups, sources)
+        needs = [await asyncio.to_thread(self._need, group) for group in groups]
         room = self.free_bytes - sum(need.fixed for need in needs)
-        caches = [min(need.most, room // len(sources)) for need in needs]
-        for source, cache, need in zip(sources, caches, needs, strict=True):
-            self._check_room(source, need, cache)
-        for source, checkpoint, cache, need in zip(
-            sources, checkpoints, caches, needs, strict=True
-        ):
-            await self._load(source, checkpoint, need, cache)
+        caches = [min(need.most, room // len(groups)) for need in needs]
+        for group, cache, need in zip(groups, caches, needs, strict=True):
+            self._check_room(group.model, need, cache)
+        loaded: dict[int, Model] = {}
+        for group, cache, need in zip(groups, caches, needs, strict=True):
+            loaded |= await self._load(group, need, cache)
+        # in the order that they were asked for in
+        ours = {(m.name, m.version): m for _, m in sorted(loaded.items())}
+        others = {key: model for key, model in self._models.items() if key not in ours}
+        self._models = others | ours
 
     async def load(self, source: Source) -> Model:
         """Load one more model. Raises InputError: no such model, no room, a version that is there."""
         async with self._loading:
-            checkpoint = await asyncio.to_thread(open_model, source.model)
-            need = await asyncio.to_thread(self._need, checkpoint)
+            (group,) = await asyncio.to_thread(self._groups, [source])
+            need = await asyncio.to_thread(self._need, group)
             cache = min(need.most, self.free_bytes - need.fixed)
-            self._check_room(source, need, cache)
-            return await self._load(source, checkpoint, need, cache)
+            self._check_room(group.model, need, cache)
+            return (await self._load(group, need, cache))[0]
 
     async def unload(self, label: str) -> bool:
         """End a model; what it computes fails. False: there is none of this name."""
@@ -156,10 +190,10 @@ class ModelStore:
             model = self.find(label)
             if model is None:
                 return False
-            key = model.name, model.version
-            del self._models[key]
+            del self._models[model.name, model.version]
             await model.close()
-            del self._reserved[key]
+            if not model.engines.models:
+                del self._reserved[model.engines]
             return True
 
     async def close(self) -> None:
@@ -167,9 +201,36 @@ class ModelStore:
         self._models.clear()
         self._reserved.clear()
 
-    def _need(self, checkpoint: Checkpoint) -> Need:
+    def _groups(self, sources: list[Source]) -> list[Group]:
+        """Which of them share engines: several of one base, where an adapter need not be merged."""
+        beside: dict[str, list[tuple[Member, Path | None]]] = {}
+        groups = []
+        for place, source in enumerate(sources):
+            base, adapter = split_adapter(source.model)
+            folder = resolve(adapter) if adapter is not None else None
+            reason = must_be_merged(folder) if folder is not None else None
+            if reason is None:
+                beside.setdefault(base, []).append((Member(place, source), folder))
+            else:
+                log.info("%s has engines of its own: its adapter %s", source.name, reason)
+                groups.append(Group(open_model(source.model), (), [Member(place, source)]))
+        for base, members in beside.items():
+            folders = [*dict.fromkeys(folder for _, folder in members if folder is not None)]
+            if len(members) > 1 and folders and self._config.tensor_parallel == 1:
+                numbered = [
+                    member._replace(adapter=folders.index(folder) + 1 if folder else 0)
+                    for member, folder in members
+                ]
+                groups.append(Group(open_model(base), tuple(folders), numbered))
+            else:
+                groups += [Group(open_model(m.source.model), (), [m]) for m, _ in members]
+        return groups
+
+    def _need(self, group: Group) -> Need:
         """Raises InputError for a draft with other tokens."""
-        config, draft = self._config, draft_model(self._config)
+        checkpoint = group.checkpoint
+        config = dataclasses.replace(self._config, adapters=group.adapters)
+        draft = draft_model(config)
         if draft is not None and draft.folder.resolve() == checkpoint.folder.resolve():
             # none is its own
             config, draft = dataclasses.replace(config, draft=None), None
@@ -181,6 +242,8 @@ class ModelStore:
             most = min(most, max(least, _CPU_CACHE_BYTES))
         weights = checkpoint.weight_bytes // self._config.tensor_parallel
         weights += draft.weight_bytes if draft is not None else 0
+        files = [path for folder in group.adapters for path in folder.glob("*.safetensors")]
+        weights += sum(path.stat().st_size for path in files)
         return Need(config, weights + _WORKING_BYTES[self._device.type], least, most)
 
     def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
@@ -195,22 +258,19 @@ class ModelStore:
         item = 1 if layout and layout.kv_cache else checkpoint.dtype.itemsize
         return geometry.cached_numbers * item * self._config.block_size
 
-    def _check_room(self, source: Source, need: Need, cache: int) -> None:
+    def _check_room(self, model: str, need: Need, cache: int) -> None:
         if cache < need.least:
             raise InputError(
-                f"{source.model} needs {_gib(need.fixed)} and at least {_gib(need.least)} of cache; "
+                f"{model} needs {_gib(need.fixed)} and at least {_gib(need.least)} of cache; "
                 f"{_gib(self.free_bytes)} of {_gib(self.memory_bytes)} are free. Unload a model, lower "
                 "--max-seq-len, or raise --memory."
             )
 
-    async def _load(self, source: Source, checkpoint: Checkpoint, need: Need, cache: int) -> Model:
-        newest = max((v for n, v in self._models if n == source.name), default=0)
-        version = source.version or newest + 1
-        key = source.name, version
-        if key in self._models:
-            raise InputError(f"{source.name}@{version} is loaded already. Unload it first.")
-        Share(0, self._config.tensor_parallel).geometry(geometry_of(checkpoint))
-        config = need.config
+    async def _load(self, group: Group, need: Need, cache: int) -> dict[int, Model]:
+        """The group's models by their place."""
+        keys = self._new_keys([member.source for member in group.members])
+        checkpoint, config = group.checkpoint, need.config
+        Share(0, config.tensor_parallel).geometry(geometry_of(checkpoint))
         if cache < need.least * config.max_batch_size:
             config = dataclasses.replace(config, kv_cache_bytes=cache)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
@@ -221,22 +281,39 @@ class ModelStore:
             )
             for device in self._devices
         ]  # fmt: skip
+        name, version = keys[0]
+        engines = Engines(f"{name}@{version}", specs, self._max_queue, self._metrics)
         ends = stop_token_ids(checkpoint, tokenizer)
-        model = Model(
-            source.name, version, specs, tokenizer, ends, self._max_queue, self._metrics
-        )  # fmt: skip
-        self._reserved[key] = need.fixed + cache
+        models = {
+            member.place: Model(
+                name, version, engines, tokenizer, ends, self._metrics, member.adapter
+            )
+            for member, (name, version) in zip(group.members, keys, strict=True)
+        }
+        self._reserved[engines] = need.fixed + cache
         try:
-            await model.start()
+            await engines.start()
         except BaseException:
-            del self._reserved[key]
-            await model.close()
+            del self._reserved[engines]
+            await engines.close()
             raise
-        if model.ready:  # formats that the device has no arithmetic for were expanded
-            loaded = model.ready.weight_bytes + _WORKING_BYTES[self._device.type]
-            self._reserved[key] = max(need.fixed, loaded) + cache
-        self._models[key] = model
-        return model
+        if engines.ready:  # formats that the device has no arithmetic for were expanded
+            loaded = engines.ready.weight_bytes + _WORKING_BYTES[self._device.type]
+            self._reserved[engines] = max(need.fixed, loaded) + cache
+        self._models |= dict(zip(keys, models.values(), strict=True))
+        return models
+
+    def _new_keys(self, sources: list[Source]) -> list[tuple[str, int]]:
+        """Names and versions, one more than the newest where none is said. Raises InputError for one that
+        is there."""
+        keys: list[tuple[str, int]] = []
+        for source in sources:
+            newest = max((v for n, v in (*self._models, *keys) if n == source.name), default=0)
+            key = source.name, source.version or newest + 1
+            if key in self._models:
+                raise InputError(f"{key[0]}@{key[1]} is loaded already. Unload it first.")
+            keys.append(key)
+        return keys
 
 
 def _is_version(text: str) -> bool:
