@@ -14,7 +14,7 @@ def serve(
         typer.Argument(
             metavar="MODEL…",
             help="MODEL, NAME=MODEL or NAME@VERSION=MODEL; several share the memory. "
-            "NAME=MODEL+ADAPTER: with a LoRA adapter.",
+            "NAME=MODEL+ADAPTER: with a LoRA adapter; several of one MODEL share its engine and a batch.",
             show_default=False,
         ),
     ],
