@@ -190,10 +190,13 @@ def test_a_draft_computed_as_one_chunk_gives_the_same_logits(tiny: Tiny) -> None
     counts = [chunk.count for chunk in chunks]
     longest = max(chunk.start + chunk.count for chunk in chunks)
     assert engine.runner._draft_shape(sum(counts), len(chunks), longest) == Shape(8, 4, False, True)
-    tokens, positions, slots, contexts, seats, starts, decodes, tables = engine.runner._split(
-        inputs, 8, 4
+    tokens, positions, slots, adapters, contexts, seats, starts, decodes, tables = (
+        engine.runner._split(inputs, 8, 4)
     )
-    rows, few = [tokens[:6], positions[:6], slots[:6]], [contexts[:2], seats[:2], starts[:3]]
+    rows, few = (
+        [t[:6] for t in (tokens, positions, slots, adapters)],
+        [contexts[:2], seats[:2], starts[:3]],
+    )
     cut = torch.cat([*rows, *few, decodes, tables[:2].flatten()])
     made = engine.runner._compute(cut, counts, longest, every=True)
     assert torch.allclose(made.logits, expected.logits, atol=1e-4)
@@ -384,8 +387,8 @@ def test_what_drafts_cost_is_measured_before_the_first_request(
     engine = Engine(model, config)
     assert engine.drafter is not None
     engine.measure_drafts(engine.drafter)
-    assert set(range(2, 10)) <= set(engine._pace._checking._seen)
-    assert 1 in engine._pace._steps._seen
+    assert {*range(2, 10), 16, 32, 64} <= set(engine._pace._checking._seen)
+    assert {1, 4, 16} <= set(engine._pace._steps._seen)
     assert (engine.num_drafted, engine.num_running, engine.has_work) == (0, 0, False)
     params = SamplingParams(max_tokens=12)
     plain = Engine(model, EngineConfig(device="cpu"))

@@ -299,10 +299,10 @@ class Replayed:
 
     def replay(self) -> None:
         parts = self._runner._split(self._captured.inputs, self._shape.rows, self._shape.sequences)
-        starts = parts[5]
+        starts = parts[6]
         counts = [count for count in starts.diff().tolist() if count]
         rows, sequences = sum(counts), len(counts)
-        ends = [rows] * 3 + [sequences] * 2 + [sequences + 1, 1, sequences]
+        ends = [rows] * 4 + [sequences] * 2 + [sequences + 1, 1, sequences]
         real = [part[:end].flatten() for part, end in zip(parts, ends, strict=True)]
         self._captured.output = self._runner._compute(torch.cat(real), counts, 1)
 

@@ -211,24 +211,35 @@ class Engine:
             self.drafter.runner.capture_all()
 
     def measure_drafts(self, drafter: Drafter) -> None:
-        """Steps without drafts and with drafts of every length, before any request: the first of each take
-        longer than all others, and from the others the pace learns what drafts cost."""
+        """Steps without drafts and with drafts of several lengths, of one request and of several, before
+        any is there: the first of each take longer than all others, and from the others the pace learns
+        what drafts cost."""
+        for count in (1, 4, 16):
+            lengths = [*range(1, self.config.max_draft_tokens + 1)] if count == 1 else [1, 3]
+            tokens = 1 + MEASURED + 3 + sum(1 + length for length in lengths) * MEASURED
+            blocks = -(-(1 + tokens) // self.config.block_size) * count
+            fits = count <= self.config.max_batch_size and blocks <= self._pool.num_free
+            if count == 1 or fits:
+                self._measure_drafts(drafter, count, lengths)
+        self.num_drafted = self.num_accepted = 0
+        self._pace.clear()
+
+    def _measure_drafts(self, drafter: Drafter, count: int, lengths: list[int]) -> None:
         room = self.limits.room - 1
         if room < 1:
             return
-        request = self.add([0], SamplingParams(max_tokens=room))
+        requests = [self.add([0], SamplingParams(max_tokens=room)) for _ in range(count)]
         for _ in range(MEASURED + 3):  # with the prompt, and of those that overlap two say nothing
             self.compute_together({})
         self.compute_together(None)
-        for length in [*range(1, self.config.max_draft_tokens + 1)] * MEASURED:
-            if request.finished or request.num_sampled + length >= room:
+        for length in lengths * MEASURED:
+            if any(r.finished or r.num_sampled + length >= room for r in requests):
                 break
-            proposed = drafter.propose({request: length}).get(request, [])
-            draft = proposed + [0] * (length - len(proposed))
-            self.compute_together({request.number: draft})
-        self.cancel(request)
-        self.num_drafted = self.num_accepted = 0
-        self._pace.clear()
+            proposed = drafter.propose(dict.fromkeys(requests, length))
+            drafts = {r.number: (proposed.get(r, []) + [0] * length)[:length] for r in requests}
+            self.compute_together(drafts)
+        for request in requests:
+            self.cancel(request)
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queue a request. Raises InputError for a prompt that is empty, too long, or not of this

@@ -138,7 +138,8 @@ class Replica:
         stands: Callable[[], None], lost: Callable[["Replica", list[Job]], None],
     ) -> None:  # fmt: skip
         """model: NAME@VERSION, as which it is counted. number: among the model's replicas. stands: called
-        when `standing` is new. lost: called with the jobs of an engine that ended, or cannot be used any more."""
+        when `standing` is new. lost: called with the jobs of an engine that ended, or cannot be used any
+        more."""
         self.model = model
         self.label = f"{model}, replica {number}" if number else model
         self.spec = spec
