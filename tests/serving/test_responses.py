@@ -80,6 +80,8 @@ def test_events_make_up_the_response(client: openai.OpenAI) -> None:
     with client.responses.stream(**asked) as stream:
         events: list[Any] = list(stream)
     made = events[-1].response
+    (done,) = [event for event in events if event.type == "response.output_item.done"]
+    assert done.item.status == made.output[-1].status == made.status
     assert made.output[0].content[0].text == whole.output_text
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]
@@ -108,6 +110,8 @@ def test_thoughts_are_an_item_before_the_message(served: Service, client: openai
     with client.responses.stream(**asked) as stream:
         pieces = [e.delta for e in stream if e.type == "response.reasoning_text.delta"]
     assert "".join(pieces) == said["reasoning_content"]
+    assert made.usage
+    assert made.usage.output_tokens_details.reasoning_tokens == 10  # it thinks to the end
 
 
 @pytest.mark.parametrize("streams", [False, True])

@@ -4,9 +4,11 @@ import random
 
 import httpx
 import pytest
+from tests.conftest import byte_tokenizer
 
 from tinier.serving import Service
-from tinier.serving.thinking import Thoughts
+from tinier.serving.thinking import Thoughts, num_thought_tokens
+from tinier.tokenizer import Tokenizer
 
 TEXTS = [
     # text, whether the prompt opened the thinking, thoughts, answer
@@ -78,3 +80,17 @@ def test_what_was_thought_may_be_sent_back(service: Service) -> None:
     made = httpx.post(f"{service.url}/tokenize", json={"model": "one", "messages": history}).json()
     text = httpx.post(f"{service.url}/detokenize", json={"model": "one", "tokens": made["tokens"]})
     assert "<assistant>(a greeting)Hello<user>" in text.json()["prompt"]
+
+
+def test_tokens_of_thoughts_are_counted_with_their_tags() -> None:
+    tokenizer = Tokenizer(byte_tokenizer())
+
+    def counted(text: str, *, opened: bool = False) -> int:
+        return num_thought_tokens(tokenizer, tokenizer.encode(text, special=False), opened=opened)
+
+    assert counted("<think>ab</think>cd") == len("<think>ab</think>")
+    assert counted("\n<think>ab</think>") == len("\n<think>ab</think>")
+    assert counted("ab</think>cd", opened=True) == len("ab</think>")
+    assert counted("<think>abcd") == len("<think>abcd")
+    assert counted("abcd", opened=True) == 4
+    assert counted("abcd</think>") == counted("") == 0

@@ -29,7 +29,7 @@ from tinier.serving.protocol import (
     event,
     usage,
 )
-from tinier.serving.thinking import OPEN, Thoughts
+from tinier.serving.thinking import OPEN, Thoughts, num_thought_tokens
 from tinier.serving.tools import Call, NamedTool, ToolCalls, grammar, new_id
 
 # texts above this are tokenized beside the event loop
@@ -149,7 +149,7 @@ class Generation(ABC):
         every = [choice.job for choice in self.choices]
         drafted, accepted = sum(j.num_drafted for j in every), sum(j.num_accepted for j in every)
         output = sum(choice.num_tokens for choice in self.choices)
-        return usage(prompt, cached, output, drafted, accepted)
+        return usage(prompt, cached, output, drafted, accepted, self._num_thought_tokens())
 
     def _choice(self, choice: Choice, text: str, delta: Delta) -> dict[str, Any]:
         return {"index": choice.index, **self._content(choice, text), **self._rest(choice, delta)}
@@ -162,6 +162,10 @@ class Generation(ABC):
         beside = self._beside()
         tail += f", {json.dumps(beside)[1:]}" if beside else "}"
         return f"data: {self._chunk_head}{choice.index}, {tail}\n\n".encode()
+
+    def _num_thought_tokens(self) -> int | None:
+        """Of all choices so far; None: the model does not think."""
+        return None
 
     def _beside(self) -> dict[str, Any]:
         """What the answer, or the first chunk of a stream, has beside its choices."""
@@ -235,6 +239,14 @@ class Chat(Generation):
         self._scores = bool(body.logprobs)
         self._begun: set[Choice] = set()
         self._owes_prompt = self._gives_ids
+
+    def _num_thought_tokens(self) -> int | None:
+        if not self._thoughts:
+            return None
+        return sum(
+            num_thought_tokens(self.model.tokenizer, choice.job.output, opened=thoughts.opened)
+            for choice, thoughts in zip(self.choices, self._thoughts, strict=True)
+        )
 
     def _beside(self) -> dict[str, Any]:
         owes, self._owes_prompt = self._owes_prompt, False

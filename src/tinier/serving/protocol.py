@@ -574,17 +574,20 @@ class UnloadBody(BaseModel):
 
 
 def usage(
-    prompt: int, cached: int, output: int, drafted: int = 0, accepted: int = 0
-) -> dict[str, Any]:
+    prompt: int, cached: int, output: int, drafted: int = 0, accepted: int = 0,
+    thought: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """thought: output tokens that are thoughts; None: the model has none."""
     counts = {
         "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
+    details = {} if thought is None else {"reasoning_tokens": thought}
     if drafted:  # OpenAI's names for what a prediction did
-        counts["completion_tokens_details"] = {
+        details |= {
             "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted,
         }  # fmt: skip
-    return counts
+    return counts | ({"completion_tokens_details": details} if details else {})
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -295,6 +295,8 @@ class Responses:
         if not self._items and self._opened is None:
             for event in self._open(_message("")):
                 yield event
+        if self._opened is not None and reason == "length":
+            self._opened["status"] = "incomplete"
         for event in self._close():
             yield event
         ends = self._object(self._items, reason)
@@ -398,11 +400,12 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(counts: dict[str, Any]) -> dict[str, Any]:
+    details = counts.get("completion_tokens_details", {})
     return {
         "input_tokens": counts["prompt_tokens"], "output_tokens": counts["completion_tokens"],
         "total_tokens": counts["total_tokens"],
         "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)},
     }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 Start at `Thoughts`. A chat template may open the thinking itself, so that the model's text begins inside.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Literal
 
 from tinier.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ class Thoughts:
 
     def __init__(self, *, opened: bool) -> None:
         """opened: the prompt ended within the thinking."""
+        self.opened = opened
         self._part: Literal["start", "thoughts", "answer"] = "thoughts" if opened else "start"
         self._held = ""
         """Text that was not given yet"""
@@ -64,6 +67,18 @@ class Thoughts:
 def _overlap(text: str) -> int:
     """Characters at the end of a text that may begin the closing tag."""
     return next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
+
+
+def num_thought_tokens(tokenizer: Tokenizer, output: Sequence[int], *, opened: bool) -> int:
+    """How many tokens of an answer are thoughts, the tags counted. opened: the prompt ended within them."""
+
+    def text(count: int) -> str:
+        return tokenizer.decode(list(output[:count]), skip_special_tokens=False)
+
+    if not opened and not text(len(output)).lstrip().startswith(OPEN):
+        return 0
+    # the fewest tokens whose text has the closing tag; all where there is none
+    return bisect_left(range(len(output)), True, key=lambda count: CLOSE in text(count))
 
 
 def thinks(tokenizer: Tokenizer) -> bool:
