@@ -82,9 +82,10 @@ struct Shared {
     float scale[2][SLOTS][TILE];  // of the rows that are multiplied
     float reduced[TOKENS][WARPS];
     float x_scale[TOKENS];
-    int position[TOKENS], slot[TOKENS], context[TOKENS], is_last;
+    int slot[TOKENS], context[TOKENS], is_last;
     Part first;      // that this block attends to, and the slots of its first keys
     int slots[128];
+    u16 turns[2][TOKENS][TURNING];  // cos and sin of the tokens' positions
     Layer layers[LAYERS];
 };
 
@@ -649,8 +650,7 @@ __device__ __forceinline__ float coded(float x, float scale, u16& bits) {
 }
 
 // q, k or v of one head by one warp: normed and turned, to shared memory.
-__device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool turns, const u16* cos, const u16* sin,
-                                          float eps, float* to) {
+__device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool turns, int of, float* to) {
     constexpr int EACH = HEAD_DIM / 32;
     const int lane = threadIdx.x & 31;
     float x[EACH], squares = 0;
@@ -660,7 +660,7 @@ __device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool 
         squares += x[i] * x[i];
     }
     if (norm) {
-        const float turn = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
+        const float turn = rsqrtf(warp_sum(squares) / HEAD_DIM + S.step.eps);
 #pragma unroll
         for (int i = 0; i < EACH; i++) x[i] = rounded(rounded(x[i] * turn) * number(__ldg(norm + lane + 32 * i)));
     }
@@ -673,7 +673,7 @@ __device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool 
         const int d = lane + 32 * i;
         if (d >= TURNING) continue;
         const float other = d < TURNING / 2 ? -to[d + TURNING / 2] : to[d - TURNING / 2];
-        x[i] = rounded(rounded(x[i] * number(__ldg(cos + d))) + rounded(other * number(__ldg(sin + d))));
+        x[i] = rounded(rounded(x[i] * number(S.turns[0][of][d])) + rounded(other * number(S.turns[1][of][d])));
     }
     __syncwarp();
 #pragma unroll
@@ -826,9 +826,8 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
             if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
-            const long long turn = (long long)S.position[part.of] * TURNING;
             float* mine = heads + warp * HEAD_DIM;
-            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, p.cos + turn, p.sin + turn, p.eps, mine);
+            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, part.of, mine);
             if (warp >= GROUP && part.split == 0) {
                 const long long to = ((long long)S.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
                 u8* cache = warp == GROUP ? l.keys : l.values;
@@ -935,9 +934,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     if (threadIdx.x == 0) S.step = given;
     for (int i = threadIdx.x; i < (int)(sizeof(S.layers) / 8); i += blockDim.x) ((u64*)S.layers)[i] = __ldg((const u64*)given.layers + i);
     if (threadIdx.x < TOKENS) {
-        S.position[threadIdx.x] = given.positions[threadIdx.x];
         S.slot[threadIdx.x] = given.slots[threadIdx.x];
         S.context[threadIdx.x] = given.contexts[threadIdx.x];
+    }
+    for (int i = threadIdx.x; i < TOKENS * TURNING; i += blockDim.x) {
+        const long long from = (long long)given.positions[i / TURNING] * TURNING + i % TURNING;
+        S.turns[0][i / TURNING][i % TURNING] = __ldg(given.cos + from);
+        S.turns[1][i / TURNING][i % TURNING] = __ldg(given.sin + from);
     }
     const u32 x = (sizeof(Shared) + 127) / 128 * 128, barriers = x + given.x_bytes;
     const u32 data = (barriers + 16 * given.stages + 127) / 128 * 128;

@@ -137,7 +137,7 @@ class GpuDecoder:
             "hidden": entering.new_empty(tokens, g.hidden),
             "logits": entering.new_empty(tokens, self._head.rows),
         }
-        fixed = _shared_bytes(g.layers, tokens)
+        fixed = _shared_bytes(g, tokens)
         if tokens not in self._kernels:
             sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": fixed}
             self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
@@ -181,11 +181,11 @@ class GpuDecoder:
         return _Linear(*pointers, *weight.shape, kind, weight.group_size)
 
 
-def _shared_bytes(layers: int, tokens: int) -> int:
+def _shared_bytes(g: Geometry, tokens: int) -> int:
     """Of struct Shared."""
-    of_token = 2 * _SLOTS * _SHARING * _TILE + _WARPS + 4
+    of_token = 2 * _SLOTS * _SHARING * _TILE + _WARPS + 3 + g.turning
     words = of_token * tokens + 2 * _SLOTS * _TILE + 1 + 6 + 128
-    return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * layers
+    return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * g.layers
 
 
 def _attention_bytes(g: Geometry) -> int:
