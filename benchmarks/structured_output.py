@@ -1,20 +1,29 @@
 """What a JSON schema costs: the same prompts with and without one, by turns, after the first token.
 
 python -m benchmarks.structured_output smollm2-135m --out RESULT.json [--batches 1 8 64] [--repeats 7]
-    [--device auto]
+    [--device auto] [--weights bf16] [--profile]
+
+--weights: instead of MODEL's, random ones of Llama-3.2-3B's shape (engine_speed's names; a GPU). --profile:
+where the host's time goes in the largest batch with a schema, printed at the end.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_speed import random_decoder
+
 from tinier.benchmark import environment
+from tinier.checkpoint import Checkpoint
 from tinier.device import pick_device
 from tinier.engine import Engine, EngineConfig, SamplingParams
+from tinier.engine.decoder import Decoder
 from tinier.engine.grammar import json_schema
 from tinier.engine.text import encode_prompt
 from tinier.families import open_model
@@ -48,11 +57,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--weights")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    model = open_model(arguments.model)
+    model: Checkpoint | Decoder = open_model(arguments.model)
     tokenizer = load_tokenizer(model)
+    if arguments.weights:
+        model = random_decoder(arguments.weights)
     config = EngineConfig(
         max_batch_size=max(arguments.batches), max_seq_len=256, device=str(device)
     )
@@ -78,6 +91,10 @@ def main() -> None:
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(batch, f"{statistics.median(ratios):.3f} ({spread})", flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.profile:
+        profile = cProfile.Profile()
+        profile.runcall(seconds_a_step, engine, prompt, max(arguments.batches), grammar)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(20)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Start at `load`. NVRTC and the driver are called by their C interfaces.
 
 import ctypes
 import hashlib
-import logging
 from collections.abc import Mapping
 from ctypes import Structure, byref, c_char_p, c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
@@ -17,7 +16,6 @@ from torch import Tensor
 from tinier.checkpoint import cache_folder, new_file
 from tinier.errors import TinierError
 
-log = logging.getLogger(__name__)
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OPT_IN_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
@@ -37,25 +35,28 @@ def check_driver(result: int) -> None:
 
 
 class Kernel:
-    """One kernel of a loaded module."""
+    """One kernel of a module that is loaded on a device."""
 
-    def __init__(self, cubin: bytes, name: str) -> None:
+    def __init__(self, cubin: bytes, name: str, device: torch.device) -> None:
+        self._device = device
         self._module, self._function = c_void_p(), c_void_p()
-        check_driver(driver().cuModuleLoadData(byref(self._module), cubin))
+        with torch.cuda.device(device):
+            torch.cuda.current_blas_handle()  # the device's context is there
+            check_driver(driver().cuModuleLoadData(byref(self._module), cubin))
         check_driver(
             driver().cuModuleGetFunction(byref(self._function), self._module, name.encode())
         )
         self._memory = 0
 
     def launch(self, parameter: Structure, blocks: int, threads: int, memory: int) -> None:
-        """On the current stream, all blocks at once (cooperatively). memory: bytes of shared memory."""
+        """On the device's current stream, all blocks at once (cooperatively). memory: bytes of shared memory."""
         if memory > self._memory:
             check_driver(
                 driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
             )
             self._memory = memory
         parameters = (c_void_p * 1)(ctypes.addressof(parameter))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         check_driver(
             driver().cuLaunchCooperativeKernel(
                 self._function, blocks, 1, 1, threads, 1, 1, c_uint(memory), stream, parameters
@@ -66,7 +67,6 @@ class Kernel:
 def load(source: Path, sizes: Mapping[str, int], name: str, device: torch.device) -> Kernel:
     """The kernel `name` of a source, compiled for a device with macros of these values, or as it was kept.
     Raises TinierError."""
-    torch.cuda.current_blas_handle()  # the device's context is there
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device"]
     options += [f"-D{key}={value}" for key, value in sizes.items()]
@@ -76,7 +76,7 @@ def load(source: Path, sizes: Mapping[str, int], name: str, device: torch.device
     if not path.exists():
         with new_file(path) as partial:
             partial.write_bytes(_compile(text, source.name, options))
-    return Kernel(path.read_bytes(), name)
+    return Kernel(path.read_bytes(), name, device)
 
 
 def most_shared_memory(device: torch.device) -> int:
