@@ -49,8 +49,8 @@ class Kernel:
         self._memory = 0
 
     def launch(self, parameter: Structure, blocks: int, threads: int, memory: int) -> None:
-        """On the device's current stream, all blocks at once (cooperatively). memory: bytes that each shares
-        among its threads."""
+        """On the device's current stream, all blocks at once (cooperatively). memory: bytes of a block that
+        its threads share."""
         if memory > self._memory:
             check_driver(
                 driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
