@@ -12,7 +12,11 @@ from tests.engine.test_adapters import adapters
 from tests.serving.conftest import ENGINE, write_model
 from tests.test_adapters import pair, write_adapter
 
+from tinier.engine import EngineConfig
+from tinier.errors import InputError
 from tinier.serving import ServeConfig, Service
+from tinier.serving.metrics import Metrics
+from tinier.serving.store import ModelStore
 
 ASKED = {"prompt": "the old man and the sea " * 4, "max_tokens": 12, "temperature": 0}
 
@@ -38,7 +42,7 @@ def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     first, second = adapters(tmp_path)
     sources = [f"a={base}+{first}", f"plain={base}", f"b={base}+{second}"]
-    config = ServeConfig(port=0, load_folder=tmp_path)
+    config = ServeConfig(port=0, load_folder=tmp_path, adapters="shared")
     before = set(multiprocessing.active_children())
     with Service(sources, ENGINE, config) as service:
         assert len(set(multiprocessing.active_children()) - before) == 1
@@ -82,8 +86,25 @@ def test_what_must_be_merged_has_engines_of_its_own(tmp_path: Path) -> None:
     tensors = pair(q, 64, 64) | {"model.norm.weight": torch.full((64,), 1.5)}
     whole = write_adapter(tmp_path / "whole", tensors)
     before = set(multiprocessing.active_children())
-    with Service([f"a={base}+{first}", f"w={base}+{whole}", f"p={base}"], ENGINE) as service:
+    sources = [f"a={base}+{first}", f"w={base}+{whole}", f"p={base}"]
+    with Service(sources, ENGINE, ServeConfig(port=0, adapters="shared")) as service:
         assert len(set(multiprocessing.active_children()) - before) == 2
         listed = httpx.get(f"{service.url}/v1/models").json()["data"]
         assert [model["id"] for model in listed] == ["a", "w", "p"]
         assert len({text(service, name) for name in ("a", "w", "p")}) == 3
+
+
+def test_on_a_cpu_each_is_merged_unless_told(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    first, _ = adapters(tmp_path)
+    before = set(multiprocessing.active_children())
+    with Service([f"a={base}+{first}", f"p={base}"], ENGINE) as service:
+        assert len(set(multiprocessing.active_children()) - before) == 2
+        assert text(service, "a") != text(service, "p")
+    with pytest.raises(InputError, match="adapters='both'. Use auto, shared, merged"):
+        ServeConfig(adapters="both")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="tensor_parallel=2 with shared adapters"):
+        ModelStore(
+            EngineConfig(device="cpu", tensor_parallel=2), replicas=1, max_queue=1, memory_bytes=None,
+            metrics=Metrics(), log_level=0, adapters="shared",
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """`tinier serve`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -14,7 +14,7 @@ def serve(
         typer.Argument(
             metavar="MODEL…",
             help="MODEL, NAME=MODEL or NAME@VERSION=MODEL; several share the memory. "
-            "NAME=MODEL+ADAPTER: with a LoRA adapter; several of one MODEL share its engine and a batch.",
+            "NAME=MODEL+ADAPTER: with a LoRA adapter (see --adapters).",
             show_default=False,
         ),
     ],
@@ -103,6 +103,14 @@ def serve(
         int,
         typer.Option("--replicas", help="Engines of each model, on GPUs of their own, one queue."),
     ] = 1,
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters",
+            help="Several adapters of one MODEL: shared, one engine and batch, which is slow on a CPU; "
+            "merged, an engine for each; auto, shared on a GPU.",
+        ),
+    ] = "auto",
     pipeline_parallel: Annotated[
         int,
         typer.Option(
@@ -130,6 +138,7 @@ def serve(
       tinier serve llama@1=./llama llama@2=./llama-fp8 --memory 40GB --allow-load ./models
       tinier serve smollm2-135m --triton
       tinier serve smollm2-135m --draft ./smollm2-int4
+      tinier serve plain=./llama a=./llama+./a-lora b=./llama+./b-lora --adapters shared
       tinier serve ./llama-fp8 --replicas 2
       tinier serve ./llama --tensor-parallel 2
       tinier serve ./llama-fp8 --backend vllm --tensor-parallel 4 --pipeline-parallel 2 --ray
@@ -141,6 +150,7 @@ def serve(
     from tinier.families import open_model
     from tinier.serving import ServeConfig, Source
     from tinier.serving import serve as run_server
+    from tinier.serving.config import Adapters
     from tinier.serving.vllm import VllmPlan, serve_vllm
 
     output.start(quiet=quiet, log_level=log_level)
@@ -165,7 +175,7 @@ def serve(
         drain_seconds=drain, keep_alive=keep_alive, cors_origins=tuple(cors or ()),
         max_body_bytes=options.num_bytes(max_body),
         memory_bytes=options.num_bytes(memory) if memory else None, replicas=replicas,
-        load_folder=allow_load, triton=triton,
+        load_folder=allow_load, triton=triton, adapters=cast(Adapters, adapters),
         log_level=getattr(logging, log_level.upper()),
     )  # fmt: skip
     if backend == "vllm":

@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from tinier.errors import InputError
 
@@ -15,6 +16,7 @@ def address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+Adapters = Literal["auto", "shared", "merged"]
 MAX_BATCH_SIZE = 64
 """Requests of a model that `tinier serve` computes at once, unless told otherwise"""
 
@@ -44,6 +46,9 @@ class ServeConfig:
     """Web pages (https://HOST) that may ask from a browser; `*`: all."""
     replicas: int = 1
     """Engines of each model, on GPUs of their own, behind one queue."""
+    adapters: Adapters = "auto"
+    """Several LoRA adapters of one model: `shared`: one engine and one batch, which is slow on a CPU;
+    `merged`: a model of its own for each; `auto`: shared on a GPU."""
     load_folder: Path | None = None
     """Models in it may be loaded over HTTP; None: none may."""
     triton: bool = False
@@ -57,6 +62,8 @@ class ServeConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= least:  # nor is NaN
                 raise InputError(f"{name}={getattr(self, name)}. Use {least} or more.")
+        if self.adapters not in get_args(Adapters):
+            raise InputError(f"adapters={self.adapters!r}. Use {', '.join(get_args(Adapters))}.")
         last = 65_532 if self.triton else 65_535
         if self.port > last or (self.triton and self.port == 0):
             raise InputError(f"port={self.port}. Use {int(self.triton)} to {last}.")

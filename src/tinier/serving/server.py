@@ -109,6 +109,7 @@ async def run(
         store = ModelStore(
             engine, replicas=config.replicas, max_queue=config.max_queue,
             memory_bytes=config.memory_bytes, metrics=metrics, log_level=config.log_level,
+            adapters=config.adapters,
         )  # fmt: skip
         server = Server(
             store,

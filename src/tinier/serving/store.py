@@ -29,6 +29,7 @@ from tinier.families import (
     open_model,
     split_adapter,
 )
+from tinier.serving.config import Adapters
 from tinier.serving.metrics import Metrics
 from tinier.serving.model import Engines, Model
 from tinier.serving.worker import WorkerSpec
@@ -106,17 +107,22 @@ class Need(NamedTuple):
 class ModelStore:
     def __init__(
         self, config: EngineConfig, *, replicas: int, max_queue: int, memory_bytes: int | None,
-        metrics: Metrics, log_level: int,
+        metrics: Metrics, log_level: int, adapters: Adapters = "auto",
     ) -> None:  # fmt: skip
-        """replicas: engines of each model. memory_bytes: for weights and caches of all models, on each GPU;
-        None: what is free now, nine tenths of it on a GPU; half on a CPU, and caches of 1 GiB or one
-        request's. Raises InputError where there are too few GPUs."""
+        """replicas: engines of each model. adapters: as ServeConfig's. memory_bytes: for weights and caches
+        of all models, on each GPU; None: what is free now, nine tenths of it on a GPU; half on a CPU, and
+        caches of 1 GiB or one request's. Raises InputError where there are too few GPUs."""
         self._config = config
         self._max_queue = max_queue
         self._metrics = metrics
         self._log_level = log_level
         device = pick_device(config.device)
         self._device = device
+        self._shares = adapters == "shared" or (adapters == "auto" and device.type == "cuda")
+        if adapters == "shared" and config.tensor_parallel > 1:
+            raise InputError(
+                f"tensor_parallel={config.tensor_parallel} with shared adapters. Use merged ones."
+            )
         processes = replicas * config.tensor_parallel
         what = f"replicas={replicas}, tensor_parallel={config.tensor_parallel}"
         # each replica's first
@@ -212,11 +218,13 @@ class ModelStore:
             if reason is None:
                 beside.setdefault(base, []).append((Member(place, source), folder))
             else:
-                log.info("%s has engines of its own: its adapter %s", source.name, reason)
+                if self._shares:
+                    log.warning("%s has engines of its own: its adapter %s", source.name, reason)
                 groups.append(Group(open_model(source.model), (), [Member(place, source)]))
         for base, members in beside.items():
             folders = [*dict.fromkeys(folder for _, folder in members if folder is not None)]
-            if len(members) > 1 and folders and self._config.tensor_parallel == 1:
+            shares = self._shares and self._config.tensor_parallel == 1
+            if shares and len(members) > 1 and folders:
                 numbered = [
                     member._replace(adapter=folders.index(folder) + 1 if folder else 0)
                     for member, folder in members
