@@ -137,6 +137,10 @@ def test_bad_adapters_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) ->
     dora = pair(q, 64, 64) | {f"{q}.lora_magnitude_vector": torch.ones(64)}
     with pytest.raises(CheckpointError, match="DoRA"):
         load(write_adapter(tmp_path / "dora", dora, use_dora=True))
+    broken = pair(q, 64, 64)
+    broken[f"{q}.lora_B.weight"][3, 1] = float("nan")
+    with pytest.raises(CheckpointError, match="has NaN or Inf in the update of"):
+        load(write_adapter(tmp_path / "broken", broken))
     with pytest.raises(InputError, match="tensor_parallel=2 with 1 adapters"):
         EngineConfig(adapters=(wide,), tensor_parallel=2)
     engine = Engine(base, EngineConfig(device="cpu", max_seq_len=64))

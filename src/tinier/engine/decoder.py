@@ -537,7 +537,7 @@ class _Weights:
     def _kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
         if self.layout is None or self.layout.kv_cache is None:
             return None
-        keys, values = (self.read(f"{attention}.{name}_scale").reshape(1) for name in "kv")
+        keys, values = (self.read(f"{attention}.{name}_scale").float().reshape(1) for name in "kv")
         return keys, values
 
 

@@ -106,7 +106,14 @@ def read_adapter(folder: Path) -> dict[str, Update]:
     if reason is not None:
         raise CheckpointError(f"{folder.name} {reason}. Merge it into its base: BASE+ADAPTER")
     updates, _ = _tensors(folder)
-    return {name: _update(name, parts, config, folder) for name, parts in updates.items()}
+    made = {name: _update(name, parts, config, folder) for name, parts in updates.items()}
+    for name, update in made.items():
+        # beside others it would reach requests that did not ask for it
+        if not (update.down.isfinite().all() and (update.scale * update.up).isfinite().all()):
+            raise CheckpointError(
+                f"{folder / _WEIGHTS} has NaN or Inf in the update of {name}. Save it again."
+            )
+    return made
 
 
 def must_be_merged(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from tinier.errors import TinierError
 from tinier.families import Geometry
 from tinier.kernels import cuda
 from tinier.kernels.layer import DecodeWeights, Layer
-from tinier.kernels.linear import Fp8Linear, Linear
+from tinier.kernels.linear import Fp8Linear, Linear, RoundingLinear
 from tinier.kernels.machine import machine_of
 from tinier.kernels.reference import Cache
 from tinier.kernels.skinny import Weight
@@ -263,6 +263,8 @@ def _kind(linear: Linear) -> int | None:
     weight = linear.few
     if weight is None or (isinstance(linear, Fp8Linear) and linear.input_scale is not None):
         return None
+    if isinstance(linear, RoundingLinear) and linear.activations is not None:
+        return None  # its inputs are rounded to another grid first
     if weight.group_size:
         return INT4
     if weight.codes.dtype == torch.bfloat16:

@@ -318,7 +318,7 @@ class ModelStore:
         for source in sources:
             newest = max((v for n, v in (*self._models, *keys) if n == source.name), default=0)
             key = source.name, source.version or newest + 1
-            if key in self._models:
+            if key in self._models or key in keys:
                 raise InputError(f"{key[0]}@{key[1]} is loaded already. Unload it first.")
             keys.append(key)
         return keys
