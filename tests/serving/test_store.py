@@ -8,8 +8,9 @@ import torch
 from tests.conftest import write_tiny
 
 from tinier.engine import EngineConfig
+from tinier.errors import InputError
 from tinier.serving.metrics import Metrics
-from tinier.serving.store import Group, ModelStore
+from tinier.serving.store import Group, ModelStore, Source
 
 GIB = 1 << 30
 
@@ -40,3 +41,13 @@ def test_a_cpu_server_takes_a_gibibyte_of_cache_unless_told(
     config = EngineConfig(max_batch_size=64, max_seq_len=1 << 21, device="cpu")
     need = store(64 * GIB, config, monkeypatch, None)._need(Group(model, (), []))
     assert need.least == need.most == 2 * GIB
+
+
+def test_versions_follow_the_order_that_models_are_asked_for_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = store(64 * GIB, EngineConfig(device="cpu"), monkeypatch, None)
+    asked = [Source.parse(text) for text in ("x=A", "x=B", "y=A", "x=A+l", "x@7=C")]
+    assert made._new_keys(asked) == [("x", 1), ("x", 2), ("y", 1), ("x", 3), ("x", 7)]
+    with pytest.raises(InputError, match="x@1 is there twice"):
+        made._new_keys([asked[0], Source.parse("x@1=B")])

@@ -19,13 +19,14 @@ from tinier.checkpoint import Checkpoint, TensorReader, unpack_linear
 from tinier.device import bf16_products, check_memory
 from tinier.engine.parallel import ALONE, Share
 from tinier.engine.rope import Rope
-from tinier.errors import CheckpointError, InputError
+from tinier.errors import InputError
 from tinier.families import (
     EMBEDDING_MODULE,
     FINAL_NORM,
     HEAD_LINEAR,
     Geometry,
     Input,
+    Update,
     checkpoint_layout,
     geometry_of,
     layer_name,
@@ -53,7 +54,7 @@ from tinier.kernels import (
     rms_norm,
     table_of,
 )
-from tinier.kernels.adapted import AdaptedLinear, Chosen, LowRank
+from tinier.kernels.adapted import AdaptedLinear, Chosen
 from tinier.kernels.reference import encode, split_heads
 from tinier.numerics import Quantized
 from tinier.schemes import Int4Inputs, Layout
@@ -80,7 +81,8 @@ class Decoder:
         share: Share = ALONE,
         chosen: Chosen | None = None,
     ) -> None:
-        """geometry: of this process's share. ropes: by LayerKind.rope. chosen: where there are adapters."""
+        """geometry: of this process's share. ropes: by LayerKind.rope. chosen: of its adapters; None: there
+        are none."""
         self.geometry = geometry
         self.share = share
         self.embedding = embedding
@@ -88,7 +90,7 @@ class Decoder:
         self.final_norm = final_norm
         self.head = head
         self.layout = layout
-        self.chosen = chosen
+        self.chosen = chosen or Chosen(0)
         self._ropes = ropes
 
     @property
@@ -339,11 +341,11 @@ def load_decoder(
         needed // geometry.layers if on_demand else needed, device, f"loading {checkpoint.folder.name}",
         "Use a smaller variant, or another --device.",
     )  # fmt: skip
-    beside = _adapters(adapters, whole, checkpoint, device)
-    chosen = Chosen() if beside else None
+    beside = [read_adapter(folder, checkpoint) for folder in adapters]
+    chosen = Chosen(len(beside))
     with checkpoint.reader(device) as read:
         weights = _Weights(
-            checkpoint, read, layout, dtype, share, whole, int4_inputs, beside, chosen
+            checkpoint, read, layout, dtype, share, whole, int4_inputs, beside, chosen, device
         )
         layers: Sequence[Layer]
         if on_demand:
@@ -355,43 +357,6 @@ def load_decoder(
     config = resolved_config(checkpoint)
     ropes = {key: Rope(config, device, key) for key in rope_keys(config)}
     return Decoder(geometry, embedding, layers, final_norm, head, ropes, layout, share, chosen)
-
-
-def _adapters(
-    folders: Sequence[Path], geometry: Geometry, checkpoint: Checkpoint, device: torch.device
-) -> list[dict[str, LowRank]]:
-    """What each adapter adds, by the linear layer's name, on the device. Raises CheckpointError where that
-    is no layer of this model that a batch of several adapters can share."""
-    shapes = {
-        f"{layer_name(i)}.{name}": shape
-        for i in range(geometry.layers)
-        for name, shape in geometry.linears.items()
-        if "experts" not in name
-    }
-    found = []
-    for folder in folders:
-        updates = read_adapter(folder)
-        for name, update in updates.items():
-            shape = shapes.get(name.removesuffix(".weight"))
-            if shape != (len(update.up), update.down.shape[1]):
-                has = (
-                    f"has {shape} there"
-                    if shape
-                    else "has no linear layer of that name in its blocks"
-                )
-                raise CheckpointError(
-                    f"the adapter {folder.name} changes {name}, and {checkpoint.folder.name} {has}. Give "
-                    "the model that it was trained on."
-                )
-        found.append(
-            {
-                name.removesuffix(".weight"): LowRank(
-                    update.down.to(device), update.up.to(device), update.scale
-                )
-                for name, update in updates.items()
-            }
-        )
-    return found
 
 
 class _LayersOnDemand(Sequence[Layer]):
@@ -427,8 +392,10 @@ class _Weights:
     whole: Geometry
     """Of the model, not of the share"""
     int4_inputs: Int4Inputs
-    adapters: list[dict[str, LowRank]]
-    chosen: Chosen | None
+    adapters: list[dict[str, Update]]
+    """By the weight's name"""
+    chosen: Chosen
+    device: torch.device
 
     def layer(self, name: str) -> Layer:
         geometry = self.whole
@@ -438,18 +405,14 @@ class _Weights:
         is_mlp = geometry.mixture is None
         return Layer(
             input_norm=self._norm(name, names.attention_in),
-            qkv=self._adapted(self._linear(self._rows(name, qkv)), name, qkv),
+            qkv=self._reading(name, qkv),
             q_norm=self._head_norm(attention, "q_norm"),
             k_norm=self._head_norm(attention, "k_norm"),
             norms_all_heads=geometry.head_norms == "all",
-            out=self._adapted(self._linear([self._columns(name, out)]), name, out),
+            out=self._writing(name, out),
             post_norm=self._norm(name, names.mlp_in),
-            gate_up=self._adapted(self._linear(self._rows(name, gate_up)), name, gate_up)
-            if is_mlp
-            else None,
-            down=self._adapted(self._linear([self._columns(name, down)]), name, down)
-            if is_mlp
-            else None,
+            gate_up=self._reading(name, gate_up) if is_mlp else None,
+            down=self._writing(name, down) if is_mlp else None,
             experts=None if is_mlp else self._experts(name, mlps),
             attention_out_norm=self._norm(name, names.attention_out),
             mlp_out_norm=self._norm(name, names.mlp_out),
@@ -483,18 +446,25 @@ class _Weights:
     def _linear(self, parts: list[StoredLinear]) -> Linear:
         return make_linear(parts, self.dtype, self.int4_inputs)
 
+    def _reading(self, layer: str, block: Input) -> Linear:
+        """The linear layers that read one input."""
+        return self._adapted(self._linear(self._rows(layer, block)), layer, block)
+
+    def _writing(self, layer: str, block: Input) -> Linear:
+        """The linear layer that writes to the stream."""
+        return self._adapted(self._linear([self._columns(layer, block)]), layer, block)
+
     def _adapted(self, linear: Linear, layer: str, block: Input) -> Linear:
-        """The linear layers that read one input, with what adapters add to them."""
+        """With what adapters add to its rows."""
         parts, first = [], 0
         for name in block.readers:
             for number, adapter in enumerate(self.adapters, 1):
-                if f"{layer}.{name}" in adapter:
-                    parts.append((number, first, adapter[f"{layer}.{name}"]))
+                update = adapter.get(f"{layer}.{name}.weight")
+                parts += [] if update is None else [(number, first, update)]
             first += sum(rows for _, rows in self.whole.outputs[name])
         if not parts:
             return linear
-        assert self.chosen is not None
-        return AdaptedLinear(linear, parts, first, len(self.adapters), self.chosen, self.dtype)
+        return AdaptedLinear(linear, parts, first, self.chosen, self.dtype, self.device)
 
     def _rows(self, layer: str, block: Input) -> list[StoredLinear]:
         """This process's outputs of the linear layers that read one input."""

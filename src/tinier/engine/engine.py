@@ -292,8 +292,8 @@ class Engine:
     @property
     def limits(self) -> Limits:
         room = min(self.max_seq_len, self.num_blocks * self.config.block_size)
-        adapters = len(self.config.adapters)
-        return Limits(self.decoder.geometry.vocab, self.max_input_len, room, adapters)
+        count = self.decoder.chosen.count
+        return Limits(self.decoder.geometry.vocab, self.max_input_len, room, count)
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         self.limits.check(prompt, params)

@@ -7,7 +7,6 @@ sampled but are not known to the host yet are read on the device, from the seat 
 """
 
 import logging
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -400,7 +399,7 @@ class Runner:
                 decoder.layers[index].out.takes,
             )  # fmt: skip
 
-        with decoder.chosen.be(adapters) if decoder.chosen else nullcontext():
+        with decoder.chosen.be(adapters):
             hidden = decoder.forward(entering, attend)
         if every:
             logits = decoder.logits(hidden)

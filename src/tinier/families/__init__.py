@@ -5,7 +5,7 @@ those that the configuration calls for, each of the right shape and type, and no
 architecture is a row in FAMILIES (table.py).
 """
 
-from tinier.families.adapters import must_be_merged, read_adapter
+from tinier.families.adapters import Update, must_be_merged, read_adapter
 from tinier.families.configuration import (
     check_length,
     checkpoint_layout,
@@ -53,6 +53,7 @@ __all__ = [
     "Mixture",
     "Multipliers",
     "Norms",
+    "Update",
     "check_length",
     "checkpoint_layout",
     "family_of",

@@ -9,6 +9,7 @@ checkpoint like any other: it is quantized, measured and served at the base's sp
 
 import re
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from tinier.checkpoint import (
 from tinier.checkpoint.folder import file_sha256
 from tinier.checkpoint.writer import wait_for
 from tinier.errors import CheckpointError
+from tinier.families.configuration import geometry_of
+from tinier.families.geometry import layer_name
 from tinier.progress import say
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,6 +58,11 @@ class Update(NamedTuple):
     magnitude: Tensor | None
     """[out], of DoRA"""
     scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, (out, in)."""
+        return len(self.up), self.down.shape[1]
 
     def applied(self, weight: Tensor) -> Tensor:
         """The weight [out, in] with it, computed in float32, in the weight's type."""
@@ -96,33 +104,74 @@ def merged(base: Checkpoint, folder: Path) -> Path:
     return out
 
 
-def read_adapter(folder: Path) -> dict[str, Update]:
-    """What an adapter adds to linear layers, by the weight's name.
+def read_adapter(folder: Path, base: Checkpoint) -> dict[str, Update]:
+    """What an adapter adds to linear layers of the blocks, by the weight's name.
 
-    Raises CheckpointError for one that must be merged.
+    Raises CheckpointError for one that must be merged, or is another model's.
     """
     config = _config(folder)
-    reason = must_be_merged(folder)
+    parts, replaced = _tensors(folder)
+    reason = _only_merged(config, parts, replaced, base)
     if reason is not None:
         raise CheckpointError(f"{folder.name} {reason}. Merge it into its base: BASE+ADAPTER")
-    updates, _ = _tensors(folder)
-    made = {name: _update(name, parts, config, folder) for name, parts in updates.items()}
-    for name, update in made.items():
+    updates = {name: _update(name, given, config, folder) for name, given in parts.items()}
+    _check_shapes(
+        folder, base, {name: update.shape for name, update in updates.items()}, _blocks(base)
+    )
+    for name, update in updates.items():
         # beside others it would reach requests that did not ask for it
         if not (update.down.isfinite().all() and (update.scale * update.up).isfinite().all()):
             raise CheckpointError(
                 f"{folder / _WEIGHTS} has NaN or Inf in the update of {name}. Save it again."
             )
-    return made
+    return updates
 
 
-def must_be_merged(folder: Path) -> str | None:
-    """Why an adapter cannot be computed beside its base; None: it can."""
+def must_be_merged(folder: Path, base: Checkpoint) -> str | None:
+    """Why an adapter cannot be computed beside its base; None: it can. Reads names alone."""
     config = _config(folder)
-    _, replaced = _tensors(folder)
-    if replaced:
-        return f"replaces {min(replaced)} beside what it adds"
-    return "is DoRA, which changes whole weights" if config.get("use_dora") else None
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        places = [_split(name.removeprefix(_PREFIX)) for name in file.keys()]  # noqa: SIM118
+    changed = [f"{module}.weight" for module, part in places if part]
+    return _only_merged(config, changed, [name for name, part in places if not part], base)
+
+
+def _only_merged(
+    config: dict[str, Any], changed: Iterable[str], replaced: Iterable[str], base: Checkpoint
+) -> str | None:
+    """changed: weights that something is added to. replaced: tensors that stand for the model's own."""
+    whole = min(replaced, default=None)
+    if whole is not None:
+        return f"replaces {whole} beside what it adds"
+    if config.get("use_dora"):
+        return "is DoRA, which changes whole weights"
+    other = min(set(changed) - _blocks(base).keys(), default=None)
+    if other is not None:
+        return f"changes {other}, and {base.folder.name} has no linear layer of that name in its blocks"
+    return None
+
+
+def _blocks(base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that can be computed beside an adapter's."""
+    geometry = geometry_of(base)
+    return {
+        f"{layer_name(i)}.{name}.weight": shape
+        for i in range(geometry.layers)
+        for name, shape in geometry.linears.items()
+        if "experts" not in name
+    }
+
+
+def _check_shapes(
+    folder: Path, base: Checkpoint, shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:  # fmt: skip
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"the adapter {folder.name} changes another model: it is for a {name} of {shape}, and "
+                f"{base.folder.name} has {expected[name]} there. Give the model that it was trained on."
+            )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -153,14 +202,8 @@ def _read(folder: Path, config: dict[str, Any], base: Checkpoint) -> Adapter:
             )
     made = {name: _update(name, parts, config, folder) for name, parts in updates.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in replaced.items()}
-    shapes |= {name: (len(u.up), u.down.shape[1]) for name, u in made.items()}
-    for name, shape in shapes.items():
-        expected = tuple(base.tensors[name].shape)
-        if shape != expected:
-            raise CheckpointError(
-                f"the adapter {folder.name} is for a {name} of {shape}, and {base.folder.name} has "
-                f"{expected}. Give the model that it was trained on."
-            )
+    shapes |= {name: update.shape for name, update in made.items()}
+    _check_shapes(folder, base, shapes, {name: tuple(t.shape) for name, t in base.tensors.items()})
     return Adapter(made, replaced)
 
 

@@ -2,36 +2,28 @@
 
 y = W x + Σ_a [token has a] · s_a · B_a (A_a x). The A of all adapters are one matrix and the B another, so
 that it is two small products whatever the batch is; what is between them is set to 0 where it is of another
-adapter than the token's. It costs all adapters' ranks for every token: a few per cent of the layer each.
+adapter than the token's. It costs all adapters' ranks for every token.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinier.families import Update
 from tinier.kernels.linear import Linear
 from tinier.kernels.reference import joined
 from tinier.numerics import Quantized
 
 
-class LowRank(NamedTuple):
-    """What an adapter adds to a linear layer: scale · up · down."""
-
-    down: Tensor
-    """A, [r, in]"""
-    up: Tensor
-    """B, [out, r]"""
-    scale: float
-
-
 class Chosen:
-    """Which adapter each token of the step in hand has."""
+    """Which of a decoder's adapters each token of the step in hand has."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
+        """Adapters"""
         self.of_token: Tensor | None = None
         """[T], 0: none; None: no token has one"""
 
@@ -49,19 +41,18 @@ class AdaptedLinear(Linear):
     """One of several layers that share an input (q, k and v), with what adapters add to their rows."""
 
     def __init__(
-        self, base: Linear, parts: Sequence[tuple[int, int, LowRank]], rows: int, adapters: int,
-        chosen: Chosen, dtype: torch.dtype,
+        self, base: Linear, parts: Sequence[tuple[int, int, Update]], rows: int, chosen: Chosen,
+        dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        """parts: number of the adapter, from 1, the first of the layer's `rows` that it changes, and how.
-        adapters: how many there are."""
+        """parts: number of the adapter, from 1, the first of the layer's `rows` that it changes, and
+        how."""
         super().__init__(None)
         self.base, self.fast = base, base.fast
         self.path = f"{base.path}, with adapters"
         self._chosen = chosen
-        device = parts[0][2].down.device
-        self.down = torch.cat([part.down.to(dtype) for _, _, part in parts])  # [R, in]
+        self.down = torch.cat([part.down.to(device, dtype) for _, _, part in parts])  # [R, in]
         self.up = torch.zeros(rows, len(self.down), dtype=dtype, device=device)  # [rows, R]
-        self.counts = torch.zeros(adapters + 1, len(self.down), dtype=dtype, device=device)
+        self.counts = torch.zeros(chosen.count + 1, len(self.down), dtype=dtype, device=device)
         """[adapters + 1, R]: 1 where a row of A is that adapter's"""
         at = 0
         for number, first, part in parts:

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import re
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,25 +70,28 @@ class Source:
         return cls(name, int(version) if at else None, model)
 
 
+class Member(NamedTuple):
+    """One of the models that are asked for together."""
+
+    place: int
+    """Among them"""
+    model: str
+    """As it was asked for"""
+    adapter: int = 0
+    """Its number in its group, from 1; 0: the base itself"""
+
+
 class Group(NamedTuple):
     """Models that the same engines serve: one, or several that are adapters of one base."""
 
     checkpoint: Checkpoint
     adapters: tuple[Path, ...]
-    members: list["Member"]
+    members: list[Member]
 
     @property
     def model(self) -> str:
-        """As it was asked for."""
-        return self.members[0].source.model
-
-
-class Member(NamedTuple):
-    place: int
-    """Among those that were asked for"""
-    source: Source
-    adapter: int = 0
-    """Its number in the group, from 1; 0: the base itself"""
+        """As the first was asked for."""
+        return self.members[0].model
 
 
 class Need(NamedTuple):
@@ -118,7 +121,8 @@ class ModelStore:
         self._log_level = log_level
         device = pick_device(config.device)
         self._device = device
-        self._shares = adapters == "shared" or (adapters == "auto" and device.type == "cuda")
+        may_share = adapters == "shared" or (adapters == "auto" and device.type == "cuda")
+        self._shares = may_share and config.tensor_parallel == 1
         if adapters == "shared" and config.tensor_parallel > 1:
             raise InputError(
                 f"tensor_parallel={config.tensor_parallel} with shared adapters. Use merged ones."
@@ -161,34 +165,28 @@ class ModelStore:
     async def load_all(self, sources: list[Source]) -> None:
         """Load several models, whose caches share what the weights leave. Those that are adapters of one
         base share its engines. Raises InputError."""
-        versions = Counter(f"{s.name}@{s.version}" for s in sources if s.version)
-        for label, count in versions.items():
-            if count > 1:
-                raise InputError(
-                    f"{label} is there twice. Use two versions, such as NAME@1 and NAME@2."
-                )
+        keys = self._new_keys(sources)
         groups = await asyncio.to_thread(self._groups, sources)
         needs = [await asyncio.to_thread(self._need, group) for group in groups]
         room = self.free_bytes - sum(need.fixed for need in needs)
         caches = [min(need.most, room // len(groups)) for need in needs]
         for group, cache, need in zip(groups, caches, needs, strict=True):
             self._check_room(group.model, need, cache)
-        loaded: dict[int, Model] = {}
         for group, cache, need in zip(groups, caches, needs, strict=True):
-            loaded |= await self._load(group, need, cache)
+            await self._load(group, keys, need, cache)
         # in the order that they were asked for in
-        ours = {(m.name, m.version): m for _, m in sorted(loaded.items())}
-        others = {key: model for key, model in self._models.items() if key not in ours}
-        self._models = others | ours
+        self._models |= {key: self._models.pop(key) for key in keys}
 
     async def load(self, source: Source) -> Model:
         """Load one more model. Raises InputError: no such model, no room, a version that is there."""
         async with self._loading:
+            (key,) = self._new_keys([source])
             (group,) = await asyncio.to_thread(self._groups, [source])
             need = await asyncio.to_thread(self._need, group)
             cache = min(need.most, self.free_bytes - need.fixed)
             self._check_room(group.model, need, cache)
-            return (await self._load(group, need, cache))[0]
+            await self._load(group, [key], need, cache)
+            return self._models[key]
 
     async def unload(self, label: str) -> bool:
         """End a model; what it computes fails. False: there is none of this name."""
@@ -208,31 +206,36 @@ class ModelStore:
         self._reserved.clear()
 
     def _groups(self, sources: list[Source]) -> list[Group]:
-        """Which of them share engines: several of one base, where an adapter need not be merged."""
-        beside: dict[str, list[tuple[Member, Path | None]]] = {}
-        groups = []
+        """Which of them share engines."""
+        by_base: dict[str, list[Member]] = {}
         for place, source in enumerate(sources):
-            base, adapter = split_adapter(source.model)
-            folder = resolve(adapter) if adapter is not None else None
-            reason = must_be_merged(folder) if folder is not None else None
-            if reason is None:
-                beside.setdefault(base, []).append((Member(place, source), folder))
+            member = Member(place, source.model)
+            by_base.setdefault(split_adapter(source.model)[0], []).append(member)
+        return [group for item in by_base.items() for group in self._groups_of(*item)]
+
+    def _groups_of(self, base: str, members: list[Member]) -> Iterator[Group]:
+        """The models of one base: together, but for those whose adapter must be merged."""
+        given = {member: split_adapter(member.model)[1] for member in members}
+        together: dict[Member, Path | None] = {}
+        if self._shares and len(members) > 1 and any(given.values()):
+            checkpoint = open_model(base)
+            for member, adapter in given.items():
+                folder = resolve(adapter) if adapter is not None else None
+                reason = must_be_merged(folder, checkpoint) if folder is not None else None
+                if reason is None:
+                    together[member] = folder
+                else:
+                    log.warning("%s has engines of its own: its adapter %s", member.model, reason)
+            folders = [*dict.fromkeys(folder for folder in together.values() if folder)]
+            numbers = {None: 0} | {folder: i for i, folder in enumerate(folders, 1)}
+            if len(together) > 1 and folders:
+                numbered = [m._replace(adapter=numbers[f]) for m, f in together.items()]
+                yield Group(checkpoint, tuple(folders), numbered)
             else:
-                if self._shares:
-                    log.warning("%s has engines of its own: its adapter %s", source.name, reason)
-                groups.append(Group(open_model(source.model), (), [Member(place, source)]))
-        for base, members in beside.items():
-            folders = [*dict.fromkeys(folder for _, folder in members if folder is not None)]
-            shares = self._shares and self._config.tensor_parallel == 1
-            if shares and len(members) > 1 and folders:
-                numbered = [
-                    member._replace(adapter=folders.index(folder) + 1 if folder else 0)
-                    for member, folder in members
-                ]
-                groups.append(Group(open_model(base), tuple(folders), numbered))
-            else:
-                groups += [Group(open_model(m.source.model), (), [m]) for m, _ in members]
-        return groups
+                together = {}
+        for member in members:
+            if member not in together:
+                yield Group(open_model(member.model), (), [member])
 
     def _need(self, group: Group) -> Need:
         """Raises InputError for a draft with other tokens."""
@@ -274,9 +277,10 @@ class ModelStore:
                 "--max-seq-len, or raise --memory."
             )
 
-    async def _load(self, group: Group, need: Need, cache: int) -> dict[int, Model]:
-        """The group's models by their place."""
-        keys = self._new_keys([member.source for member in group.members])
+    async def _load(
+        self, group: Group, keys: list[tuple[str, int]], need: Need, cache: int
+    ) -> None:
+        """keys: names and versions of all that were asked for."""
         checkpoint, config = group.checkpoint, need.config
         Share(0, config.tensor_parallel).geometry(geometry_of(checkpoint))
         if cache < need.least * config.max_batch_size:
@@ -289,14 +293,12 @@ class ModelStore:
             )
             for device in self._devices
         ]  # fmt: skip
-        name, version = keys[0]
+        name, version = keys[group.members[0].place]
         engines = Engines(f"{name}@{version}", specs, self._max_queue, self._metrics)
         ends = stop_token_ids(checkpoint, tokenizer)
         models = {
-            member.place: Model(
-                name, version, engines, tokenizer, ends, self._metrics, member.adapter
-            )
-            for member, (name, version) in zip(group.members, keys, strict=True)
+            keys[place]: Model(*keys[place], engines, tokenizer, ends, self._metrics, adapter)
+            for place, _, adapter in group.members
         }
         self._reserved[engines] = need.fixed + cache
         try:
@@ -308,8 +310,7 @@ class ModelStore:
         if engines.ready:  # formats that the device has no arithmetic for were expanded
             loaded = engines.ready.weight_bytes + _WORKING_BYTES[self._device.type]
             self._reserved[engines] = max(need.fixed, loaded) + cache
-        self._models |= dict(zip(keys, models.values(), strict=True))
-        return models
+        self._models |= models
 
     def _new_keys(self, sources: list[Source]) -> list[tuple[str, int]]:
         """Names and versions, one more than the newest where none is said. Raises InputError for one that
@@ -318,8 +319,13 @@ class ModelStore:
         for source in sources:
             newest = max((v for n, v in (*self._models, *keys) if n == source.name), default=0)
             key = source.name, source.version or newest + 1
-            if key in self._models or key in keys:
-                raise InputError(f"{key[0]}@{key[1]} is loaded already. Unload it first.")
+            label = f"{key[0]}@{key[1]}"
+            if key in keys:
+                raise InputError(
+                    f"{label} is there twice. Use two versions, such as NAME@1 and NAME@2."
+                )
+            if key in self._models:
+                raise InputError(f"{label} is loaded already. Unload it first.")
             keys.append(key)
         return keys
 
