@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import engine_speed
+from benchmarks.engine_speed import random_decoder
 from torch import Tensor
 
 from tinier.benchmark import environment
+from tinier.engine import SamplingParams
+from tinier.engine.request import Request
 from tinier.engine.runner import Runner
+from tinier.engine.scheduler import Chunk
 from tinier.kernels import cuda
 
 BLOCK_SIZE, BLOCKS = 16, 600
@@ -37,38 +40,33 @@ CLOCK = 1980.0  # cycles of a microsecond, of an H100 under this load
 
 def runner_of(model: str, layers: int) -> Runner:
     """With a cache that is full of numbers."""
-    whole = engine_speed.geometry
-    try:
-        engine_speed.geometry = lambda _: whole(layers)
-        decoder = engine_speed.random_decoder(model)
-    finally:
-        engine_speed.geometry = whole
+    decoder = random_decoder(model, layers)
     runner = Runner(decoder, BLOCKS, BLOCK_SIZE, 4, 4096, 64, in_one_kernel=True)
     assert runner._whole is not None, "this GPU or model has no step in one kernel"
-    for cache in runner._caches:
-        for tensor in (cache.keys, cache.values):
-            drawn = torch.randn(tensor.shape, device="cuda", dtype=torch.bfloat16)
-            tensor.copy_(drawn if tensor.dtype == torch.bfloat16 else (drawn * 40).to(tensor.dtype))
+    fill_caches(runner, 40)
     return runner
 
 
+def fill_caches(runner: Runner, times: float) -> None:
+    """Draw all keys and values; times: so much, where they are codes."""
+    for cache in runner._caches:
+        for tensor in (cache.keys, cache.values):
+            drawn = torch.randn(tensor.shape, device=tensor.device)
+            tensor.copy_((drawn * times).to(tensor.dtype) if tensor.itemsize == 1 else drawn)
+
+
 def inputs_of(runner: Runner, contexts: list[int]) -> Tensor:
-    """What Runner._inputs would have sent for a new token of each of these sequences."""
-    count = len(contexts)
-    free = torch.randperm(BLOCKS).int()
-    tables = torch.zeros(count, runner.width, dtype=torch.int32)
-    for row, context in zip(tables, contexts, strict=True):
-        used = -(-context // BLOCK_SIZE)
-        row[:used], free = free[:used], free[used:]
-    last = [context - 1 for context in contexts]
-    slots = [
-        int(row[at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
-        for row, at in zip(tables, last, strict=True)
-    ]
-    tokens = torch.randint(0, runner.decoder.geometry.vocab, (count,)).tolist()
-    parts = (tokens, last, slots, [0] * count, contexts, range(count), range(count + 1), [count])
-    packed = [torch.tensor([*part], dtype=torch.int32) for part in parts]
-    return torch.cat([*packed, tables.flatten()]).cuda()
+    """What a step reads for a new token of each of some sequences that have so many with it."""
+    free = torch.randperm(runner._num_blocks).tolist()
+    vocab, chunks = runner.decoder.geometry.vocab, []
+    for seat, context in enumerate(contexts):
+        tokens = torch.randint(0, vocab, (context,)).tolist()
+        request = Request(seat + 1, tokens, SamplingParams(), 0.0, runner.width)
+        request.seat = seat
+        for _ in range(-(-context // runner._block_size)):
+            request.add_block(free.pop())
+        chunks.append(Chunk(request, context - 1, 1))
+    return runner._inputs(chunks, len(chunks), len(chunks)).to(runner.decoder.device)
 
 
 def apart(model: str, contexts: list[int]) -> float:
@@ -121,17 +119,13 @@ def milliseconds(runner: Runner, contexts: list[int], repeats: int = 5) -> dict[
 def traced(model: str, contexts: list[int]) -> dict[str, Any]:
     """Microseconds of a layer's phases, medians over layers, of the head's two, and inside attention."""
     layers, runs = 8, 3
-    load = cuda.load
-    cuda.load = lambda source, sizes, *rest: load(source, {**sizes, "TRACE": 0}, *rest)
-    try:
-        runner = runner_of(model, layers)
-        inputs = inputs_of(runner, contexts)
-        for _ in range(runs):
-            runner._compute(inputs, [1] * len(contexts), max(contexts))
-    finally:
-        cuda.load = load
-    torch.cuda.synchronize()
+    runner = runner_of(model, layers)
     assert runner._whole is not None
+    runner._whole._sizes["TRACE"] = 0  # the block whose clock is read
+    inputs = inputs_of(runner, contexts)
+    for _ in range(runs):
+        runner._compute(inputs, [1] * len(contexts), max(contexts))
+    torch.cuda.synchronize()
     kernel = runner._whole._kernels[len(contexts)]
 
     def numbers(name: bytes, count: int) -> list[int]:

@@ -58,10 +58,11 @@ def random_linear(rows: int, columns: int, scheme: Scheme | None) -> Linear:
     return make_linear([StoredLinear(Quantized(codes, scale), None, scheme)], torch.bfloat16)
 
 
-def random_decoder(name: str) -> Decoder:
-    """`bf16`, `fp8`, `int8` or `int4` (with an FP8 head), `-kv` with an FP8 cache, `-21` of 21 layers."""
+def random_decoder(name: str, layers: int | None = None) -> Decoder:
+    """`bf16`, `fp8`, `int8` or `int4` (with an FP8 head), `-kv` with an FP8 cache, `-21` of 21 layers.
+    layers: as many instead."""
     kind, *options = name.split("-")
-    g = geometry(21 if "21" in options else 28)
+    g = geometry(layers or (21 if "21" in options else 28))
     scheme, head_scheme = None, None
     if kind != "bf16":
         head_scheme = PRESETS["fp8"].scheme

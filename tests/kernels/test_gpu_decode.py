@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.decode_kernel import fill_caches, inputs_of
 from tests.conftest import quantize_tiny
 
 from tinier.checkpoint import Checkpoint
@@ -22,32 +23,17 @@ on_a_gpu = [
 def runner_of(made: Checkpoint, *, in_one_kernel: bool) -> Runner:
     decoder = load_decoder(made, device=torch.device("cuda:0"))
     runner = Runner(decoder, BLOCKS, BLOCK_SIZE, 4, 1024, 64, in_one_kernel=in_one_kernel)
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    for cache in runner._caches:
-        for tensor in (cache.keys, cache.values):
-            drawn = torch.randn(tensor.shape, device="cuda", generator=generator)
-            tensor.copy_((drawn * 20).to(tensor.dtype) if tensor.itemsize == 1 else drawn)
+    torch.manual_seed(1)  # both have the same
+    fill_caches(runner, 20)
     return runner
 
 
 def step(runner: Runner, contexts: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits after a new token of sequences that have so many, and what it wrote to the caches."""
     count = len(contexts)
-    generator = torch.Generator().manual_seed(2)
-    free = torch.randperm(BLOCKS, generator=generator).int()
-    tables = torch.zeros(count, runner.width, dtype=torch.int32)
-    for row, context in zip(tables, contexts, strict=True):
-        used = -(-context // BLOCK_SIZE)
-        row[:used], free = free[:used], free[used:]
-    last = [context - 1 for context in contexts]
-    slots = [
-        int(row[at // BLOCK_SIZE]) * BLOCK_SIZE + at % BLOCK_SIZE
-        for row, at in zip(tables, last, strict=True)
-    ]
-    tokens = torch.randint(0, 256, (count,), generator=generator).tolist()
-    parts = (tokens, last, slots, [0] * count, contexts, range(count), range(count + 1), [count])
-    packed = [torch.tensor([*part], dtype=torch.int32) for part in parts]
-    inputs = torch.cat([*packed, tables.flatten()]).cuda()
+    torch.manual_seed(2)
+    inputs = inputs_of(runner, contexts)
+    slots = runner._split(inputs, count, count)[2].long()
     whole = runner._whole
     if whole is not None:
         for buffer in whole._buffers.values():

@@ -204,9 +204,8 @@ def unsupported(weights: DecodeWeights, cache_dtype: torch.dtype) -> str | None:
     g = weights.geometry
     if g.hidden % 32 or g.head_dim % 16 or g.turning % 16:
         return "the hidden size must be a multiple of 32, that of a head, and of its part that turns, of 16"
-    linears = [linear for layer in weights.layers for linear in layer.linears]
     routers = [layer.experts.router for layer in weights.layers if layer.experts is not None]
-    for linear in (*linears, *routers, weights.head):
+    for linear in (*weights.linears, *routers):
         reason = _unsupported_linear(linear)
         if reason is not None:
             return reason

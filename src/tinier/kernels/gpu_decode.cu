@@ -1,9 +1,9 @@
 // One decoding step of a whole decoder in one persistent kernel, for a few tokens of as many sequences.
 //
-// Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its warps
+// Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its threads
 // brings weights: it walks through the rows that are this block's, layer after layer, and copies them
-// into a ring in shared memory (cp.async.bulk), as far ahead as the ring has room, for what a weight is
-// does not depend on the tokens. The other warps compute: norm, product, attention, SiLU, each a phase
+// into a ring in shared memory (by tensor maps), as far ahead as the ring has room, for what a weight is
+// does not depend on the tokens. The others compute: norm, product, attention, SiLU, each a phase
 // that all blocks finish before the next begins (`wait_for_all`). While they wait the ring fills, so that
 // memory is read all the time. Plain torch: the operators of reference.py, one after the other.
 //
@@ -28,10 +28,8 @@ enum Product { QKV, OUT, GATE_UP, DOWN, HEAD };
 constexpr int WARPS = 16;     // that compute
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 8;       // rows of a weight that are multiplied together
-#ifndef GROUPS
-#define GROUPS 4
-#endif
-constexpr int SHARING = WARPS / GROUPS;  // warps that share a tile: the groups take tiles by turns
+constexpr int GROUPS = 4;     // of warps, that take tiles by turns
+constexpr int SHARING = WARPS / GROUPS;  // warps that share a tile
 constexpr int UNITS = 31;     // of 64 bytes, at most, of a row that are copied together
 constexpr int INT4_UNITS = 27;  // the same where their scales come along
 constexpr int STAGE = (TILE * UNITS * 64 + 64 + 127) / 128 * 128;
@@ -39,6 +37,8 @@ constexpr int SLOTS = 16;     // tiles between two summations over the warps
 constexpr int SCALES = TILE * UNITS * 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int SPLIT_KEYS = 32;  // of a context, at least, that a block attends to
+constexpr int TURN = 2 * WARPS;  // keys that a block attends to together
+constexpr int TURNS = 2;        // whose keys and values it holds beforehand
 
 struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
@@ -84,7 +84,7 @@ struct Shared {
     float x_scale[TOKENS];
     int slot[TOKENS], context[TOKENS], is_last;
     Part first;      // that this block attends to, and the slots of its first keys
-    int slots[128];
+    int slots[TURNS * TURN];
     u16 turns[2][TOKENS][TURNING];  // cos and sin of the tokens' positions
     Layer layers[LAYERS];
 };
@@ -97,6 +97,8 @@ template <typename T>
 __device__ __forceinline__ T& shared(u32 at) { return *(T*)(memory + at); }
 #define S shared<Shared>(0)
 
+// With TRACE, the number of a block: when its first thread came to the end of each phase, and where it is in
+// `attend`, in cycles (benchmarks/decode_kernel.py).
 #ifdef TRACE
 __device__ long long trace[4096];
 __device__ long long inside[16];
@@ -156,9 +158,6 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     return y;
 }
 
-
-// what other blocks wrote: past the multiprocessor's own cache
-__device__ __forceinline__ uint4 fresh_vector(const void* at) { return __ldcg((const uint4*)at); }
 
 // of the warps that compute
 __device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
@@ -495,7 +494,7 @@ __device__ __forceinline__ void prepare(const u16* source, const u16* norm, int 
             const int at = (i * THREADS + threadIdx.x) * 8;
             v[of][i] = make_uint4(0, 0, 0, 0);
             if (at < columns)
-                v[of][i] = fresh_vector(source + of * columns + at);
+                v[of][i] = __ldcg((const uint4*)(source + of * columns + at));  // not of the own cache
         }
     }
     float value[TOKENS];
@@ -595,8 +594,6 @@ __device__ __forceinline__ void prepare(const u16* source, const u16* norm, int 
 constexpr int SIZE = CACHE == BF16 ? 2 : 1;  // bytes of a number in the cache
 constexpr int DIMS = HEAD_DIM / 16;          // sixteen lanes share a key
 constexpr int WORDS = DIMS * SIZE / 4;
-constexpr int TURN = 2 * WARPS;              // keys that a block attends to together
-constexpr int TURNS = 2;                     // whose keys and values it holds beforehand
 
 // DIMS numbers of a key or value.
 struct Piece {
@@ -790,7 +787,7 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
     const Step& p = S.step;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane16 = lane & 15, each = lane >> 4;
     constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    float* heads = &shared<float>(scratch);                               // [GROUP + 2, HEAD_DIM]: q, k, v
+    float* heads = &shared<float>(scratch);               // [GROUP + 2, HEAD_DIM]: q, k, v
     float* results = heads + (GROUP + 2) * HEAD_DIM;      // [WARPS, GROUP, HEAD_DIM]
     float* tops = results + WARPS * GROUP * HEAD_DIM;     // [WARPS, GROUP]
     float* totals = tops + WARPS * GROUP;
@@ -802,7 +799,6 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
         const Part part = unit == blockIdx.x ? S.first : part_at(unit);
         if (part.split >= part.splits) continue;
         Piece keys[TURNS], values[TURNS];
-        const int mine = part.first + warp * 2 + each;
         auto read = [&](int from) {
 #pragma unroll
             for (int i = 0; i < TURNS; i++) {
@@ -816,7 +812,7 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
             }
         };
         INSIDE(0);
-        read(mine);
+        read(part.first + warp * 2 + each);
         INSIDE(1);
         if (waited) together();
         else wait_for_all(p.counters, times);
@@ -826,14 +822,14 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
             if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
-            float* mine = heads + warp * HEAD_DIM;
-            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, part.of, mine);
+            float* head_at = heads + warp * HEAD_DIM;
+            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, part.of, head_at);
             if (warp >= GROUP && part.split == 0) {
                 const long long to = ((long long)S.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
                 u8* cache = warp == GROUP ? l.keys : l.values;
                 for (int d = lane; d < HEAD_DIM; d += 32) {
                     u16 bits;
-                    mine[d] = coded(mine[d], warp == GROUP ? k_scale : v_scale, bits);
+                    head_at[d] = coded(head_at[d], warp == GROUP ? k_scale : v_scale, bits);
                     if (CACHE == BF16) ((u16*)cache)[to + d] = bits;
                     else cache[to + d] = bits;
                 }
@@ -971,7 +967,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
         return;
     }
     u32 times = 0;
-    int mark = 0;
+    [[maybe_unused]] int mark = 0;
     MARK();
     const u16* stream = given.entering;
     for (int i = 0; i <= 4 * LAYERS; i++) {

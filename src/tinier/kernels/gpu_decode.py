@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int32, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ SOURCE = Path(__file__).with_name("gpu_decode.cu")
 BF16, E4M3, INT8, INT4 = range(4)
 _CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
 _THREADS, _WARPS, _SHARING, _TILE, _SLOTS = 544, 16, 4, 8, 16
+_TURNS_KEYS = 64  # TURNS · TURN
 _UNITS, _INT4_UNITS = 31, 27  # of 64 bytes of a row, that are copied together
-_STAGE = -(-(_TILE * _UNITS * 64 + 64) // 128) * 128
+_STAGE = _TILE * _UNITS * 64 + 128
 _MOST_SPLITS = 16
 _LOG2_E = 1.4426950408889634
 
@@ -81,28 +83,20 @@ class GpuDecoder:
         if reason is not None:
             raise TinierError(f"no decoding step in one kernel: {reason}")
         g, device = weights.geometry, weights.final_norm.device
-        self._geometry, self._device = g, device
-        self._rotation, self._final_norm = rotation, weights.final_norm
+        self._device, self._rotation = device, rotation
         self._maps: list[Tensor] = []
         self._head = self._linear(weights.head)
         layers = [self._layer(*parts) for parts in zip(weights.layers, caches, strict=True)]
-        self._layers = torch.frombuffer(
-            bytearray(bytes((_Layer * len(layers))(*layers))), dtype=torch.uint8
-        ).to(device)
-        linears = [linear for layer in weights.layers for linear in layer.linears]
-        self._x_stride = max(_token_bytes(linear) for linear in (*linears, weights.head)) + 64
-        self._kept = (weights, caches)  # what the structs point into
-        widest = max(g.hidden, g.intermediate, g.heads * g.head_dim)
-        self._totals = -(-widest // 128) * 16
+        self._layers = _on(device, bytes((_Layer * len(layers))(*layers)))
+        self._weights, self._caches = weights, caches  # the structs point into them
         self._sizes = {
             "HIDDEN": g.hidden, "INNER": g.intermediate, "HEADS": g.heads, "KV_HEADS": g.kv_heads,
             "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
             "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
-            "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": self._totals,
+            "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": _totals_bytes(g),
         }  # fmt: skip
         self._kernels: dict[int, cuda.Kernel] = {}
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self._memory = cuda.most_shared_memory(device)
         most, width = MOST_TOKENS, (g.heads + 2 * g.kv_heads) * g.head_dim
         self._counters = torch.zeros(2 + most * g.kv_heads, dtype=torch.int32, device=device)
         self._buffers = {
@@ -126,7 +120,7 @@ class GpuDecoder:
         entering: [S, hidden] in bf16, what enters the first layer. The others int32. positions, slots,
         contexts: [S]. tables: [S, width] cache blocks.
         """
-        g, tokens = self._geometry, entering.shape[0]
+        g, tokens = self._weights.geometry, entering.shape[0]
         assert tokens <= MOST_TOKENS
         inputs = {
             "entering": entering, "positions": positions, "slots": slots, "contexts": contexts,
@@ -137,15 +131,15 @@ class GpuDecoder:
             "hidden": entering.new_empty(tokens, g.hidden),
             "logits": entering.new_empty(tokens, self._head.rows),
         }
-        fixed = _shared_bytes(g, tokens)
         if tokens not in self._kernels:
-            sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": fixed}
+            sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": _shared_bytes(g, tokens)}
             self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
-        x_bytes = max(tokens * (self._x_stride + self._totals), _attention_bytes(g))
-        x_bytes = -(-x_bytes // 128) * 128
-        room = self._memory - -(-fixed // 128) * 128 - x_bytes - 256
-        stages = room // (_STAGE + 16)
-        named = {"final_norm": self._final_norm, "counters": self._counters, "layers": self._layers}
+        memory = _memory_of(self._weights, tokens)
+        named = {
+            "final_norm": self._weights.final_norm,
+            "counters": self._counters,
+            "layers": self._layers,
+        }
         pointers = {
             name: tensor.data_ptr()
             for name, tensor in {**inputs, **outputs, **self._buffers, **named}.items()
@@ -155,9 +149,10 @@ class GpuDecoder:
             **pointers, head=self._head, cos=self._rotation[0].data_ptr(), sin=self._rotation[1].data_ptr(),
             width=tables.shape[1],
             splits=max(1, min(_MOST_SPLITS, self._blocks // (tokens * g.kv_heads))),
-            stages=stages, x_stride=self._x_stride, x_bytes=x_bytes, eps=g.norm_eps, scale=scale,
+            stages=memory.stages, x_stride=memory.x_stride, x_bytes=memory.x_bytes,
+            eps=g.norm_eps, scale=scale,
         )  # fmt: skip
-        self._kernels[tokens].launch(step, self._blocks, _THREADS, self._memory)
+        self._kernels[tokens].launch(step, self._blocks, _THREADS, memory.whole)
         return outputs["logits"], outputs["hidden"]
 
     def _layer(self, layer: Layer, cache: Cache) -> _Layer:
@@ -181,10 +176,40 @@ class GpuDecoder:
         return _Linear(*pointers, *weight.shape, kind, weight.group_size)
 
 
+class _Memory(NamedTuple):
+    """How a block's shared memory is used."""
+
+    whole: int
+    x_stride: int
+    """Bytes of a token's input"""
+    x_bytes: int
+    """Of all tokens' inputs with their sums, and of what attention needs"""
+    stages: int
+    """Of the ring, in what is left"""
+
+
+def _memory_of(weights: DecodeWeights, tokens: int) -> _Memory:
+    g = weights.geometry
+    x_stride = max(map(_token_bytes, weights.linears)) + 64
+    x_bytes = _up(max(tokens * (x_stride + _totals_bytes(g)), _attention_bytes(g)))
+    whole = cuda.most_shared_memory(weights.final_norm.device)
+    left = whole - _up(_shared_bytes(g, tokens)) - x_bytes - 256
+    return _Memory(whole, x_stride, x_bytes, left // (_STAGE + 16))
+
+
+def _up(count: int) -> int:
+    return -(-count // 128) * 128
+
+
+def _totals_bytes(g: Geometry) -> int:
+    """Of a token's sums of 32 columns each."""
+    return _up(max(g.hidden, g.intermediate, g.heads * g.head_dim)) // 8
+
+
 def _shared_bytes(g: Geometry, tokens: int) -> int:
     """Of struct Shared."""
     of_token = 2 * _SLOTS * _SHARING * _TILE + _WARPS + 3 + g.turning
-    words = of_token * tokens + 2 * _SLOTS * _TILE + 1 + 6 + 128
+    words = of_token * tokens + 2 * _SLOTS * _TILE + 1 + 6 + _TURNS_KEYS
     return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * g.layers
 
 
@@ -200,8 +225,7 @@ def _token_bytes(linear: Linear) -> int:
     weight = linear.few
     assert weight is not None
     columns = weight.shape[1]
-    size = columns if _kind(linear) == INT8 else 2 * (-(-columns // 128) * 128)
-    return -(-size // 128) * 128
+    return _up(columns if _kind(linear) == INT8 else 2 * _up(columns))
 
 
 def unsupported(
@@ -236,12 +260,12 @@ def unsupported(
         ("more than four query heads share a KV head", group > 4),
         ("its sizes are not multiples of 8", bool(g.hidden % 8 or g.intermediate % 8)),
         ("its cache is in another format", any(c.keys.dtype not in _CACHES for c in caches)),
-        ("it is too wide for shared memory", max(g.hidden, g.intermediate) > 16_384),
     ):  # fmt: skip
         if holds:
             return reason
-    linears = [linear for layer in weights.layers for linear in layer.linears]
-    found = next(filter(None, map(_unsupported_linear, (*linears, weights.head))), None)
+    found = next(filter(None, map(_unsupported_linear, weights.linears)), None)
+    if found is None and _memory_of(weights, MOST_TOKENS).stages < 2:
+        found = "it is too wide for this GPU's shared memory"
     return found or cuda.missing()
 
 
@@ -289,9 +313,14 @@ def _maps(weight: Weight) -> Tensor:
         elements = columns * weight.codes.element_size() // 8
         most = _most_units(elements // 8, _UNITS)
         maps = cuda.tensor_map(weight.codes, 8, (elements, rows), (most * 8, _TILE))
-    return torch.frombuffer(bytearray(maps), dtype=torch.uint8).to(weight.codes.device)
+    return _on(weight.codes.device, maps)
+
+
+def _on(device: torch.device, data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
 def _most_units(units: int, room: int) -> int:
+    """Of a piece, as struct Cut has it."""
     pieces = -(-units // room)
     return -(-units // pieces) | 1

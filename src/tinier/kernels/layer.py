@@ -55,3 +55,8 @@ class DecodeWeights:
     layers: Sequence[Layer]
     final_norm: Tensor
     head: Linear
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All but the routers, the head last."""
+        return [*(linear for layer in self.layers for linear in layer.linears), self.head]
