@@ -110,6 +110,31 @@ def _group_free_bytes(group: Path, limit: str, usage: str, cached: str) -> int |
     return max(0, int(most) - used + int(stat.get(cached, 0)))
 
 
+class Staging:
+    """Pinned room on the host for numbers that a GPU reads at every step. Two rooms take turns, and one is
+    written again only when the device has read what it held."""
+
+    def __init__(self) -> None:
+        self._rooms: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def room(self, size: int) -> Tensor:
+        """[size] int32, with anything in it. `sent` follows before the next one is asked for."""
+        if len(self._rooms) < 2 or self._rooms[0][0].numel() < size:
+            packed = torch.empty(size, dtype=torch.int32, pin_memory=True)
+            self._rooms.insert(0, (packed, torch.cuda.Event()))
+            for _, old in self._rooms[2:]:
+                old.synchronize()
+            del self._rooms[2:]
+        packed, read = self._rooms.pop(0)
+        read.synchronize()
+        self._rooms.append((packed, read))
+        return packed[:size]
+
+    def sent(self) -> None:
+        """The copy of the last room has been asked for."""
+        self._rooms[-1][1].record()
+
+
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host on `device`, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
-from tinier.engine.runner import Captured, Runner, Shape, Staging
+from tinier.engine.runner import Captured, Runner, Shape
 from tinier.errors import InputError
 from tinier.kernels.native import load_library
 
@@ -336,12 +336,9 @@ def test_only_used_columns_of_wide_block_tables_are_copied(
         widths.add(size)
         return torch.full((size,), -7, dtype=torch.int32)
 
-    class Sent:
-        def record(self) -> None: ...
-
     monkeypatch.setattr(runner, "_native", None)
     monkeypatch.setattr(runner, "_capture", capture)
     monkeypatch.setattr(runner, "_stage", stage)
-    monkeypatch.setattr(runner, "_staging", [Staging(torch.empty(0), Sent())])  # type: ignore[arg-type]
+    monkeypatch.setattr(runner._staging, "sent", lambda: None)
     assert engine.generate(asked, params) == plain
     assert len(widths) > 2

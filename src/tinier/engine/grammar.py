@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinier.device import Staging
 from tinier.errors import InputError
 from tinier.tokenizer import Tokenizer
 
@@ -21,6 +22,7 @@ JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\
 
 # masks that are made one after the other: for fewer, threads took longer (docs/log.md)
 _FEW = 16
+_THREADS = 8
 
 Matcher = Any
 """llguidance.LLMatcher: where a text stands in its grammar"""
@@ -80,7 +82,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int, device: torch.device) -> None:
         self._tokenizer, self._vocab, self._device = tokenizer, vocab, device
         self._known: dict[tuple[int, ...], Any] = {}
-        self._threads = _library().LLExecutor(os.cpu_count())
+        self._threads = _library().LLExecutor(min(_THREADS, len(os.sched_getaffinity(0))))
+        self._staging = Staging()
 
     def matcher(self, grammar: str, ends: tuple[int, ...]) -> Matcher:
         """At the start of a text. ends: tokens that end it, allowed where the grammar is satisfied.
@@ -100,17 +103,19 @@ class Grammars:
     def forbidden(self, matchers: Sequence[Matcher]) -> Tensor:
         """[n, vocab] bool: the tokens that may not come next."""
         words = -(-max(self._vocab, len(self._tokenizer)) // 32)
-        bits = np.zeros((len(matchers), words), dtype=np.int32)
+        on_gpu = self._device.type == "cuda"
+        size = len(matchers) * words
+        room = self._staging.room(size) if on_gpu else torch.empty(size, dtype=torch.int32)
+        bits = room.numpy().reshape(len(matchers), words)
         if len(matchers) < _FEW:
             for row, matcher in zip(bits, matchers, strict=True):
                 matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         else:
             rows = [(matcher, row) for row, matcher in enumerate(matchers)]
             self._threads.unsafe_compute_mask_ptr(rows, bits.ctypes.data, 4 * words, len(rows))
-        if (
-            self._device.type != "cpu"
-        ):  # an eighth of the bytes to send, and nobody waits for the step
-            sent = torch.from_numpy(bits).pin_memory().to(self._device, non_blocking=True)
+        if on_gpu:  # an eighth of the bytes to send, and nobody waits for the step
+            sent = room.view(len(matchers), words).to(self._device, non_blocking=True)
+            self._staging.sent()
             return spread(sent)[:, : self._vocab]
         unpacked = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
         return torch.from_numpy(unpacked.view(np.bool_)[:, : self._vocab])

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinier.device import upload
+from tinier.device import Staging, upload
 from tinier.engine.decoder import Decoder
 from tinier.engine.request import Request
 from tinier.engine.scheduler import Chunk
@@ -77,15 +77,6 @@ class Captured:
         self.output: Output | None = None
 
 
-class Staging(NamedTuple):
-    """Pinned memory for a step's inputs."""
-
-    packed: Tensor
-    """[size] int32"""
-    sent: torch.cuda.Event
-    """Has come when the device has copied them"""
-
-
 class Runner:
     """A decoder and its cache: for each layer keys and values [slots, kv_heads, head_dim]."""
 
@@ -138,7 +129,7 @@ class Runner:
         self._max_seq_len = max_seq_len
         self._captured: dict[Shape, Captured] = {}
         self._memory: Any = None  # shared by all graphs
-        self._staging: list[Staging] = []
+        self._staging = Staging()
         self._native = self._native_step() if device.type == "cpu" else None
         self._whole = self._whole_step() if in_one_kernel and self._captures else None
 
@@ -166,7 +157,7 @@ class Runner:
             return Output(logits[:count], tokens[:count], hidden[:rows])
         inputs = self._inputs(chunks, rows, count).to(self.decoder.device, non_blocking=True)
         if self._captures:
-            self._staging[-1].sent.record()
+            self._staging.sent()
         if self._native:
             wants_hidden = any(map(_scores_prompt, chunks))
             return self._compute_natively(inputs, rows, count, hidden=wants_hidden)
@@ -204,7 +195,7 @@ class Runner:
             captured.inputs[:rest].copy_(packed[:rest], non_blocking=True)
             used = packed[rest:].view(shape.sequences, -1)
             captured.tables[:, : used.shape[1]].copy_(used, non_blocking=True)
-        self._staging[-1].sent.record()
+        self._staging.sent()
         captured.graph.replay()
         assert captured.output is not None
         return captured.output
@@ -308,20 +299,8 @@ class Runner:
         return packed
 
     def _stage(self, size: int) -> Tensor:
-        """Room on the host for a step's inputs. Two take turns, and one is written again only when the
-        device has read what it held: with prompts alone nothing else waits for the device."""
-        if not self._captures:
-            return torch.empty(size, dtype=torch.int32)
-        if len(self._staging) < 2 or self._staging[0].packed.numel() < size:
-            packed = torch.empty(size, dtype=torch.int32, pin_memory=True)
-            self._staging.insert(0, Staging(packed, torch.cuda.Event()))
-            for old in self._staging[2:]:
-                old.sent.synchronize()
-            del self._staging[2:]
-        staging = self._staging.pop(0)
-        staging.sent.synchronize()
-        self._staging.append(staging)
-        return staging.packed[:size]
+        """Room on the host for a step's inputs. With prompts alone nothing else waits for the device."""
+        return self._staging.room(size) if self._captures else torch.empty(size, dtype=torch.int32)
 
     def _native_step(self) -> CpuDecoder | None:
         """The whole step as one native call, where the model and the machine allow it."""
