@@ -33,7 +33,7 @@ PHASES = (
     "prepare", "down", "wait",
 )  # fmt: skip
 INSIDE = (
-    "read", "wait", "turn", "own", "keys", "lanes", "together", "warps", "last",
+    "wait", "turn", "own", "keys", "lanes", "together", "warps", "last",
 )  # fmt: skip
 CLOCK = 1980.0  # cycles of a microsecond, of an H100 under this load
 

@@ -1,9 +1,9 @@
 // One decoding step of a whole decoder in one persistent kernel, for a few tokens of as many sequences.
 //
-// Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its threads
-// brings weights: it walks through the rows that are this block's, layer after layer, and copies them
-// into a ring in shared memory (by tensor maps), as far ahead as the ring has room, for what a weight is
-// does not depend on the tokens. The others compute: norm, product, attention, SiLU, each a phase
+// Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its warps
+// brings what does not depend on the new tokens: it walks through the rows of weights and the keys and values
+// of old tokens that are this block's, layer after layer, and copies them into a ring in shared memory, as far
+// ahead as the ring has room. The others compute: norm, product, attention, SiLU, each a phase
 // that all blocks finish before the next begins (`wait_for_all`). While they wait the ring fills, so that
 // memory is read all the time. Plain torch: the operators of reference.py, one after the other.
 //
@@ -13,7 +13,7 @@
 //
 // Compiled by gpu_decode.py for one model's sizes: HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, TURNING,
 // BLOCK_SIZE, LAYERS, CACHE, HEAD_NORMS, TOKENS, TOTALS (bytes of a token's sums of 32 columns each, for INT4),
-// STEP_BYTES, SHARED_BYTES.
+// KINDS (a bit for each kind of layer that it has), STEP_BYTES, SHARED_BYTES.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -22,31 +22,40 @@ using u64 = unsigned long long;
 
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
 
-enum Kind { BF16, E4M3, INT8, INT4 };
+enum Kind { BF16, E4M3, INT8, INT4_128, INT4_64, INT4_32 };  // INT4 by the columns of a scale
 enum Product { QKV, OUT, GATE_UP, DOWN, HEAD };
 
-constexpr int WARPS = 16;     // that compute
+constexpr int WARPS = 15;     // that compute: with one that copies, each thread can have 128 registers
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 8;       // rows of a weight that are multiplied together
-constexpr int GROUPS = 4;     // of warps, that take tiles by turns
-constexpr int SHARING = WARPS / GROUPS;  // warps that share a tile
-constexpr int UNITS = 31;     // of 64 bytes, at most, of a row that are copied together
+constexpr int UNITS = 29;     // of 64 bytes, at most, of a row that are copied together
 constexpr int INT4_UNITS = 27;  // the same where their scales come along
-constexpr int STAGE = (TILE * UNITS * 64 + 64 + 127) / 128 * 128;
-constexpr int SLOTS = 16;     // tiles between two summations over the warps
+constexpr int EACH = (UNITS + WARPS - 1) / WARPS;  // units of a piece that are a warp's
+constexpr int STAGE = 16384;
+constexpr int SLOTS = TOKENS <= 2 ? 16 : 8;  // tiles between two summations over the warps
 constexpr int SCALES = TILE * UNITS * 64;  // where in a stage the scales of its rows lie, of 8-bit codes
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int SPLIT_KEYS = 32;  // of a context, at least, that a block attends to
 constexpr int TURN = 2 * WARPS;  // keys that a block attends to together
-constexpr int TURNS = 2;        // whose keys and values it holds beforehand
+constexpr int ROW = HEAD_DIM * (CACHE == BF16 ? 2 : 1);  // bytes of a key
+constexpr int TURNS = STAGE / (2 * ROW * TURN);  // whose keys and values a stage holds
+constexpr int KEYS = TURNS * TURN;
 
 struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
     const void* scale;  // [rows] float32; INT4: [columns / group, rows] bf16
     const u16* bias;    // [rows] bf16
     const u8* maps;     // tensor maps of the weight, and of INT4's scales
-    int rows, columns, kind, group;
+    int rows, columns, kind, unused;
 };
+
+// The kind of a layer, known beforehand where the model has one alone.
+__device__ __forceinline__ int kind_of(const Linear& l) { return KINDS & (KINDS - 1) ? l.kind : __ffs(KINDS) - 1; }
+
+__device__ __forceinline__ constexpr bool is_int4(int kind) { return kind >= INT4_128; }
+
+// Scales of 128 columns of INT4.
+__device__ __forceinline__ constexpr int scales_of(int kind) { return is_int4(kind) ? 1 << (kind - INT4_128) : 0; }
 
 struct Layer {
     Linear linears[4];  // qkv, out, gate_up, down
@@ -78,13 +87,13 @@ struct Part {  // of a context, that one block attends to with the heads of one 
 
 struct Shared {
     Step step;
-    float partial[2][SLOTS][SHARING][TILE * TOKENS];
-    float scale[2][SLOTS][TILE];  // of the rows that are multiplied
+    float partial[SLOTS][WARPS][TILE * TOKENS];
+    float scale[SLOTS][TILE];  // of the rows that are multiplied
     float reduced[TOKENS][WARPS];
     float x_scale[TOKENS];
     int slot[TOKENS], context[TOKENS], is_last;
     Part first;      // that this block attends to, and the slots of its first keys
-    int slots[TURNS * TURN];
+    int slots[KEYS];
     u16 turns[2][TOKENS][TURNING];  // cos and sin of the tokens' positions
     Layer layers[LAYERS];
 };
@@ -224,8 +233,9 @@ __device__ __forceinline__ void copy_box(u32 to, const u8* map, int inner, int o
 struct Cut {
     int units, most;  // of a row, of a piece: an odd number, so that rows in a stage lie in other banks
     __device__ __forceinline__ explicit Cut(const Linear& l) {
-        units = l.kind == BF16 ? l.columns / 32 : l.kind == INT4 ? (l.columns + 127) / 128 : l.columns / 64;
-        const int room = l.kind == INT4 ? INT4_UNITS : UNITS, pieces = (units + room - 1) / room;
+        const int kind = kind_of(l);
+        units = kind == BF16 ? l.columns / 32 : is_int4(kind) ? (l.columns + 127) / 128 : l.columns / 64;
+        const int room = is_int4(kind) ? INT4_UNITS : UNITS, pieces = (units + room - 1) / room;
         most = (units + pieces - 1) / pieces | 1;
     }
 };
@@ -234,23 +244,37 @@ __device__ __forceinline__ int first_tile(int tiles, int block) {
     return (int)((long long)tiles * block / gridDim.x);
 }
 
-// Copy this block's rows into the ring, by one thread. halves: 2: gate and up, by turns.
+// When a stage is free: that so many bytes are to come.
+__device__ __forceinline__ void expect(const Ring& ring, Place place, u32 bytes) {
+    wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(ring.full + 8 * place.stage), "r"(bytes) : "memory");
+}
+
+// By one lane of each warp that computes: it has read a stage.
+__device__ __forceinline__ void release(const Ring& ring, Place place) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
+}
+
+// Copy this block's rows into the ring: for as many rows as are summed up together all pieces, one after the
+// other. By one lane; all count. halves: 2: gate and up, by turns.
 __device__ __forceinline__ Place feed(const Linear& l, int halves, const Ring& ring, Place place) {
     const Cut cut(l);
     const int tiles = l.rows / TILE / halves, last = first_tile(tiles, blockIdx.x + 1);
-    const int scales = l.kind == INT4 ? max(1, 128 / l.group) : 0;  // of a unit
-    const bool row_scales = l.kind == E4M3 || l.kind == INT8;
-    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile++) {
-        for (int half = 0; half < halves; half++) {
-            const int row = half * (l.rows / 2) + tile * TILE;
-            for (int begin = 0; begin < cut.units; begin += cut.most) {
-                const bool with_scales = row_scales && begin == 0;
+    const int kind = kind_of(l), scales = scales_of(kind);
+    const bool row_scales = kind == E4M3 || kind == INT8;
+    const int most = SLOTS / halves, rows = cut.most * (512 + 16 * scales);  // whole boxes: what is past a row's end counts
+    for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += most) {
+        const int used = min(most, last - tile) * halves;
+        for (int begin = 0; begin < cut.units; begin += cut.most) {
+            const bool with_scales = row_scales && begin == 0;
+            for (int slot = 0; slot < used; slot++, place.advance(ring.stages)) {
+                if (threadIdx.x & 31) continue;
+                const int row = (halves == 2 ? slot % 2 * (l.rows / 2) + (tile + slot / 2) * TILE : (tile + slot) * TILE);
                 const u32 barrier = ring.full + 8 * place.stage, to = address(memory + ring.data + place.stage * STAGE);
-                // whole boxes: what is past a row's end is not read, and counts
-                const u32 bytes = cut.most * (512 + 16 * scales) + 32 * with_scales;
-                wait_for(ring.empty + 8 * place.stage, place.parity ^ 1);
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-                if (l.kind == INT4) {
+                expect(ring, place, rows + 32 * with_scales);
+                if (is_int4(kind)) {
                     // inner: of 64 rows that lie together, in 8 bytes; outer: 128 columns of them
                     copy_box(to, l.maps, row % 64 * 8, row / 64 * cut.units + begin, barrier);
                     copy_box(to + cut.most * 512, l.maps + 128, row, begin * scales, barrier);
@@ -258,10 +282,10 @@ __device__ __forceinline__ Place feed(const Linear& l, int halves, const Ring& r
                     copy_box(to, l.maps, begin * 8, row, barrier);
                     if (with_scales) copy(to + SCALES, (const float*)l.scale + row, 32, barrier);
                 }
-                place.advance(ring.stages);
             }
         }
     }
+    __syncwarp();
     return place;
 }
 
@@ -300,64 +324,96 @@ __device__ __forceinline__ void halves_of(u32 codes, u32& low, u32& high) {
 }
 
 // Bytes that a unit's columns take in shared memory, of a token.
-__device__ __forceinline__ constexpr int unit_bytes(int kind) { return kind == INT4 ? 256 : kind == E4M3 ? 128 : 64; }
+__device__ __forceinline__ constexpr int unit_bytes(int kind) { return is_int4(kind) ? 256 : kind == E4M3 ? 128 : 64; }
 
 // What a warp has of 8 rows times the tokens: the upper half of one product, the lower one of another.
 struct Sums {
     float upper[4], lower[4];
 };
 
-// Some 64-byte units of 8 rows in a stage times the tokens, added to `sums`. first: the first unit that is
-// this warp's. x: of the stage's first columns of the lane's token. pitch: of rows.
+// The tokens' columns of a piece that are a warp's, as its products take them, and INT4's sums of 32 columns.
 template <int KIND>
-__device__ __forceinline__ void add_product(Sums& sums, u32 stage, int first, int units, u32 x, int pitch) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
-    stage += row * pitch + t * 16, x += t * 16;
-#pragma unroll 4
-    for (int unit = first; unit < units; unit += SHARING) {
-        const uint4 w = shared<const uint4>(stage + unit * 64);
-        const uint4 v = shared<const uint4>(x + unit * unit_bytes(KIND));
+struct Columns {
+    static constexpr int VECTORS = unit_bytes(KIND) / 64;
+    int count;  // of its units; they are WARPS apart
+    uint4 x[EACH][VECTORS];
+    float4 total[is_int4(KIND) ? EACH : 1];
+
+    // x, totals: of the lane's token, at the piece's first unit.
+    __device__ __forceinline__ Columns(u32 x_at, u32 totals, int units) {
+        const int t = threadIdx.x & 3, warp = threadIdx.x >> 5;
+        count = (units - warp + WARPS - 1) / WARPS;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            if (i >= count) break;
+            const int unit = warp + i * WARPS;
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++) x[i][j] = shared<const uint4>(x_at + unit * unit_bytes(KIND) + j * 64 + t * 16);
+            if constexpr (is_int4(KIND)) total[i] = shared<const float4>(totals + unit * 16);
+        }
+    }
+};
+
+// A warp's units of 8 rows in a stage times the tokens. pitch: of rows.
+template <int KIND>
+__device__ __forceinline__ void add_product(Sums& sums, const Columns<KIND>& columns, u32 stage, int pitch) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    stage += (lane >> 2) * pitch + (lane & 3) * 16 + warp * 64;
+    uint4 w[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (i < columns.count) w[i] = shared<const uint4>(stage + i * WARPS * 64);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        if (i >= columns.count) break;
         if constexpr (KIND == E4M3) {
-            const uint4 u = shared<const uint4>(x + unit * unit_bytes(KIND) + 64);
             u32 b[8];
-            halves_of(w.x, b[0], b[1]), halves_of(w.y, b[2], b[3]);
-            halves_of(w.z, b[4], b[5]), halves_of(w.w, b[6], b[7]);
-            multiply<KIND>(sums.upper, v, b[0], b[1]);
-            multiply<KIND>(sums.lower, v, b[2], b[3]);
-            multiply<KIND>(sums.upper, u, b[4], b[5]);
-            multiply<KIND>(sums.lower, u, b[6], b[7]);
+            halves_of(w[i].x, b[0], b[1]), halves_of(w[i].y, b[2], b[3]);
+            halves_of(w[i].z, b[4], b[5]), halves_of(w[i].w, b[6], b[7]);
+            multiply<KIND>(sums.upper, columns.x[i][0], b[0], b[1]);
+            multiply<KIND>(sums.lower, columns.x[i][0], b[2], b[3]);
+            multiply<KIND>(sums.upper, columns.x[i][1], b[4], b[5]);
+            multiply<KIND>(sums.lower, columns.x[i][1], b[6], b[7]);
         } else {
-            multiply<KIND>(sums.upper, v, w.x, w.y);
-            multiply<KIND>(sums.lower, v, w.z, w.w);
+            multiply<KIND>(sums.upper, columns.x[i][0], w[i].x, w[i].y);
+            multiply<KIND>(sums.lower, columns.x[i][0], w[i].z, w[i].w);
         }
     }
 }
 
-// The same of INT4, of which a unit has EACH scales. totals: of 32 columns of the token each.
-template <int EACH>
-__device__ __forceinline__ void add_int4(Sums& sums, u32 stage, int first, int units, u32 x, u32 scales, u32 totals) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, t = lane & 3;
-    stage += row * 64 + t * 16, x += t * 16, scales += t * 4;
-#pragma unroll 2
-    for (int unit = first; unit < units; unit += SHARING) {
-        const uint4 w = shared<const uint4>(stage + unit * 512);
-        const float4 total = shared<const float4>(totals + unit * 16);
-        const float of_byte[4] = {total.x, total.y, total.z, total.w};
+// The same of INT4.
+template <int KIND>
+__device__ __forceinline__ void add_int4(Sums& sums, const Columns<KIND>& columns, u32 stage, u32 scales) {
+    constexpr int SCALED = scales_of(KIND);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    stage += lane * 16 + warp * 512, scales += (lane & 3) * 4 + warp * SCALED * 16;
+    uint4 w[EACH];
+    u32 scale[EACH][SCALED];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        if (i >= columns.count) break;
+        w[i] = shared<const uint4>(stage + i * WARPS * 512);
+#pragma unroll
+        for (int j = 0; j < SCALED; j++) scale[i][j] = shared<const u32>(scales + (i * WARPS * SCALED + j) * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        if (i >= columns.count) break;
+        const float of_byte[4] = {columns.total[i].x, columns.total[i].y, columns.total[i].z, columns.total[i].w};
         Sums part = {};
         float minus = 0;
 #pragma unroll
         for (int byte = 0; byte < 4; byte++) {
-            const uint4 v = shared<const uint4>(x + unit * unit_bytes(INT4) + byte * 64);
             u32 b0, b1, d0, d1;
-            nibbles(w.x, w.y, byte, b0, d0);
-            nibbles(w.z, w.w, byte, b1, d1);
-            multiply<BF16>(part.upper, v, b0, b1);
-            multiply<BF16>(part.lower, v, d0, d1);
+            nibbles(w[i].x, w[i].y, byte, b0, d0);
+            nibbles(w[i].z, w[i].w, byte, b1, d1);
+            multiply<BF16>(part.upper, columns.x[i][byte], b0, b1);
+            multiply<BF16>(part.lower, columns.x[i][byte], d0, d1);
             minus += of_byte[byte];
-            if ((byte + 1) * EACH % 4 == 0) {  // columns of one scale end here
-                const u32 scale = shared<const u32>(scales + (unit * EACH + byte * EACH / 4) * 16);
-                sums.upper[0] += (part.upper[0] + part.lower[2] - 136.0f * minus) * __uint_as_float(scale << 16);
-                sums.upper[1] += (part.upper[1] + part.lower[3] - 136.0f * minus) * __uint_as_float(scale & 0xFFFF0000);
+            if ((byte + 1) * SCALED % 4 == 0) {  // columns of one scale end here
+                const u32 two = scale[i][byte * SCALED / 4];
+                sums.upper[0] += (part.upper[0] + part.lower[2] - 136.0f * minus) * __uint_as_float(two << 16);
+                sums.upper[1] += (part.upper[1] + part.lower[3] - 136.0f * minus) * __uint_as_float(two & 0xFFFF0000);
                 part = {};
                 minus = 0;
             }
@@ -381,47 +437,34 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
     const u32 x_at = x + known * S.step.x_stride, totals = x + TOKENS * S.step.x_stride + known * TOTALS;
     // who finishes which number of a row
     const int n = threadIdx.x % TILE, of = threadIdx.x / TILE % TOKENS, my_slot = threadIdx.x / (TILE * TOKENS);
-    int buffer = 0;
     for (int tile = first_tile(tiles, blockIdx.x); tile < last; tile += SLOTS >> paired) {
         const int used = min(SLOTS, (last - tile) << paired);
         const int my_row = (tile + (my_slot >> paired)) * TILE + n;
         const bool finishes = my_slot < used && !(paired && my_slot & 1);
         u16 before = 0;
         if (finishes && (what == OUT || what == DOWN)) before = __ldcg(stream + of * HIDDEN + my_row);
-        for (int slot = 0; slot < used; slot++) {
-            const bool mine = slot % GROUPS == warp / SHARING;
-            Sums sums = {};
-            for (int begin = 0; begin < cut.units; begin += cut.most) {
-                // every warp waits for every stage and lets it go: none may fall behind by a round
+        for (int begin = 0; begin < cut.units; begin += cut.most) {
+            const Columns<KIND> columns(x_at + begin * unit_bytes(KIND), totals + begin * 16, min(cut.most, cut.units - begin));
+            for (int slot = 0; slot < used; slot++, place.advance(ring.stages)) {
+                const u32 stage = ring.data + place.stage * STAGE;
+                Sums sums = {};
                 wait_for(ring.full + 8 * place.stage, place.parity);
-                if (mine) {
-                    const u32 stage = ring.data + place.stage * STAGE;
-                    if ((KIND == E4M3 || KIND == INT8) && begin == 0 && warp % SHARING == 0 && lane < TILE)
-                        S.scale[buffer][slot][lane] = shared<const float>(stage + SCALES + lane * 4);
-                    const int units = min(cut.most, cut.units - begin), first = warp % SHARING;
-                    const u32 from = x_at + begin * unit_bytes(KIND);
-                    if constexpr (KIND == INT4) {
-                        const u32 scales = stage + cut.most * 512, of_token = totals + begin * 16;
-                        if (l.group == 128) add_int4<1>(sums, stage, first, units, from, scales, of_token);
-                        else if (l.group == 64) add_int4<2>(sums, stage, first, units, from, scales, of_token);
-                        else add_int4<4>(sums, stage, first, units, from, scales, of_token);
-                    } else
-                        add_product<KIND>(sums, stage, first, units, from, cut.most * 64);
-                }
-                __syncwarp();
-                if (lane == 0)
-                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(ring.empty + 8 * place.stage) : "memory");
-                place.advance(ring.stages);
-            }
-            if (mine && token < TOKENS) {
-                float2 two = make_float2(sums.upper[0], sums.upper[1]);
+                if ((KIND == E4M3 || KIND == INT8) && begin == 0 && threadIdx.x < TILE)
+                    S.scale[slot][lane] = shared<const float>(stage + SCALES + lane * 4);
+                if constexpr (is_int4(KIND)) add_int4<KIND>(sums, columns, stage, stage + cut.most * 512);
+                else add_product<KIND>(sums, columns, stage, cut.most * 64);
+                release(ring, place);
+                if (token >= TOKENS) continue;
+                float2& kept = *(float2*)&S.partial[slot][warp][token * TILE + 2 * (lane & 3)];
+                float2 two = begin ? kept : make_float2(0, 0);
                 if (KIND == INT8) {
-                    two.x = __int_as_float(__float_as_int(two.x) + __float_as_int(sums.lower[2]));
-                    two.y = __int_as_float(__float_as_int(two.y) + __float_as_int(sums.lower[3]));
-                } else if (KIND != INT4) {
-                    two.x += sums.lower[2], two.y += sums.lower[3];
+                    two.x = __int_as_float(__float_as_int(two.x) + __float_as_int(sums.upper[0]) + __float_as_int(sums.lower[2]));
+                    two.y = __int_as_float(__float_as_int(two.y) + __float_as_int(sums.upper[1]) + __float_as_int(sums.lower[3]));
+                } else {
+                    two.x += sums.upper[0], two.y += sums.upper[1];
+                    if (!is_int4(KIND)) two.x += sums.lower[2], two.y += sums.lower[3];
                 }
-                *(float2*)&S.partial[buffer][slot][warp % SHARING][token * TILE + 2 * (lane & 3)] = two;
+                kept = two;
             }
         }
         together();
@@ -431,13 +474,13 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
                 float sum = 0;
                 int exact = 0;
 #pragma unroll
-                for (int from = 0; from < SHARING; from++) {
-                    const float part = S.partial[buffer][my_slot + half][from][of * TILE + n];
+                for (int from = 0; from < WARPS; from++) {
+                    const float part = S.partial[my_slot + half][from][of * TILE + n];
                     if (KIND == INT8) exact += __float_as_int(part);
                     else sum += part;
                 }
                 if (KIND == INT8) sum = exact;
-                if (KIND == E4M3 || KIND == INT8) sum = sum * S.scale[buffer][my_slot + half][n] * S.x_scale[of];
+                if (KIND == E4M3 || KIND == INT8) sum = sum * S.scale[my_slot + half][n] * S.x_scale[of];
                 if (l.bias) sum += number(__ldg(l.bias + half * (l.rows / 2) + my_row));
                 y[half] = rounded(sum);
             }
@@ -446,7 +489,7 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
             if (what == GATE_UP) S.step.act[of * INNER + my_row] = to_bf16(gated(y[0], y[1]));
             if (what == HEAD) S.step.logits[(long long)of * l.rows + my_row] = to_bf16(y[0]);
         }
-        buffer ^= 1;
+        if (tile + (SLOTS >> paired) < last) together();  // the sums are written again
     }
     return place;
 }
@@ -466,8 +509,8 @@ __device__ __forceinline__ void over_threads(float (&value)[TOKENS]) {
     together();
 #pragma unroll
     for (int of = 0; of < TOKENS; of++) {
-        float found = S.reduced[of][lane % WARPS];
-        value[of] = LARGEST ? warp_max(found) : warp_sum(found) * 0.5f;  // each is there twice
+        const float found = lane < WARPS ? S.reduced[of][lane] : 0.0f;  // no number is less
+        value[of] = LARGEST ? warp_max(found) : warp_sum(found);
     }
 }
 
@@ -480,13 +523,30 @@ __device__ __forceinline__ float part_of(const uint4& v, int i) {
     return __uint_as_float(i % 2 ? word & 0xFFFF0000 : word << 16);
 }
 
+__device__ __forceinline__ constexpr int vectors(int columns) {
+    return ((columns + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);
+}
+
+// A thread's weights of a norm: read while blocks wait, for they come from far.
+struct Norm {
+    uint4 weight[vectors(HIDDEN)];
+
+    __device__ __forceinline__ void read(const u16* from) {
+#pragma unroll
+        for (int i = 0; i < vectors(HIDDEN); i++) {
+            const int at = (i * THREADS + threadIdx.x) * 8;
+            if (at < HIDDEN) weight[i] = __ldg((const uint4*)(from + at));
+        }
+    }
+};
+
 // Tokens [tokens, columns] into shared memory as `kind` takes them, normed if there is a norm.
 template <int COLUMNS, bool NORMED>
-__device__ __forceinline__ void prepare(const u16* source, const u16* norm, int kind, u16* hidden, u32 x) {
+__device__ __forceinline__ void prepare(const u16* source, const Norm& norm, int kind, u16* hidden, u32 x) {
     constexpr int columns = COLUMNS;
-    constexpr int VECTORS = ((columns + 127) / 128 * 128 + 8 * THREADS - 1) / (8 * THREADS);  // of 8, a thread's
+    constexpr int VECTORS = vectors(columns);  // of 8, a thread's
     uint4 v[TOKENS][VECTORS];
-    const int padded = kind == INT4 ? (columns + 127) / 128 * 128 : columns;
+    const int padded = is_int4(kind) ? (columns + 127) / 128 * 128 : columns;
 #pragma unroll
     for (int of = 0; of < TOKENS; of++) {
 #pragma unroll
@@ -512,10 +572,10 @@ __device__ __forceinline__ void prepare(const u16* source, const u16* norm, int 
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
             if (at >= columns) break;
-            const uint4 w = __ldg((const uint4*)(norm + at));
+            const uint4 w = norm.weight[i];
 #pragma unroll
             for (int of = 0; of < TOKENS; of++) {
-                    const float turn = rsqrtf(value[of] / columns + S.step.eps);
+                const float turn = rsqrtf(value[of] / columns + S.step.eps);
                 float y[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) y[j] = rounded(part_of(v[of][i], j) * turn) * part_of(w, j);
@@ -557,7 +617,7 @@ __device__ __forceinline__ void prepare(const u16* source, const u16* norm, int 
             // pairs of columns in the order 0, 2, 1, 3: see `multiply`
             if (kind == BF16) {
                 if (there) shared<uint4>(row + at * 2) = make_uint4(w.x, w.z, w.y, w.w);
-            } else if (kind == INT4) {
+            } else if (is_int4(kind)) {
                 // of 128 columns: four places of 64 bytes for two nibbles each, 16 bytes for a thread's four words
                 const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 4 + at % 16 / 4 * 16;
                 if (there) shared<u32>(to) = w.x, shared<u32>(to + 8) = w.y, shared<u32>(to + 16) = w.z, shared<u32>(to + 24) = w.w;
@@ -599,16 +659,17 @@ constexpr int WORDS = DIMS * SIZE / 4;
 struct Piece {
     u32 word[WORDS];
 
-    __device__ __forceinline__ void read(const u8* cache, long long slot, int head, int lane16) {
-        const u8* at = cache + ((slot * KV_HEADS + head) * HEAD_DIM + lane16 * DIMS) * SIZE;
+    // at: of the row in shared memory
+    __device__ __forceinline__ void read(u32 at, int lane16) {
+        at += lane16 * DIMS * SIZE;
         if constexpr (WORDS == 4) {
-            const uint4 v = __ldg((const uint4*)at);
+            const uint4 v = shared<const uint4>(at);
             word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
         } else if constexpr (WORDS == 2) {
-            const uint2 v = __ldg((const uint2*)at);
+            const uint2 v = shared<const uint2>(at);
             word[0] = v.x, word[1] = v.y;
         } else
-            word[0] = __ldg((const u32*)at);
+            word[0] = shared<const u32>(at);
     }
 
     __device__ __forceinline__ void unpack(float (&to)[DIMS]) const {
@@ -687,7 +748,7 @@ __device__ __forceinline__ Part part_at(int unit) {
     part.splits = splits_of(S.context[part.of], p.splits);
     const int share = (before + part.splits - 1) / part.splits;
     part.first = part.split * share;
-    part.end = min(before, part.first + share);
+    part.end = part.split < part.splits ? min(before, part.first + share) : part.first;
     return part;
 }
 
@@ -709,14 +770,18 @@ struct Softmax {
         }
     }
 
-    // Keys and values of `turns`, the same number for a warp; of each those before `seen` count.
-    __device__ __forceinline__ void add(const float (&q)[GROUP][DIMS], const Piece (&keys)[TURNS], const Piece (&values)[TURNS], int turns, int seen, float scale) {
+    // Keys and values of `turns` in a stage, the same number for a warp; of each those before `seen` count.
+    // first: the lane's first key.
+    __device__ __forceinline__ void add(const float (&q)[GROUP][DIMS], u32 stage, int first, int turns, int seen, float scale) {
+        const int lane16 = threadIdx.x & 15;
         float score[TURNS][GROUP];
 #pragma unroll
         for (int i = 0; i < TURNS; i++) {
             if (i >= turns) break;
             float k[DIMS];
-            keys[i].unpack(k);
+            Piece piece;
+            piece.read(stage + (first + i * TURN) * ROW, lane16);
+            piece.unpack(k);
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
                 score[i][g] = 0;
@@ -751,9 +816,11 @@ struct Softmax {
         }
 #pragma unroll
         for (int i = 0; i < TURNS; i++) {
-            if (i >= turns) break;
+            if (i >= seen) break;  // what lies behind may be no number
             float v[DIMS];
-            values[i].unpack(v);
+            Piece piece;
+            piece.read(stage + (KEYS + first + i * TURN) * ROW, lane16);
+            piece.unpack(v);
 #pragma unroll
             for (int g = 0; g < GROUP; g++)
 #pragma unroll
@@ -781,9 +848,31 @@ __device__ __forceinline__ void join(const Part& part) {
     }
 }
 
-// Attention of the new tokens over their contexts, keys and values of the new ones into the cache. The
-// keys and values before them are read while the blocks wait for q.
-__device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
+// Copy the keys and values that this block attends to into the ring, by one warp.
+__device__ __forceinline__ Place feed_cache(const Layer& l, const Ring& ring, Place place) {
+    const Step& p = S.step;
+    const int lane = threadIdx.x & 31;
+    for (int unit = blockIdx.x; unit < TOKENS * KV_HEADS * p.splits; unit += gridDim.x) {
+        const bool known = unit == blockIdx.x;
+        const Part part = known ? S.first : part_at(unit);
+        for (int begin = part.first; begin < part.end; begin += KEYS, place.advance(ring.stages)) {
+            const int count = min(KEYS, part.end - begin);
+            const u32 barrier = ring.full + 8 * place.stage, to = address(memory + ring.data + place.stage * STAGE);
+            if (lane == 0) expect(ring, place, count * 2 * ROW);
+            __syncwarp();
+            for (int i = lane; i < count; i += 32) {
+                const long long slot = known && begin == part.first ? S.slots[i] : slot_at(part.of, begin + i);
+                const long long from = (slot * KV_HEADS + part.head) * ROW;
+                copy(to + i * ROW, l.keys + from, ROW, barrier);
+                copy(to + (KEYS + i) * ROW, l.values + from, ROW, barrier);
+            }
+        }
+    }
+    return place;
+}
+
+// Attention of the new tokens over their contexts, keys and values of the new ones into the cache.
+__device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, const Ring& ring, Place place) {
     const Step& p = S.step;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane16 = lane & 15, each = lane >> 4;
     constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -798,26 +887,11 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
     for (int unit = blockIdx.x; unit < TOKENS * KV_HEADS * p.splits; unit += gridDim.x) {
         const Part part = unit == blockIdx.x ? S.first : part_at(unit);
         if (part.split >= part.splits) continue;
-        Piece keys[TURNS], values[TURNS];
-        auto read = [&](int from) {
-#pragma unroll
-            for (int i = 0; i < TURNS; i++) {
-                const int at = from + i * TURN;
-                keys[i] = values[i] = Piece{};
-                if (at >= part.end) continue;
-                const bool known = unit == blockIdx.x && at < part.first + TURNS * TURN;
-                const long long slot = known ? S.slots[at - part.first] : slot_at(part.of, at);
-                keys[i].read(l.keys, slot, part.head, lane16);
-                values[i].read(l.values, slot, part.head, lane16);
-            }
-        };
         INSIDE(0);
-        read(part.first + warp * 2 + each);
-        INSIDE(1);
         if (waited) together();
         else wait_for_all(p.counters, times);
         waited = true;
-        INSIDE(2);
+        INSIDE(1);
         if (warp < GROUP + 2) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
@@ -836,7 +910,7 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
             }
         }
         together();
-        INSIDE(3);
+        INSIDE(2);
         if (part.split == 0 && warp < GROUP) {
             float score = 0;
 #pragma unroll
@@ -850,15 +924,17 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
 #pragma unroll
             for (int i = 0; i < DIMS; i += 4)
                 *(float4*)&q[g][i] = *(const float4*)(heads + g * HEAD_DIM + lane16 * DIMS + i);
-        INSIDE(4);
+        INSIDE(3);
         Softmax softmax;
-        for (int begin = part.first; begin < part.end; begin += TURNS * TURN) {
-            if (begin > part.first) read(begin + warp * 2 + each);
+        for (int begin = part.first; begin < part.end; begin += KEYS, place.advance(ring.stages)) {
             // a warp's two keys of a turn are neighbours
-            const int left = part.end - begin - warp * 2;
-            softmax.add(q, keys, values, min(TURNS, (left + TURN - 1) / TURN), (left - each + TURN - 1) / TURN, scale);
+            const int first = warp * 2, left = part.end - begin - first;
+            wait_for(ring.full + 8 * place.stage, place.parity);
+            const int turns = min(TURNS, (left + TURN - 1) / TURN), seen = min(TURNS, (left - each + TURN - 1) / TURN);
+            softmax.add(q, ring.data + place.stage * STAGE, first + each, turns, seen, scale);
+            release(ring, place);
         }
-        INSIDE(5);
+        INSIDE(4);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
             const float higher = fmaxf(softmax.top[g], __shfl_xor_sync(~0u, softmax.top[g], 16));
@@ -876,9 +952,9 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
                     *(float2*)(results + (warp * GROUP + g) * HEAD_DIM + lane16 * DIMS + i) = make_float2(softmax.sum[g][i], softmax.sum[g][i + 1]);
             if (lane == 0) tops[warp * GROUP + g] = higher, totals[warp * GROUP + g] = both;
         }
-        INSIDE(6);
+        INSIDE(5);
         together();
-        INSIDE(7);
+        INSIDE(6);
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
             const int g = i / HEAD_DIM;
             float higher = part.split == 0 ? own[g] : NOTHING;
@@ -904,7 +980,7 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
                 if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
             }
         }
-        INSIDE(8);
+        INSIDE(7);
         if (part.splits == 1) continue;
         together();
         u32* arrived = p.counters + 2 + part.of * KV_HEADS + part.head;
@@ -914,12 +990,13 @@ __device__ __forceinline__ void attend(const Layer& l, u32 scratch, u32 times) {
             S.is_last = before == part.splits - 1;
         }
         together();
-        INSIDE(9);
+        INSIDE(8);
         if (!S.is_last) continue;
         join(part);
         if (threadIdx.x == 0) *arrived = 0;
     }
     if (!waited) wait_for_all(p.counters, times);
+    return place;
 }
 
 // ---- the step
@@ -953,16 +1030,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     if (blockIdx.x < TOKENS * KV_HEADS * given.splits) {
         const Part part = part_at(blockIdx.x);
         if (threadIdx.x == 0) S.first = part;
-        for (int i = threadIdx.x; i < min(TURNS * TURN, part.end - part.first); i += blockDim.x)
+        for (int i = threadIdx.x; i < min(KEYS, part.end - part.first); i += blockDim.x)
             S.slots[i] = slot_at(part.of, part.first + i);
     }
     __syncthreads();
     Place place{0, 0};
     if (threadIdx.x >= THREADS) {
-        if (threadIdx.x > THREADS) return;
         for (int i = 0; i <= 4 * LAYERS; i++) {
             const Linear l = linear_of(i);
-            place = feed(l, i % 4 == GATE_UP ? 2 : 1, ring, place);
+            place = feed(l, i < 4 * LAYERS && i % 4 == GATE_UP ? 2 : 1, ring, place);
+            if (i < 4 * LAYERS && i % 4 == QKV) place = feed_cache(S.layers[i / 4], ring, place);
         }
         return;
     }
@@ -970,28 +1047,32 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     [[maybe_unused]] int mark = 0;
     MARK();
     const u16* stream = given.entering;
+    Norm norm;
+    norm.read(S.layers[0].input_norm);
     for (int i = 0; i <= 4 * LAYERS; i++) {
         const int what = i < 4 * LAYERS ? i % 4 : HEAD;
         const Layer& layer = S.layers[i / 4];
         const Linear l = linear_of(i);
-        if (what == OUT) prepare<HEADS * HEAD_DIM, false>(given.attended, nullptr, l.kind, nullptr, x);
-        else if (what == DOWN) prepare<INNER, false>(given.act, nullptr, l.kind, nullptr, x);
-        else {
-            const u16* norm = what == QKV ? layer.input_norm : what == GATE_UP ? layer.post_norm : given.final_norm;
-            prepare<HIDDEN, true>(stream, norm, l.kind, what == HEAD ? given.hidden : nullptr, x);
-        }
+        const int kind = kind_of(l);
+        if (what == OUT) prepare<HEADS * HEAD_DIM, false>(given.attended, norm, kind, nullptr, x);
+        else if (what == DOWN) prepare<INNER, false>(given.act, norm, kind, nullptr, x);
+        else prepare<HIDDEN, true>(stream, norm, kind, what == HEAD ? given.hidden : nullptr, x);
         MARK();
-        if (l.kind == BF16) place = product<BF16>(l, what, stream, x, ring, place);
-        else if (l.kind == E4M3) place = product<E4M3>(l, what, stream, x, ring, place);
-        else if (l.kind == INT8) place = product<INT8>(l, what, stream, x, ring, place);
-        else place = product<INT4>(l, what, stream, x, ring, place);
+#define PRODUCT(KIND) if ((KINDS >> KIND & 1) && kind == KIND) place = product<KIND>(l, what, stream, x, ring, place)
+        PRODUCT(BF16);
+        PRODUCT(E4M3);
+        PRODUCT(INT8);
+        PRODUCT(INT4_128);
+        PRODUCT(INT4_64);
+        PRODUCT(INT4_32);
         MARK();
         if (what == HEAD) break;
         if (what == QKV) {
-            attend(layer, x, ++times);
+            place = attend(layer, x, ++times, ring, place);
             MARK();
         }
-        if (what == OUT) stream = given.stream;
+        if (what == OUT) stream = given.stream, norm.read(layer.post_norm);
+        if (what == DOWN) norm.read(i + 1 < 4 * LAYERS ? S.layers[i / 4 + 1].input_norm : given.final_norm);
         wait_for_all(given.counters, ++times);
         MARK();
     }

@@ -28,12 +28,12 @@ from tinier.kernels.skinny import Weight
 MOST_TOKENS = 4
 SOURCE = Path(__file__).with_name("gpu_decode.cu")
 
-BF16, E4M3, INT8, INT4 = range(4)
+BF16, E4M3, INT8 = range(3)
+_INT4 = {128: 3, 64: 4, 32: 5}  # by group size
 _CACHES = {torch.bfloat16: BF16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
-_THREADS, _WARPS, _SHARING, _TILE, _SLOTS = 544, 16, 4, 8, 16
-_TURNS_KEYS = 64  # TURNS · TURN
-_UNITS, _INT4_UNITS = 31, 27  # of 64 bytes of a row, that are copied together
-_STAGE = _TILE * _UNITS * 64 + 128
+_THREADS, _WARPS, _TILE = 512, 15, 8
+_UNITS, _INT4_UNITS = 29, 27  # of 64 bytes of a row, that are copied together
+_STAGE = 16384
 _MOST_SPLITS = 16
 _LOG2_E = 1.4426950408889634
 
@@ -41,7 +41,7 @@ _LOG2_E = 1.4426950408889634
 class _Linear(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "bias", "maps")),
-        *((name, c_int32) for name in ("rows", "columns", "kind", "group")),
+        *((name, c_int32) for name in ("rows", "columns", "kind", "unused")),
     )
 
 
@@ -94,6 +94,7 @@ class GpuDecoder:
             "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
             "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
             "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": _totals_bytes(g),
+            "KINDS": sum({1 << kind for kind in map(_kind, weights.linears) if kind is not None}),
         }  # fmt: skip
         self._kernels: dict[int, cuda.Kernel] = {}
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
@@ -132,9 +133,10 @@ class GpuDecoder:
             "logits": entering.new_empty(tokens, self._head.rows),
         }
         if tokens not in self._kernels:
-            sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": _shared_bytes(g, tokens)}
+            shared = _shared_bytes(g, tokens, self._caches[0].keys.itemsize)
+            sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": shared}
             self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
-        memory = _memory_of(self._weights, tokens)
+        memory = _memory_of(self._weights, self._caches, tokens)
         named = {
             "final_norm": self._weights.final_norm,
             "counters": self._counters,
@@ -173,7 +175,7 @@ class GpuDecoder:
         tensors = (weight.codes, weight.scale, weight.bias, maps)
         assert all(t is None or t.is_contiguous() for t in tensors)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        return _Linear(*pointers, *weight.shape, kind, weight.group_size)
+        return _Linear(*pointers, *weight.shape, kind, 0)
 
 
 class _Memory(NamedTuple):
@@ -188,12 +190,13 @@ class _Memory(NamedTuple):
     """Of the ring, in what is left"""
 
 
-def _memory_of(weights: DecodeWeights, tokens: int) -> _Memory:
+def _memory_of(weights: DecodeWeights, caches: Sequence[Cache], tokens: int) -> _Memory:
     g = weights.geometry
+    shared = _up(_shared_bytes(g, tokens, caches[0].keys.itemsize))
     x_stride = max(map(_token_bytes, weights.linears)) + 64
     x_bytes = _up(max(tokens * (x_stride + _totals_bytes(g)), _attention_bytes(g)))
     whole = cuda.most_shared_memory(weights.final_norm.device)
-    left = whole - _up(_shared_bytes(g, tokens)) - x_bytes - 256
+    left = whole - shared - x_bytes - 256
     return _Memory(whole, x_stride, x_bytes, left // (_STAGE + 16))
 
 
@@ -206,10 +209,13 @@ def _totals_bytes(g: Geometry) -> int:
     return _up(max(g.hidden, g.intermediate, g.heads * g.head_dim)) // 8
 
 
-def _shared_bytes(g: Geometry, tokens: int) -> int:
-    """Of struct Shared."""
-    of_token = 2 * _SLOTS * _SHARING * _TILE + _WARPS + 3 + g.turning
-    words = of_token * tokens + 2 * _SLOTS * _TILE + 1 + 6 + _TURNS_KEYS
+def _shared_bytes(g: Geometry, tokens: int, cache_bytes: int) -> int:
+    """Of struct Shared. cache_bytes: of a number in the cache."""
+    slots = 16 if tokens <= 2 else 8
+    turn = 2 * _WARPS
+    keys = _STAGE // (2 * g.head_dim * cache_bytes * turn) * turn
+    of_token = slots * _WARPS * _TILE + _WARPS + 3 + g.turning
+    words = of_token * tokens + slots * _TILE + 1 + 6 + keys
     return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * g.layers
 
 
@@ -264,7 +270,7 @@ def unsupported(
         if holds:
             return reason
     found = next(filter(None, map(_unsupported_linear, weights.linears)), None)
-    if found is None and _memory_of(weights, MOST_TOKENS).stages < 2:
+    if found is None and _memory_of(weights, caches, MOST_TOKENS).stages < 2:
         found = "it is too wide for this GPU's shared memory"
     return found or cuda.missing()
 
@@ -274,11 +280,9 @@ def _unsupported_linear(linear: Linear) -> str | None:
     if weight is None or kind is None:
         return f"{linear.path} is not among its formats"
     rows, columns = weight.shape
-    unit = {BF16: 32, INT4: 8}.get(kind, 64)
+    unit = 8 if weight.group_size else 32 if kind == BF16 else 64
     if rows % _TILE or columns % unit:
         return f"a layer has {rows} outputs and {columns} inputs, no multiples of 8 and {unit}"
-    if weight.group_size and weight.group_size not in (32, 64, 128):
-        return f"a layer has groups of {weight.group_size}"
     return None
 
 
@@ -290,7 +294,7 @@ def _kind(linear: Linear) -> int | None:
     if isinstance(linear, RoundingLinear) and linear.activations is not None:
         return None  # its inputs are rounded to another grid first
     if weight.group_size:
-        return INT4
+        return _INT4.get(weight.group_size)
     if weight.codes.dtype == torch.bfloat16:
         return BF16
     kinds = {("e4m3", torch.float8_e4m3fn): E4M3, ("int8", torch.int8): INT8}
