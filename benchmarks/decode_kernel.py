@@ -29,11 +29,10 @@ from tinier.kernels import cuda
 
 BLOCK_SIZE, BLOCKS = 16, 600
 PHASES = (
-    "norm", "q k v", "wait and attend", "wait", "prepare", "out", "wait", "norm", "gate up", "wait",
-    "prepare", "down", "wait",
+    "norm", "q k v", "attend", "prepare", "out", "norm", "gate up", "prepare", "down",
 )  # fmt: skip
 INSIDE = (
-    "wait", "turn", "own", "keys", "lanes", "together", "warps", "last",
+    "turn", "own", "keys", "lanes", "together", "warps", "join",
 )  # fmt: skip
 CLOCK = 1980.0  # cycles of a microsecond, of an H100 under this load
 
@@ -74,8 +73,6 @@ def apart(model: str, contexts: list[int]) -> float:
     runner = runner_of(model, 2)
     whole, inputs, ones = runner._whole, inputs_of(runner, contexts), [1] * len(contexts)
     assert whole is not None
-    for buffer in whole._buffers.values():
-        buffer.fill_(float("nan"))
     ours = runner._compute(inputs, ones, max(contexts)).logits.float()
     again = runner._compute(inputs, ones, max(contexts)).logits.float()
     assert torch.equal(ours, again)
@@ -117,7 +114,7 @@ def milliseconds(runner: Runner, contexts: list[int], repeats: int = 5) -> dict[
 
 
 def traced(model: str, contexts: list[int]) -> dict[str, Any]:
-    """Microseconds of a layer's phases, medians over layers, of the head's two, and inside attention."""
+    """Microseconds of a layer's phases, medians over layers, and inside attention."""
     layers, runs = 8, 3
     runner = runner_of(model, layers)
     assert runner._whole is not None
@@ -139,14 +136,14 @@ def traced(model: str, contexts: list[int]) -> dict[str, Any]:
         return list(host)
 
     each = len(PHASES)
-    marks = numbers(b"trace", layers * each + 3)
+    marks = numbers(b"trace", layers * each + 1)
     spans = [(after - before) / CLOCK for before, after in itertools.pairwise(marks)]
     rows = [spans[layer * each : (layer + 1) * each] for layer in range(2, layers)]
     inside = numbers(b"inside", len(INSIDE) + 1)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     return {
         "phases": [f"{name} {span:.1f}" for name, span in zip(PHASES, medians, strict=True)],
-        "layer": sum(medians), "head": spans[-2:],
+        "layer": sum(medians),
         "attention": {
             name: (after - before) / CLOCK / layers / runs
             for name, before, after in zip(INSIDE, inside, inside[1:], strict=False)

@@ -134,6 +134,10 @@ class Decoder:
         delta: Tensor | None = None
         for index in range(self.geometry.layers):
             x, delta = self.layer(index, x, delta, attend)
+        return self.normed(x, delta)
+
+    def normed(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, of what leaves the last layer [T, hidden]: see `layer`."""
         _, y = self._add_norm(x, delta, self.final_norm, between=self.layers[-1].mlp_out_norm)
         assert isinstance(y, Tensor)
         return y

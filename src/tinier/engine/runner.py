@@ -366,7 +366,9 @@ class Runner:
         decoder = self.decoder
         entering = decoder.embed(tokens, self._sampled)
         if self._whole and rows == sequences <= gpu_decode.MOST_TOKENS:
-            logits, hidden = self._whole.step(entering, positions, slots, contexts, tables)
+            leaving = self._whole.step(entering, positions, slots, contexts, tables)
+            hidden = decoder.normed(leaving)
+            logits = decoder.logits(hidden)
             return Output(logits, greedy(logits, seats, self._sampled), hidden)
         batch = PagedBatch(
             tables, contexts, starts, positions, slots, decodes, counts, self._block_size, longest

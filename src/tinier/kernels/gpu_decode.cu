@@ -1,11 +1,18 @@
-// One decoding step of a whole decoder in one persistent kernel, for a few tokens of as many sequences.
+// The layers of a decoder for one new token of each of a few sequences, in one persistent kernel.
 //
 // Start at `decode_step`. A block runs on every multiprocessor until the step is done. One of its warps
 // brings what does not depend on the new tokens: it walks through the rows of weights and the keys and values
 // of old tokens that are this block's, layer after layer, and copies them into a ring in shared memory, as far
 // ahead as the ring has room. The others compute: norm, product, attention, SiLU, each a phase
-// that all blocks finish before the next begins (`wait_for_all`). While they wait the ring fills, so that
-// memory is read all the time. Plain torch: the operators of reference.py, one after the other.
+// whose numbers go to all blocks before the next begins. Plain torch: the operators of reference.py, one after
+// the other.
+//
+// What blocks tell each other are words of 64 bits, read and written whole: a number, or two in bf16, and
+// beside it a stamp that says of which product of which step it is. Who needs a word reads it until it has that
+// stamp. So blocks never wait for each other in another way, and nothing must be seen in order. A word is
+// written again a layer later, when its writer has read numbers of every block that came after it read this
+// one: so every block computes rows of every product. (Stamps come again after 2^32 products, 10 hours
+// at the least: by then every word in use was written many times.)
 //
 // A product goes through the tensor core with tokens as the 16 rows of its tile and 8 rows of the weight
 // as its columns. Which of a tile's inner places holds which column does not matter as long as both sides
@@ -23,7 +30,7 @@ using u64 = unsigned long long;
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
 
 enum Kind { BF16, E4M3, INT8, INT4_128, INT4_64, INT4_32 };  // INT4 by the columns of a scale
-enum Product { QKV, OUT, GATE_UP, DOWN, HEAD };
+enum Product { QKV, OUT, GATE_UP, DOWN };
 
 constexpr int WARPS = 15;     // that compute: with one that copies, each thread can have 128 registers
 constexpr int THREADS = 32 * WARPS;
@@ -40,6 +47,7 @@ constexpr int TURN = 2 * WARPS;  // keys that a block attends to together
 constexpr int ROW = HEAD_DIM * (CACHE == BF16 ? 2 : 1);  // bytes of a key
 constexpr int TURNS = STAGE / (2 * ROW * TURN);  // whose keys and values a stage holds
 constexpr int KEYS = TURNS * TURN;
+constexpr int MOST_SPLITS = 16;
 
 struct Linear {
     const u8* weight;   // [rows, columns], or INT4 in words as skinny.pack_int4 has them
@@ -66,16 +74,15 @@ struct Layer {
 
 struct Step {
     const Layer* layers;
-    Linear head;
-    const u16* final_norm;
     const u16 *cos, *sin;     // [positions, TURNING]
     const u16* entering;      // [tokens, HIDDEN]
-    // [tokens, HIDDEN], [tokens, (HEADS + 2 KV_HEADS) HEAD_DIM], [tokens, HEADS HEAD_DIM], [tokens, INNER]
-    u16 *stream, *qkv, *attended, *act;
-    float *partial, *sums;    // [tokens, splits, HEADS, HEAD_DIM], [tokens, splits, HEADS]
-    u16 *hidden, *logits;     // [tokens, HIDDEN], [tokens, rows of head]
+    u16* leaving;             // [tokens, HIDDEN]
+    // words of two numbers: [tokens, HIDDEN], [tokens, (HEADS + 2 KV_HEADS) HEAD_DIM], [tokens, HEADS HEAD_DIM],
+    // [tokens, INNER]
+    u64 *stream, *qkv, *attended, *act;
+    u64 *partial, *sums;      // words of a number: [tokens, splits, HEADS, HEAD_DIM], [tokens, splits, HEADS]
     const int *positions, *slots, *contexts, *tables;  // as Runner._inputs has them
-    u32* counters;            // [2 + tokens KV_HEADS], 0 before and after
+    u32* counters;            // [2]: the stamp of the step's first product; blocks that are done, 0 before and after
     int width, splits, stages;
     int x_stride, x_bytes;    // of a token in shared memory, of all
     float eps, scale;         // scale: of scores, for exp2
@@ -89,9 +96,9 @@ struct Shared {
     Step step;
     float partial[SLOTS][WARPS][TILE * TOKENS];
     float scale[SLOTS][TILE];  // of the rows that are multiplied
-    float reduced[TOKENS][WARPS];
+    float reduced[2][TOKENS][WARPS];
     float x_scale[TOKENS];
-    int slot[TOKENS], context[TOKENS], is_last;
+    int slot[TOKENS], context[TOKENS];
     Part first;      // that this block attends to, and the slots of its first keys
     int slots[KEYS];
     u16 turns[2][TOKENS][TURNING];  // cos and sin of the tokens' positions
@@ -181,18 +188,27 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Until all blocks have come here `times` times. What they wrote before can be read after it, by loads that
-// pass the multiprocessor's own cache: an acquiring load would throw away all that is in it.
-__device__ __forceinline__ void wait_for_all(u32* counter, u32 times) {
-    together();
-    if (threadIdx.x == 0) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-        u32 seen;
-        do {
-            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        } while (seen < times * gridDim.x);
-    }
-    together();
+// ---- what blocks tell each other
+
+__device__ __forceinline__ void put(u64* at, u32 data, u32 stamp) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"((u64)stamp << 32 | data) : "memory");
+}
+
+// Whether a word is there.
+__device__ __forceinline__ bool word(const u64* at, u32 stamp, u32& data) {
+    u64 found;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(at) : "memory");
+    data = (u32)found;
+    return (u32)(found >> 32) == stamp;
+}
+
+// The same of eight numbers in bf16.
+__device__ __forceinline__ bool words(const u64* at, u32 stamp, uint4& data) {
+    u64 a, b, c, d;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(c), "=l"(d) : "l"(at + 2) : "memory");
+    data = make_uint4((u32)a, (u32)b, (u32)c, (u32)d);
+    return (((u32)(a >> 32) ^ stamp) | ((u32)(b >> 32) ^ stamp) | ((u32)(c >> 32) ^ stamp) | ((u32)(d >> 32) ^ stamp)) == 0;
 }
 
 // ---- the ring
@@ -337,7 +353,7 @@ struct Columns {
     static constexpr int VECTORS = unit_bytes(KIND) / 64;
     int count;  // of its units; they are WARPS apart
     uint4 x[EACH][VECTORS];
-    float4 total[is_int4(KIND) ? EACH : 1];
+    float minus[EACH][is_int4(KIND) ? scales_of(KIND) : 1];  // what INT4's weights are too large by
 
     // x, totals: of the lane's token, at the piece's first unit.
     __device__ __forceinline__ Columns(u32 x_at, u32 totals, int units) {
@@ -349,7 +365,16 @@ struct Columns {
             const int unit = warp + i * WARPS;
 #pragma unroll
             for (int j = 0; j < VECTORS; j++) x[i][j] = shared<const uint4>(x_at + unit * unit_bytes(KIND) + j * 64 + t * 16);
-            if constexpr (is_int4(KIND)) total[i] = shared<const float4>(totals + unit * 16);
+            if constexpr (is_int4(KIND)) {
+                const float4 of32 = shared<const float4>(totals + unit * 16);
+                const float sums[4] = {of32.x, of32.y, of32.z, of32.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float more = -136.0f * sums[j];
+                    float& all = minus[i][j * scales_of(KIND) / 4];
+                    all = j * scales_of(KIND) % 4 ? all + more : more;
+                }
+            }
         }
     }
 };
@@ -399,9 +424,7 @@ __device__ __forceinline__ void add_int4(Sums& sums, const Columns<KIND>& column
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         if (i >= columns.count) break;
-        const float of_byte[4] = {columns.total[i].x, columns.total[i].y, columns.total[i].z, columns.total[i].w};
         Sums part = {};
-        float minus = 0;
 #pragma unroll
         for (int byte = 0; byte < 4; byte++) {
             u32 b0, b1, d0, d1;
@@ -409,13 +432,12 @@ __device__ __forceinline__ void add_int4(Sums& sums, const Columns<KIND>& column
             nibbles(w[i].z, w[i].w, byte, b1, d1);
             multiply<BF16>(part.upper, columns.x[i][byte], b0, b1);
             multiply<BF16>(part.lower, columns.x[i][byte], d0, d1);
-            minus += of_byte[byte];
             if ((byte + 1) * SCALED % 4 == 0) {  // columns of one scale end here
                 const u32 two = scale[i][byte * SCALED / 4];
-                sums.upper[0] += (part.upper[0] + part.lower[2] - 136.0f * minus) * __uint_as_float(two << 16);
-                sums.upper[1] += (part.upper[1] + part.lower[3] - 136.0f * minus) * __uint_as_float(two & 0xFFFF0000);
+                const float minus = columns.minus[i][byte * SCALED / 4];
+                sums.upper[0] += (part.upper[0] + part.lower[2] + minus) * __uint_as_float(two << 16);
+                sums.upper[1] += (part.upper[1] + part.lower[3] + minus) * __uint_as_float(two & 0xFFFF0000);
                 part = {};
-                minus = 0;
             }
         }
     }
@@ -426,9 +448,9 @@ __device__ __forceinline__ float gated(float gate, float up) {
     return rounded(y) * up;
 }
 
-// The tokens in `x` times this block's rows.
+// The tokens in `x` times this block's rows. mine: the stream at the row of hidden states that is the thread's.
 template <int KIND>
-__device__ __forceinline__ Place product(const Linear& l, int what, const u16* stream, u32 x, const Ring& ring, Place place) {
+__device__ __forceinline__ Place product(const Linear& l, int what, u32 stamp, u16& mine, u16* leaving, u32 x, const Ring& ring, Place place) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const Cut cut(l);
     const bool paired = what == GATE_UP;  // a tile of gate, then the same of up
@@ -441,8 +463,6 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
         const int used = min(SLOTS, (last - tile) << paired);
         const int my_row = (tile + (my_slot >> paired)) * TILE + n;
         const bool finishes = my_slot < used && !(paired && my_slot & 1);
-        u16 before = 0;
-        if (finishes && (what == OUT || what == DOWN)) before = __ldcg(stream + of * HIDDEN + my_row);
         for (int begin = 0; begin < cut.units; begin += cut.most) {
             const Columns<KIND> columns(x_at + begin * unit_bytes(KIND), totals + begin * 16, min(cut.most, cut.units - begin));
             for (int slot = 0; slot < used; slot++, place.advance(ring.stages)) {
@@ -468,6 +488,7 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
             }
         }
         together();
+        u32 bits = 0;
         if (finishes) {
             float y[2] = {0, 0};
             for (int half = 0; half <= paired; half++) {
@@ -484,10 +505,17 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
                 if (l.bias) sum += number(__ldg(l.bias + half * (l.rows / 2) + my_row));
                 y[half] = rounded(sum);
             }
-            if (what == QKV) S.step.qkv[of * l.rows + my_row] = to_bf16(y[0]);
-            if (what == OUT || what == DOWN) S.step.stream[of * HIDDEN + my_row] = to_bf16(number(before) + y[0]);
-            if (what == GATE_UP) S.step.act[of * INNER + my_row] = to_bf16(gated(y[0], y[1]));
-            if (what == HEAD) S.step.logits[(long long)of * l.rows + my_row] = to_bf16(y[0]);
+            if (what == GATE_UP) y[0] = gated(y[0], y[1]);
+            if (what == OUT || what == DOWN) y[0] += number(mine);
+            bits = to_bf16(y[0]);
+            if (what == OUT || what == DOWN) mine = bits;
+        }
+        bits |= __shfl_down_sync(~0u, bits, 1) << 16;
+        if (finishes && n % 2 == 0) {
+            u64* to = what == QKV ? S.step.qkv : what == GATE_UP ? S.step.act : S.step.stream;
+            const int columns = what == QKV ? l.rows : what == GATE_UP ? INNER : HIDDEN;
+            if (leaving) *(u32*)(leaving + of * HIDDEN + my_row) = bits;
+            else put(to + (of * columns + my_row) / 2, bits, stamp);
         }
         if (tile + (SLOTS >> paired) < last) together();  // the sums are written again
     }
@@ -496,20 +524,20 @@ __device__ __forceinline__ Place product(const Linear& l, int what, const u16* s
 
 // ---- what a product takes
 
-// Sum or largest of a number of each token over the block's threads.
-template <bool LARGEST>
-__device__ __forceinline__ void over_threads(float (&value)[TOKENS]) {
+// Sum or largest of a number of each of the tokens from FIRST on over the block's threads. For a token not twice
+// without `together` after it.
+template <bool LARGEST, int FIRST, int COUNT>
+__device__ __forceinline__ void over_threads(float (&value)[COUNT]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    together();  // what was read of it before has been
 #pragma unroll
-    for (int of = 0; of < TOKENS; of++) {
+    for (int of = 0; of < COUNT; of++) {
         value[of] = LARGEST ? warp_max(value[of]) : warp_sum(value[of]);
-        if (lane == 0) S.reduced[of][warp] = value[of];
+        if (lane == 0) S.reduced[LARGEST][FIRST + of][warp] = value[of];
     }
     together();
 #pragma unroll
-    for (int of = 0; of < TOKENS; of++) {
-        const float found = lane < WARPS ? S.reduced[of][lane] : 0.0f;  // no number is less
+    for (int of = 0; of < COUNT; of++) {
+        const float found = lane < WARPS ? S.reduced[LARGEST][FIRST + of][lane] : 0.0f;  // no number is less
         value[of] = LARGEST ? warp_max(found) : warp_sum(found);
     }
 }
@@ -540,54 +568,59 @@ struct Norm {
     }
 };
 
-// Tokens [tokens, columns] into shared memory as `kind` takes them, normed if there is a norm.
-template <int COLUMNS, bool NORMED>
-__device__ __forceinline__ void prepare(const u16* source, const Norm& norm, int kind, u16* hidden, u32 x) {
+// Tokens [tokens, columns] into shared memory as `kind` takes them, normed where NORMED. given: where they are,
+// or else `source`, words with that stamp. COUNT of them, from FIRST on.
+template <int COLUMNS, bool NORMED, int FIRST, int COUNT>
+__device__ __forceinline__ void prepare_some(const u16* given, const u64* source, u32 stamp, const Norm& norm, int kind, u32 x) {
     constexpr int columns = COLUMNS;
     constexpr int VECTORS = vectors(columns);  // of 8, a thread's
-    uint4 v[TOKENS][VECTORS];
+    uint4 v[COUNT][VECTORS];
     const int padded = is_int4(kind) ? (columns + 127) / 128 * 128 : columns;
+    bool there;
+    do {
+        there = true;
 #pragma unroll
-    for (int of = 0; of < TOKENS; of++) {
+        for (int of = 0; of < COUNT; of++) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++) {
-            const int at = (i * THREADS + threadIdx.x) * 8;
-            v[of][i] = make_uint4(0, 0, 0, 0);
-            if (at < columns)
-                v[of][i] = __ldcg((const uint4*)(source + of * columns + at));  // not of the own cache
+            for (int i = 0; i < VECTORS; i++) {
+                const int at = (i * THREADS + threadIdx.x) * 8;
+                v[of][i] = make_uint4(0, 0, 0, 0);
+                if (at >= columns) continue;
+                if (given) v[of][i] = __ldg((const uint4*)(given + (FIRST + of) * columns + at));
+                else there &= words(source + ((FIRST + of) * columns + at) / 2, stamp, v[of][i]);
+            }
         }
-    }
-    float value[TOKENS];
+    } while (!there);
+    float value[COUNT];
     if constexpr (NORMED) {
 #pragma unroll
-        for (int of = 0; of < TOKENS; of++) {
+        for (int of = 0; of < COUNT; of++) {
             value[of] = 0;
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)
 #pragma unroll
                 for (int j = 0; j < 8; j++) { const float y = part_of(v[of][i], j); value[of] += y * y; }
         }
-        over_threads<false>(value);
+        over_threads<false, FIRST, COUNT>(value);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
             if (at >= columns) break;
             const uint4 w = norm.weight[i];
 #pragma unroll
-            for (int of = 0; of < TOKENS; of++) {
+            for (int of = 0; of < COUNT; of++) {
                 const float turn = rsqrtf(value[of] / columns + S.step.eps);
                 float y[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) y[j] = rounded(part_of(v[of][i], j) * turn) * part_of(w, j);
                 v[of][i] = make_uint4(pair(y[0], y[1]), pair(y[2], y[3]), pair(y[4], y[5]), pair(y[6], y[7]));
-                if (hidden && blockIdx.x == 0) *(uint4*)(hidden + of * columns + at) = v[of][i];
             }
         }
     }
     const float largest = kind == E4M3 ? 448.0f : 127.5f;
     if (kind == E4M3 || kind == INT8) {
 #pragma unroll
-        for (int of = 0; of < TOKENS; of++) {
+        for (int of = 0; of < COUNT; of++) {
             u32 most = 0;
 #pragma unroll
             for (int i = 0; i < VECTORS; i++) {
@@ -596,38 +629,37 @@ __device__ __forceinline__ void prepare(const u16* source, const Norm& norm, int
             }
             value[of] = fmaxf(__uint_as_float(most << 16), __uint_as_float(most & 0xFFFF0000));
         }
-        over_threads<true>(value);
+        over_threads<true, FIRST, COUNT>(value);
     }
-    together();  // the product before has read its tokens
 #pragma unroll
-    for (int of = 0; of < TOKENS; of++) {
+    for (int of = 0; of < COUNT; of++) {
         float by = 1;
         if (kind == E4M3 || kind == INT8) {
             const float scale = value[of] == 0 ? 1.0f : __fdiv_rn(value[of], largest);
             by = __fdiv_rn(1.0f, scale);
-            if (threadIdx.x == 0) S.x_scale[of] = scale;
+            if (threadIdx.x == 0) S.x_scale[FIRST + of] = scale;
         }
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             const int at = (i * THREADS + threadIdx.x) * 8;
             if (at / 256 * 256 >= padded) break;  // the same for a warp
-            const u32 row = x + of * S.step.x_stride;
+            const u32 row = x + (FIRST + of) * S.step.x_stride;
             const uint4 w = v[of][i];
-            const bool there = at < padded;
+            const bool is_column = at < padded;
             // pairs of columns in the order 0, 2, 1, 3: see `multiply`
             if (kind == BF16) {
-                if (there) shared<uint4>(row + at * 2) = make_uint4(w.x, w.z, w.y, w.w);
+                if (is_column) shared<uint4>(row + at * 2) = make_uint4(w.x, w.z, w.y, w.w);
             } else if (is_int4(kind)) {
                 // of 128 columns: four places of 64 bytes for two nibbles each, 16 bytes for a thread's four words
                 const u32 to = row + at / 128 * 256 + at % 128 / 32 * 64 + at % 32 / 16 * 4 + at % 16 / 4 * 16;
-                if (there) shared<u32>(to) = w.x, shared<u32>(to + 8) = w.y, shared<u32>(to + 16) = w.z, shared<u32>(to + 24) = w.w;
+                if (is_column) shared<u32>(to) = w.x, shared<u32>(to + 8) = w.y, shared<u32>(to + 16) = w.z, shared<u32>(to + 24) = w.w;
                 float total = 0;
 #pragma unroll
                 for (int j = 0; j < 8; j++) total += part_of(w, j);
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                if (there && threadIdx.x % 4 == 0) shared<float>(x + TOKENS * S.step.x_stride + of * TOTALS + at / 32 * 4) = total;
-            } else if (there) {
+                if (is_column && threadIdx.x % 4 == 0) shared<float>(x + TOKENS * S.step.x_stride + (FIRST + of) * TOTALS + at / 32 * 4) = total;
+            } else if (is_column) {
                 u32 codes[2] = {0, 0};
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {
@@ -646,6 +678,14 @@ __device__ __forceinline__ void prepare(const u16* source, const Norm& norm, int
             }
         }
     }
+}
+
+// All tokens, as many together as registers hold. Every thread has read what was there before.
+template <int COLUMNS, bool NORMED>
+__device__ __forceinline__ void prepare(const u16* given, const u64* source, u32 stamp, const Norm& norm, int kind, u32 x) {
+    constexpr int MOST = vectors(COLUMNS) > 1 && TOKENS > 2 ? 2 : TOKENS;
+    prepare_some<COLUMNS, NORMED, 0, MOST>(given, source, stamp, norm, kind, x);
+    if constexpr (TOKENS > MOST) prepare_some<COLUMNS, NORMED, MOST, TOKENS - MOST>(given, source, stamp, norm, kind, x);
     together();
 }
 
@@ -707,35 +747,42 @@ __device__ __forceinline__ float coded(float x, float scale, u16& bits) {
     return code;
 }
 
-// q, k or v of one head by one warp: normed and turned, to shared memory.
-__device__ __forceinline__ void turn_head(const u16* qkv, const u16* norm, bool turns, int of, float* to) {
-    constexpr int EACH = HEAD_DIM / 32;
+// q, k or v of one head by one warp, when its words are there: normed and turned, to shared memory.
+__device__ __forceinline__ void turn_head(const u64* head, u32 stamp, const u16* norm, bool turns, int of, float* to) {
+    constexpr int EACH = HEAD_DIM / 32;  // of a lane: two next to each other, two that are 64 further on
     const int lane = threadIdx.x & 31;
+    u32 two[EACH / 2];
+    bool there;
+    do {
+        there = true;
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++) there &= word(head + lane + 32 * i, stamp, two[i]);
+    } while (!there);
     float x[EACH], squares = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        x[i] = number(__ldcg(qkv + lane + 32 * i));
+        x[i] = __uint_as_float(i % 2 ? two[i / 2] & 0xFFFF0000 : two[i / 2] << 16);
         squares += x[i] * x[i];
     }
     if (norm) {
         const float turn = rsqrtf(warp_sum(squares) / HEAD_DIM + S.step.eps);
 #pragma unroll
-        for (int i = 0; i < EACH; i++) x[i] = rounded(rounded(x[i] * turn) * number(__ldg(norm + lane + 32 * i)));
+        for (int i = 0; i < EACH; i++) x[i] = rounded(rounded(x[i] * turn) * number(__ldg(norm + 64 * (i / 2) + 2 * lane + i % 2)));
     }
 #pragma unroll
-    for (int i = 0; i < EACH; i++) to[lane + 32 * i] = x[i];
+    for (int i = 0; i < EACH; i += 2) *(float2*)(to + 32 * i + 2 * lane) = make_float2(x[i], x[i + 1]);
     __syncwarp();
     if (!turns) return;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        const int d = lane + 32 * i;
+        const int d = 64 * (i / 2) + 2 * lane + i % 2;
         if (d >= TURNING) continue;
         const float other = d < TURNING / 2 ? -to[d + TURNING / 2] : to[d - TURNING / 2];
         x[i] = rounded(rounded(x[i] * number(S.turns[0][of][d])) + rounded(other * number(S.turns[1][of][d])));
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < EACH; i++) to[lane + 32 * i] = x[i];
+    for (int i = 0; i < EACH; i += 2) *(float2*)(to + 32 * i + 2 * lane) = make_float2(x[i], x[i + 1]);
 }
 
 __device__ __forceinline__ Part part_at(int unit) {
@@ -772,7 +819,8 @@ struct Softmax {
 
     // Keys and values of `turns` in a stage, the same number for a warp; of each those before `seen` count.
     // first: the lane's first key.
-    __device__ __forceinline__ void add(const float (&q)[GROUP][DIMS], u32 stage, int first, int turns, int seen, float scale) {
+    // q: of the heads, in shared memory.
+    __device__ __forceinline__ void add(const float* q, u32 stage, int first, int turns, int seen, float scale) {
         const int lane16 = threadIdx.x & 15;
         float score[TURNS][GROUP];
 #pragma unroll
@@ -786,7 +834,10 @@ struct Softmax {
             for (int g = 0; g < GROUP; g++) {
                 score[i][g] = 0;
 #pragma unroll
-                for (int d = 0; d < DIMS; d++) score[i][g] += q[g][d] * k[d];
+                for (int d = 0; d < DIMS; d += 4) {
+                    const float4 four = *(const float4*)(q + g * HEAD_DIM + lane16 * DIMS + d);
+                    score[i][g] += four.x * k[d] + four.y * k[d + 1] + four.z * k[d + 2] + four.w * k[d + 3];
+                }
             }
 #pragma unroll
             for (int apart = 8; apart; apart >>= 1)
@@ -829,22 +880,35 @@ struct Softmax {
     }
 };
 
-// The parts of a token's context that other blocks attended to, of the heads of one KV head.
-__device__ __forceinline__ void join(const Part& part) {
+// Of the heads of one KV head this block's share of numbers, from all parts of the context.
+__device__ __forceinline__ void join(const Part& part, u32 stamp) {
     const Step& p = S.step;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const int head = part.head * GROUP + i / HEAD_DIM;
-        float top = NOTHING, total = 0, y = 0;
-#pragma unroll 8
-        for (int split = 0; split < part.splits; split++) {
-            const long long from = (long long)(part.of * p.splits + split) * HEADS + head;
-            const float log = __ldcg(p.sums + from), value = __ldcg(p.partial + from * HEAD_DIM + i % HEAD_DIM);
-            const float higher = fmaxf(top, log), fade = power(top - higher), weight = power(log - higher);
-            total = total * fade + weight;
-            y = y * fade + value * weight;
-            top = higher;
+    constexpr int COUNT = GROUP * HEAD_DIM;
+    static_assert(MOST_SPLITS == 16, "a part is half a warp's lane");
+    const int share = ((COUNT + part.splits - 1) / part.splits + 1) / 2 * 2, first = part.split * share;
+    const int end = min(COUNT, first + share), split = threadIdx.x % 16;
+    for (int at = first; at < end; at += THREADS / 16) {
+        const int i = at + threadIdx.x / 16;  // its neighbour is the warp's other half's
+        float log = NOTHING, value = 0;
+        if (i < end && split < part.splits) {
+            const long long from = (long long)(part.of * p.splits + split) * HEADS + part.head * GROUP;
+            u32 a, b;
+            while (!(word(p.sums + from + i / HEAD_DIM, stamp, a) & word(p.partial + from * HEAD_DIM + i, stamp, b)));
+            log = __uint_as_float(a), value = __uint_as_float(b);
         }
-        p.attended[(part.of * HEADS + head) * HEAD_DIM + i % HEAD_DIM] = to_bf16(y / total);
+        float top = log;
+#pragma unroll
+        for (int apart = 8; apart; apart >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, apart));
+        float weight = i < end ? power(log - top) : 0.0f, y = value * weight;
+#pragma unroll
+        for (int apart = 8; apart; apart >>= 1) {
+            weight += __shfl_xor_sync(~0u, weight, apart);
+            y += __shfl_xor_sync(~0u, y, apart);
+        }
+        y /= weight;
+        const float next = __shfl_down_sync(~0u, y, 16);
+        if (threadIdx.x % 32 == 0 && i < end)
+            put(p.attended + ((part.of * HEADS + part.head * GROUP) * HEAD_DIM + i) / 2, pair(y, next), stamp);
     }
 }
 
@@ -872,7 +936,7 @@ __device__ __forceinline__ Place feed_cache(const Layer& l, const Ring& ring, Pl
 }
 
 // Attention of the new tokens over their contexts, keys and values of the new ones into the cache.
-__device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, const Ring& ring, Place place) {
+__device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 stamp, const Ring& ring, Place place) {
     const Step& p = S.step;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lane16 = lane & 15, each = lane >> 4;
     constexpr int WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -883,21 +947,17 @@ __device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, 
     float* own = totals + WARPS * GROUP;                  // [GROUP]: scores of the new token
     const float k_scale = CACHE == BF16 ? 1.0f : __ldg(l.k_scale), v_scale = CACHE == BF16 ? 1.0f : __ldg(l.v_scale);
     const float scale = p.scale * k_scale;
-    bool waited = false;
     for (int unit = blockIdx.x; unit < TOKENS * KV_HEADS * p.splits; unit += gridDim.x) {
         const Part part = unit == blockIdx.x ? S.first : part_at(unit);
         if (part.split >= part.splits) continue;
         INSIDE(0);
-        if (waited) together();
-        else wait_for_all(p.counters, times);
-        waited = true;
-        INSIDE(1);
+        if (unit != blockIdx.x) together();
         if (warp < GROUP + 2) {
             const int head = warp < GROUP ? part.head * GROUP + warp : HEADS + (warp - GROUP) * KV_HEADS + part.head;
             const u16* norm = nullptr;
             if (HEAD_NORMS && warp <= GROUP) norm = warp < GROUP ? l.q_norm : l.k_norm;
             float* head_at = heads + warp * HEAD_DIM;
-            turn_head(p.qkv + (long long)part.of * WIDTH + head * HEAD_DIM, norm, warp <= GROUP, part.of, head_at);
+            turn_head(p.qkv + (part.of * WIDTH + head * HEAD_DIM) / 2, stamp, norm, warp <= GROUP, part.of, head_at);
             if (warp >= GROUP && part.split == 0) {
                 const long long to = ((long long)S.slot[part.of] * KV_HEADS + part.head) * HEAD_DIM;
                 u8* cache = warp == GROUP ? l.keys : l.values;
@@ -910,7 +970,7 @@ __device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, 
             }
         }
         together();
-        INSIDE(2);
+        INSIDE(1);
         if (part.split == 0 && warp < GROUP) {
             float score = 0;
 #pragma unroll
@@ -918,23 +978,16 @@ __device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, 
             score = warp_sum(score);
             if (lane == 0) own[warp] = score * scale;
         }
-        float q[GROUP][DIMS];
-#pragma unroll
-        for (int g = 0; g < GROUP; g++)
-#pragma unroll
-            for (int i = 0; i < DIMS; i += 4)
-                *(float4*)&q[g][i] = *(const float4*)(heads + g * HEAD_DIM + lane16 * DIMS + i);
-        INSIDE(3);
         Softmax softmax;
         for (int begin = part.first; begin < part.end; begin += KEYS, place.advance(ring.stages)) {
             // a warp's two keys of a turn are neighbours
             const int first = warp * 2, left = part.end - begin - first;
             wait_for(ring.full + 8 * place.stage, place.parity);
             const int turns = min(TURNS, (left + TURN - 1) / TURN), seen = min(TURNS, (left - each + TURN - 1) / TURN);
-            softmax.add(q, ring.data + place.stage * STAGE, first + each, turns, seen, scale);
+            softmax.add(heads, ring.data + place.stage * STAGE, first + each, turns, seen, scale);
             release(ring, place);
         }
-        INSIDE(4);
+        INSIDE(3);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
             const float higher = fmaxf(softmax.top[g], __shfl_xor_sync(~0u, softmax.top[g], 16));
@@ -952,9 +1005,9 @@ __device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, 
                     *(float2*)(results + (warp * GROUP + g) * HEAD_DIM + lane16 * DIMS + i) = make_float2(softmax.sum[g][i], softmax.sum[g][i + 1]);
             if (lane == 0) tops[warp * GROUP + g] = higher, totals[warp * GROUP + g] = both;
         }
-        INSIDE(5);
+        INSIDE(4);
         together();
-        INSIDE(6);
+        INSIDE(5);
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
             const int g = i / HEAD_DIM;
             float higher = part.split == 0 ? own[g] : NOTHING;
@@ -973,35 +1026,24 @@ __device__ __forceinline__ Place attend(const Layer& l, u32 scratch, u32 times, 
             y = y / sum * v_scale;
             const int head = part.head * GROUP + g;
             if (part.splits == 1) {
-                p.attended[(part.of * HEADS + head) * HEAD_DIM + i % HEAD_DIM] = to_bf16(y);
+                const float next = __shfl_down_sync(~0u, y, 1);
+                if (i % 2 == 0) put(p.attended + ((part.of * HEADS + head) * HEAD_DIM + i % HEAD_DIM) / 2, pair(y, next), stamp);
             } else {
                 const long long to = (long long)(part.of * p.splits + part.split) * HEADS + head;
-                p.partial[to * HEAD_DIM + i % HEAD_DIM] = y;
-                if (i % HEAD_DIM == 0) p.sums[to] = higher + log2f(sum);
+                put(p.partial + to * HEAD_DIM + i % HEAD_DIM, __float_as_uint(y), stamp);
+                if (i % HEAD_DIM == 0) put(p.sums + to, __float_as_uint(higher + log2f(sum)), stamp);
             }
         }
+        INSIDE(6);
+        if (part.splits > 1) join(part, stamp);
         INSIDE(7);
-        if (part.splits == 1) continue;
-        together();
-        u32* arrived = p.counters + 2 + part.of * KV_HEADS + part.head;
-        if (threadIdx.x == 0) {
-            u32 before;
-            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
-            S.is_last = before == part.splits - 1;
-        }
-        together();
-        INSIDE(8);
-        if (!S.is_last) continue;
-        join(part);
-        if (threadIdx.x == 0) *arrived = 0;
     }
-    if (!waited) wait_for_all(p.counters, times);
     return place;
 }
 
 // ---- the step
 
-__device__ __forceinline__ const Linear& linear_of(int i) { return i < 4 * LAYERS ? S.layers[i / 4].linears[i % 4] : S.step.head; }
+__device__ __forceinline__ const Linear& linear_of(int i) { return S.layers[i / 4].linears[i % 4]; }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Step given) {
     if (threadIdx.x == 0) S.step = given;
@@ -1036,29 +1078,34 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     __syncthreads();
     Place place{0, 0};
     if (threadIdx.x >= THREADS) {
-        for (int i = 0; i <= 4 * LAYERS; i++) {
+        for (int i = 0; i < 4 * LAYERS; i++) {
             const Linear l = linear_of(i);
-            place = feed(l, i < 4 * LAYERS && i % 4 == GATE_UP ? 2 : 1, ring, place);
-            if (i < 4 * LAYERS && i % 4 == QKV) place = feed_cache(S.layers[i / 4], ring, place);
+            place = feed(l, i % 4 == GATE_UP ? 2 : 1, ring, place);
+            if (i % 4 == QKV) place = feed_cache(S.layers[i / 4], ring, place);
         }
         return;
     }
-    u32 times = 0;
     [[maybe_unused]] int mark = 0;
     MARK();
-    const u16* stream = given.entering;
+    const u32 first_stamp = *(volatile u32*)given.counters;
     Norm norm;
     norm.read(S.layers[0].input_norm);
-    for (int i = 0; i <= 4 * LAYERS; i++) {
-        const int what = i < 4 * LAYERS ? i % 4 : HEAD;
+    // the thread's row of hidden states, as `product` has it
+    const int my_row = first_tile(HIDDEN / TILE, blockIdx.x) * TILE + threadIdx.x / (TILE * TOKENS) * TILE + threadIdx.x % TILE;
+    u16 mine = my_row < HIDDEN ? __ldg(given.entering + threadIdx.x / TILE % TOKENS * HIDDEN + my_row) : 0;
+    for (int i = 0; i < 4 * LAYERS; i++) {
+        const int what = i % 4;
+        const u32 stamp = first_stamp + i, before = stamp - 1;
         const Layer& layer = S.layers[i / 4];
         const Linear l = linear_of(i);
         const int kind = kind_of(l);
-        if (what == OUT) prepare<HEADS * HEAD_DIM, false>(given.attended, norm, kind, nullptr, x);
-        else if (what == DOWN) prepare<INNER, false>(given.act, norm, kind, nullptr, x);
-        else prepare<HIDDEN, true>(stream, norm, kind, what == HEAD ? given.hidden : nullptr, x);
+        if (what == OUT) prepare<HEADS * HEAD_DIM, false>(nullptr, given.attended, before, norm, kind, x);
+        else if (what == DOWN) prepare<INNER, false>(nullptr, given.act, before, norm, kind, x);
+        else prepare<HIDDEN, true>(i ? nullptr : given.entering, given.stream, before, norm, kind, x);
         MARK();
-#define PRODUCT(KIND) if ((KINDS >> KIND & 1) && kind == KIND) place = product<KIND>(l, what, stream, x, ring, place)
+        u16* leaving = i == 4 * LAYERS - 1 ? given.leaving : nullptr;
+#define PRODUCT(KIND) \
+    if ((KINDS >> KIND & 1) && kind == KIND) place = product<KIND>(l, what, stamp, mine, leaving, x, ring, place)
         PRODUCT(BF16);
         PRODUCT(E4M3);
         PRODUCT(INT8);
@@ -1066,16 +1113,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
         PRODUCT(INT4_64);
         PRODUCT(INT4_32);
         MARK();
-        if (what == HEAD) break;
         if (what == QKV) {
-            place = attend(layer, x, ++times, ring, place);
+            place = attend(layer, x, stamp, ring, place);
+            together();  // what it had in the tokens' place has been read
             MARK();
         }
-        if (what == OUT) stream = given.stream, norm.read(layer.post_norm);
-        if (what == DOWN) norm.read(i + 1 < 4 * LAYERS ? S.layers[i / 4 + 1].input_norm : given.final_norm);
-        wait_for_all(given.counters, ++times);
-        MARK();
+        if (what == OUT) norm.read(layer.post_norm);
+        if (what == DOWN && i + 1 < 4 * LAYERS) norm.read(S.layers[i / 4 + 1].input_norm);
     }
-    together();
-    if (threadIdx.x == 0 && atomicAdd(given.counters + 1, 1) == gridDim.x - 1) given.counters[0] = given.counters[1] = 0;
+    if (threadIdx.x == 0 && atomicAdd(given.counters + 1, 1) == gridDim.x - 1)
+        given.counters[0] = first_stamp + 4 * LAYERS, given.counters[1] = 0;
 }

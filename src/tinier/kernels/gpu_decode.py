@@ -56,11 +56,9 @@ class _Layer(Structure):
 
 class _Step(Structure):
     _fields_ = (
-        ("layers", c_void_p),
-        ("head", _Linear),
         *((name, c_void_p) for name in (
-            "final_norm", "cos", "sin", "entering", "stream", "qkv", "attended", "act", "partial", "sums",
-            "hidden", "logits", "positions", "slots", "contexts", "tables", "counters",
+            "layers", "cos", "sin", "entering", "leaving", "stream", "qkv", "attended", "act", "partial",
+            "sums", "positions", "slots", "contexts", "tables", "counters",
         )),
         *((name, c_int32) for name in ("width", "splits", "stages", "x_stride", "x_bytes")),
         *((name, c_float) for name in ("eps", "scale")),
@@ -85,7 +83,6 @@ class GpuDecoder:
         g, device = weights.geometry, weights.final_norm.device
         self._device, self._rotation = device, rotation
         self._maps: list[Tensor] = []
-        self._head = self._linear(weights.head)
         layers = [self._layer(*parts) for parts in zip(weights.layers, caches, strict=True)]
         self._layers = _on(device, bytes((_Layer * len(layers))(*layers)))
         self._weights, self._caches = weights, caches  # the structs point into them
@@ -94,29 +91,29 @@ class GpuDecoder:
             "HEAD_DIM": g.head_dim, "TURNING": g.turning, "BLOCK_SIZE": block_size, "LAYERS": g.layers,
             "CACHE": _CACHES[caches[0].keys.dtype], "HEAD_NORMS": int(g.head_norms != "none"),
             "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": _totals_bytes(g),
-            "KINDS": sum({1 << kind for kind in map(_kind, weights.linears) if kind is not None}),
+            "KINDS": sum({1 << kind for kind in map(_kind, _linears(weights)) if kind is not None}),
         }  # fmt: skip
         self._kernels: dict[int, cuda.Kernel] = {}
-        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self._blocks = _blocks(weights)
         most, width = MOST_TOKENS, (g.heads + 2 * g.kv_heads) * g.head_dim
-        self._counters = torch.zeros(2 + most * g.kv_heads, dtype=torch.int32, device=device)
-        self._buffers = {
-            name: torch.empty(size, dtype=dtype, device=device)
-            for name, size, dtype in (
-                ("stream", most * g.hidden, torch.bfloat16),
-                ("qkv", most * width, torch.bfloat16),
-                ("attended", most * g.heads * g.head_dim, torch.bfloat16),
-                ("act", most * g.intermediate, torch.bfloat16),
-                ("partial", most * _MOST_SPLITS * g.heads * g.head_dim, torch.float32),
-                ("sums", most * _MOST_SPLITS * g.heads, torch.float32),
+        self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        self._words = {
+            name: torch.zeros(most * size, dtype=torch.int64, device=device)
+            for name, size in (
+                ("stream", g.hidden // 2),
+                ("qkv", width // 2),
+                ("attended", g.heads * g.head_dim // 2),
+                ("act", g.intermediate // 2),
+                ("partial", _MOST_SPLITS * g.heads * g.head_dim),
+                ("sums", _MOST_SPLITS * g.heads),
             )
         }
 
     def step(
         self, entering: Tensor, positions: Tensor, slots: Tensor, contexts: Tensor, tables: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [S, vocab] and hidden states [S, hidden] in bf16 after a new token of each of S sequences,
-        whose keys and values are written to the cache. S: MOST_TOKENS at most.
+    ) -> Tensor:
+        """What leaves the last layer [S, hidden] in bf16, before the final norm, of a new token of each of
+        S sequences, whose keys and values are written to the cache. S: MOST_TOKENS at most.
 
         entering: [S, hidden] in bf16, what enters the first layer. The others int32. positions, slots,
         contexts: [S]. tables: [S, width] cache blocks.
@@ -128,34 +125,23 @@ class GpuDecoder:
             "tables": tables,
         }  # fmt: skip
         assert all(t.is_contiguous() for t in inputs.values())
-        outputs = {
-            "hidden": entering.new_empty(tokens, g.hidden),
-            "logits": entering.new_empty(tokens, self._head.rows),
-        }
+        leaving = torch.empty_like(entering)
         if tokens not in self._kernels:
             shared = _shared_bytes(g, tokens, self._caches[0].keys.itemsize)
             sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": shared}
             self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
         memory = _memory_of(self._weights, self._caches, tokens)
-        named = {
-            "final_norm": self._weights.final_norm,
-            "counters": self._counters,
-            "layers": self._layers,
-        }
-        pointers = {
-            name: tensor.data_ptr()
-            for name, tensor in {**inputs, **outputs, **self._buffers, **named}.items()
-        }
-        scale = (g.multipliers.attention or g.head_dim**-0.5) * _LOG2_E
+        named = {"leaving": leaving, "counters": self._counters, "layers": self._layers}
+        pointers = {name: t.data_ptr() for name, t in {**inputs, **self._words, **named}.items()}
         step = _Step(
-            **pointers, head=self._head, cos=self._rotation[0].data_ptr(), sin=self._rotation[1].data_ptr(),
+            **pointers, cos=self._rotation[0].data_ptr(), sin=self._rotation[1].data_ptr(),
             width=tables.shape[1],
             splits=max(1, min(_MOST_SPLITS, self._blocks // (tokens * g.kv_heads))),
             stages=memory.stages, x_stride=memory.x_stride, x_bytes=memory.x_bytes,
-            eps=g.norm_eps, scale=scale,
+            eps=g.norm_eps, scale=(g.multipliers.attention or g.head_dim**-0.5) * _LOG2_E,
         )  # fmt: skip
         self._kernels[tokens].launch(step, self._blocks, _THREADS, memory.whole)
-        return outputs["logits"], outputs["hidden"]
+        return leaving
 
     def _layer(self, layer: Layer, cache: Cache) -> _Layer:
         assert layer.gate_up is not None
@@ -193,11 +179,33 @@ class _Memory(NamedTuple):
 def _memory_of(weights: DecodeWeights, caches: Sequence[Cache], tokens: int) -> _Memory:
     g = weights.geometry
     shared = _up(_shared_bytes(g, tokens, caches[0].keys.itemsize))
-    x_stride = max(map(_token_bytes, weights.linears)) + 64
+    x_stride = max(map(_token_bytes, _linears(weights))) + 64
     x_bytes = _up(max(tokens * (x_stride + _totals_bytes(g)), _attention_bytes(g)))
     whole = cuda.most_shared_memory(weights.final_norm.device)
     left = whole - shared - x_bytes - 256
     return _Memory(whole, x_stride, x_bytes, left // (_STAGE + 16))
+
+
+def _linears(weights: DecodeWeights) -> list[Linear]:
+    """Those that the kernel multiplies: all but the head."""
+    return weights.linears[:-1]
+
+
+def _blocks(weights: DecodeWeights) -> int:
+    """How many run: as many as have rows of every layer."""
+    tiles = [
+        linear.few.shape[0] // _TILE // (1 + (linear is layer.gate_up))
+        for layer in weights.layers
+        for linear in layer.linears
+        if linear.few is not None
+    ]
+    device = weights.final_norm.device
+    return min(torch.cuda.get_device_properties(device).multi_processor_count, *tiles)
+
+
+def _slots(tokens: int) -> int:
+    """Tiles of rows between two summations."""
+    return 16 if tokens <= 2 else 8
 
 
 def _up(count: int) -> int:
@@ -211,11 +219,11 @@ def _totals_bytes(g: Geometry) -> int:
 
 def _shared_bytes(g: Geometry, tokens: int, cache_bytes: int) -> int:
     """Of struct Shared. cache_bytes: of a number in the cache."""
-    slots = 16 if tokens <= 2 else 8
+    slots = _slots(tokens)
     turn = 2 * _WARPS
     keys = _STAGE // (2 * g.head_dim * cache_bytes * turn) * turn
-    of_token = slots * _WARPS * _TILE + _WARPS + 3 + g.turning
-    words = of_token * tokens + slots * _TILE + 1 + 6 + keys
+    of_token = slots * _WARPS * _TILE + 2 * _WARPS + 3 + g.turning
+    words = of_token * tokens + slots * _TILE + 6 + keys
     return ctypes.sizeof(_Step) + -(-words // 2) * 8 + ctypes.sizeof(_Layer) * g.layers
 
 
@@ -261,15 +269,17 @@ def unsupported(
             or layer.mlp_out_norm is not None or layer.norms_all_heads for layer in weights.layers
         )),
         ("norms or RoPE are not in bf16",
-         any(t.dtype != torch.bfloat16 for t in (*norms, *rotation, weights.final_norm))),
+         any(t.dtype != torch.bfloat16 for t in (*norms, *rotation))),
         ("its heads have other sizes than 64 or 128", g.head_dim not in (64, 128)),
         ("more than four query heads share a KV head", group > 4),
-        ("its sizes are not multiples of 8", bool(g.hidden % 8 or g.intermediate % 8)),
+        ("its sizes are not multiples of 16", bool(g.hidden % 16 or g.intermediate % 16)),
         ("its cache is in another format", any(c.keys.dtype not in _CACHES for c in caches)),
     ):  # fmt: skip
         if holds:
             return reason
-    found = next(filter(None, map(_unsupported_linear, weights.linears)), None)
+    found = next(filter(None, map(_unsupported_linear, _linears(weights))), None)
+    if found is None and g.hidden > _blocks(weights) * _TILE * _slots(MOST_TOKENS):
+        found = "it is too wide for this GPU's multiprocessors"
     if found is None and _memory_of(weights, caches, MOST_TOKENS).stages < 2:
         found = "it is too wide for this GPU's shared memory"
     return found or cuda.missing()
