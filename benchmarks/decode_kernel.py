@@ -1,11 +1,12 @@
 """A decoding step in one kernel (gpu_decode.cu) against the same step operator by operator, on one GPU.
 
     python -m benchmarks.decode_kernel --out RESULT.json [--models bf16 fp8 int4] [--batches 1 2 4]
-        [--context 450] [--layers 28] [--trace]
+        [--context 450] [--layers N] [--trace]
 
-Llama-3.2-3B's shape with random weights. For each model and batch: how far the logits of the two are apart
-(as a share of their size, two layers), and milliseconds of a captured step, by turns. --trace: instead,
-microseconds of each phase of a layer as block 0 sees them, by its clock.
+Llama-3.2-3B's shape with random weights, or another one's (qwen3-0.6b:bf16; architectures.py). For each
+model and batch: how far the logits of the two are apart (as a share of their size, two layers), and
+milliseconds of a captured step, by turns. --trace: instead, microseconds of each phase of a layer as one
+block sees them, by its clock.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.engine_speed import random_decoder
+from benchmarks import architectures, engine_speed
 from torch import Tensor
 
 from tinier.benchmark import environment
@@ -37,9 +38,13 @@ INSIDE = (
 CLOCK = 1980.0  # cycles of a microsecond, of an H100 under this load
 
 
-def runner_of(model: str, layers: int) -> Runner:
+def runner_of(model: str, layers: int | None) -> Runner:
     """With a cache that is full of numbers."""
-    decoder = random_decoder(model, layers)
+    shape, _, form = model.rpartition(":")
+    if shape:
+        decoder = architectures.random_decoder(shape, form, layers)
+    else:
+        decoder = engine_speed.random_decoder(model, layers)
     runner = Runner(decoder, BLOCKS, BLOCK_SIZE, 4, 4096, 64, in_one_kernel=True)
     assert runner._whole is not None, "this GPU or model has no step in one kernel"
     fill_caches(runner, 40)
@@ -118,7 +123,7 @@ def traced(model: str, contexts: list[int]) -> dict[str, Any]:
     layers, runs = 8, 3
     runner = runner_of(model, layers)
     assert runner._whole is not None
-    runner._whole._sizes["TRACE"] = 0  # the block whose clock is read
+    runner._whole._sizes["TRACE"] = 1  # the block whose clock is read: one of those with most rows
     inputs = inputs_of(runner, contexts)
     for _ in range(runs):
         runner._compute(inputs, [1] * len(contexts), max(contexts))
@@ -157,7 +162,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["bf16", "fp8", "int4"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--context", type=int, default=450)
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--trace", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -174,7 +179,7 @@ def main() -> None:
                 row["ratio"] = statistics.median(
                     a / b for a, b in zip(times["operators"], times["one kernel"], strict=True)
                 )
-                row["apart"] = apart(model, [2100, 300, 64, 1][:batch])
+                row["apart"] = apart(model, [2000, 300, 64, 1][:batch])
             record["rows"].append(row)
             print(json.dumps(row), flush=True)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,14 +5,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.engine.test_engine import prompts
 
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
-from tinier.engine.grammar import Grammars, choice, json_schema, lark, regex, spread
+from tinier.engine.grammar import Grammars, choice, forbidden, json_schema, lark, regex, spread
 from tinier.errors import InputError
 from tinier.tokenizer import load_tokenizer
 
@@ -97,14 +96,12 @@ def test_bits_are_spread_on_a_device_as_on_the_host(tiny: Tiny) -> None:
     grammars = Grammars(tokenizer, 300, torch.device("cpu"))
     made = [regex("[a-f]+x"), regex("\\d+"), choice(["yes", "no"])] * 6
     matchers = [grammars.matcher(grammar, (0,)) for grammar in made]
-    forbidden = grammars.forbidden(matchers)
-    assert torch.equal(forbidden[:3], grammars.forbidden(matchers[:3]))  # one after the other
-    bits = (~forbidden).new_zeros(18, 320)
-    bits[:, : forbidden.shape[1]] = ~forbidden
-    words = np.packbits(bits.numpy(), axis=1, bitorder="little").view(np.int32)
-    assert torch.equal(spread(torch.from_numpy(words))[:, : forbidden.shape[1]], forbidden)
-    assert forbidden.any()
-    assert not forbidden.all(dim=1).any()
+    allowed = grammars.allowed(matchers)
+    assert torch.equal(allowed[:3], grammars.allowed(matchers[:3]))  # one after the other
+    on_host = forbidden(allowed, 264)
+    assert torch.equal(spread(allowed)[:, :264], on_host)
+    assert on_host.any()
+    assert not on_host.all(dim=1).any()
 
 
 def test_log_probabilities_are_the_model_s_own(tiny: Tiny) -> None:

@@ -4,10 +4,12 @@ interpreter (tests/conftest.py switches it on)."""
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.kernels.test_reference import paged_batch
 
+from tinier.engine import drawing
 from tinier.kernels import reference
 from tinier.kernels.machine import machine_of
 from tinier.kernels.reference import Cache, HeadInputs
@@ -21,7 +23,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and no triton package", allow_module_level=True)
 pytest.importorskip("triton")
-from tinier.kernels import attention, fused, int8, skinny  # noqa: E402
+from tinier.kernels import attention, draws, fused, int8, skinny  # noqa: E402
 
 if INTERPRETED:
     from tests.kernels.interpreter import round_as_a_gpu_does
@@ -334,3 +336,48 @@ def test_greedy_is_the_first_of_the_largest_or_no_token(vocab: int, dtype: torch
     assert torch.equal(tokens.cpu(), expected)
     assert torch.equal(sampled.cpu()[seats.cpu().long()], expected.clamp(min=0))
     assert sampled[7] == 77
+
+
+def in_torch(logits: torch.Tensor, t: torch.Tensor, row_keys: torch.Tensor) -> torch.Tensor:
+    logits = logits.float().cpu()
+    limits = drawing.Limits(t.cpu(), None, None, None)
+    return drawing.draw(logits, limits, row_keys.cpu()).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(3, 301), pytest.param(20, 5000, marks=SLOW)])
+def test_tokens_are_drawn_as_torch_draws_them(dtype: torch.dtype, rows: int, vocab: int) -> None:
+    logits = random(rows, vocab, dtype=dtype) * 3
+    t = torch.linspace(0.2, 1.5, rows, device=DEVICE).unsqueeze(1)
+    t[0] = 1e-9
+    seeds = np.arange(rows).astype(np.uint64)
+    found, expected, words = [], [], -(-vocab // 32)
+    for position in range(8):
+        at = np.full(rows, position, dtype=np.uint64)
+        row_keys = torch.from_numpy(drawing.keys(seeds, at)).to(DEVICE)
+        allowed = random(rows, 32 * words, seed=position) > 0.5
+        bits = np.packbits(allowed.cpu().numpy(), axis=1, bitorder="little").view(np.int32)
+        masked = logits.masked_fill(~allowed[:, :vocab], torch.finfo(dtype).min)
+        found += [
+            draws.draw(logits, t, row_keys),
+            draws.draw(logits, t, row_keys, torch.from_numpy(bits).to(DEVICE)),
+        ]
+        expected += [in_torch(logits, t, row_keys), in_torch(masked, t, row_keys)]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert len(set(found[-1].tolist())) > 1
+    assert len({tuple(one.tolist()) for one in found[::2]}) == 8
+    theirs = drawing.noise(row_keys.cpu(), vocab)
+    torch.testing.assert_close(draws.noise(row_keys, vocab).cpu(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_no_numbers_draws_nothing(bad: float) -> None:
+    logits = random(2, 40)
+    logits[1, 3] = bad
+    row_keys = torch.ones(2, 2, dtype=torch.int32, device=DEVICE)
+    t = torch.ones(2, 1, device=DEVICE)
+    bits = torch.tensor([[3, 0]] * 2, dtype=torch.int32, device=DEVICE)  # not the bad one
+    for allowed in (None, bits):
+        tokens = draws.draw(logits, t, row_keys, allowed).tolist()
+        assert tokens[0] >= 0
+        assert tokens[1] == -1

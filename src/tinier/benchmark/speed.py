@@ -158,7 +158,7 @@ def compare_speed(
             workload,
             samples[name],
             samples[base],
-            engines[name].decoder.paths,
+            engines[name].runner.paths,
             is_base=name == base,
         )
         for name in names

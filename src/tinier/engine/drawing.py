@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinier.kernels import gumbel, uses_triton
+
 # of the likeliest token; 2^18 tokens of it add up to 2^58
 _MASS = 2.0**40
 # the 31 bits of a number that is not negative, as digits: shift and width of each
@@ -38,6 +40,11 @@ class Limits(NamedTuple):
     """int64, 1 or more"""
     top_p: Tensor | None
     """float64"""
+
+    @property
+    def by_temperature(self) -> bool:
+        """Whether there is no other limit."""
+        return self.min_p is None and self.top_k is None and self.top_p is None
 
 
 def keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -63,6 +70,8 @@ def draw(logits: Tensor, limits: Limits, row_keys: Tensor) -> Tensor:
 
 def noise(row_keys: Tensor, vocab: int) -> Tensor:
     """[R, vocab] float32 of Gumbel's distribution, -log(-log(u)) for u uniform between 0 and 1."""
+    if uses_triton(row_keys.device):
+        return gumbel(row_keys, vocab)
     mix, add = row_keys[:, :1] | 1, row_keys[:, 1:]
     bits = _scrambled((_token_bits(vocab, row_keys.device) * mix).bitwise_xor_(add))
     # 31 bits, of which float32 keeps the first 24: all that small ones have, and those win a race
@@ -87,7 +96,7 @@ def _scrambled(bits: Tensor) -> Tensor:
 def _within(gaps: Tensor, scaled: Tensor, limits: Limits) -> Tensor | None:
     """Marks what min-p, top-k and top-p keep; None: all. gaps: to the greatest logit; scaled: over the
     temperature. [R, vocab] float32."""
-    if limits.min_p is None and limits.top_k is None and limits.top_p is None:
+    if limits.by_temperature:
         return None
     ranks = gaps.view(torch.int32)  # in the same order, since no gap is negative
     weights = torch.exp(-scaled)

@@ -451,17 +451,17 @@ class Engine:
         logits, tokens = self.runner.rows(output, rows)
         if all(request.params.plain for request in requests):
             return Sampled(tokens, None, None, None)
-        return self._sampler.sample(logits, requests, positions, self._forbidden(requests))
+        return self._sampler.sample(logits, requests, positions, self._allowed(requests))
 
-    def _forbidden(self, requests: list[Request]) -> Tensor | None:
-        """[B, vocab] bool on the device, the tokens that grammars forbid; None: none of these has one."""
+    def _allowed(self, requests: list[Request]) -> Tensor | None:
+        """The tokens that grammars allow, as `Grammars.allowed` gives them; None: none of these has one."""
         if self._grammars is None or all(request.matcher is None for request in requests):
             return None
         rows = [i for i, request in enumerate(requests) if request.matcher is not None]
-        some = self._grammars.forbidden([requests[i].matcher for i in rows])
+        some = self._grammars.allowed([requests[i].matcher for i in rows])
         if len(rows) == len(requests):
             return some
-        every = torch.zeros(len(requests), some.shape[1], dtype=torch.bool, device=some.device)
+        every = some.new_full((len(requests), some.shape[1]), -1)
         return every.index_copy_(0, upload(rows, torch.int64, some.device), some)
 
     def _fetch(self, requests: list[Request], sampled: Sampled) -> InFlight:

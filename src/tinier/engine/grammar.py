@@ -100,8 +100,8 @@ class Grammars:
             raise InputError(f"this grammar cannot be followed: {found.get_error():.300}")
         return found
 
-    def forbidden(self, matchers: Sequence[Matcher]) -> Tensor:
-        """[n, vocab] bool: the tokens that may not come next."""
+    def allowed(self, matchers: Sequence[Matcher]) -> Tensor:
+        """A bit for each token that may come next, the lowest first: [n, words] int32 on the device."""
         words = -(-max(self._vocab, len(self._tokenizer)) // 32)
         on_gpu = self._device.type == "cuda"
         size = len(matchers) * words
@@ -113,16 +113,24 @@ class Grammars:
         else:
             rows = [(matcher, row) for row, matcher in enumerate(matchers)]
             self._threads.unsafe_compute_mask_ptr(rows, bits.ctypes.data, 4 * words, len(rows))
-        if on_gpu:  # an eighth of the bytes to send, and nobody waits for the step
-            sent = room.view(len(matchers), words).to(self._device, non_blocking=True)
+        packed = room.view(len(matchers), words)
+        if on_gpu:  # nobody waits for the step
+            packed = packed.to(self._device, non_blocking=True)
             self._staging.sent()
-            return spread(sent)[:, : self._vocab]
-        unpacked = np.unpackbits(np.invert(bits).view(np.uint8), axis=1, bitorder="little")
-        return torch.from_numpy(unpacked.view(np.bool_)[:, : self._vocab])
+        return packed
+
+
+def forbidden(allowed: Tensor, vocab: int) -> Tensor:
+    """What `Grammars.allowed` leaves out: [n, vocab] bool."""
+    if allowed.device.type == "cpu":
+        bits = np.invert(allowed.numpy()).view(np.uint8)
+        unpacked = np.unpackbits(bits, axis=1, bitorder="little")
+        return torch.from_numpy(unpacked.view(np.bool_)[:, :vocab])
+    return spread(allowed)[:, :vocab]
 
 
 def spread(allowed: Tensor) -> Tensor:
-    """Bits [n, words] int32 of what is allowed, the lowest first, to [n, 32 · words] bool: what is not."""
+    """The same by operators of any device: [n, 32 · words] bool."""
     places = torch.arange(32, device=allowed.device, dtype=torch.int32)
-    forbidden: Tensor = (allowed.unsqueeze(-1) >> places) & 1 == 0
-    return forbidden.flatten(1)
+    left_out: Tensor = (allowed.unsqueeze(-1) >> places) & 1 == 0
+    return left_out.flatten(1)

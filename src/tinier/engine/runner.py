@@ -90,10 +90,10 @@ class Runner:
         max_step_tokens: int,
         *,
         checks_drafts: bool = False,
-        in_one_kernel: bool = False,
+        in_one_kernel: bool | None = None,
     ) -> None:
-        """checks_drafts: steps that do so are captured too. in_one_kernel: steps of a few tokens are one
-        kernel, where the model and the GPU allow it (gpu_decode.py; docs/log.md has what it takes)."""
+        """checks_drafts: steps that do so are captured too. in_one_kernel: whether the layers of steps of a
+        few tokens are one kernel (gpu_decode.py); None: where it was measured to be faster."""
         self.decoder = decoder
         self._block_size = block_size
         self._num_blocks = num_blocks
@@ -131,7 +131,19 @@ class Runner:
         self._memory: Any = None  # shared by all graphs
         self._staging = Staging()
         self._native = self._native_step() if device.type == "cpu" else None
-        self._whole = self._whole_step() if in_one_kernel and self._captures else None
+        self._whole: GpuDecoder | None = None
+        self._whole_tokens = 0
+        if self._captures and in_one_kernel is not False:
+            self._whole, self._whole_tokens = self._whole_step(everywhere=bool(in_one_kernel))
+
+    @property
+    def paths(self) -> dict[str, bool]:
+        """How the model is computed, each with whether the device does so natively."""
+        paths = self.decoder.paths
+        if self._whole_tokens:
+            name = f"one kernel for the layers, steps of {self._whole_tokens} tokens at most"
+            paths[name] = True
+        return paths
 
     @property
     def kv_bytes(self) -> int:
@@ -315,16 +327,21 @@ class Runner:
         rotations = [inputs.rotation for inputs in self._head_inputs]
         return CpuDecoder(weights, self._caches, rotations, self._block_size)
 
-    def _whole_step(self) -> GpuDecoder | None:
-        """Steps of a few tokens as one kernel."""
+    def _whole_step(self, *, everywhere: bool) -> tuple[GpuDecoder | None, int]:
+        """The layers as one kernel, and for how many tokens at most. everywhere: for all that it can."""
         weights, rotation = self._decode_weights(), self._head_inputs[0].rotation
         reason = gpu_decode.unsupported(weights, self._caches, rotation)
         if self.decoder.share.size > 1:
             reason = "the model is shared by several processes"
+        most = gpu_decode.MOST_TOKENS if everywhere else 0
+        if reason is None and not everywhere:
+            most = gpu_decode.faster_up_to(weights)
+            reason = None if most else "one kernel was not measured to be faster on this GPU"
         if reason is not None:
             log.info("steps of a few tokens run operator by operator: %s", reason)
-            return None
-        return GpuDecoder(weights, self._caches, rotation, self._block_size)
+            return None, 0
+        log.info("the layers of a step of %d tokens at most run in one kernel", most)
+        return GpuDecoder(weights, self._caches, rotation, self._block_size), most
 
     def _decode_weights(self) -> DecodeWeights:
         decoder = self.decoder
@@ -365,7 +382,7 @@ class Runner:
         )
         decoder = self.decoder
         entering = decoder.embed(tokens, self._sampled)
-        if self._whole and rows == sequences <= gpu_decode.MOST_TOKENS:
+        if self._whole and rows == sequences <= self._whole_tokens and longest < LONG_CONTEXT:
             leaving = self._whole.step(entering, positions, slots, contexts, tables)
             hidden = decoder.normed(leaving)
             logits = decoder.logits(hidden)

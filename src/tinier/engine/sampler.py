@@ -17,12 +17,16 @@ from torch import Tensor
 
 from tinier.device import upload
 from tinier.engine.drawing import Limits, draw, keys
+from tinier.engine.grammar import forbidden
 from tinier.engine.penalties import Penalties, Strengths
 from tinier.engine.request import Request
+from tinier.kernels import drawn, uses_triton
 from tinier.kernels.reference import greedy
 
 # logits that are drawn from at once: 55 bytes of working memory each with all limits
 _DRAWN_AT_ONCE = 2**23
+# below this temperature every other token's weight is 0 anyway, and float32 has no 1e-50
+_COLDEST = 1e-9
 
 Kind = tuple[bool, bool, bool] | None
 """Whether a row has a min_p, a top_k, a top_p; None: it is greedy."""
@@ -81,15 +85,13 @@ class Plan:
     changes: tuple[Tensor, Tensor] | None = None
     """Where among the busy rows' logits something is added, and what."""
     penalized: Penalized | None = None
+    temperatures: Tensor | None = None
+    """[B, 1] where all rows are drawn by them alone and there is a kernel for it."""
     scored: list[int] = field(default_factory=list)
     """Rows whose log-probabilities are asked for."""
     scored_rows: Tensor | None = None
     most: int = 0
     """Alternatives that any request asked for."""
-
-    @property
-    def plain(self) -> bool:
-        return not (self.busy or self.scored)
 
     def fits(self, requests: list[Request], positions: list[int]) -> bool:
         return self.requests == requests and all(
@@ -107,23 +109,36 @@ class Sampler:
     @torch.inference_mode()
     def sample(
         self, logits: Tensor, requests: list[Request], positions: list[int],
-        forbidden: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Sampled:  # fmt: skip
         """One token for each request.
 
         logits: [B, vocab], left as they are; positions: how many output tokens each request has had
-        before this one, those that are still on the device counted; forbidden: [B, vocab] bool, None: no
-        token. A request's token depends on its own logits, parameters, tokens and position, never on the
-        rest of the batch. Log-probabilities are of all tokens.
+        before this one, those that are still on the device counted; allowed: the tokens that may come, as
+        Grammars.allowed gives them, None: all. A request's token depends on its own logits, parameters,
+        tokens and position, never on the rest of the batch. Log-probabilities are of all tokens.
         """
         plan = self._plan
         if plan is None or not plan.fits(requests, positions):
             plan = self._plan = self._make_plan(requests, positions)
+        if plan.temperatures is not None:
+            tokens = drawn(logits, plan.temperatures, self._keys(plan, positions), allowed)
+        else:
+            tokens = self._tokens(logits, plan, positions, allowed)
+        if not plan.scored:
+            return Sampled(tokens, None, None, None)
+        return Sampled(tokens, *_scores(logits, tokens.clamp(min=0), plan))
+
+    def _tokens(
+        self, logits: Tensor, plan: Plan, positions: list[int], allowed: Tensor | None
+    ) -> Tensor:
+        """A token of each row, kind by kind."""
         tokens = likeliest = greedy(logits)
         among = logits
-        if forbidden is not None:
-            among = logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)
-            if len(plan.busy) < len(requests):
+        if allowed is not None:
+            left_out = forbidden(allowed, self._vocab)
+            among = logits.masked_fill(left_out, torch.finfo(logits.dtype).min)
+            if len(plan.busy) < len(plan.requests):
                 likeliest = torch.where(likeliest < 0, -1, among.argmax(dim=-1))
             tokens = likeliest
         if plan.busy:
@@ -131,9 +146,7 @@ class Sampler:
             if plan.busy_rows is not None:
                 tokens = likeliest.index_copy(0, plan.busy_rows, chosen)
             tokens = torch.where(likeliest < 0, -1, tokens)
-        if plan.plain:
-            return Sampled(tokens, None, None, None)
-        return Sampled(tokens, *_scores(logits, tokens.clamp(min=0), plan))
+        return tokens
 
     def forget(self, request: Request) -> None:
         """Drop what is kept about a request: it is done."""
@@ -199,6 +212,16 @@ class Sampler:
         if changes:
             self._place_changes(plan, changes)
         self._place_penalties(plan, positions)
+        if (
+            uses_triton(self._device)
+            and not (changes or plan.penalized)
+            and len(plan.drawn) == len(requests)
+            and all(
+                group.limits is not None and group.limits.by_temperature for group in plan.groups
+            )
+        ):
+            by_row = [max(request.params.temperature, _COLDEST) for request in requests]
+            plan.temperatures = self._upload(by_row, torch.float32).unsqueeze(1)
         plan.scored = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
         if plan.scored:
             plan.most = max(requests[i].params.logprobs or 0 for i in plan.scored)
@@ -250,8 +273,7 @@ class Sampler:
             return self._upload(values, dtype).unsqueeze(1)
 
         return Limits(
-            # below this every other token's weight is 0 anyway, and float32 has no 1e-50
-            column([max(p.temperature, 1e-9) for p in params]),
+            column([max(p.temperature, _COLDEST) for p in params]),
             column([p.min_p for p in params]) if has_min_p else None,
             column([p.top_k for p in params], torch.int64) if has_top_k else None,
             column([p.top_p for p in params], torch.float64) if has_top_p else None,

@@ -172,7 +172,8 @@ def _largest_of(  # type: ignore[no-untyped-def]
     token = tl.min(tl.where(value == top, place, 2**31 - 1), axis=0).to(tl.int64)
     token = tl.where(tl.abs(top) == float("inf"), -1, token)  # no numbers
     tl.store(tokens + row, token)
-    tl.store(sampled + tl.load(seats + row), tl.maximum(token, 0))
+    if seats is not None:
+        tl.store(sampled + tl.load(seats + row), tl.maximum(token, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

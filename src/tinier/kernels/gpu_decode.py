@@ -242,6 +242,15 @@ def _token_bytes(linear: Linear) -> int:
     return _up(columns if _kind(linear) == INT8 else 2 * _up(columns))
 
 
+def faster_up_to(weights: DecodeWeights) -> int:
+    """Tokens of a step up to which the kernel was measured to be faster than the operators, on an H100 with
+    up to 2,048 tokens of context (benchmarks/decode_kernel.py); 0: never, or on no such GPU."""
+    if machine_of(weights.final_norm.device).capability != (9, 0):
+        return 0
+    kinds = set(map(_kind, _linears(weights)))
+    return 2 if kinds <= set(_INT4.values()) else 1
+
+
 def unsupported(
     weights: DecodeWeights, caches: Sequence[Cache], rotation: tuple[Tensor, Tensor]
 ) -> str | None:

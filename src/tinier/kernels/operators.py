@@ -16,7 +16,7 @@ from tinier.kernels.table import Table
 from tinier.numerics import Quantized
 
 if HAS_TRITON:
-    from tinier.kernels import attention, fused
+    from tinier.kernels import attention, draws, fused
 
 
 def uses_triton(device: torch.device) -> bool:
@@ -48,6 +48,16 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
     tokens = reference.greedy(logits)
     sampled.index_copy_(0, seats.long(), tokens.clamp(min=0))
     return tokens
+
+
+def drawn(logits: Tensor, temperatures: Tensor, row_keys: Tensor, allowed: Tensor | None) -> Tensor:
+    """Tokens by temperature alone, where there is a kernel for it (`uses_triton`): draws.draw."""
+    return draws.draw(logits, temperatures, row_keys, allowed)
+
+
+def gumbel(row_keys: Tensor, vocab: int) -> Tensor:
+    """The noise that `drawn` adds, [R, vocab]."""
+    return draws.noise(row_keys, vocab)
 
 
 def add_rms_norm(

@@ -122,7 +122,7 @@ def run(connection: Connection, spec: WorkerSpec) -> None:
 
 def serve(connection: Connection, engine: Engine) -> None:
     """Compute what comes through the pipe until its other end is closed."""
-    paths = engine.decoder.paths.items()
+    paths = engine.runner.paths.items()
     notes = [path if fast else f"{path} (no fast path on this device)" for path, fast in paths]
     with suppress(EOFError, OSError):  # the server is gone
         connection.send(
