@@ -121,8 +121,9 @@ class Bench:
             "builtin": load_part("builtin", "training"),
             "all": [*self.wikitext, *self.prose],
             "self": [],
+            "all+self": [*self.wikitext, *self.prose],
         }[data]
-        if data == "self":
+        if data.endswith("self"):
             plan = replace(plan, generated=1024)
         plan = replace(plan, **self._sized)
         started = time.monotonic()
