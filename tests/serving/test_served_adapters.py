@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def text(service: Service, model: str) -> str:
 def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     first, second = adapters(tmp_path)
-    sources = [f"a={base}+{first}", f"plain={base}", f"b={base}+{second}"]
+    as_typed = f"{tmp_path}/adapters/../base"  # the same folder
+    (tmp_path / "adapters").mkdir(exist_ok=True)
+    sources = [f"a={base}+{first}", f"plain={base}", f"b={as_typed}+{second}"]
     config = ServeConfig(port=0, load_folder=tmp_path, adapters="shared")
     before = set(multiprocessing.active_children())
     with Service(sources, ENGINE, config) as service:
@@ -62,16 +65,26 @@ def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
         metrics = httpx.get(f"{service.url}/metrics").text
         for name in ("a", "plain", "b"):
             assert f'tinier_requests_total{{model="{name}@1",result="length"}} 2.0' in metrics
+            assert f'tinier_kv_cache_usage_ratio{{model="{name}@1"}}' in metrics
         unload = {"model": "a"}
         assert httpx.post(f"{service.url}/v1/models/unload", json=unload).status_code == 200
         assert ask(service, "a").status_code == 404
         assert text(service, "b") == together["b"]
-        for name in ("plain", "b"):
+        for inside, outside in ((base.name, "/tmp"), ("..", first.name)):
+            load = {"model": f"again={inside}+{outside}"}
+            assert httpx.post(f"{service.url}/v1/models/load", json=load).status_code == 404
+        load = {"model": f"again={base.name}+{first.relative_to(tmp_path)}"}
+        answer = httpx.post(f"{service.url}/v1/models/load", json=load, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert len(set(multiprocessing.active_children()) - before) == 1
+        assert text(service, "again") == together["a"]
+        for name in ("plain", "b", "again"):
             assert (
                 httpx.post(f"{service.url}/v1/models/unload", json={"model": name}).status_code
                 == 200
             )
         assert not service._http._server.store._reserved
+        assert not service._http._server.store._groups_of_engines
         assert set(multiprocessing.active_children()) == before
     for name, source in (("a", f"{base}+{first}"), ("b", f"{base}+{second}"), ("plain", str(base))):
         with Service([f"m={source}"], ENGINE) as alone:
@@ -103,6 +116,11 @@ def test_on_a_cpu_each_is_merged_unless_told(tmp_path: Path) -> None:
         assert text(service, "a") != text(service, "p")
     with pytest.raises(InputError, match="adapters='both'. Use auto, shared, merged"):
         ServeConfig(adapters="both")  # type: ignore[arg-type]
+    with Service([f"a={base}+{first}"], ENGINE, ServeConfig(port=0, adapters="shared")) as service:
+        (engines,) = service._http._server.store._reserved
+        assert len(engines.replicas[0].spec.config.adapters) == 1
+    with pytest.raises(InputError, match=r"1 adapters of no model.*Name models MODEL\+ADAPTER"):
+        Service([str(base)], replace(ENGINE, adapters=(first,))).start()
     with pytest.raises(InputError, match="tensor_parallel=2 with shared adapters"):
         ModelStore(
             EngineConfig(device="cpu", tensor_parallel=2), replicas=1, max_queue=1, memory_bytes=None,

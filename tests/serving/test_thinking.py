@@ -94,3 +94,8 @@ def test_tokens_of_thoughts_are_counted_with_their_tags() -> None:
     assert counted("<think>abcd") == len("<think>abcd")
     assert counted("abcd", opened=True) == 4
     assert counted("abcd</think>") == counted("") == 0
+    tokenizer.inner.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    tagged = Tokenizer(tokenizer.inner)
+    output = tagged.encode("<think>ab</think>cd</think>", special=False)
+    assert len(output) == 13  # the tag is one token
+    assert num_thought_tokens(tagged, output, opened=False) == len("<think>ab") + 1

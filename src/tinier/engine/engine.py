@@ -406,12 +406,15 @@ class Engine:
     def _check_numbers(self, request: Request) -> None:
         """Raise InputError for a request that ended because the model gave no numbers."""
         if request.finished == "error":
-            raise InputError(self.overflow(request.prompt + request.output))
+            raise InputError(self.overflow(request.prompt + request.output, request.params.adapter))
 
-    def overflow(self, tokens: list[int]) -> str:
-        """Where these tokens stop being numbers on their way through the model, for people."""
-        self._tell("overflow", tokens)
-        return self.decoder.overflow(torch.tensor([tokens]))
+    def overflow(self, tokens: list[int], adapter: int = 0) -> str:
+        """Where these tokens stop being numbers on their way through the model, for people. adapter: as
+        in SamplingParams."""
+        self._tell("overflow", tokens, adapter)
+        of_token = torch.full((len(tokens),), adapter, device=self.decoder.device)
+        with self.decoder.chosen.be(of_token):
+            return self.decoder.overflow(torch.tensor([tokens]))
 
     def _run(self, chunks: list[Chunk]) -> Output:
         """Send the model's part of a step to the device."""

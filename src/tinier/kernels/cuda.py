@@ -51,18 +51,19 @@ class Kernel:
     def launch(self, parameter: Structure, blocks: int, threads: int, memory: int) -> None:
         """On the device's current stream, all blocks at once (cooperatively). memory: bytes of a block that
         its threads share."""
-        if memory > self._memory:
-            check_driver(
-                driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
-            )
-            self._memory = memory
         parameters = (c_void_p * 1)(ctypes.addressof(parameter))
-        stream = c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        check_driver(
-            driver().cuLaunchCooperativeKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, c_uint(memory), stream, parameters
+        with torch.cuda.device(self._device):
+            if memory > self._memory:
+                check_driver(
+                    driver().cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, memory)
+                )
+                self._memory = memory
+            stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+            check_driver(
+                driver().cuLaunchCooperativeKernel(
+                    self._function, blocks, 1, 1, threads, 1, 1, c_uint(memory), stream, parameters
+                )
             )
-        )
 
 
 def load(source: Path, sizes: Mapping[str, int], name: str, device: torch.device) -> Kernel:

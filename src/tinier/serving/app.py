@@ -499,24 +499,33 @@ def _no_loading() -> ApiError:
 
 
 def _allowed_source(server: Server, text: str) -> Source:
-    """A model in the folder that models may be loaded from, and nowhere else."""
+    """A model, or one with an adapter, in the folder that models may be loaded from, and nowhere else."""
     if server.load_folder is None:
         raise _no_loading()
     source = Source.parse(text)
     folder = server.load_folder.resolve()
-    try:
-        path = (folder / source.model).resolve()
-        allowed = folder in path.parents and path.is_dir()
-    except (OSError, ValueError):  # longer than a name can be, or with a NUL in it
-        allowed = False
-    if not allowed:
+    path = _folder_inside(folder, source.model)
+    base, plus, adapter = source.model.rpartition("+")
+    parts = (
+        [path] if path or not plus else [_folder_inside(folder, part) for part in (base, adapter)]
+    )
+    if not all(parts):
         raise ApiError(
             404,
             f"There is no model '{source.model}' to load. Give the name of a model folder inside the "
-            "server's --allow-load folder.",
+            "server's --allow-load folder, or MODEL+ADAPTER of two.",
             param="model",
         )
-    return Source(source.name, source.version, str(path))
+    return Source(source.name, source.version, "+".join(map(str, parts)))
+
+
+def _folder_inside(folder: Path, name: str) -> Path | None:
+    """The folder of this name in another, however deep; None: there is none."""
+    try:
+        path = (folder / name).resolve()
+        return path if folder in path.parents and path.is_dir() else None
+    except (OSError, ValueError):  # longer than a name can be, or with a NUL in it
+        return None
 
 
 def _state(model: Model) -> str:

@@ -38,7 +38,7 @@ class Engines:
     def __init__(
         self, label: str, specs: list[WorkerSpec], max_queue: int, metrics: Metrics
     ) -> None:
-        """label: NAME@VERSION of the first model, as which they are counted. specs: of each replica."""
+        """label: NAME@VERSION of the first model, for the log. specs: of each replica."""
         self.label = label
         self.ids = itertools.count()
         self.models: set[str] = set()
@@ -72,13 +72,13 @@ class Engines:
         self._closing = True
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
-    def choose(self, prompt: list[int]) -> Replica:
+    def choose(self, prompt: list[int], adapter: int) -> Replica:
         """Where a request goes. One must be ready."""
         ready = [replica for replica in self.replicas if replica.ready]
         fewest = min(replica.num_jobs for replica in ready)
         # a cached prompt saves time, but not as much as waiting behind half a batch costs
         near = [r for r in ready if r.num_jobs <= fewest + self._batch_size // 2]
-        return max(near, key=lambda replica: (replica.cached(prompt), -replica.num_jobs))
+        return max(near, key=lambda replica: (replica.cached(prompt, adapter), -replica.num_jobs))
 
     def _lost(self, replica: Replica, jobs: list[Job]) -> None:
         """The engine of a replica is gone, with these jobs."""
@@ -89,7 +89,8 @@ class Engines:
                 and job.attempts < _MOST_ATTEMPTS
                 and self.ready
             ):
-                self.choose(job.prompt).submit([job], job.prompt, job.params)
+                replica = self.choose(job.prompt, job.params.adapter)
+                replica.submit([job], job.prompt, job.params)
                 continue
             if self._closing:
                 job.fail(Unavailable(f"{job.model} was unloaded"))
@@ -100,16 +101,17 @@ class Engines:
             self._metrics.failed(job.model)
 
     def _stands(self) -> None:
-        """Count what all engines do now."""
+        """Note what all engines do now, for each model that uses them."""
         standing = [(r.standing, r.ready) for r in self.replicas if r.standing and r.ready]
-        self._metrics.stands(
-            self.label,
-            running=sum(progress.running for progress, _ in standing),
-            waiting=sum(progress.waiting for progress, _ in standing),
-            preemptions=sum(progress.preemptions for progress, _ in standing),
-            free_blocks=sum(progress.free_blocks for progress, _ in standing),
-            num_blocks=sum(ready.num_blocks for _, ready in standing),
-        )
+        for label in self.models:
+            self._metrics.stands(
+                label,
+                running=sum(progress.running for progress, _ in standing),
+                waiting=sum(progress.waiting for progress, _ in standing),
+                preemptions=sum(progress.preemptions for progress, _ in standing),
+                free_blocks=sum(progress.free_blocks for progress, _ in standing),
+                num_blocks=sum(ready.num_blocks for _, ready in standing),
+            )
 
 
 class Model:
@@ -185,7 +187,7 @@ class Model:
             )
             for i in range(params.n)
         ]  # fmt: skip
-        self.engines.choose(prompt).submit(jobs, prompt, params)
+        self.engines.choose(prompt, params.adapter).submit(jobs, prompt, params)
         return jobs
 
     def submit_all(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[list[Job]]:
@@ -209,10 +211,14 @@ class Model:
     async def close(self) -> None:
         """Jobs that are left fail, and the processes end unless another model uses them."""
         self._closing = True
-        self.engines.models.discard(self.label)
-        if not self.engines.models:
+        if self.engines.models == {self.label}:
             await self.engines.close()
+            self.engines.models.clear()
             return
+        self.engines.models.discard(self.label)
+        self._metrics.stands(
+            self.label, running=0, waiting=0, preemptions=0, free_blocks=0, num_blocks=0
+        )
         for replica in self.engines.replicas:
             for job in replica.jobs_of(self.label):
                 replica.cancel(job)

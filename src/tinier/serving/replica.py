@@ -107,25 +107,25 @@ class Prefixes:
         self._block_size, self._num_blocks = block_size, num_blocks
         self._known: OrderedDict[int, None] = OrderedDict()
 
-    def add(self, tokens: list[int]) -> None:
-        for key in self._keys(tokens):
+    def add(self, tokens: list[int], adapter: int = 0) -> None:
+        for key in self._keys(tokens, adapter):
             self._known[key] = None
             self._known.move_to_end(key)
         while len(self._known) > self._num_blocks:
             self._known.popitem(last=False)
 
-    def length(self, tokens: list[int]) -> int:
-        """How many of the first tokens are cached."""
+    def length(self, tokens: list[int], adapter: int = 0) -> int:
+        """How many of the first tokens are cached, as that adapter computes them."""
         count = 0
-        for key in self._keys(tokens):
+        for key in self._keys(tokens, adapter):
             if key not in self._known:
                 break
             count += self._block_size
         return count
 
-    def _keys(self, tokens: list[int]) -> list[int]:
+    def _keys(self, tokens: list[int], adapter: int) -> list[int]:
         """Of each whole block with all that is before it."""
-        keys, key = [], 0
+        keys, key = [], -adapter
         for end in range(self._block_size, len(tokens) + 1, self._block_size):
             key = hash((key, *tokens[end - self._block_size : end]))
             keys.append(key)
@@ -170,9 +170,9 @@ class Replica:
         if self.failure:
             raise Unavailable(self.failure)
 
-    def cached(self, prompt: list[int]) -> int:
+    def cached(self, prompt: list[int], adapter: int) -> int:
         """Tokens of the prompt that are in this engine's cache, as far as is known."""
-        return self._prefixes.length(prompt) if self._prefixes else 0
+        return self._prefixes.length(prompt, adapter) if self._prefixes else 0
 
     def submit(self, jobs: list[Job], prompt: list[int], params: SamplingParams) -> None:
         """Send a request to the engine, which is ready. jobs: one for each of its `n` outputs."""
@@ -180,7 +180,7 @@ class Replica:
             job.attempts += 1
             self._jobs[job.id] = job
         if self._prefixes:
-            self._prefixes.add(prompt)
+            self._prefixes.add(prompt, params.adapter)
         self._outbox.put(Add([job.id for job in jobs], prompt, params))
 
     def jobs_of(self, model: str) -> list[Job]:
@@ -278,7 +278,8 @@ class Replica:
             if update.finished:
                 del self._jobs[update.id]
                 if self._prefixes:
-                    self._prefixes.add(job.prompt + job.output)  # the next turn of a conversation
+                    # the next turn of a conversation
+                    self._prefixes.add(job.prompt + job.output, job.params.adapter)
                 self._metrics.finished(job.model, job, now)
         self.standing = progress
         self._stands()

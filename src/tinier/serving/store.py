@@ -114,7 +114,12 @@ class ModelStore:
     ) -> None:  # fmt: skip
         """replicas: engines of each model. adapters: as ServeConfig's. memory_bytes: for weights and caches
         of all models, on each GPU; None: what is free now, nine tenths of it on a GPU; half on a CPU, and
-        caches of 1 GiB or one request's. Raises InputError where there are too few GPUs."""
+        caches of 1 GiB or one request's. Raises InputError where there are too few GPUs, and for a config
+        with adapters."""
+        if config.adapters:
+            raise InputError(
+                f"{len(config.adapters)} adapters of no model in EngineConfig. Name models MODEL+ADAPTER."
+            )
         self._config = config
         self._max_queue = max_queue
         self._metrics = metrics
@@ -123,6 +128,7 @@ class ModelStore:
         self._device = device
         may_share = adapters == "shared" or (adapters == "auto" and device.type == "cuda")
         self._shares = may_share and config.tensor_parallel == 1
+        self._shares_one = adapters == "shared"
         if adapters == "shared" and config.tensor_parallel > 1:
             raise InputError(
                 f"tensor_parallel={config.tensor_parallel} with shared adapters. Use merged ones."
@@ -143,6 +149,7 @@ class ModelStore:
         )
         self._models: dict[tuple[str, int], Model] = {}
         self._reserved: dict[Engines, int] = {}
+        self._groups_of_engines: dict[Engines, Group] = {}
         self._loading = asyncio.Lock()
 
     @property
@@ -178,9 +185,14 @@ class ModelStore:
         self._models |= {key: self._models.pop(key) for key in keys}
 
     async def load(self, source: Source) -> Model:
-        """Load one more model. Raises InputError: no such model, no room, a version that is there."""
+        """Load one more model, or take it from engines that have its adapter. Raises InputError: no such
+        model, no room, a version that is there."""
         async with self._loading:
             (key,) = self._new_keys([source])
+            found = await asyncio.to_thread(self._engines_with, source.model)
+            if found is not None:
+                self._add(key, *found)
+                return self._models[key]
             (group,) = await asyncio.to_thread(self._groups, [source])
             need = await asyncio.to_thread(self._need, group)
             cache = min(need.most, self.free_bytes - need.fixed)
@@ -197,28 +209,29 @@ class ModelStore:
             del self._models[model.name, model.version]
             await model.close()
             if not model.engines.models:
-                del self._reserved[model.engines]
+                del self._reserved[model.engines], self._groups_of_engines[model.engines]
             return True
 
     async def close(self) -> None:
         await asyncio.gather(*(model.close() for model in self.models))
         self._models.clear()
         self._reserved.clear()
+        self._groups_of_engines.clear()
 
     def _groups(self, sources: list[Source]) -> list[Group]:
         """Which of them share engines."""
-        by_base: dict[str, list[Member]] = {}
+        by_base: dict[Path, tuple[Checkpoint, list[Member]]] = {}
         for place, source in enumerate(sources):
-            member = Member(place, source.model)
-            by_base.setdefault(split_adapter(source.model)[0], []).append(member)
-        return [group for item in by_base.items() for group in self._groups_of(*item)]
+            base = open_model(split_adapter(source.model)[0])
+            _, members = by_base.setdefault(base.folder.resolve(), (base, []))
+            members.append(Member(place, source.model))
+        return [group for item in by_base.values() for group in self._groups_of(*item)]
 
-    def _groups_of(self, base: str, members: list[Member]) -> Iterator[Group]:
+    def _groups_of(self, checkpoint: Checkpoint, members: list[Member]) -> Iterator[Group]:
         """The models of one base: together, but for those whose adapter must be merged."""
         given = {member: split_adapter(member.model)[1] for member in members}
         together: dict[Member, Path | None] = {}
-        if self._shares and len(members) > 1 and any(given.values()):
-            checkpoint = open_model(base)
+        if self._shares and (len(members) > 1 or self._shares_one) and any(given.values()):
             for member, adapter in given.items():
                 folder = resolve(adapter) if adapter is not None else None
                 reason = must_be_merged(folder, checkpoint) if folder is not None else None
@@ -228,7 +241,7 @@ class ModelStore:
                     log.warning("%s has engines of its own: its adapter %s", member.model, reason)
             folders = [*dict.fromkeys(folder for folder in together.values() if folder)]
             numbers = {None: 0} | {folder: i for i, folder in enumerate(folders, 1)}
-            if len(together) > 1 and folders:
+            if folders and (len(together) > 1 or self._shares_one):
                 numbered = [m._replace(adapter=numbers[f]) for m, f in together.items()]
                 yield Group(checkpoint, tuple(folders), numbered)
             else:
@@ -236,6 +249,28 @@ class ModelStore:
         for member in members:
             if member not in together:
                 yield Group(open_model(member.model), (), [member])
+
+    def _engines_with(self, model: str) -> tuple[Engines, int] | None:
+        """Engines that several share which have this model, and the number of its adapter."""
+        base, adapter = split_adapter(model)
+        for engines, group in self._groups_of_engines.items():
+            if (
+                not group.adapters
+                or open_model(base).folder.resolve() != group.checkpoint.folder.resolve()
+            ):
+                continue
+            folders = {None: 0} | {folder: i for i, folder in enumerate(group.adapters, 1)}
+            number = folders.get(resolve(adapter) if adapter is not None else None)
+            if number is not None:
+                return engines, number
+        return None
+
+    def _add(self, key: tuple[str, int], engines: Engines, adapter: int) -> None:
+        """One more model of engines that are there."""
+        other = next(model for model in self.models if model.engines is engines)
+        self._models[key] = Model(
+            *key, engines, other.tokenizer, other.stop_token_ids, self._metrics, adapter
+        )
 
     def _need(self, group: Group) -> Need:
         """Raises InputError for a draft with other tokens."""
@@ -254,7 +289,8 @@ class ModelStore:
         weights = checkpoint.weight_bytes // self._config.tensor_parallel
         weights += draft.weight_bytes if draft is not None else 0
         files = [path for folder in group.adapters for path in folder.glob("*.safetensors")]
-        weights += sum(path.stat().st_size for path in files)
+        # the second matrices of layers that are one, three at most, lie in a matrix of all their rows
+        weights += 3 * sum(path.stat().st_size for path in files)
         return Need(config, weights + _WORKING_BYTES[self._device.type], least, most)
 
     def _request_bytes(self, checkpoint: Checkpoint, draft: Checkpoint | None) -> int:
@@ -300,11 +336,11 @@ class ModelStore:
             keys[place]: Model(*keys[place], engines, tokenizer, ends, self._metrics, adapter)
             for place, _, adapter in group.members
         }
-        self._reserved[engines] = need.fixed + cache
+        self._reserved[engines], self._groups_of_engines[engines] = need.fixed + cache, group
         try:
             await engines.start()
         except BaseException:
-            del self._reserved[engines]
+            del self._reserved[engines], self._groups_of_engines[engines]
             await engines.close()
             raise
         if engines.ready:  # formats that the device has no arithmetic for were expanded

@@ -10,6 +10,7 @@ from typing import Literal
 from tinier.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
+_BEGINNING = 64  # tokens among which an opening tag stands
 
 
 class Thoughts:
@@ -75,8 +76,13 @@ def num_thought_tokens(tokenizer: Tokenizer, output: Sequence[int], *, opened: b
     def text(count: int) -> str:
         return tokenizer.decode(list(output[:count]), skip_special_tokens=False)
 
-    if not opened and not text(len(output)).lstrip().startswith(OPEN):
+    if not opened and not text(_BEGINNING).lstrip().startswith(OPEN):
         return 0
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    if added.get(CLOSE) in output:
+        end = output.index(added[CLOSE])
+        if CLOSE not in text(end):
+            return end + 1
     # the fewest tokens whose text has the closing tag; all where there is none
     return bisect_left(range(len(output)), True, key=lambda count: CLOSE in text(count))
 

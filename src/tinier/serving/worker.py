@@ -207,7 +207,8 @@ class _Worker:
         )  # fmt: skip
 
     def _fail_without_numbers(self, request: Request) -> None:
-        where = self._engine.overflow(request.prompt + request.output)
+        tokens, adapter = request.prompt + request.output, request.params.adapter
+        where = self._engine.overflow(tokens, adapter)
         log.error("request %d fails: %s", self._ids[request], where)
         self._connection.send(
             Failed(self._ids[request], "the model's logits are no numbers (NaN or Inf)")
