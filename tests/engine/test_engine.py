@@ -342,3 +342,35 @@ def test_only_used_columns_of_wide_block_tables_are_copied(
     monkeypatch.setattr(runner._staging, "sent", lambda: None)
     assert engine.generate(asked, params) == plain
     assert len(widths) > 2
+
+
+class Used(Exception):
+    """The layers are one kernel."""
+
+
+def test_few_tokens_of_short_contexts_take_the_kernel(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole:
+        def step(self, *_: torch.Tensor) -> torch.Tensor:
+            raise Used
+
+    def used(count: int, length: int = 3) -> bool:
+        engine = Engine(tiny("llama"), EngineConfig(max_batch_size=3, max_seq_len=64, device="cpu"))
+        runner = engine.runner
+        assert runner.paths == engine.decoder.paths
+        monkeypatch.setattr(runner, "_native", None)
+        runner._whole, runner._whole_tokens = Whole(), 2  # type: ignore[assignment]
+        assert runner.paths["one kernel for the layers, steps of 2 tokens at most"]
+        try:
+            engine.generate([[5] * length] * count, SamplingParams(max_tokens=3))
+        except Used:
+            return True
+        return False
+
+    assert used(1)
+    assert used(2)
+    assert not used(3)
+    monkeypatch.setattr("tinier.engine.runner.LONG_CONTEXT", 20)
+    assert used(1)
+    assert not used(1, length=30)
