@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tinier.checkpoint import Checkpoint
 from tinier.engine.decoder import load_decoder
 from tinier.engine.runner import Runner
 from tinier.kernels import gpu_decode
+from tinier.kernels.machine import Machine
 
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
 BLOCKS, BLOCK_SIZE = 80, 16
@@ -89,3 +92,34 @@ def test_a_cpu_has_no_such_step(tiny: Callable[..., Checkpoint]) -> None:
     weights, rotation = runner._decode_weights(), runner._head_inputs[0].rotation
     reason = gpu_decode.unsupported(weights, runner._caches, rotation)
     assert reason == "it needs a GPU of compute capability 9.0 or later"
+
+
+def decode_weights(kinds: list[int], layer_bytes: int, rows: int) -> Any:
+    """Two layers of four linears and a head, of these kinds."""
+    few = SimpleNamespace(shape=(rows, 64))
+    linears = [SimpleNamespace(kind=k, few=few, num_bytes=layer_bytes // 4) for k in kinds * 4]
+    layer = SimpleNamespace(linears=linears[:4], gate_up=None)
+    return SimpleNamespace(
+        final_norm=torch.zeros(1), layers=[layer, layer],
+        linears=[*linears[:4] * 2, SimpleNamespace(kind=99)],
+    )  # fmt: skip
+
+
+def test_the_kernel_is_used_where_it_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine("cuda", (9, 0))
+    monkeypatch.setattr(gpu_decode, "machine_of", lambda device: machine)
+    monkeypatch.setattr(gpu_decode, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gpu_decode, "_kind", lambda linear: linear.kind)
+
+    def faster(*kinds: int, layer_bytes: int = 10**8, rows: int = 3072) -> int:
+        return gpu_decode.faster_up_to(decode_weights([*kinds], layer_bytes, rows))
+
+    int4 = gpu_decode._INT4
+    assert [faster(kind) for kind in (gpu_decode.BF16, gpu_decode.E4M3)] == [1, 1]
+    assert [faster(int4[group]) for group in (128, 64, 32)] == [2, 1, 1]
+    assert faster(gpu_decode.INT8) == faster(int4[128], gpu_decode.INT8) == 0
+    assert faster(int4[128], layer_bytes=3 * 10**8) == faster(int4[128], rows=1024) == 0
+    machine = Machine("cuda", (12, 0))
+    assert faster(int4[128]) == 0

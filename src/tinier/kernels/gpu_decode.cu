@@ -54,7 +54,7 @@ struct Linear {
     const void* scale;  // [rows] float32; INT4: [columns / group, rows] bf16
     const u16* bias;    // [rows] bf16
     const u8* maps;     // tensor maps of the weight, and of INT4's scales
-    int rows, columns, kind, unused;
+    int rows, columns, kind;
 };
 
 // The kind of a layer, known beforehand where the model has one alone.
@@ -173,7 +173,6 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
 }
-
 
 // of the warps that compute
 __device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }

@@ -1,4 +1,4 @@
-"""One decoding step on a GPU in one kernel: a new token of each of a few sequences.
+"""The layers of a decoding step on a GPU in one kernel: a new token of each of a few sequences.
 
 Start at `GpuDecoder`: made once from `DecodeWeights`, its `step` launches the kernel of gpu_decode.cu.
 `unsupported` says beforehand why a model cannot run so. cuda.py compiles it.
@@ -35,13 +35,14 @@ _THREADS, _WARPS, _TILE = 512, 15, 8
 _UNITS, _INT4_UNITS = 29, 27  # of 64 bytes of a row, that are copied together
 _STAGE = 16384
 _MOST_SPLITS = 16
+_LARGEST_LAYER = 210_000_000  # bytes; 3B's in bf16 has 201 million
 _LOG2_E = 1.4426950408889634
 
 
 class _Linear(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "bias", "maps")),
-        *((name, c_int32) for name in ("rows", "columns", "kind", "unused")),
+        *((name, c_int32) for name in ("rows", "columns", "kind")),
     )
 
 
@@ -161,7 +162,7 @@ class GpuDecoder:
         tensors = (weight.codes, weight.scale, weight.bias, maps)
         assert all(t is None or t.is_contiguous() for t in tensors)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        return _Linear(*pointers, *weight.shape, kind, 0)
+        return _Linear(*pointers, *weight.shape, kind)
 
 
 class _Memory(NamedTuple):
@@ -199,8 +200,12 @@ def _blocks(weights: DecodeWeights) -> int:
         for linear in layer.linears
         if linear.few is not None
     ]
-    device = weights.final_norm.device
-    return min(torch.cuda.get_device_properties(device).multi_processor_count, *tiles)
+    return min(_multiprocessors(weights.final_norm.device), *tiles)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def _slots(tokens: int) -> int:
@@ -243,12 +248,22 @@ def _token_bytes(linear: Linear) -> int:
 
 
 def faster_up_to(weights: DecodeWeights) -> int:
-    """Tokens of a step up to which the kernel was measured to be faster than the operators, on an H100 with
-    up to 2,048 tokens of context (benchmarks/decode_kernel.py); 0: never, or on no such GPU."""
-    if machine_of(weights.final_norm.device).capability != (9, 0):
+    """Tokens of a step up to which the kernel is used where nobody asks for it; 0: never.
+
+    Measured on an H100 with Llama-3.2-3B's shape at 450 tokens of context (benchmarks/decode_kernel.py), in
+    bf16, FP8 and INT4 in groups of 128. Taken to hold for INT4's other groups with one token, for layers
+    that are smaller, as what the kernel saves is a layer's fixed cost, and while all multiprocessors work.
+    """
+    device = weights.final_norm.device
+    layer = sum(linear.num_bytes for linear in weights.layers[0].linears)
+    if machine_of(device).capability != (9, 0) or layer > _LARGEST_LAYER:
         return 0
-    kinds = set(map(_kind, _linears(weights)))
-    return 2 if kinds <= set(_INT4.values()) else 1
+    if _blocks(weights) < _multiprocessors(device):
+        return 0
+    kind, *others = set(map(_kind, _linears(weights)))
+    known = {BF16: 1, E4M3: 1, **dict.fromkeys(_INT4.values(), 1), _INT4[128]: 2}
+    # a second kind costs registers
+    return 0 if others or kind is None else known.get(kind, 0)
 
 
 def unsupported(
