@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinier.checkpoint import Checkpoint
 from tinier.errors import CheckpointError
-from tinier.families import open_model
+from tinier.families import open_model, split_adapter
 from tinier.quantization import QuantizePlan, quantize
 
 Tiny = Callable[..., Checkpoint]
@@ -129,3 +129,17 @@ def test_a_folder_without_an_adapter_is_said(tiny: Tiny) -> None:
         with pytest.raises(CheckpointError, match="is no folder") as caught:
             open_model(missing)
         assert missing in str(caught.value)
+
+
+def test_folders_with_a_plus_in_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = tmp_path / "c++" / "base", tmp_path / "c++" / "x+y"
+    for folder in (base, adapter):
+        folder.mkdir(parents=True)
+    assert split_adapter(f"{base}+{adapter}") == (str(base), str(adapter))
+    assert split_adapter(adapter) == (str(adapter), None)
+    assert split_adapter("owner/m+owner/lora") == ("owner/m", "owner/lora")
+    assert split_adapter("m+lora") == ("m+lora", None)
+    monkeypatch.chdir(tmp_path / "c++")
+    assert split_adapter("base+x+y") == ("base", "x+y")

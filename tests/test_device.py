@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from tinier.device import _cgroup_free_bytes
+import pytest
+import torch
+
+from tinier.device import Staging, _cgroup_free_bytes
 
 
 def write(path: Path, text: str) -> None:
@@ -44,3 +47,24 @@ def test_version_1(tmp_path: Path) -> None:
 
 def test_no_groups(tmp_path: Path) -> None:
     assert _cgroup_free_bytes(tmp_path) == []
+
+
+def test_two_rooms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    empty = torch.empty
+    event = type(
+        "Event", (), {"synchronize": lambda self: waited.append(self), "record": lambda self: None}
+    )
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(
+        torch, "empty", lambda size, dtype, pin_memory=False: empty(size, dtype=dtype)
+    )
+    staging = Staging()
+    places = []
+    for size in (1, 2, 8, 8, 8, 8, 3):
+        room = staging.room(size)
+        assert room.shape == (size,)
+        staging.sent()
+        places.append(room.data_ptr())
+    assert places[2] == places[4] == places[6] != places[3] == places[5]
+    assert len(waited) == 5

@@ -119,14 +119,12 @@ class Staging:
 
     def room(self, size: int) -> Tensor:
         """[size] int32, with anything in it. `sent` follows before the next one is asked for."""
-        if len(self._rooms) < 2 or self._rooms[0][0].numel() < size:
+        packed, read = torch.empty(0, dtype=torch.int32), torch.cuda.Event()
+        if len(self._rooms) == 2:
+            packed, read = self._rooms.pop(0)
+            read.synchronize()
+        if packed.numel() < size:
             packed = torch.empty(size, dtype=torch.int32, pin_memory=True)
-            self._rooms.insert(0, (packed, torch.cuda.Event()))
-            for _, old in self._rooms[2:]:
-                old.synchronize()
-            del self._rooms[2:]
-        packed, read = self._rooms.pop(0)
-        read.synchronize()
         self._rooms.append((packed, read))
         return packed[:size]
 

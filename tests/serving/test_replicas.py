@@ -34,6 +34,9 @@ def test_known_beginnings_are_counted_in_whole_blocks() -> None:
     assert known.length([0, 2, 3, 4]) == known.length([1, 2, 3]) == 0
     assert known.length([5, 6, 7, 8]) == 0  # known after another beginning only
     assert known.length([1, 2, 3, 4], adapter=1) == 0  # of the model without it
+    known.add([7, 7, 7, 7], adapter=1)
+    assert known.length([7, 7, 7, 7], adapter=1) == 4
+    assert known.length([7, 7, 7, 7], adapter=2) == 0
     known.add([9] * 12)  # room for four blocks: the oldest goes, and what followed it is useless
     assert known.length([1, 2, 3, 4, 5, 6, 7, 8]) == 0
     assert known.length([9] * 12) == 12

@@ -1,6 +1,7 @@
 """Models that are adapters of one base: one engine, and each says what its merged model does."""
 
 import multiprocessing
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
     first, second = adapters(tmp_path)
     as_typed = f"{tmp_path}/adapters/../base"  # the same folder
     (tmp_path / "adapters").mkdir(exist_ok=True)
-    sources = [f"a={base}+{first}", f"plain={base}", f"b={as_typed}+{second}"]
+    sources = [f"a={base}+{base}/../{first.name}", f"plain={base}", f"b={as_typed}+{second}"]
     config = ServeConfig(port=0, load_folder=tmp_path, adapters="shared")
     before = set(multiprocessing.active_children())
     with Service(sources, ENGINE, config) as service:
@@ -78,7 +79,11 @@ def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
         assert answer.status_code == 200, answer.text
         assert len(set(multiprocessing.active_children()) - before) == 1
         assert text(service, "again") == together["a"]
-        for name in ("plain", "b", "again"):
+        os.utime(first / "adapter_model.safetensors")  # written since
+        load = {"model": f"newer={base.name}+{first.name}"}
+        assert httpx.post(f"{service.url}/v1/models/load", json=load, timeout=60).status_code == 200
+        assert len(set(multiprocessing.active_children()) - before) == 2
+        for name in ("plain", "b", "again", "newer"):
             assert (
                 httpx.post(f"{service.url}/v1/models/unload", json={"model": name}).status_code
                 == 200

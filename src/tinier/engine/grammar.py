@@ -5,7 +5,6 @@ Start at `json_schema`, `regex` and `choice`, which give a grammar as SamplingPa
 """
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +81,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int, device: torch.device) -> None:
         self._tokenizer, self._vocab, self._device = tokenizer, vocab, device
         self._known: dict[tuple[int, ...], Any] = {}
-        self._threads = _library().LLExecutor(min(_THREADS, len(os.sched_getaffinity(0))))
+        self._threads = _library().LLExecutor(min(_THREADS, torch.get_num_threads()))
         self._staging = Staging()
 
     def matcher(self, grammar: str, ends: tuple[int, ...]) -> Matcher:

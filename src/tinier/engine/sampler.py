@@ -220,6 +220,7 @@ class Sampler:
                 group.limits is not None and group.limits.by_temperature for group in plan.groups
             )
         ):
+            # one kind, whose rows `_group` leaves in order, as `_keys` has them
             by_row = [max(request.params.temperature, _COLDEST) for request in requests]
             plan.temperatures = self._upload(by_row, torch.float32).unsqueeze(1)
         plan.scored = [i for i, r in enumerate(requests) if r.params.logprobs is not None]

@@ -64,11 +64,17 @@ def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
 
 def split_adapter(model: str | Path) -> tuple[str, str | None]:
     """BASE and ADAPTER of BASE+ADAPTER; a model without one, and None."""
-    base, plus, adapter = str(model).rpartition("+")
-    named = Path(adapter).expanduser().is_dir() or (adapter[:1].isalnum() and "/" in adapter)
-    if plus and named and not Path(model).expanduser().exists():
-        return base, adapter
-    return str(model), None
+    text = str(model)
+    cuts = [i for i, letter in enumerate(text) if letter == "+"]
+    if cuts and not Path(text).expanduser().exists():
+        # either's folder may have a + in its name
+        for cut in reversed(cuts):
+            if Path(text[cut + 1 :] or "?").expanduser().is_dir():
+                return text[:cut], text[cut + 1 :]
+        base, _, adapter = text.rpartition("+")
+        if adapter[:1].isalnum() and "/" in adapter:
+            return base, adapter
+    return text, None
 
 
 def _canonical(checkpoint: Checkpoint) -> Checkpoint:

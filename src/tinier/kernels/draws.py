@@ -111,7 +111,8 @@ def _noise(keys, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ig
 def draw(
     logits: Tensor, temperatures: Tensor, row_keys: Tensor, allowed: Tensor | None = None
 ) -> Tensor:
-    """A token of each row by its probability at its temperature, [R] int64; -1 for one with NaN or Inf.
+    """A token of each row by its probability at its temperature, [R] int64; -1 for one with NaN or Inf,
+    or of which nothing is allowed.
 
     logits: [R, vocab]; temperatures: [R, 1] float32; row_keys: [R, 2] int32, of drawing.keys; allowed:
     [R, words] int32, a bit for each token that may come, the lowest first; None: all may.

@@ -11,8 +11,8 @@
 // beside it a stamp that says of which product of which step it is. Who needs a word reads it until it has that
 // stamp. So blocks never wait for each other in another way, and nothing must be seen in order. A word is
 // written again a layer later, when its writer has read numbers of every block that came after it read this
-// one: so every block computes rows of every product. (Stamps come again after 2^32 products, 10 hours
-// at the least: by then every word in use was written many times.)
+// one: so every block computes rows of every product. (Stamps come again after 2^32 products, 10 hours at the
+// least: a word that nobody wrote since would have to be read in that very product.)
 //
 // A product goes through the tensor core with tokens as the 16 rows of its tile and 8 rows of the weight
 // as its columns. Which of a tile's inner places holds which column does not matter as long as both sides
@@ -782,6 +782,7 @@ __device__ __forceinline__ void turn_head(const u64* head, u32 stamp, const u16*
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < EACH; i += 2) *(float2*)(to + 32 * i + 2 * lane) = make_float2(x[i], x[i + 1]);
+    __syncwarp();
 }
 
 __device__ __forceinline__ Part part_at(int unit) {

@@ -155,7 +155,9 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
         except TinierError as error:
             log.warning("%s was not loaded: %s", body.model, error)
             # where models lie is nobody's business
-            text = str(error).replace(str(Path(source.model).parent), "…")
+            text = str(error)
+            for folder in source.model.split("+/"):
+                text = text.replace(str(Path("/", folder).parent), "…")
             raise ApiError(400, f"The model was not loaded: {text}", param="model") from None
         return JSONResponse(_model_entry(server.store, model))
 
@@ -513,7 +515,7 @@ def _allowed_source(server: Server, text: str) -> Source:
         raise ApiError(
             404,
             f"There is no model '{source.model}' to load. Give the name of a model folder inside the "
-            "server's --allow-load folder, or MODEL+ADAPTER of two.",
+            "server's --allow-load folder, or NAME=MODEL+ADAPTER of two.",
             param="model",
         )
     return Source(source.name, source.version, "+".join(map(str, parts)))

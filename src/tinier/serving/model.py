@@ -40,6 +40,7 @@ class Engines:
     ) -> None:
         """label: NAME@VERSION of the first model, for the log. specs: of each replica."""
         self.label = label
+        self.created = time.time()
         self.ids = itertools.count()
         self.models: set[str] = set()
         """Labels of those that use them"""
@@ -211,14 +212,13 @@ class Model:
     async def close(self) -> None:
         """Jobs that are left fail, and the processes end unless another model uses them."""
         self._closing = True
-        if self.engines.models == {self.label}:
-            await self.engines.close()
-            self.engines.models.clear()
-            return
         self.engines.models.discard(self.label)
         self._metrics.stands(
             self.label, running=0, waiting=0, preemptions=0, free_blocks=0, num_blocks=0
         )
+        if not self.engines.models:
+            await self.engines.close()
+            return
         for replica in self.engines.replicas:
             for job in replica.jobs_of(self.label):
                 replica.cancel(job)

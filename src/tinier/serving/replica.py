@@ -125,7 +125,7 @@ class Prefixes:
 
     def _keys(self, tokens: list[int], adapter: int) -> list[int]:
         """Of each whole block with all that is before it."""
-        keys, key = [], -adapter
+        keys, key = [], adapter
         for end in range(self._block_size, len(tokens) + 1, self._block_size):
             key = hash((key, *tokens[end - self._block_size : end]))
             keys.append(key)

@@ -207,9 +207,11 @@ class ModelStore:
             if model is None:
                 return False
             del self._models[model.name, model.version]
-            await model.close()
-            if not model.engines.models:
-                del self._reserved[model.engines], self._groups_of_engines[model.engines]
+            try:
+                await model.close()
+            finally:
+                if not model.engines.models:
+                    self._forget(model.engines)
             return True
 
     async def close(self) -> None:
@@ -233,7 +235,7 @@ class ModelStore:
         together: dict[Member, Path | None] = {}
         if self._shares and (len(members) > 1 or self._shares_one) and any(given.values()):
             for member, adapter in given.items():
-                folder = resolve(adapter) if adapter is not None else None
+                folder = resolve(adapter).resolve() if adapter is not None else None
                 reason = must_be_merged(folder, checkpoint) if folder is not None else None
                 if reason is None:
                     together[member] = folder
@@ -250,17 +252,24 @@ class ModelStore:
             if member not in together:
                 yield Group(open_model(member.model), (), [member])
 
+    def _forget(self, engines: Engines) -> None:
+        self._reserved.pop(engines, None)
+        self._groups_of_engines.pop(engines, None)
+
     def _engines_with(self, model: str) -> tuple[Engines, int] | None:
-        """Engines that several share which have this model, and the number of its adapter."""
+        """Engines that several share which have this model, and the number of its adapter. None whose
+        processes will not come back, or whose files are others by now."""
         base, adapter = split_adapter(model)
         for engines, group in self._groups_of_engines.items():
+            if all(replica.failure for replica in engines.replicas) or _is_newer(group, engines):
+                continue
             if (
                 not group.adapters
                 or open_model(base).folder.resolve() != group.checkpoint.folder.resolve()
             ):
                 continue
             folders = {None: 0} | {folder: i for i, folder in enumerate(group.adapters, 1)}
-            number = folders.get(resolve(adapter) if adapter is not None else None)
+            number = folders.get(resolve(adapter).resolve() if adapter is not None else None)
             if number is not None:
                 return engines, number
         return None
@@ -340,7 +349,7 @@ class ModelStore:
         try:
             await engines.start()
         except BaseException:
-            del self._reserved[engines], self._groups_of_engines[engines]
+            self._forget(engines)
             await engines.close()
             raise
         if engines.ready:  # formats that the device has no arithmetic for were expanded
@@ -364,6 +373,13 @@ class ModelStore:
                 raise InputError(f"{label} is loaded already. Unload it first.")
             keys.append(key)
         return keys
+
+
+def _is_newer(group: Group, engines: Engines) -> bool:
+    """Whether a file of a group was written since its engines were made."""
+    folders = [group.checkpoint.folder, *group.adapters]
+    written = [path.stat().st_mtime for folder in folders for path in folder.iterdir()]
+    return max(written, default=0.0) > engines.created
 
 
 def _is_version(text: str) -> bool:
