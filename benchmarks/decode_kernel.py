@@ -128,7 +128,7 @@ def traced(model: str, contexts: list[int]) -> dict[str, Any]:
     for _ in range(runs):
         runner._compute(inputs, [1] * len(contexts), max(contexts))
     torch.cuda.synchronize()
-    kernel = runner._whole._kernels[len(contexts)]
+    kernel = runner._whole._kernels[len(contexts)][0]
 
     def numbers(name: bytes, count: int) -> list[int]:
         at, size, host = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_longlong * count)()

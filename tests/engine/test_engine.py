@@ -352,6 +352,8 @@ def test_few_tokens_of_short_contexts_take_the_kernel(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Whole:
+        most_tokens = 2
+
         def step(self, *_: torch.Tensor) -> torch.Tensor:
             raise Used
 
@@ -360,7 +362,7 @@ def test_few_tokens_of_short_contexts_take_the_kernel(
         runner = engine.runner
         assert runner.paths == engine.decoder.paths
         monkeypatch.setattr(runner, "_native", None)
-        runner._whole, runner._whole_tokens = Whole(), 2  # type: ignore[assignment]
+        runner._whole = Whole()  # type: ignore[assignment]
         assert runner.paths["one kernel for the layers, steps of 2 tokens at most"]
         try:
             engine.generate([[5] * length] * count, SamplingParams(max_tokens=3))

@@ -21,6 +21,7 @@ JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\
 
 # masks that are made one after the other: for fewer, threads took longer (docs/log.md)
 _FEW = 16
+# more than a process's own cores fight for them (docs/log.md)
 _THREADS = 8
 
 Matcher = Any

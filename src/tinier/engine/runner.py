@@ -132,17 +132,16 @@ class Runner:
         self._staging = Staging()
         self._native = self._native_step() if device.type == "cpu" else None
         self._whole: GpuDecoder | None = None
-        self._whole_tokens = 0
         if self._captures and in_one_kernel is not False:
-            self._whole, self._whole_tokens = self._whole_step(everywhere=bool(in_one_kernel))
+            self._whole = self._whole_step(everywhere=bool(in_one_kernel))
 
     @property
     def paths(self) -> dict[str, bool]:
         """How the model is computed, each with whether the device does so natively."""
         paths = self.decoder.paths
-        if self._whole_tokens:
-            name = f"one kernel for the layers, steps of {self._whole_tokens} tokens at most"
-            paths[name] = True
+        if self._whole is not None:
+            most = self._whole.most_tokens
+            paths[f"one kernel for the layers, steps of {most} tokens at most"] = True
         return paths
 
     @property
@@ -327,21 +326,20 @@ class Runner:
         rotations = [inputs.rotation for inputs in self._head_inputs]
         return CpuDecoder(weights, self._caches, rotations, self._block_size)
 
-    def _whole_step(self, *, everywhere: bool) -> tuple[GpuDecoder | None, int]:
-        """The layers as one kernel, and for how many tokens at most. everywhere: for all that it can."""
+    def _whole_step(self, *, everywhere: bool) -> GpuDecoder | None:
+        """The layers as one kernel. everywhere: for as many tokens as it can."""
         weights, rotation = self._decode_weights(), self._head_inputs[0].rotation
         reason = gpu_decode.unsupported(weights, self._caches, rotation)
         if self.decoder.share.size > 1:
             reason = "the model is shared by several processes"
-        most = gpu_decode.MOST_TOKENS if everywhere else 0
-        if reason is None and not everywhere:
-            most = gpu_decode.faster_up_to(weights)
-            reason = None if most else "one kernel was not measured to be faster on this GPU"
+        most = gpu_decode.MOST_TOKENS if everywhere else gpu_decode.faster_up_to(weights)
+        if reason is None and not most:
+            reason = "one kernel was not measured to be faster for this model and GPU"
         if reason is not None:
             log.info("steps of a few tokens run operator by operator: %s", reason)
-            return None, 0
+            return None
         log.info("the layers of a step of %d tokens at most run in one kernel", most)
-        return GpuDecoder(weights, self._caches, rotation, self._block_size), most
+        return GpuDecoder(weights, self._caches, rotation, self._block_size, most)
 
     def _decode_weights(self) -> DecodeWeights:
         decoder = self.decoder
@@ -382,8 +380,9 @@ class Runner:
         )
         decoder = self.decoder
         entering = decoder.embed(tokens, self._sampled)
-        if self._whole and rows == sequences <= self._whole_tokens and longest < LONG_CONTEXT:
-            leaving = self._whole.step(entering, positions, slots, contexts, tables)
+        whole = self._whole
+        if whole and rows == sequences <= whole.most_tokens and longest < LONG_CONTEXT:
+            leaving = whole.step(entering, positions, slots, contexts, tables)
             hidden = decoder.normed(leaving)
             logits = decoder.logits(hidden)
             return Output(logits, greedy(logits, seats, self._sampled), hidden)

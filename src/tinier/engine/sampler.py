@@ -25,8 +25,6 @@ from tinier.kernels.reference import greedy
 
 # logits that are drawn from at once: 55 bytes of working memory each with all limits
 _DRAWN_AT_ONCE = 2**23
-# below this temperature every other token's weight is 0 anyway, and float32 has no 1e-50
-_COLDEST = 1e-9
 
 Kind = tuple[bool, bool, bool] | None
 """Whether a row has a min_p, a top_k, a top_p; None: it is greedy."""
@@ -212,17 +210,13 @@ class Sampler:
         if changes:
             self._place_changes(plan, changes)
         self._place_penalties(plan, positions)
-        if (
-            uses_triton(self._device)
-            and not (changes or plan.penalized)
-            and len(plan.drawn) == len(requests)
-            and all(
-                group.limits is not None and group.limits.by_temperature for group in plan.groups
-            )
-        ):
+        limits = [group.limits for group in plan.groups if group.limits is not None]
+        by_temperature = len(plan.drawn) == len(requests) and all(
+            one.by_temperature for one in limits
+        )
+        if uses_triton(self._device) and by_temperature and not (changes or plan.penalized):
             # one kind, whose rows `_group` leaves in order, as `_keys` has them
-            by_row = [max(request.params.temperature, _COLDEST) for request in requests]
-            plan.temperatures = self._upload(by_row, torch.float32).unsqueeze(1)
+            plan.temperatures = torch.cat([one.temperature for one in limits])
         plan.scored = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
         if plan.scored:
             plan.most = max(requests[i].params.logprobs or 0 for i in plan.scored)
@@ -274,7 +268,8 @@ class Sampler:
             return self._upload(values, dtype).unsqueeze(1)
 
         return Limits(
-            column([max(p.temperature, _COLDEST) for p in params]),
+            # below this every other token's weight is 0 anyway, and float32 has no 1e-50
+            column([max(p.temperature, 1e-9) for p in params]),
             column([p.min_p for p in params]) if has_min_p else None,
             column([p.top_k for p in params], torch.int64) if has_top_k else None,
             column([p.top_p for p in params], torch.float64) if has_top_p else None,

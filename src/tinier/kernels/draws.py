@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinier.kernels.fused import _largest_of, begin, early_start
+from tinier.kernels.fused import begin, early_start, largest, largest_of, numbers, store_best
 
 _BLOCK = 1024
 
@@ -34,36 +34,6 @@ def _noise_of(tokens, mix, add):  # type: ignore[no-untyped-def]
     return -tl.log(wait)
 
 
-@triton.jit
-def _numbers(logits, allowed, row, at, last, size, words):  # type: ignore[no-untyped-def]
-    """A row's logits in float32, -inf for those that may not come; what is no number is inf."""
-    inside = at < last
-    value = tl.load(logits + row * size + at, mask=inside, other=-float("inf")).to(tl.float32)
-    if allowed is not None:
-        word = tl.load(allowed + row * words + at // 32, mask=inside, other=0)
-        # one that is no number counts, allowed or not
-        is_kept = (((word >> (at % 32)) & 1) == 1) | (value != value) | (value == float("inf"))
-        value = tl.where(is_kept, value, -float("inf"))
-    return tl.where(value != value, float("inf"), value)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _top(  # type: ignore[no-untyped-def]
-    logits, allowed, tops, size, words, share, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """The largest of one row's share of the vocabulary."""
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    first = part * share
-    last = tl.minimum(size, first + share)
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        best = tl.maximum(best, _numbers(logits, allowed, row, at, last, size, words))
-    tl.store(tops + row * tl.num_programs(1) + part, tl.max(best, axis=0))
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _draw(  # type: ignore[no-untyped-def]
     logits, allowed, tops, temperatures, keys, values, places, size, words, share, PARTS: tl.constexpr,
@@ -72,8 +42,7 @@ def _draw(  # type: ignore[no-untyped-def]
     """The largest of (logit - top) / temperature + noise in one row's share, and where it is."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    first = part * share
+    first = tl.program_id(1) * share
     last = tl.minimum(size, first + share)
     top = tl.max(tl.load(tops + row * PARTS + tl.arange(0, PARTS)), axis=0)
     is_bad = tl.abs(top) == float("inf")
@@ -84,7 +53,7 @@ def _draw(  # type: ignore[no-untyped-def]
     place = tl.full([BLOCK], 2**31 - 1, tl.int32)
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value = _numbers(logits, allowed, row, at, last, size, words)
+        value = numbers(logits, allowed, row, at, last, size, words)
         is_kept = tl.abs(value) < float("inf")
         gap = top - tl.where(is_kept, value, top)
         score = _noise_of(at, mix, add) - tl.div_rn(gap, temperature)
@@ -92,11 +61,7 @@ def _draw(  # type: ignore[no-untyped-def]
         better = score > best
         best = tl.where(better, score, best)
         place = tl.where(better, at, place)
-    most = tl.max(best, axis=0)
-    where = tl.min(tl.where(best == most, place, 2**31 - 1), axis=0)
-    most = tl.where(is_bad, float("inf"), most)
-    tl.store(values + row * PARTS + part, most)
-    tl.store(places + row * PARTS + part, where)
+    store_best(tl.where(is_bad, float("inf"), best), place, values, places)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -124,12 +89,14 @@ def draw(
     tops, values = logits.new_empty(2, rows, parts, dtype=torch.float32)
     places = logits.new_empty(rows, parts, dtype=torch.int32)
     tokens = logits.new_empty(rows, dtype=torch.int64)
-    _top[(rows, parts)](logits, allowed, tops, size, words, share, BLOCK=_BLOCK, **early_start())
+    largest[(rows, parts)](
+        logits, allowed, tops, places, size, words, share, BLOCK=_BLOCK, **early_start()
+    )
     _draw[(rows, parts)](
         logits, allowed, tops, temperatures, row_keys, values, places, size, words, share,
         PARTS=parts, BLOCK=_BLOCK, **early_start(),
     )  # fmt: skip
-    _largest_of[(rows,)](
+    largest_of[(rows,)](
         values, places, None, tokens, None, PARTS=parts, num_warps=1, **early_start()
     )
     return tokens

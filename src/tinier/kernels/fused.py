@@ -131,36 +131,51 @@ def _embed(  # type: ignore[no-untyped-def]
     tl.store(out + row * SIZE + at, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def numbers(logits, allowed, row, at, last, size, words):  # type: ignore[no-untyped-def]
+    """A row's logits in float32; NaN counts as the Inf that it comes from. allowed: words of bits, of what
+    may come (draws.draw); the others are -inf, but for those that are no numbers."""
+    inside = at < last
+    value = tl.load(logits + row * size + at, mask=inside, other=-float("inf")).to(tl.float32)
+    value = tl.where(value != value, float("inf"), value)
+    if allowed is not None:
+        word = tl.load(allowed + row * words + at // 32, mask=inside, other=0)
+        is_kept = (((word >> (at % 32)) & 1) == 1) | (value == float("inf"))
+        value = tl.where(is_kept, value, -float("inf"))
+    return value
+
+
+@triton.jit
+def store_best(best, place, values, places):  # type: ignore[no-untyped-def]
+    """The largest of [BLOCK] numbers and its place, of equal ones the first, at this program's own."""
+    top = tl.max(best, axis=0)
+    to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(values + to, top)
+    tl.store(places + to, tl.min(tl.where(best == top, place, 2**31 - 1), axis=0))
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _largest(  # type: ignore[no-untyped-def]
-    logits, values, places, size, share, BLOCK: tl.constexpr, PDL: tl.constexpr
+def largest(  # type: ignore[no-untyped-def]
+    logits, allowed, values, places, size, words, share, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """The largest of one row's share of the vocabulary, and where it is."""
+    """The largest of one row's share of the vocabulary, and where it is. See `numbers`."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    first = part * share
+    first = tl.program_id(1) * share
     last = tl.minimum(size, first + share)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     place = tl.full([BLOCK], 2**31 - 1, tl.int32)
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * size + at, mask=at < last, other=-float("inf")).to(
-            tl.float32
-        )
-        value = tl.where(value != value, float("inf"), value)  # NaN counts as what it comes from
+        value = numbers(logits, allowed, row, at, last, size, words)
         better = value > best
         best = tl.where(better, value, best)
         place = tl.where(better, at, place)
-    top = tl.max(best, axis=0)
-    # of equal ones the first
-    where = tl.min(tl.where(best == top, place, 2**31 - 1), axis=0)
-    tl.store(values + row * tl.num_programs(1) + part, top)
-    tl.store(places + row * tl.num_programs(1) + part, where)
+    store_best(best, place, values, places)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _largest_of(  # type: ignore[no-untyped-def]
+def largest_of(  # type: ignore[no-untyped-def]
     values, places, seats, tokens, sampled, PARTS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
@@ -446,17 +461,19 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _largest[(rows, parts)](
+    largest[(rows, parts)](
         logits,
+        None,
         values,
         places,
         size,
+        0,
         triton.cdiv(size, parts),
         BLOCK=2048,
         num_warps=8,
         **early_start(),
     )
-    _largest_of[(rows,)](
+    largest_of[(rows,)](
         values, places, seats, tokens, sampled, PARTS=parts, num_warps=1, **early_start()
     )
     return tokens

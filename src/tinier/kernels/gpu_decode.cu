@@ -11,8 +11,8 @@
 // beside it a stamp that says of which product of which step it is. Who needs a word reads it until it has that
 // stamp. So blocks never wait for each other in another way, and nothing must be seen in order. A word is
 // written again a layer later, when its writer has read numbers of every block that came after it read this
-// one: so every block computes rows of every product. (Stamps come again after 2^32 products, 10 hours at the
-// least: a word that nobody wrote since would have to be read in that very product.)
+// one: so every block computes rows of every product. (Stamps come again after 2^32 products, which takes
+// hours: a word that nobody wrote since would have to be read in that very product.)
 //
 // A product goes through the tensor core with tokens as the 16 rows of its tile and 8 rows of the weight
 // as its columns. Which of a tile's inner places holds which column does not matter as long as both sides

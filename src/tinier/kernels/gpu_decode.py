@@ -75,9 +75,11 @@ class GpuDecoder:
         caches: Sequence[Cache],
         rotation: tuple[Tensor, Tensor],
         block_size: int,
+        most_tokens: int,
     ) -> None:
         """rotation: cos and sin of every position, each [positions, R], bf16. block_size: slots in one
-        cache block. Raises TinierError where `unsupported` says why."""
+        cache block. most_tokens: of a step, MOST_TOKENS or fewer. Raises TinierError where `unsupported`
+        says why."""
         reason = unsupported(weights, caches, rotation)
         if reason is not None:
             raise TinierError(f"no decoding step in one kernel: {reason}")
@@ -94,12 +96,12 @@ class GpuDecoder:
             "STEP_BYTES": ctypes.sizeof(_Step), "TOTALS": _totals_bytes(g),
             "KINDS": sum({1 << kind for kind in map(_kind, _linears(weights)) if kind is not None}),
         }  # fmt: skip
-        self._kernels: dict[int, cuda.Kernel] = {}
+        self._kernels: dict[int, tuple[cuda.Kernel, _Memory]] = {}
         self._blocks = _blocks(weights)
-        most, width = MOST_TOKENS, (g.heads + 2 * g.kv_heads) * g.head_dim
+        self.most_tokens, width = most_tokens, (g.heads + 2 * g.kv_heads) * g.head_dim
         self._counters = torch.tensor([1, 0], dtype=torch.int32, device=device)
         self._words = {
-            name: torch.zeros(most * size, dtype=torch.int64, device=device)
+            name: torch.zeros(most_tokens * size, dtype=torch.int64, device=device)
             for name, size in (
                 ("stream", g.hidden // 2),
                 ("qkv", width // 2),
@@ -114,13 +116,13 @@ class GpuDecoder:
         self, entering: Tensor, positions: Tensor, slots: Tensor, contexts: Tensor, tables: Tensor
     ) -> Tensor:
         """What leaves the last layer [S, hidden] in bf16, before the final norm, of a new token of each of
-        S sequences, whose keys and values are written to the cache. S: MOST_TOKENS at most.
+        S sequences, whose keys and values are written to the cache. S: most_tokens at most.
 
         entering: [S, hidden] in bf16, what enters the first layer. The others int32. positions, slots,
         contexts: [S]. tables: [S, width] cache blocks.
         """
         g, tokens = self._weights.geometry, entering.shape[0]
-        assert tokens <= MOST_TOKENS
+        assert tokens <= self.most_tokens
         inputs = {
             "entering": entering, "positions": positions, "slots": slots, "contexts": contexts,
             "tables": tables,
@@ -130,8 +132,11 @@ class GpuDecoder:
         if tokens not in self._kernels:
             shared = _shared_bytes(g, tokens, self._caches[0].keys.itemsize)
             sizes = {**self._sizes, "TOKENS": tokens, "SHARED_BYTES": shared}
-            self._kernels[tokens] = cuda.load(SOURCE, sizes, "decode_step", self._device)
-        memory = _memory_of(self._weights, self._caches, tokens)
+            self._kernels[tokens] = (
+                cuda.load(SOURCE, sizes, "decode_step", self._device),
+                _memory_of(self._weights, self._caches, tokens),
+            )
+        kernel, memory = self._kernels[tokens]
         named = {"leaving": leaving, "counters": self._counters, "layers": self._layers}
         pointers = {name: t.data_ptr() for name, t in {**inputs, **self._words, **named}.items()}
         step = _Step(
@@ -141,7 +146,7 @@ class GpuDecoder:
             stages=memory.stages, x_stride=memory.x_stride, x_bytes=memory.x_bytes,
             eps=g.norm_eps, scale=(g.multipliers.attention or g.head_dim**-0.5) * _LOG2_E,
         )  # fmt: skip
-        self._kernels[tokens].launch(step, self._blocks, _THREADS, memory.whole)
+        kernel.launch(step, self._blocks, _THREADS, memory.whole)
         return leaving
 
     def _layer(self, layer: Layer, cache: Cache) -> _Layer:

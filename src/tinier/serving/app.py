@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tinier
 from tinier.errors import InputError, TinierError
+from tinier.families import split_adapter
 from tinier.serving.embeddings import Embeddings, start_embeddings
 from tinier.serving.generation import Generation, start_chat, start_completion
 from tinier.serving.metrics import Metrics
@@ -156,8 +157,8 @@ def make_app(server: Server, more: Sequence[Route] = ()) -> ASGIApp:
             log.warning("%s was not loaded: %s", body.model, error)
             # where models lie is nobody's business
             text = str(error)
-            for folder in source.model.split("+/"):
-                text = text.replace(str(Path("/", folder).parent), "…")
+            for folder in filter(None, split_adapter(source.model)):
+                text = text.replace(str(Path(folder).parent), "…")
             raise ApiError(400, f"The model was not loaded: {text}", param="model") from None
         return JSONResponse(_model_entry(server.store, model))
 

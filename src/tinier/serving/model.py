@@ -61,6 +61,12 @@ class Engines:
         return min(up, key=lambda ready: ready.limits.room, default=None)
 
     @property
+    def failed(self) -> str | None:
+        """Why they will not come back."""
+        failures = [replica.failure for replica in self.replicas]
+        return failures[0] if all(failures) else None
+
+    @property
     def num_jobs(self) -> int:
         return sum(replica.num_jobs for replica in self.replicas)
 
@@ -156,8 +162,7 @@ class Model:
     @property
     def failure(self) -> str | None:
         """Why the model will not come back."""
-        failures = [replica.failure for replica in self.engines.replicas]
-        return failures[0] if all(failures) else None
+        return self.engines.failed
 
     def check_ready(self) -> Ready:
         """What an engine that is up can take. Raises Unavailable where none is."""

@@ -93,6 +93,11 @@ class Group(NamedTuple):
         """As the first was asked for."""
         return self.members[0].model
 
+    @property
+    def numbers(self) -> dict[Path | None, int]:
+        """Of the adapters by their folders, and 0 of the base."""
+        return {None: 0} | {folder: i for i, folder in enumerate(self.adapters, 1)}
+
 
 class Need(NamedTuple):
     """What a model takes."""
@@ -242,15 +247,16 @@ class ModelStore:
                 else:
                     log.warning("%s has engines of its own: its adapter %s", member.model, reason)
             folders = [*dict.fromkeys(folder for folder in together.values() if folder)]
-            numbers = {None: 0} | {folder: i for i, folder in enumerate(folders, 1)}
             if folders and (len(together) > 1 or self._shares_one):
-                numbered = [m._replace(adapter=numbers[f]) for m, f in together.items()]
-                yield Group(checkpoint, tuple(folders), numbered)
+                group = Group(checkpoint, tuple(folders), [])
+                numbered = [m._replace(adapter=group.numbers[f]) for m, f in together.items()]
+                yield group._replace(members=numbered)
             else:
                 together = {}
         for member in members:
             if member not in together:
-                yield Group(open_model(member.model), (), [member])
+                is_base = given[member] is None
+                yield Group(checkpoint if is_base else open_model(member.model), (), [member])
 
     def _forget(self, engines: Engines) -> None:
         self._reserved.pop(engines, None)
@@ -259,18 +265,17 @@ class ModelStore:
     def _engines_with(self, model: str) -> tuple[Engines, int] | None:
         """Engines that several share which have this model, and the number of its adapter. None whose
         processes will not come back, or whose files are others by now."""
+        shared = [item for item in self._groups_of_engines.items() if item[1].adapters]
+        if not shared:
+            return None
         base, adapter = split_adapter(model)
-        for engines, group in self._groups_of_engines.items():
-            if all(replica.failure for replica in engines.replicas) or _is_newer(group, engines):
+        base_folder = open_model(base).folder.resolve()
+        folder = resolve(adapter).resolve() if adapter is not None else None
+        for engines, group in shared:
+            number = group.numbers.get(folder)
+            if number is None or group.checkpoint.folder.resolve() != base_folder:
                 continue
-            if (
-                not group.adapters
-                or open_model(base).folder.resolve() != group.checkpoint.folder.resolve()
-            ):
-                continue
-            folders = {None: 0} | {folder: i for i, folder in enumerate(group.adapters, 1)}
-            number = folders.get(resolve(adapter).resolve() if adapter is not None else None)
-            if number is not None:
+            if not engines.failed and not _is_newer(group, engines):
                 return engines, number
         return None
 
