@@ -25,12 +25,17 @@ from tinier.families import open_model
 from tinier.quantization import QuantizePlan, quantize
 
 ONE_TOKEN = """
-import sys
+import sys, time
+begun = time.perf_counter()
 from tinier.engine import Engine, EngineConfig, SamplingParams
 from tinier.families import open_model
+imported = time.perf_counter()
 engine = Engine(open_model(sys.argv[1]), EngineConfig(max_batch_size=64, max_seq_len=4096))
-print(engine.generate([list(range(100, 356))], SamplingParams(max_tokens=1)))
+loaded = time.perf_counter()
+engine.generate([list(range(100, 356))], SamplingParams(max_tokens=1))
+print(imported - begun, loaded - imported, time.perf_counter() - loaded)
 """
+PARTS = ("imports", "engine", "token")
 
 
 def write_models(folder: Path) -> list[Path]:
@@ -43,12 +48,15 @@ def write_models(folder: Path) -> list[Path]:
     return [bf16, fp8]
 
 
-def first_token(model: Path, cache: Path) -> float:
-    """Seconds of a new process. cache: where Triton keeps compiled kernels."""
+def first_token(model: Path, cache: Path) -> dict[str, float]:
+    """Seconds of a new process, whole and by its parts: Python starts and ends beside them. cache: where
+    Triton keeps compiled kernels."""
     begun = time.perf_counter()
     environ = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    subprocess.run([sys.executable, "-c", ONE_TOKEN, str(model)], check=True, env=environ)
-    return time.perf_counter() - begun
+    process = [sys.executable, "-c", ONE_TOKEN, str(model)]
+    said = subprocess.run(process, check=True, env=environ, stdout=subprocess.PIPE, text=True)
+    whole = time.perf_counter() - begun
+    return {"whole": whole, **dict(zip(PARTS, map(float, said.stdout.split()), strict=True))}
 
 
 def drop_page_cache() -> bool:
@@ -79,12 +87,14 @@ def main() -> None:
         from_disk = drop_page_cache()
         cold = first_token(model, cache)
         again = [first_token(model, cache) for _ in range(arguments.repeats)]
+        whole = [one["whole"] for one in again]
         record[model.name] = {
             "nothing_compiled_seconds": first,
             "page_cache_dropped": from_disk,
             "compiled_seconds": cold,
-            "compiled_and_in_page_cache_seconds": statistics.median(again),
-            "spread_seconds": max(again) - min(again),
+            "compiled_and_in_page_cache_seconds": statistics.median(whole),
+            "spread_seconds": max(whole) - min(whole),
+            "runs": again,
         }
         print(model.name, record[model.name], flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")

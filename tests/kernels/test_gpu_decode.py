@@ -94,6 +94,16 @@ def test_a_cpu_has_no_such_step(tiny: Callable[..., Checkpoint]) -> None:
     assert reason == "it needs a GPU of compute capability 9.0 or later"
 
 
+def test_float32_is_none_of_its_formats(
+    tiny: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load_decoder(tiny("llama"), device=torch.device("cpu"))
+    weights = Runner(decoder, 8, BLOCK_SIZE, 4, 64, 64)._decode_weights()
+    monkeypatch.setattr(gpu_decode, "machine_of", lambda device: Machine("cuda", (9, 0)))
+    monkeypatch.setattr(gpu_decode, "_multiprocessors", lambda device: 132)
+    assert gpu_decode.faster_up_to(weights) == 0
+
+
 def decode_weights(kinds: list[int], layer_bytes: int, rows: int) -> Any:
     """Two layers of four linears and a head, of these kinds."""
     few = SimpleNamespace(shape=(rows, 64))

@@ -332,7 +332,9 @@ class Runner:
         reason = gpu_decode.unsupported(weights, self._caches, rotation)
         if self.decoder.share.size > 1:
             reason = "the model is shared by several processes"
-        most = gpu_decode.MOST_TOKENS if everywhere else gpu_decode.faster_up_to(weights)
+        most = 0
+        if reason is None:
+            most = gpu_decode.MOST_TOKENS if everywhere else gpu_decode.faster_up_to(weights)
         if reason is None and not most:
             reason = "one kernel was not measured to be faster for this model and GPU"
         if reason is not None:

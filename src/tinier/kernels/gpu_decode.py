@@ -205,7 +205,7 @@ def _blocks(weights: DecodeWeights) -> int:
         for linear in layer.linears
         if linear.few is not None
     ]
-    return min(_multiprocessors(weights.final_norm.device), *tiles)
+    return min([_multiprocessors(weights.final_norm.device), *tiles])
 
 
 def _multiprocessors(device: torch.device) -> int:
