@@ -1,5 +1,7 @@
 """Drafts: the text is the one without them, and comes in fewer steps."""
 
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from tests.engine.test_engine import prompts
 from tinier.checkpoint import Checkpoint
 from tinier.engine import Engine, EngineConfig, Request, SamplingParams
 from tinier.engine.drafts import PromptLookup
-from tinier.engine.pace import Pace
+from tinier.engine.pace import MEASURED, Pace
 from tinier.engine.runner import Shape
 from tinier.engine.scheduler import Chunk
 
@@ -245,6 +247,40 @@ def test_prompt_look_up_copies_what_followed() -> None:
     assert lookup.propose({one: 3}) == {one: [0, 0, 0]}
 
 
+def test_prompt_look_up_finds_whole_tokens_and_the_latest() -> None:
+    drawn = random.Random(0)
+    for _ in range(2000):
+        # few different tokens, some with the bytes of two others between them
+        tokens = drawn.choices([0, 1, 256, 257, 65536, 2**24], k=drawn.randint(1, 30))
+        expected: list[int] = []
+        for count in (4, 3, 2):
+            ends = range(len(tokens) - 1, count - 1, -1)
+            same = [end for end in ends if tokens[end - count : end] == tokens[-count:]]
+            if same:
+                goes_on = itertools.cycle(tokens[same[0] :])
+                expected = list(itertools.islice(goes_on, 5))
+                break
+        found = PromptLookup().propose({request(tokens, []): 5})
+        assert list(found.values()) == ([expected] if expected else [])
+
+
+def test_a_trial_costs_what_a_step_that_cannot_overlap_costs() -> None:
+    trials = {}
+    for checking in (1.1, 3.0):
+        pace = Pace(8, model=False, overlaps=True)
+        for _ in range(MEASURED):
+            pace.step_took(1.0, 16)
+            pace.step_took(checking, 18, drafts=True)
+        requests = [request([1], [], max_tokens=10_000) for _ in range(16)]
+        for one in requests:
+            pace._agreement[one] = 0.0
+        found = [pace.lengths(dict.fromkeys(requests, 0), 16) for _ in range(2000)]
+        trials[checking] = sum(map(bool, found))
+    # a hundredth of 2000 s, and a length is worth at most a tenth of a step for each token
+    assert trials[1.1] <= 2000 * 0.01 / 1.1
+    assert 4 <= trials[3.0] <= 2000 * 0.01 / 3.0
+
+
 def measured(row: float, drafting: float, *, reading: float = 0.0) -> Pace:
     """Of steps that take 1 s and `row` for each row."""
     pace = Pace(8, model=True)
@@ -322,7 +358,7 @@ def test_a_first_step_that_took_long_does_not_end_all_drafting() -> None:
         pace.step_took(1.0, 1)
     pace._agreement[one] = 0.9
     drafted, first = 0, 20.0
-    for _ in range(400):
+    for _ in range(1000):
         lengths = pace.lengths({one: 0}, 1)
         if lengths:
             drafted += 1
@@ -330,7 +366,7 @@ def test_a_first_step_that_took_long_does_not_end_all_drafting() -> None:
             first = 0.0
         else:
             pace.step_took(1.0, 1)
-    assert drafted > 200  # 2 s for 5.7 tokens
+    assert drafted > 500  # 2 s for 5.7 tokens
 
 
 def test_looking_for_drafts_takes_little_of_short_steps() -> None:

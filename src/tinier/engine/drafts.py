@@ -8,6 +8,7 @@ them. Prompt look-up: copying what followed the same words earlier.
 """
 
 import time
+from array import array
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,8 +27,9 @@ from tinier.families import open_model
 
 PROMPT = "prompt"
 """EngineConfig.draft: no model, but PromptLookup"""
-# tokens that must be the same for what followed them to be proposed, the most telling first
-_MATCHED = (4, 3, 2)
+# tokens that must be the same for what followed them to be proposed: first these, then as many more of
+_LEAST_MATCHED, _MOST_MATCHED = 2, 4
+_BYTES = 4
 
 
 def draft_model(config: EngineConfig) -> Checkpoint | None:
@@ -56,55 +58,60 @@ class PromptLookup:
     """Proposes what followed the last few tokens where they stood before, in the prompt or the output."""
 
     def __init__(self) -> None:
-        self._texts: dict[Request, _Text] = {}
+        self._texts: dict[Request, bytearray] = {}
+        """Known tokens, four bytes each: there is nothing faster to look through for a few of them"""
 
     def propose(self, wanted: dict[Request, int]) -> dict[Request, list[int]]:
         self._texts = {r: text for r, text in self._texts.items() if r.seat is not None}
         found = {}
         for request, most in wanted.items():
-            if tokens := self._text(request).continuation(most):
+            if tokens := continuation(self._text(request), most):
                 found[request] = tokens
         return found
 
-    def _text(self, request: Request) -> "_Text":
+    def _text(self, request: Request) -> bytearray:
         """All that is known of it."""
-        text = self._texts.setdefault(request, _Text())
-        known = len(text.tokens)
-        text.extend(request.tokens(known, request.num_known - known))
+        text = self._texts.setdefault(request, bytearray())
+        known = len(text) // _BYTES
+        text += array("I", request.tokens(known, request.num_known - known)).tobytes()
         return text
 
     def unread(self, request: Request) -> int | None:
         # a step in flight is not waited for where nothing repeats
-        return 0 if self._text(request).continuation(1) else None
+        return 0 if continuation(self._text(request), 1) else None
 
     def forget(self) -> None:
         self._texts.clear()
 
 
-class _Text:
-    """Tokens, and where each few of them stood last."""
+def continuation(text: bytearray, most: int) -> list[int]:
+    """What came after the last few tokens before, the more of them are the same and the later the better;
+    past the end of the text that goes on as it began. Empty: they were not there before.
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}
-        """Where the token after these is"""
-
-    def extend(self, tokens: list[int]) -> None:
-        for token in tokens:
-            at = len(self.tokens)
-            for count in _MATCHED:
-                if at >= count:
-                    self._next[tuple(self.tokens[at - count :])] = at
-            self.tokens.append(token)
-
-    def continuation(self, most: int) -> list[int]:
-        """What came after the last few tokens before; past the end of the text that goes on as it began."""
-        for count in _MATCHED:
-            start = self._next.get(tuple(self.tokens[-count:]))
-            if start is not None:
-                period = len(self.tokens) - start
-                return [self.tokens[start + i % period] for i in range(most)]
+    text: tokens of four bytes each.
+    """
+    start = -1
+    for count in range(_LEAST_MATCHED, _MOST_MATCHED + 1):
+        found = _follows(text, count)
+        if found < 0:
+            break
+        start = found
+    if start < 0:
         return []
+    followed = array("I", bytes(text[start : start + _BYTES * most])).tolist()
+    return (followed * -(-most // len(followed)))[:most]
+
+
+def _follows(text: bytearray, count: int) -> int:
+    """Where the token after the last `count` tokens is, where they stood before; -1: nowhere."""
+    size = _BYTES * count
+    last, end = text[-size:], len(text) - _BYTES
+    if end < size:
+        return -1
+    at = text.rfind(last, 0, end)
+    while at > 0 and at % _BYTES:  # parts of other tokens
+        at = text.rfind(last, 0, at + size - 1)
+    return -1 if at < 0 else at + size
 
 
 class DraftModel:

@@ -19,6 +19,8 @@ _AGREEMENT = 0.7
 _MARGIN = 1.03
 # of the time, at most, goes to trying drafts that did not pay before, and to looking whether any do
 _TRYING, _LOOKING = 0.01, 0.01
+# tokens that are drafted to try
+_TRIED = 2
 # steps: what a long prompt's first look takes, or a slow moment, is no reason to miss what repeats
 _MOST_REST = 32
 # tokens that a request is believed to write still, where it may write many more and has not
@@ -83,22 +85,26 @@ class Pace:
         found = self._paying(most, unread, step, rows) if self._known else {}
         if not found:
             self._turn = 0
-            return self._trial(most, unread, step)
+            return self._trial(most, unread, step, rows)
         self._in_vain = False
         self._turn = (self._turn + 1) % (_DRAFTED + _PLAIN)
         return found if self._turn < _DRAFTED else {}
 
     def _trial(
-        self, most: dict[Request, int], unread: dict[Request, int], step: float
+        self, most: dict[Request, int], unread: dict[Request, int], step: float, rows: int
     ) -> dict[Request, int]:
-        """Two tokens, now and then all, for the request with the fewest to read, if there is credit."""
+        """A few tokens, now and then all, for the request with the fewest to read, if there is credit."""
         request = min(most, key=lambda r: unread[r])
-        length = min(most[request], self._most if self._trials % 4 == 3 else 2)
+        length = min(most[request], self._most if self._trials % 4 == 3 else _TRIED)
         drafting, reading = self._drafting.at(1), self._reading.at(1)
         if drafting is None:
             drafting = step if self._model else 0.0
         cost = length * (_ROW * step + drafting)
         cost += unread[request] * (_ROW * step if reading is None else reading)
+        if self._checking is not self._steps and self._checking.count >= MEASURED:
+            # the device waits before it and after it, as long as a whole step; of a short draft, since what
+            # the trial is for is not known
+            cost += self._checking.at(rows + _TRIED) or step
         self._credit += _TRYING * step
         if self._known and cost > self._credit:
             return {}
