@@ -481,16 +481,26 @@ class Engine:
         if step.done is not None:
             step.done.synchronize()
         now = time.perf_counter()
+        tokens: list[int] = step.sampled.tokens.tolist()
+        self._follow(step.requests, tokens)
         changed = []
-        for i, (request, token) in enumerate(
-            zip(step.requests, step.sampled.tokens.tolist(), strict=True)
-        ):
+        for i, (request, token) in enumerate(zip(step.requests, tokens, strict=True)):
             request.num_pending -= 1
             if request.finished:  # stopped or cancelled while this token was on its way
                 continue
             self._take(request, step.sampled, i, token, now)
             changed.append(request)
         return changed
+
+    def _follow(self, requests: list[Request], tokens: list[int]) -> None:
+        """Tell the grammars that requests have the tokens that were sampled for them."""
+        if self._grammars is not None:
+            self._grammars.follow([
+                (request.matcher, token)
+                for request, token in zip(requests, tokens, strict=True)
+                if request.matcher is not None and request.finished is None
+                and token >= 0 and token not in request.params.stop_token_ids
+            ])  # fmt: skip
 
     def _take(self, request: Request, sampled: Sampled, row: int, token: int, now: float) -> None:
         """Give a request the token that was sampled in a row."""
@@ -560,6 +570,7 @@ class Engine:
     ) -> bool:
         """Take a token that the model picked; whether it is the draft's, so that what follows counts."""
         request = check.request
+        self._follow([request], [token])
         self._take(request, sampled, row, token, now)
         if depth == len(check.draft) or token != check.draft[depth]:
             return False
@@ -575,11 +586,9 @@ class Engine:
             return
         request.output.append(token)
         request.token_times.append(now)
-        if request.matcher is not None:
-            request.matcher.consume_token(token)
-            if request.matcher.is_stopped():  # nothing may follow
-                self._end(request, "error" if request.matcher.is_error() else "stop")
-                return
+        if request.matcher is not None and request.matcher.is_stopped():  # nothing may follow
+            self._end(request, "error" if request.matcher.is_error() else "stop")
+            return
         if request.stream is not None:
             request.stream.push(token)
             if request.stream.stopped is not None:

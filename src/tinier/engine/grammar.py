@@ -19,7 +19,7 @@ from tinier.tokenizer import Tokenizer
 # room for a line's indentation; without a limit a small model may write white space for ever
 JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
-# masks that are made one after the other: for fewer, threads took longer (docs/log.md)
+# matchers that are asked one after the other: for fewer, threads took longer (docs/log.md)
 _FEW = 16
 # more than a process's own cores fight for them (docs/log.md)
 _THREADS = 8
@@ -99,6 +99,14 @@ class Grammars:
         if found.is_error():
             raise InputError(f"this grammar cannot be followed: {found.get_error():.300}")
         return found
+
+    def follow(self, tokens: list[tuple[Matcher, int]]) -> None:
+        """Each matcher's text goes on by a token; one that the grammar forbids makes it an error."""
+        if len(tokens) < _FEW:
+            for matcher, token in tokens:
+                matcher.consume_token(token)
+        else:
+            self._threads.consume_token_par(tokens)
 
     def allowed(self, matchers: Sequence[Matcher]) -> Tensor:
         """A bit for each token that may come next, the lowest first: [n, words] int32 on the device."""
