@@ -1,12 +1,18 @@
 """RoPE is transformers', for every scaling that checkpoints may ask for, at 16,384 tokens."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import TinyMaker
 from tests.engine.test_decoder import distance, logits_of_both
-from transformers import LlamaConfig, Phi3Config
+from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -34,7 +40,7 @@ def test_rotations_are_those_of_transformers(kind: str, dtype: torch.dtype, leng
         hidden_size=256, num_attention_heads=8, max_position_embeddings=2048,
         rope_parameters={"rope_type": kind, "rope_theta": 5e5, **SCALINGS[kind]},
     )  # fmt: skip
-    check(Rope(config, torch.device("cpu")), LlamaRotaryEmbedding(config), dtype, length)
+    check(config, LlamaRotaryEmbedding(config), dtype, length)
 
 
 @pytest.mark.parametrize("length", [1000, LENGTH])
@@ -47,7 +53,7 @@ def test_longrope_turns_short_and_long_sequences_in_two_ways(
         hidden_size=256, num_attention_heads=8, max_position_embeddings=LENGTH,
         original_max_position_embeddings=2048, rope_parameters=longrope(16, partial, 2048),
     )  # fmt: skip
-    check(Rope(config, torch.device("cpu")), Phi3RotaryEmbedding(config), dtype, length)
+    check(config, Phi3RotaryEmbedding(config), dtype, length)
 
 
 def longrope(pairs: int, partial: float, original: int) -> dict[str, Any]:
@@ -60,12 +66,38 @@ def longrope(pairs: int, partial: float, original: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check(rope: Rope, module: torch.nn.Module, dtype: torch.dtype, length: int) -> None:
+def check(
+    config: PreTrainedConfig, module: torch.nn.Module, dtype: torch.dtype, length: int
+) -> None:
     positions = torch.arange(length)
     theirs = module(torch.zeros(1, dtype=dtype), positions.unsqueeze(0))
-    for one, other in zip(rope(positions, length, dtype), theirs, strict=True):
-        assert one.dtype == dtype
-        assert torch.equal(one, other.squeeze(0))
+    values = SimpleNamespace(**json.loads(config.to_json_string(use_diff=False)))
+    for _ in range(2):  # from transformers, and as it was kept
+        rope = Rope(values, torch.device("cpu"))
+        for one, other in zip(rope(positions, length, dtype), theirs, strict=True):
+            assert one.dtype == dtype
+            assert torch.equal(one, other.squeeze(0))
+
+
+def test_a_second_start_does_not_import_transformers(tiny: TinyMaker, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, **SCALINGS["llama3"]}
+    model = tiny("llama", rope_parameters=rope)
+    code = (
+        "import sys\n"
+        "from tinier.engine import Engine, EngineConfig, SamplingParams\n"
+        "from tinier.families import open_model\n"
+        "engine = Engine(open_model(sys.argv[1]), EngineConfig(max_seq_len=64, device='cpu'))\n"
+        "engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))\n"
+        "print('transformers' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    environ = os.environ | {"TINIER_CACHE": str(tmp_path / "cache")}
+    process = [sys.executable, "-c", code, str(model.folder)]
+    said = [
+        subprocess.run(process, env=environ, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert said[0].startswith("True")
+    assert said[1] == "False False\n"
 
 
 @pytest.mark.slow

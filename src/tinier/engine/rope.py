@@ -3,14 +3,14 @@
 transformers' own module is the same, but importing its model code takes longer than reading a small model.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinier.families import rope_parameters
+from tinier.families import kept_by_transformers, rope_parameters
 
 
 class Rope:
@@ -39,18 +39,22 @@ class Rope:
 
         return CONFIG_MAPPING[self._config.model_type].from_dict(vars(self._config))
 
+    def _scaled_frequencies(self, longest: int) -> dict[str, Any]:
+        """By transformers' function for the kind of scaling."""
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        kind = rope_parameters(self._config, self._key)["rope_type"]
+        named = {"layer_type": self._key} if self._key else {}
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](self._hf_config, seq_len=longest, **named)
+        return {"frequencies": frequencies.tolist(), "scale": float(scale)}
+
     def _frequencies(self, longest: int) -> tuple[Tensor, float]:
         """[R / 2], and what cos and sin are multiplied with."""
         config, parameters = self._config, rope_parameters(self._config, self._key)
-        kind = parameters["rope_type"]
-        if kind != "default":
-            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-            named = {"layer_type": self._key} if self._key else {}
-            found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[kind](
-                self._hf_config, seq_len=longest, **named
-            )
-            return found
+        if parameters["rope_type"] != "default":
+            of = [vars(self._config), self._key, longest]
+            kept = kept_by_transformers("ropes", of, partial(self._scaled_frequencies, longest))
+            return torch.tensor(kept["frequencies"], dtype=torch.float32), kept["scale"]
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         turning = int(size * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, turning, 2, dtype=torch.float32) / turning

@@ -5,6 +5,7 @@ Start at `geometry_of`.
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -29,8 +30,8 @@ from tinier.schemes import Layout
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
-# counted up when `resolved_config` keeps something else
-_RESOLVING = 1
+# counted up when what is kept changes
+_KEEPING = 1
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -62,28 +63,37 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def resolved_config(checkpoint: Checkpoint) -> SimpleNamespace:
-    """config.json with transformers' defaults filled in.
+    """config.json with transformers' defaults filled in, kept by what it says."""
 
-    Kept in tinier's cache folder by what config.json says and transformers' version: importing one of its
-    configurations takes a second.
-    """
-    said = json.dumps([*_resolver(), _plain_values(checkpoint)], sort_keys=True)
+    def make() -> dict[str, Any]:
+        config = hf_config(checkpoint)
+        values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        others = config.attribute_map.items()
+        return values | {other: values[key] for other, key in others if key in values}
+
+    return SimpleNamespace(**kept_by_transformers("configs", _plain_values(checkpoint), make))
+
+
+def kept_by_transformers(
+    folder: str, of: object, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `make` gets from transformers, whose import takes seconds; or what it gave before, which is kept
+    in a folder of tinier's cache for this version of transformers. of: all that it depends on. JSON."""
+    said = json.dumps([*_transformers(), of], sort_keys=True)
     name = f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
-    path = cache_folder() / "configs" / name
+    path = cache_folder() / folder / name
     if path.exists():
-        return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
-    config = hf_config(checkpoint)
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    values |= {other: values[key] for other, key in config.attribute_map.items() if key in values}
-    with suppress(OSError):  # a cache that cannot be written costs a second at each start
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    values = make()
+    with suppress(OSError):  # a cache that cannot be written costs seconds at each start
         write_atomically(path, json.dumps(values))
-    return SimpleNamespace(**values)
+    return values
 
 
 @cache
-def _resolver() -> tuple[int, str]:
-    """What fills the defaults in."""
-    return _RESOLVING, version("transformers")
+def _transformers() -> tuple[int, str]:
+    return _KEEPING, version("transformers")
 
 
 def _plain_values(checkpoint: Checkpoint) -> dict[str, Any]:
