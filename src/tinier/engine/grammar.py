@@ -20,9 +20,9 @@ from tinier.tokenizer import Tokenizer
 JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
 # matchers that are asked one after the other: for fewer, threads took longer (docs/log.md)
-_FEW = 16
-# more than a process's own cores fight for them (docs/log.md)
-_THREADS = 8
+_FEW = 8
+# more than a process's own cores fight for them
+_THREADS = 16
 
 Matcher = Any
 """llguidance.LLMatcher: where a text stands in its grammar"""
