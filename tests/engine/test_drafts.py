@@ -358,7 +358,7 @@ def test_a_first_step_that_took_long_does_not_end_all_drafting() -> None:
         pace.step_took(1.0, 1)
     pace._agreement[one] = 0.9
     drafted, first = 0, 20.0
-    for _ in range(1000):
+    for _ in range(400):
         lengths = pace.lengths({one: 0}, 1)
         if lengths:
             drafted += 1
@@ -366,7 +366,30 @@ def test_a_first_step_that_took_long_does_not_end_all_drafting() -> None:
             first = 0.0
         else:
             pace.step_took(1.0, 1)
-    assert drafted > 500  # 2 s for 5.7 tokens
+    assert drafted > 200  # 2 s for 5.7 tokens
+
+
+def test_steps_that_capture_do_not_end_drafting_while_a_batch_grows() -> None:
+    """Without a warm-up the first step of each size is slow, and its number of rows may not come again."""
+    requests = [request([1], [], max_tokens=100_000) for _ in range(16)]
+    pace = Pace(8, model=False, overlaps=True)
+    captured: set[int] = set()
+    drafted = 0
+    for step in range(1000):
+        running = requests[: 1 + step // 10]
+        for one in running:
+            pace._agreement[one] = 0.9
+        rows = len(running)
+        lengths = pace.lengths(dict.fromkeys(running, 0), rows)
+        if lengths:
+            drafted += 1
+            rows += sum(lengths.values())
+            graph = next((size for size in (8, 16, 32, 64) if size >= rows), 0)
+            pace.step_took(4.0 if graph in captured else 1000.0, rows, drafts=True)
+            captured.add(graph)
+        else:
+            pace.step_took(3.0, rows)
+    assert drafted > 900
 
 
 def test_looking_for_drafts_takes_little_of_short_steps() -> None:
@@ -383,7 +406,7 @@ def test_looking_for_drafts_takes_little_of_short_steps() -> None:
             pace.lengths({one: 0}, 16)
             pace.looked(0.3, 16)
     assert 25 < looks < 45  # 1 % of the time, 0.3 s each
-    # a first look that indexes a long prompt does not end them; nor one when no token comes
+    # a look that a slow moment held up does not end them; nor one when no token comes
     pace._in_vain = True
     pace.looked(50.0, 16)
     assert [pace.rests() for _ in range(40)].index(False) == 32

@@ -131,5 +131,6 @@ def test_the_kernel_is_used_where_it_was_measured_to_be_faster(
     assert [faster(int4[group]) for group in (128, 64, 32)] == [2, 1, 1]
     assert faster(int4[128], gpu_decode.INT8) == 0
     assert faster(int4[128], layer_bytes=3 * 10**8) == faster(int4[128], rows=1024) == 0
+    assert faster(gpu_decode.BF16, rows=1024) == 1
     machine = Machine("cuda", (12, 0))
     assert faster(int4[128]) == 0

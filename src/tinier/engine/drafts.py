@@ -27,7 +27,7 @@ from tinier.families import open_model
 
 PROMPT = "prompt"
 """EngineConfig.draft: no model, but PromptLookup"""
-# tokens that must be the same for what followed them to be proposed: first these, then as many more of
+# tokens that must be the same for what followed them to be proposed: the more of them, the better
 _LEAST_MATCHED, _MOST_MATCHED = 2, 4
 _BYTES = 4
 

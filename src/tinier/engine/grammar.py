@@ -19,7 +19,7 @@ from tinier.tokenizer import Tokenizer
 # room for a line's indentation; without a limit a small model may write white space for ever
 JSON_SPACING: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{1,32}"}
 
-# matchers that are asked one after the other: for fewer, threads took longer (docs/log.md)
+# from so many matchers on, threads take less time than one after the other (docs/log.md)
 _FEW = 8
 # more than a process's own cores fight for them
 _THREADS = 16

@@ -21,6 +21,8 @@ _MARGIN = 1.03
 _TRYING, _LOOKING = 0.01, 0.01
 # tokens that are drafted to try
 _TRIED = 2
+# steps without drafts: a trial is taken to cost no more, and a first step that takes longer says nothing
+_SLOW = 3
 # steps: what a long prompt's first look takes, or a slow moment, is no reason to miss what repeats
 _MOST_REST = 32
 # tokens that a request is believed to write still, where it may write many more and has not
@@ -44,6 +46,8 @@ class Pace:
         self._steps, self._drafting, self._reading = _Costs(), _Costs(), _Costs()
         self._checking = _Costs() if overlaps else self._steps
         """Of steps with drafts"""
+        self._checked: set[int] = set()
+        """Rows of those that there were"""
         self._known = not model
         """Whether drafting was measured, or costs nothing"""
         self._typical = _AGREEMENT
@@ -101,10 +105,10 @@ class Pace:
             drafting = step if self._model else 0.0
         cost = length * (_ROW * step + drafting)
         cost += unread[request] * (_ROW * step if reading is None else reading)
-        if self._checking is not self._steps and self._checking.count >= MEASURED:
-            # the device waits before it and after it, as long as a whole step; of a short draft, since what
-            # the trial is for is not known
-            cost += self._checking.at(rows + _TRIED) or step
+        if self._checking is not self._steps:
+            # the device waits before it and after it, as long as a whole step; no more than a few, since a
+            # trial is what corrects costs that were seen in a slow moment
+            cost += min(self._checking.at(rows + length) or step, _SLOW * step)
         self._credit += _TRYING * step
         if self._known and cost > self._credit:
             return {}
@@ -143,10 +147,21 @@ class Pace:
     def step_took(self, seconds: float, rows: int, *, drafts: bool = False) -> None:
         """A step of the model alone, with no prompt in it. rows: tokens that it computed."""
         steps = self._checking if drafts else self._steps
+        if drafts and self._is_a_first(rows, seconds):
+            return
         level = steps.add(rows, seconds)
         # a machine that is busier is so for all
         for other in {self._steps, self._checking, self._drafting, self._reading} - {steps}:
             other.scale(level)
+
+    def _is_a_first(self, rows: int, seconds: float) -> bool:
+        """Whether a step with drafts is the first of so many rows and took so long that something was
+        compiled or captured in it: it says nothing, and nobody may come to see another."""
+        step = self._steps.at(rows)
+        if self._checking is self._steps or step is None or rows in self._checked:
+            return False
+        self._checked.add(rows)
+        return seconds > _SLOW * step
 
     def drafting_took(self, seconds: float, requests: int) -> None:
         """One token for each of some requests."""

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinier.families import kept_by_transformers, rope_parameters
+from tinier.families import cached_from_transformers, rope_parameters
+
+# scalings that turn longer sequences in another way
+_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Rope:
@@ -24,7 +27,7 @@ class Rope:
         """cos and sin for positions [T], each [T, R] for the R channels of a head that turn, halves alike.
 
         longest: no sequence is longer. Dynamic scaling and LongRoPE (arXiv 2402.13753) turn longer ones
-        in another way, all of their tokens, so that a cache must know it beforehand.
+        in another way, all of their tokens, so that a KV cache must know it beforehand.
         """
         frequencies, scale = self._frequencies(longest)
         angles = positions.float().unsqueeze(-1) * frequencies.float().to(self._device)
@@ -51,9 +54,10 @@ class Rope:
     def _frequencies(self, longest: int) -> tuple[Tensor, float]:
         """[R / 2], and what cos and sin are multiplied with."""
         config, parameters = self._config, rope_parameters(self._config, self._key)
-        if parameters["rope_type"] != "default":
-            of = [vars(self._config), self._key, longest]
-            kept = kept_by_transformers("ropes", of, partial(self._scaled_frequencies, longest))
+        kind = parameters["rope_type"]
+        if kind != "default":
+            of = [vars(self._config), self._key, longest if kind in _BY_LENGTH else None]
+            kept = cached_from_transformers("ropes", of, partial(self._scaled_frequencies, longest))
             return torch.tensor(kept["frequencies"], dtype=torch.float32), kept["scale"]
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         turning = int(size * parameters.get("partial_rotary_factor", 1.0))

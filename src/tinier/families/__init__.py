@@ -7,12 +7,12 @@ architecture is a row in FAMILIES (table.py).
 
 from tinier.families.adapters import Update, must_be_merged, read_adapter
 from tinier.families.configuration import (
+    cached_from_transformers,
     check_length,
     checkpoint_layout,
     family_of,
     geometry_of,
     hf_config,
-    kept_by_transformers,
     resolved_config,
     rope_keys,
     rope_parameters,
@@ -55,12 +55,12 @@ __all__ = [
     "Multipliers",
     "Norms",
     "Update",
+    "cached_from_transformers",
     "check_length",
     "checkpoint_layout",
     "family_of",
     "geometry_of",
     "hf_config",
-    "kept_by_transformers",
     "layer_name",
     "linear_names",
     "linear_shape",

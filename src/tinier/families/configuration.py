@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 # counted up when what is kept changes
-_KEEPING = 1
+_CACHE_VERSION = 1
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -71,18 +71,19 @@ def resolved_config(checkpoint: Checkpoint) -> SimpleNamespace:
         others = config.attribute_map.items()
         return values | {other: values[key] for other, key in others if key in values}
 
-    return SimpleNamespace(**kept_by_transformers("configs", _plain_values(checkpoint), make))
+    return SimpleNamespace(**cached_from_transformers("configs", _plain_values(checkpoint), make))
 
 
-def kept_by_transformers(
+def cached_from_transformers(
     folder: str, of: object, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """What `make` gets from transformers, whose import takes seconds; or what it gave before, which is kept
-    in a folder of tinier's cache for this version of transformers. of: all that it depends on. JSON."""
+    in a folder of tinier's cache for this version of transformers. of: all else that it depends on, as JSON
+    can say it."""
     said = json.dumps([*_transformers(), of], sort_keys=True)
     name = f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     path = cache_folder() / folder / name
-    if path.exists():
+    with suppress(OSError, ValueError):  # there is none, or none that can be read
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     values = make()
@@ -93,7 +94,7 @@ def kept_by_transformers(
 
 @cache
 def _transformers() -> tuple[int, str]:
-    return _KEEPING, version("transformers")
+    return _CACHE_VERSION, version("transformers")
 
 
 def _plain_values(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -256,17 +256,18 @@ def faster_up_to(weights: DecodeWeights) -> int:
     """Tokens of a step up to which the kernel is used where nobody asks for it; 0: never.
 
     Measured on an H100 with Llama-3.2-3B's shape at 450 tokens of context (benchmarks/decode_kernel.py), in
-    bf16, FP8, INT8 and INT4 in groups of 128, and with Llama-3.2-1B's, Qwen3-0.6B's and SmolLM2's in bf16.
-    Taken to hold for INT4's other groups with one token, for other layers that are smaller, as what the
-    kernel saves is a layer's fixed cost, and while all multiprocessors work.
+    bf16, FP8, INT8 and INT4 in groups of 128, and in bf16 with Llama-3.2-1B's, Qwen3-0.6B's and
+    SmolLM2-135M's, the last two of which have rows for 128 and 72 of its 132 multiprocessors. Taken to hold
+    for INT4's other groups with one token and for other layers that are smaller, as what the kernel saves is
+    a layer's fixed cost.
     """
     device = weights.final_norm.device
     layer = sum(linear.num_bytes for linear in weights.layers[0].linears)
     if machine_of(device).capability != (9, 0) or layer > _LARGEST_LAYER:
         return 0
-    if _blocks(weights) < _multiprocessors(device):
-        return 0
     kind, *others = set(map(_kind, _linears(weights)))
+    if _blocks(weights) < _multiprocessors(device) and kind != BF16:
+        return 0
     known = {BF16: 1, E4M3: 1, INT8: 1, **dict.fromkeys(_INT4.values(), 1), _INT4[128]: 2}
     # a second kind costs registers
     return 0 if others or kind is None else known.get(kind, 0)
