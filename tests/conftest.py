@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import gc
 import inspect
 import os
 import shutil
@@ -90,6 +91,16 @@ def transformers_rounds_caches() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first: where files run side by side, none waits for it."""
     items.sort(key=lambda item: item.path.name != "test_smollm2.py")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: whoever looks for cycles, to release a model, need not go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extensions would say that it leaked
 
 
 @pytest.fixture(params=DEVICES[1:] if torch.cuda.is_available() else ["cpu"])

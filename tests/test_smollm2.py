@@ -1,5 +1,7 @@
 """The real model: SmolLM2-135M-Instruct, as the main job uses it."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,30 +56,51 @@ def divergence(one: torch.Tensor, other: torch.Tensor) -> float:
     return (p.exp() * (p - q)).sum(dim=-1).mean().item()
 
 
-def variant(smollm2: Checkpoint, preset: str, out: Path) -> Checkpoint:
-    plan = QuantizePlan(preset=preset, group_size=64 if preset == "int4" else None)
-    return quantize(smollm2, plan, out)
+Variants = Callable[[str | None], Checkpoint]
+
+
+@pytest.fixture(scope="module")
+def variant(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    """The model quantized by a preset, each once; None: as it is."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    @cache
+    def make(preset: str | None) -> Checkpoint:
+        if preset is None:
+            return smollm2
+        plan = QuantizePlan(preset=preset, group_size=64 if preset == "int4" else None)
+        return quantize(smollm2, plan, folder / preset)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def windows(smollm2: Checkpoint) -> torch.Tensor:
+    return heldout(smollm2, 2, 64)
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2: Checkpoint, windows: torch.Tensor) -> torch.Tensor:
+    """Logits of the model as it is, in float32."""
+    return logits_of_both(smollm2, windows, torch.float32)[1]
 
 
 @pytest.mark.usefixtures("floating_int8")
 @pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4"])
 def test_logits_of_every_variant_agree_with_transformers_in_float32(
-    smollm2: Checkpoint, tmp_path: Path, preset: str | None
+    variant: Variants, windows: torch.Tensor, preset: str | None
 ) -> None:
-    model = variant(smollm2, preset, tmp_path / "q") if preset else smollm2
-    ours, theirs = logits_of_both(model, heldout(smollm2, 2, 64), torch.float32)
+    ours, theirs = logits_of_both(variant(preset), windows, torch.float32)
     assert distance(ours, theirs) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4"])
 def test_logits_as_served_stay_within_the_rounding_of_the_format(
-    smollm2: Checkpoint, tmp_path: Path, preset: str | None, dtype: torch.dtype
-) -> None:
-    windows = heldout(smollm2, 2, 64)
-    _, dense = logits_of_both(smollm2, windows, torch.float32)
-    model = variant(smollm2, preset, tmp_path / "q") if preset else smollm2
-    ours, theirs = logits_of_both(model, windows, dtype)
+    variant: Variants, windows: torch.Tensor, dense: torch.Tensor, preset: str | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    ours, theirs = logits_of_both(variant(preset), windows, dtype)
     if preset in (None, "int4"):  # 16-bit activations: nothing but the order of sums differs
         assert distance(ours, theirs) < (1e-4 if dtype == torch.float32 else 0.03)
     else:
@@ -103,13 +126,13 @@ def test_greedy_text_is_that_of_transformers_in_float32(smollm2: Checkpoint) -> 
         assert text == out[0, len(prompt) :].tolist()
 
 
-def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, tmp_path: Path) -> None:
+def test_quality_orders_the_formats_and_repeats(smollm2: Checkpoint, variant: Variants) -> None:
     windows = heldout(smollm2, 2, 256)
     base = load_decoder(smollm2, device=CPU)
     reference = reference_states(base, windows)
     divergence = {}
     for preset in ("fp8", "int4"):
-        decoder = load_decoder(variant(smollm2, preset, tmp_path / preset), device=CPU)
+        decoder = load_decoder(variant(preset), device=CPU)
         first, second = (evaluate_windows(decoder, windows, reference) for _ in range(2))
         assert first == second
         assert first.kl is not None

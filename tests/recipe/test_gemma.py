@@ -1,4 +1,4 @@
-"""recipes/gemma3.yaml on the real model: all of it is planned, the quick half of it is run on less text."""
+"""recipes/gemma3.yaml on the real model: all of it is planned, a part of it is run on less text."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tinier.families import open_model
 from tinier.recipe import load_recipe, run_recipe
 from tinier.recipe.plan import plan_recipe
 
-# four and a half minutes alone on two slow cores
+# two minutes alone on two slow cores
 pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "gemma3.yaml"
 
@@ -23,12 +23,12 @@ def test_the_recipe_of_gemma_runs_and_its_variants_stand_in_order(tmp_path: Path
     plan_recipe(load_recipe(RECIPE))
     values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     variants = values["variants"]
-    for name in ("int8", "int8-all", "int4", "distilled"):
+    for name in ("fp8", "int8", "int8-all", "int4", "distilled"):
         del variants[name]
-    variants["int4-gptq"]["quantize"]["windows"] = 8
-    variants["pruned"]["prune"]["windows"] = 8
+    for name, stage in (("int4-gptq", "quantize"), ("pruned", "prune")):
+        variants[name][stage] |= {"windows": 2, "length": 128}
     values["measure"] = {
-        "quality": {"windows": 4, "length": 256},
+        "quality": {"windows": 2, "length": 128},
         "speed": {"concurrency": [1], "input_length": 16, "output_length": 4, "repeats": 1},
     }
     path = tmp_path / "gemma3.yaml"
@@ -37,7 +37,5 @@ def test_the_recipe_of_gemma_runs_and_its_variants_stand_in_order(tmp_path: Path
     assert not results.failed
     rows = {row.name: row for row in results.variants}
     kl = {name: row.quality.kl for name, row in rows.items()}
-    assert kl["fp8"] < 0.05
-    assert kl["fp8"] < kl["int4-gptq"] < kl["pruned"]
-    sizes = [rows[name].disk_bytes for name in ("int4-gptq", "fp8", "base")]
-    assert sizes == sorted(sizes)
+    assert 0 < kl["int4-gptq"] < kl["pruned"]
+    assert rows["int4-gptq"].disk_bytes < rows["base"].disk_bytes

@@ -101,6 +101,8 @@ class Measurements:
         self._machine = environment(self._device)
         self._references: dict[str, Reference] = {}
         self._engines: dict[str, Engine] = {}
+        self._loaded = False
+        """Whether anything was since memory was released"""
         self.seconds = 0.0
         """What all sections took, those found on disk included."""
 
@@ -162,6 +164,7 @@ class Measurements:
             if stored.get(section, {}).get("key") == key:
                 continue
             say(f"{name}: measures {section}")
+            self._loaded = True
             started = time.monotonic()
             try:
                 value = measure()
@@ -226,8 +229,10 @@ class Measurements:
 
     def _close(self, *names: str) -> None:
         for name in names:
-            self._engines.pop(name, None)
-        release_memory()
+            self._loaded |= self._engines.pop(name, None) is not None
+        if self._loaded:  # to look for what may be released takes a moment
+            release_memory()
+            self._loaded = False
 
     def _decoder(self, name: str) -> Decoder:
         asked = self._run.recipe.measure

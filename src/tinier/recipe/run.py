@@ -24,7 +24,7 @@ from tinier.device import pick_device, release_memory
 from tinier.errors import OutputError
 from tinier.progress import say, warn
 from tinier.recipe.measure import Measurements, told
-from tinier.recipe.plan import PlannedRun, plan_recipe, stage_of
+from tinier.recipe.plan import PlannedRun, Stage, plan_recipe, stage_of
 from tinier.recipe.results import Failure, RunResults, assemble, read_endpoints
 from tinier.recipe.schema import BASE, Recipe
 
@@ -80,8 +80,18 @@ def _make_variants(
             error = f"it needs {missing[0]}, which failed"
             failed.append(Failure(variant=name, what="stage", error=error))
             continue
+        current = out / "variants" / name
         try:
-            models[name] = _make_variant(run, out / "variants", name, models, name in named)
+            made_by = stage_of(run.recipe, name, models, run.parts)
+            stage = made_by.plan()
+            found = _finished(current, stage.key)
+            if found is not None:
+                models[name] = found
+                if name not in named:
+                    _say_it_is_there(name, found)
+                continue  # nothing was loaded: to look for what may be released takes a moment
+            say(f"{name}: {stage.stage} {run.recipe.variants[name].from_}")
+            models[name] = _make_variant(made_by, current, name)
         except Exception as error:  # whatever it is, the others need not be lost
             failed.append(Failure(variant=name, what="stage", error=told(error)))
             warn(f"{name}: {failed[-1].error}")
@@ -89,35 +99,37 @@ def _make_variants(
     return models
 
 
-def _make_variant(
-    run: PlannedRun, folder: Path, name: str, models: dict[str, Checkpoint], was_named: bool
-) -> Checkpoint:
-    """One variant, made in `folder`/NAME unless it is there.
-
-    One that is made from other inputs, or by other code, is made again beside the old one, which goes when
-    the new one is whole.
-    """
-    made_by = stage_of(run.recipe, name, models, run.parts)
-    stage = made_by.plan()
-    current, fresh = folder / name, folder / f"{name}{_FRESH}"
-    if finished_checkpoint(fresh, stage.key) is not None:  # killed before it took its place
+def _finished(current: Path, key: str) -> Checkpoint | None:
+    """A variant that was made from the same inputs by the same code; None: there is none."""
+    fresh = _fresh(current)
+    if finished_checkpoint(fresh, key) is not None:  # killed before it took its place
         _replace(current, fresh)
-    found = finished_checkpoint(current, stage.key)
-    if found is not None:
-        if not was_named:
-            say(f"{name}: is there")
-            for warning in found.manifest.warnings if found.manifest else []:
-                say(f"{name}: warning: {warning}")
-        return found
-    say(f"{name}: {stage.stage} {run.recipe.variants[name].from_}")
+    return finished_checkpoint(current, key)
+
+
+def _say_it_is_there(name: str, found: Checkpoint) -> None:
+    say(f"{name}: is there")
+    for warning in found.manifest.warnings if found.manifest else []:
+        say(f"{name}: warning: {warning}")
+
+
+def _make_variant(made_by: Stage, current: Path, name: str) -> Checkpoint:
+    """One variant, made in the folder `current`. What was made there from other inputs, or by other code,
+    goes when the new one is whole."""
     if not current.exists():
         return made_by.make(current)
     say(f"{name}: was made from other inputs or code; the old one stays until the new one is there")
+    fresh = _fresh(current)
     for path in (fresh, fresh.with_name(f"{fresh.name}-last")):
         shutil.rmtree(path, ignore_errors=True)
     made_by.make(fresh)
     _replace(current, fresh)
     return open_checkpoint(current)
+
+
+def _fresh(current: Path) -> Path:
+    """Where a variant is made that takes another's place."""
+    return current.with_name(f"{current.name}{_FRESH}")
 
 
 def _replace(current: Path, fresh: Path) -> None:
