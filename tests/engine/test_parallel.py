@@ -37,6 +37,7 @@ def answers(model: Checkpoint, processes: int) -> list[list[float]]:
     return [*map(list, greedy), *map(list, drawn), *scores]
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(tiny: Tiny, tmp_path: Path) -> None:
     models = [tiny(family, name=family) for family in FAMILIES]
     models.append(tiny(name="untied", tie_word_embeddings=False, vocab_size=265))  # not even

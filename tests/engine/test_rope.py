@@ -87,6 +87,7 @@ def check(
             assert torch.equal(one, other.squeeze(0))
 
 
+@pytest.mark.slow
 def test_a_second_start_does_not_import_transformers(tiny: TinyMaker, tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 1e4, **SCALINGS["llama3"]}
     model = tiny("llama", rope_parameters=rope)

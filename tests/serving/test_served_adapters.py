@@ -40,6 +40,7 @@ def text(service: Service, model: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_adapters_of_one_base_share_its_engine(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     first, second = adapters(tmp_path)
