@@ -67,6 +67,16 @@ def test_numerics_imports_only_torch() -> None:
                 assert {alias.name for alias in node.names} <= {"torch", "math"}
 
 
+def test_a_stage_does_not_wait_for_what_draws_and_tests() -> None:
+    """A second and more of each command, also of one that only says what is wrong."""
+    code = (
+        "import sys, tinier.quantization, tinier.pruning, tinier.report.terminal\n"
+        "sys.exit(str({'scipy.stats', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, tinier, tinier.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

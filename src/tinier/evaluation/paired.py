@@ -7,8 +7,6 @@ standard error than either of them: only questions whose answer changed count.
 import math
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 from tinier.errors import InputError
 
 NOISE = 0.05
@@ -45,6 +43,8 @@ def compare_answers(base: str, variant: str) -> PairedChange:
     difference = (gained - lost) / count
     variance = (gained + lost) / count - difference**2
     changed = gained + lost
+    from scipy.stats import binomtest  # its import takes a second, and every command takes us along
+
     return PairedChange(
         lost=lost,
         gained=gained,

@@ -3,14 +3,12 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-import matplotlib
-from matplotlib.figure import (
-    Figure,  # not pyplot: a notebook's own figures and backend stay as they are
-)
+from typing import TYPE_CHECKING, Literal
 
 from tinier.recipe import RunResults, VariantResult
+
+if TYPE_CHECKING:  # its import takes half a second, and commands that draw nothing take us along
+    from matplotlib.figure import Figure
 
 Gain = Literal["throughput", "size"]
 GAINS: tuple[Gain, ...] = ("throughput", "size")
@@ -41,13 +39,18 @@ def pareto_svg(results: RunResults, gain: Gain) -> str:
     return written.getvalue().decode()
 
 
-def _save(figure: Figure, to: Path | io.BytesIO, suffix: str) -> None:
+def _save(figure: "Figure", to: Path | io.BytesIO, suffix: str) -> None:
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         metadata = {"Date": None} if suffix == "svg" else None
         figure.savefig(to, format=suffix, dpi=130, metadata=metadata)
 
 
-def _pareto(results: RunResults, gain: Gain) -> Figure:
+def _pareto(results: RunResults, gain: Gain) -> "Figure":
+    # not pyplot: a notebook's own figures and backend stay as they are
+    from matplotlib.figure import Figure
+
     rows = results.variants
     front = getattr(results.pareto, gain)
     gains = [row.speedup if gain == "throughput" else row.shrinkage for row in rows]
