@@ -70,8 +70,10 @@ def test_numerics_imports_only_torch() -> None:
 def test_a_stage_does_not_wait_for_what_draws_and_tests() -> None:
     """A second and more of each command, also of one that only says what is wrong."""
     code = (
-        "import sys, tinier.quantization, tinier.pruning, tinier.report.terminal\n"
-        "sys.exit(str({'scipy.stats', 'matplotlib'} & set(sys.modules)))"
+        "import sys, tinier.quantization\n"
+        "early = {'torch._dynamo'} & set(sys.modules)\n"
+        "import tinier.pruning, tinier.report.terminal\n"
+        "sys.exit(str(early | {'scipy.stats', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.stderr.strip() == "set()"

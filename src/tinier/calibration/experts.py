@@ -7,7 +7,6 @@ inputs can be seen, its weights replaced and its gradients kept apart like those
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from tinier.families import Geometry, Mixture
 from tinier.kernels import through_experts
@@ -17,6 +16,8 @@ def unfuse(layer: nn.Module, geometry: Geometry, config: Any) -> None:
     """Put `Experts` where a decoder layer of transformers has its MLP; nothing without a mixture."""
     if geometry.mixture is None:
         return
+    from transformers.activations import ACT2FN  # takes a second, and torch's compiler along
+
     experts = Experts(geometry, geometry.mixture, ACT2FN[config.hidden_act])
     del layer._modules["mlp"]
     layer.add_module(geometry.mixture.block, experts.to(layer.input_layernorm.weight.dtype))  # type: ignore[union-attr, arg-type]

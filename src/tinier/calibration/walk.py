@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from tinier.calibration.experts import unfuse
 from tinier.checkpoint import Checkpoint
 from tinier.device import bf16_products
 from tinier.errors import InputError, TextError
-from tinier.families import EMBEDDING, geometry_of, hf_config, layer_name, rope_keys
+from tinier.families import EMBEDDING, Geometry, geometry_of, hf_config, layer_name, rope_keys
 from tinier.numerics import Quantized, dequantize
 from tinier.progress import bar
 
@@ -59,10 +58,7 @@ class DecoderWalk:
         geometry = geometry_of(checkpoint)
         self._checkpoint = checkpoint
         self.device = device
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=checkpoint.dtype)
-            for layer in model.model.layers:
-                unfuse(layer, geometry, model.config)
+        model = _without_weights(checkpoint, geometry, checkpoint.dtype)
         self._layers = model.model.layers
         # a rotary embedding computes its frequencies when it is made, so it must not be made on meta
         rotary = type(model.model.rotary_emb)(config=model.config).to(device)
@@ -170,10 +166,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     Its weights come from our reader and not from transformers', so that every stage sees the same ones.
     """
     geometry = geometry_of(checkpoint)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=dtype)
-        for layer in model.model.layers:
-            unfuse(layer, geometry, model.config)
+    model = _without_weights(checkpoint, geometry, dtype)
     with checkpoint.reader(device) as read:
         weights = {name: read(name).to(dtype) for name in checkpoint.tensors}
     model.load_state_dict(weights, assign=True, strict=False)
@@ -211,3 +204,14 @@ def walk(
             yield LayerStep(index, layer, hidden, outputs)
             hidden = outputs
             advance(1)
+
+
+def _without_weights(checkpoint: Checkpoint, geometry: Geometry, dtype: torch.dtype) -> Any:
+    """transformers' model on the meta device, each expert a module of its own."""
+    from transformers import AutoModelForCausalLM  # takes a second, and torch's compiler along
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config(checkpoint), dtype=dtype)
+        for layer in model.model.layers:
+            unfuse(layer, geometry, model.config)
+    return model
