@@ -35,6 +35,8 @@ class PairedChange:
 
 def compare_answers(base: str, variant: str) -> PairedChange:
     """base, variant: for each question 1 (right) or 0. Raises InputError for different numbers of them."""
+    from scipy.stats import binomtest  # its import takes a second, and every command takes us along
+
     if len(base) != len(variant) or not base:
         raise InputError(f"{len(base)} and {len(variant)} answers cannot be compared in pairs.")
     pairs = list(zip(base, variant, strict=True))
@@ -43,8 +45,6 @@ def compare_answers(base: str, variant: str) -> PairedChange:
     difference = (gained - lost) / count
     variance = (gained + lost) / count - difference**2
     changed = gained + lost
-    from scipy.stats import binomtest  # its import takes a second, and every command takes us along
-
     return PairedChange(
         lost=lost,
         gained=gained,

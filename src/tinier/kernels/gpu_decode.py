@@ -256,10 +256,10 @@ def faster_up_to(weights: DecodeWeights) -> int:
     """Tokens of a step up to which the kernel is used where nobody asks for it; 0: never.
 
     Measured on an H100 with Llama-3.2-3B's shape at 450 tokens of context (benchmarks/decode_kernel.py), in
-    bf16, FP8, INT8 and INT4 in groups of 128, and in bf16 with Llama-3.2-1B's, Qwen3-0.6B's and
-    SmolLM2-135M's, the last two of which have rows for 128 and 72 of its 132 multiprocessors. Taken to hold
-    for INT4's other groups with one token and for other layers that are smaller: what the kernel saves is a
-    layer's fixed cost.
+    bf16, FP8, INT8 and INT4 in groups of 128, and in bf16 with Llama-3.2-1B's and Qwen3-0.6B's; in the
+    engine with SmolLM2-135M (docs/log.md). The last two have rows for 128 and 72 of its 132
+    multiprocessors. Taken to hold for INT4's other groups with one token and for other layers that are
+    smaller: what the kernel saves is a layer's fixed cost.
     """
     device = weights.final_norm.device
     layer = sum(linear.num_bytes for linear in weights.layers[0].linears)
