@@ -331,7 +331,7 @@ def test_greedy_is_the_first_of_the_largest_or_no_token(vocab: int, dtype: torch
     logits[5, -1] = 100.0
     seats = torch.tensor([3, 1, 0, 2, 5, 6, 4], dtype=torch.int32, device=DEVICE)
     sampled = torch.full((8,), 77, dtype=torch.int64, device=DEVICE)
-    tokens = fused.greedy(logits, seats, sampled)
+    tokens = draws.greedy(logits, seats, sampled)
     expected = reference.greedy(logits.cpu())
     assert expected[:6].tolist() == [-1, -1, -1, -1, 17, vocab - 1]
     assert torch.equal(tokens.cpu(), expected)

@@ -131,66 +131,6 @@ def _embed(  # type: ignore[no-untyped-def]
     tl.store(out + row * SIZE + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def numbers(logits, allowed, row, at, last, size, words):  # type: ignore[no-untyped-def]
-    """A row's logits in float32; NaN counts as the Inf that it comes from. allowed: words of bits, of what
-    may come (draws.draw); the others are -inf, but for those that are no numbers."""
-    inside = at < last
-    value = tl.load(logits + row * size + at, mask=inside, other=-float("inf")).to(tl.float32)
-    value = tl.where(value != value, float("inf"), value)
-    if allowed is not None:
-        word = tl.load(allowed + row * words + at // 32, mask=inside, other=0)
-        is_kept = (((word >> (at % 32)) & 1) == 1) | (value == float("inf"))
-        value = tl.where(is_kept, value, -float("inf"))
-    return value
-
-
-@triton.jit
-def store_best(best, place, values, places):  # type: ignore[no-untyped-def]
-    """The largest of [BLOCK] numbers and its place, of equal ones the first, at this program's own."""
-    top = tl.max(best, axis=0)
-    to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(values + to, top)
-    tl.store(places + to, tl.min(tl.where(best == top, place, 2**31 - 1), axis=0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def largest(  # type: ignore[no-untyped-def]
-    logits, allowed, values, places, size, words, share, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """The largest of one row's share of the vocabulary, and where it is. See `numbers`."""
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * share
-    last = tl.minimum(size, first + share)
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    place = tl.full([BLOCK], 2**31 - 1, tl.int32)
-    for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = numbers(logits, allowed, row, at, last, size, words)
-        better = value > best
-        best = tl.where(better, value, best)
-        place = tl.where(better, at, place)
-    store_best(best, place, values, places)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def largest_of(  # type: ignore[no-untyped-def]
-    values, places, seats, tokens, sampled, PARTS: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    value = tl.load(values + row * PARTS + part)
-    place = tl.load(places + row * PARTS + part)
-    top = tl.max(value, axis=0)
-    token = tl.min(tl.where(value == top, place, 2**31 - 1), axis=0).to(tl.int64)
-    token = tl.where(tl.abs(top) == float("inf"), -1, token)  # no numbers
-    tl.store(tokens + row, token)
-    if seats is not None:
-        tl.store(sampled + tl.load(seats + row), tl.maximum(token, 0))
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _send(bits, addresses, at, inside, RANK: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write int32 to `at` in the memory of all other processes (peers.py)."""
@@ -452,31 +392,6 @@ def embed(tokens: Tensor, sampled: Tensor, table: Table, times: float) -> Tensor
         BLOCK=triton.next_power_of_2(size), TIMES=times, GROUP=group, num_warps=4, **early_start(),
     )  # fmt: skip
     return out
-
-
-def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
-    """The likeliest token of each row of logits [B, vocab], [B] int64; written to sampled[seats] too."""
-    rows, size = logits.shape
-    parts = 32 if rows <= 16 else 8
-    values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    largest[(rows, parts)](
-        logits,
-        None,
-        values,
-        places,
-        size,
-        0,
-        triton.cdiv(size, parts),
-        BLOCK=2048,
-        num_warps=8,
-        **early_start(),
-    )
-    largest_of[(rows,)](
-        values, places, seats, tokens, sampled, PARTS=parts, num_warps=1, **early_start()
-    )
-    return tokens
 
 
 def add_rms_norm(

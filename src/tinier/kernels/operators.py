@@ -44,7 +44,7 @@ def greedy(logits: Tensor, seats: Tensor, sampled: Tensor) -> Tensor:
     -1 (sampled: 0) for a row that has NaN or Inf.
     """
     if uses_triton(logits.device):
-        return fused.greedy(logits, seats, sampled)
+        return draws.greedy(logits, seats, sampled)
     tokens = reference.greedy(logits)
     sampled.index_copy_(0, seats.long(), tokens.clamp(min=0))
     return tokens
